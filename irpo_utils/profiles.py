@@ -1,0 +1,132 @@
+"""Settings of a run as one plain dataclass, one instance per machine and task. Every field is a command-line option."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from irpo_utils import UserError
+
+
+def _option(default: Any, text: str):
+    """A dataclass field with a help text for the command line."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Profile:
+    """All that a run depends on. The names are those of the stages' arguments."""
+
+    task: str = _option("word_problems", "word_problems, gsm8k, svamp, arc_challenge, math or jsonl")
+    model: str = _option("seed", "short name, hub name or folder of M_0")
+    data: str | None = _option(None, "local folder or file with the questions; otherwise the hub (word_problems needs none)")
+    seed: int = _option(0, "seed of the choice of questions, of sampling and of training")
+    iterations: int = _option(4, "T: how often to sample, grade, pair and train")
+
+    quantize: bool = _option(True, "keep the base in 4 bits (NF4, double quantisation)")
+    lora_r: int = _option(16, "rank of the LoRA matrices")
+    lora_alpha: int = _option(32, "LoRA scale times rank")
+    pad_token: str | None = _option(None, "pad token for tokenizers that have none")
+
+    n_questions: int | None = _option(600, "training questions per iteration; none: all")
+    fresh_questions: bool = _option(False, "other questions in every iteration; the paper keeps one fixed set")
+    n_samples: int = _option(8, "N: completions per question and iteration")
+    temperature: list[float] = _option([1.0], "sampling temperature per iteration; the last one serves all that follow")
+    top_p: float = _option(1.0, "nucleus sampling mass")
+    max_new_tokens: int = _option(80, "longest completion in tokens")
+    sampling_batch_size: int = _option(512, "completions decoded at once; lower it when memory runs out")
+
+    k_pairs: int = _option(4, "K: pairs per question")
+    gold: bool = _option(False, "add the gold solution to the winners, as the paper does on GSM8K")
+    deduplicate: bool = _option(True, "leave out completions that repeat one of the same question and verdict")
+    max_length: int | None = _option(None, "drop pairs with more tokens than this")
+    max_pairs: int | None = _option(None, "keep at most this many pairs, drawn at random (the paper: 60,000)")
+
+    alpha: float = _option(1.0, "weight of the NLL term")
+    beta: float = _option(0.1, "DPO's beta")
+    dpo_weight: float = _option(1.0, "weight of the DPO term; 0 trains on the winners alone")
+    nll_per: str = _option("sequence", "normalise the NLL per sequence (the paper) or per token")
+    learning_rate: float = _option(3e-5, "peak learning rate of AdamW")
+    epochs: float = _option(1.0, "passes over the pairs")
+    max_steps: int = _option(-1, "stop after this many optimiser steps; -1: no limit")
+    batch_size: int = _option(16, "pairs per optimiser step")
+    micro_batch_size: int | None = _option(None, "pairs per forward pass; lower it when memory runs out")
+    warmup_ratio: float = _option(0.1, "share of the steps in which the learning rate rises")
+    lr_scheduler: str = _option("cosine", "schedule after warm-up")
+    max_grad_norm: float = _option(1.0, "gradient clipping")
+    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, slower")
+    optimizer: str = _option("adamw_torch", "transformers' name of the optimiser, e.g. paged_adamw_8bit on a GPU")
+    report_to: str = _option("none", "tensorboard, trackio, wandb or none")
+
+    eval_split: str = _option("test", "split to evaluate on; choose settings on validation, report on test")
+    n_eval_questions: int | None = _option(None, "questions of that split; none: all")
+    eval_samples: int = _option(8, "completions per question for sampled accuracy, majority vote and pass@k")
+    eval_samples_ends: int = _option(32, "the same at M_0 and at the last iteration")
+    eval_temperature: float = _option(1.0, "temperature of those completions")
+
+    def __post_init__(self):
+        """Refuse what cannot work, naming the field."""
+        for name in ("iterations", "n_samples", "k_pairs", "batch_size", "max_new_tokens", "sampling_batch_size",
+                     "eval_samples", "eval_samples_ends"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1.")
+        if not self.temperature or min(self.temperature) <= 0:
+            raise UserError(f"--temperature is {self.temperature}: give one number above 0, or one per iteration.")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise UserError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}.")
+        if self.eval_split not in ("train", "validation", "test"):
+            raise UserError(f"--eval-split is {self.eval_split!r}: it must be validation or test.")
+
+    def temperature_of(self, iteration: int) -> float:
+        """Sampling temperature when sampling from M_t."""
+        return self.temperature[min(iteration, len(self.temperature) - 1)]
+
+
+def _gpu(model: str, **changes) -> Profile:
+    """A real model on GSM8K with the paper's N, K, temperatures and loss, at a size for one card.
+
+    7,473 - 1,000 held out = 6,473 questions; 2,000 of them x 10 samples x about 200 tokens = 4 M tokens an iteration.
+    """
+    settings = dict(task="gsm8k", model=model, n_questions=2000, n_samples=10, temperature=[0.8, 0.8, 1.3, 1.3],
+                    max_new_tokens=400, sampling_batch_size=320, k_pairs=10, gold=True, max_length=1024, max_pairs=8000,
+                    learning_rate=5e-6, micro_batch_size=4, gradient_checkpointing=True, optimizer="paged_adamw_8bit",
+                    eval_temperature=0.8)
+    return Profile(**{**settings, **changes})
+
+
+PROFILES: dict[str, Profile] = {
+    # Seconds on a CPU: for tests and for running a notebook through.
+    "smoke": Profile(iterations=2, n_questions=60, n_samples=4, k_pairs=2, n_eval_questions=50, eval_samples=4,
+                     eval_samples_ends=4),
+    # Minutes on a CPU: the default. Settings chosen on the validation split, see figures/LOG.md.
+    "cpu": Profile(),
+    # One iteration at a size that ends in half an hour on 2 cores.
+    "smollm2-135m": _gpu("smollm2-135m", micro_batch_size=8, learning_rate=2e-5),
+    "smollm2-360m": _gpu("smollm2-360m", learning_rate=1e-5),
+    "smollm2-1.7b": _gpu("smollm2-1.7b"),
+    "qwen2.5-0.5b": _gpu("qwen2.5-0.5b", learning_rate=1e-5),
+    "qwen2.5-1.5b": _gpu("qwen2.5-1.5b"),
+    "qwen3-0.6b": _gpu("qwen3-0.6b", learning_rate=1e-5),
+    "llama-3.2-1b": _gpu("llama-3.2-1b", pad_token="<|finetune_right_pad_id|>"),
+    "llama-3.2-3b": _gpu("llama-3.2-3b", pad_token="<|finetune_right_pad_id|>", micro_batch_size=2),
+    "gemma-3-1b": _gpu("gemma-3-1b"),
+    "llama-3.1-8b": _gpu("llama-3.1-8b", pad_token="<|finetune_right_pad_id|>", micro_batch_size=1, sampling_batch_size=160),
+    # The protocol as published (section 3.1), for reading and for those who can: all weights trained, 5000 steps of 16.
+    "paper": Profile(task="gsm8k", model="llama-2-70b-chat", quantize=True, pad_token="<unk>", n_questions=None,
+                     n_samples=30, temperature=[0.8, 0.8, 1.3, 1.3], max_new_tokens=1024, k_pairs=10, gold=True,
+                     deduplicate=False, max_length=2048, max_pairs=60_000, learning_rate=7e-7, max_steps=5000,
+                     micro_batch_size=1, gradient_checkpointing=True, eval_temperature=0.8, eval_samples=32),
+}
+
+
+def get(name: str, **changes) -> Profile:
+    """The profile of that name with some fields changed; raises `UserError` for an unknown name or field."""
+    if name not in PROFILES:
+        raise UserError(f"There is no profile {name!r}. The profiles are {', '.join(PROFILES)}.")
+    known = {f.name for f in dataclasses.fields(Profile)}
+    if unknown := sorted(set(changes) - known):
+        raise UserError(f"A profile has no field {', '.join(unknown)}. The fields are {', '.join(sorted(known))}.")
+    return dataclasses.replace(PROFILES[name], **changes)

@@ -1,0 +1,285 @@
+"""Stage 4: train M_{t+1} from M_t on the preference pairs with DPO + NLL (Eq. 1 of the paper, v3).
+
+    L = -log σ( β [log π_θ(w|x) - log π_t(w|x)] - β [log π_θ(l|x) - log π_t(l|x)] )  -  α log π_θ(w|x) / |w|
+
+The log-ratios are sums over the response tokens. The NLL is divided by the length of its own response, then averaged
+over the batch: TRL's `loss_type=["sigmoid", "sft"]` averages over all tokens of a micro-batch instead, so that long
+winners count more. Prompt tokens are in neither term. Start and reference are both M_t.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from torch.nn.functional import logsigmoid
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from irpo_utils import UserError, models
+
+
+def dpo_nll_loss(logps_chosen, logps_rejected, ref_logps_chosen, ref_logps_rejected, n_tokens_chosen, *,
+                 alpha: float, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two terms of Eq. 1 per pair: (loss_dpo, loss_nll), each of shape (batch,); loss = loss_dpo + alpha * loss_nll.
+
+    All arguments are tensors of shape (batch,): sums of log-probabilities over the response in nats, and the number
+    of response tokens of the winner. `alpha` weighs the NLL term when the two are added; it does not scale what is
+    returned.
+    """
+    ratio_chosen = logps_chosen - ref_logps_chosen
+    ratio_rejected = logps_rejected - ref_logps_rejected
+    loss_dpo = -logsigmoid(beta * (ratio_chosen - ratio_rejected))
+    loss_nll = -logps_chosen / n_tokens_chosen
+    return loss_dpo, loss_nll
+
+
+@dataclass
+class TrainingResult:
+    """What `train` gives back: the model is trained in place, `log` has one row per optimiser step."""
+
+    model: object
+    log: Dataset
+    probe_log: Dataset | None
+    summary: dict = field(default_factory=dict)
+
+
+def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, dpo_weight: float = 1.0,
+          learning_rate: float = 3e-5, *, epochs: float = 1.0, max_steps: int = -1, batch_size: int = 16,
+          micro_batch_size: int | None = None, warmup_ratio: float = 0.1, lr_scheduler: str = "cosine",
+          max_grad_norm: float = 1.0, nll_per: str = "sequence", seed: int = 0, probe=None, probe_every: int = 10,
+          gradient_checkpointing: bool = False, optimizer: str = "adamw_torch", progress: bool = True,
+          report_to: str = "none", reference=None) -> TrainingResult:
+    """Train the adapter of `model` (M_t, from `models.load`) in place into M_{t+1}.
+
+    preferences: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`); `batch_size` counts pairs.
+    dpo_weight: weight of the DPO term; 0 with alpha 1 is SFT on the winners (STaR). alpha 0 is DPO.
+    micro_batch_size: pairs per forward pass; loss and gradients do not depend on it.
+    nll_per: "sequence" (the paper) or "token" (TRL's), for comparison.
+    probe: a few fixed pairs whose log-probabilities are logged every `probe_every` steps, whatever is trained on.
+    reference: a pair of lists, log-probabilities of the chosen and rejected responses under another reference than M_t.
+
+    Log columns: `step`, `loss`, `loss_dpo`, `loss_nll`, `logps_chosen`, `logps_rejected` (mean sums, nats), `nll_chosen`
+    (nats per token), `margin` (reward margin, β included), `accuracy` (share of pairs with a positive margin),
+    `grad_norm`, `learning_rate`, `tokens` (of prompts and responses), `seconds` (since the start).
+    Raises `UserError` for missing columns and for a loss or gradient that is not finite.
+    """
+    _check(preferences, alpha, dpo_weight, nll_per)
+    micro = micro_batch_size or batch_size
+    if batch_size % micro:
+        raise UserError(f"batch_size = {batch_size} is not a multiple of micro_batch_size = {micro}.")
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    data = preferences.select_columns(columns)
+    if reference is not None:
+        data = data.add_column("ref_chosen_logps", reference[0]).add_column("ref_rejected_logps", reference[1])
+    _fresh_adapter(model, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder, beta=beta, learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
+            per_device_train_batch_size=micro, gradient_accumulation_steps=batch_size // micro,
+            warmup_steps=warmup_ratio, lr_scheduler_type=lr_scheduler, max_grad_norm=max_grad_norm, optim=optimizer,
+            weight_decay=0.0, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
+            save_strategy="no", report_to=report_to, disable_tqdm=True, max_length=None, dataloader_pin_memory=False,
+            precompute_ref_log_probs=True, bf16=False, fp16=False, use_cpu=model.device.type == "cpu",
+            gradient_checkpointing=gradient_checkpointing)
+        callbacks = [_Watch(progress)] + ([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])
+        trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
+                                      nll_per=nll_per, callbacks=callbacks)
+        try:
+            trainer.train()
+        finally:
+            trainer.release()
+    model.eval()
+    rows = callbacks[0].rows
+    probe_log = Dataset.from_list(callbacks[1].rows) if probe is not None else None
+    return TrainingResult(model, Dataset.from_list(rows), probe_log, _summary(rows))
+
+
+class IterativeRPOTrainer(DPOTrainer):
+    """TRL's `DPOTrainer` with the paper's loss, trained on the very tokens that were sampled.
+
+    What differs from the parent: the pairs come tokenised (text tokenised again can differ from what was sampled, and
+    the parent appends EOS even where a completion was cut off); the reference is M_t by construction, scored once
+    before the first step; the NLL is normalised per sequence; and the loss is divided by the number of pairs of the
+    whole batch, so that it does not depend on micro-batches or processes.
+    """
+
+    def __init__(self, model, config, data, tokenizer, *, alpha, dpo_weight, nll_per, callbacks):
+        self.alpha, self.dpo_weight, self.nll_per = alpha, dpo_weight, nll_per
+        self.pad_id = tokenizer.pad_token_id
+        base = model.get_base_model()
+        had_forward = base.__dict__.get("forward")
+        weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model=model, args=config, train_dataset=data, processing_class=tokenizer,
+                         data_collator=self._collate, callbacks=callbacks)
+        # Three things the parent does to a PEFT model have to be undone: it adds a copy named "ref" of the adapter
+        # (the reference is precomputed here, and the copy would break the next iteration), casts the adapter of a
+        # quantised model to bf16 (small steps would be rounded away), and patches the base model's forward.
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.data = weights[name]
+                parameter.requires_grad_(True)
+        self._undo_forward = (base, had_forward)
+        self.model_accepts_loss_kwargs = True       # compute_loss divides by the pairs of the whole batch itself
+        self._batch_log: list[dict] = []
+
+    def release(self) -> None:
+        """Give the base model back its own forward."""
+        base, forward = self._undo_forward
+        base.__dict__.pop("forward", None)
+        if forward is not None:
+            base.forward = forward
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset                              # already tokenised
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """Log-probabilities under M_t, which is what the model still is before the first step. Repeats are scored once."""
+        if "ref_chosen_logps" in dataset.column_names:
+            return dataset
+        keys = [(tuple(row["prompt_ids"]), tuple(row[side])) for side in ("chosen_ids", "rejected_ids") for row in dataset]
+        unique = list(dict.fromkeys(keys))
+        scores = dict(zip(unique, models.score(self.model.eval(), self.processing_class, [list(p) for p, _ in unique],
+                                               [list(r) for _, r in unique], batch_size=4 * batch_size)))
+        values = [scores[key] for key in keys]
+        return (dataset.add_column("ref_chosen_logps", values[: len(dataset)])
+                .add_column("ref_rejected_logps", values[len(dataset):]))
+
+    def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """A batch of B pairs as 2B rows, winners first."""
+        prompts = [row["prompt_ids"] for row in rows]
+        responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+        batch = models.pad_batch(prompts * 2, responses, self.pad_id)
+        batch["ref_logps"] = torch.tensor([row["ref_chosen_logps"] for row in rows] + [row["ref_rejected_logps"] for row in rows])
+        return batch
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Pairs in one optimiser step, over all micro-batches and processes."""
+        pairs = torch.tensor(sum(len(batch["ref_logps"]) // 2 for batch in batch_samples), device=device)
+        return int(self.accelerator.gather(pairs).sum())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        per_token = models.response_logps(model, inputs)
+        logps_chosen, logps_rejected = per_token.sum(-1).chunk(2)
+        ref_chosen, ref_rejected = inputs["ref_logps"].chunk(2)
+        lengths = inputs["response_mask"].sum(-1).chunk(2)[0]
+        loss_dpo, loss_nll = dpo_nll_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, lengths,
+                                          alpha=self.alpha, beta=self.beta)
+        if self.nll_per == "token":
+            loss_nll = -logps_chosen / lengths.float().mean()        # equals the mean over all tokens of the batch
+        losses = self.dpo_weight * loss_dpo + self.alpha * loss_nll
+        pairs = num_items_in_batch or len(losses)
+        margin = self.beta * ((logps_chosen - ref_chosen) - (logps_rejected - ref_rejected))
+        with torch.no_grad():
+            self._batch_log.append({name: self.accelerator.gather(value.detach().float()).sum().item() for name, value in {
+                "pairs": torch.ones_like(losses), "loss": losses, "loss_dpo": loss_dpo, "loss_nll": loss_nll,
+                "logps_chosen": logps_chosen, "logps_rejected": logps_rejected, "nll_chosen": -logps_chosen / lengths,
+                "margin": margin, "accuracy": (margin > 0).float(), "tokens": inputs["attention_mask"].sum().reshape(1),
+            }.items()})
+        # Data-parallel training averages gradients over processes: the factor undoes that.
+        return losses.sum() / pairs * self.accelerator.num_processes
+
+    def log(self, logs, start_time=None):
+        """One row per optimiser step: means over its pairs."""
+        if "loss" in logs and self._batch_log:
+            total = {key: sum(row[key] for row in self._batch_log) for key in self._batch_log[0]}
+            self._batch_log.clear()
+            pairs = total.pop("pairs")
+            tokens = total.pop("tokens")
+            logs = {**{key: value / pairs for key, value in total.items()}, "grad_norm": float(logs["grad_norm"]),
+                    "learning_rate": logs["learning_rate"], "tokens": int(tokens)}
+        super(DPOTrainer, self).log(logs, start_time)
+
+
+class _Watch(TrainerCallback):
+    """Keeps the log rows, draws the bar, and stops a run whose numbers are no longer finite."""
+
+    def __init__(self, progress: bool):
+        self.rows, self.progress = [], progress
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+        self.bar = tqdm(total=state.max_steps, desc="training", unit="step", disable=not self.progress, leave=False)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss_dpo" not in logs:
+            return
+        row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"},
+               "seconds": time.perf_counter() - self.started}
+        self.rows.append(row)
+        self.bar.update(1)
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}")
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise UserError(f"Training stopped at step {state.global_step}: the loss is {row['loss']} and the gradient "
+                            f"norm {row['grad_norm']}. Lower --learning-rate, or train in a wider dtype.")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class _Probe(TrainerCallback):
+    """Log-probabilities of fixed pairs while something else is trained (the paper's figures 2 to 4)."""
+
+    def __init__(self, pairs, tokenizer, every: int):
+        self.pairs, self.tokenizer, self.every, self.rows = pairs, tokenizer, every, []
+
+    def _measure(self, model, step):
+        training, prompts = model.training, list(self.pairs["prompt_ids"])
+        model.eval()
+        row = {"step": step}
+        for side in ("chosen", "rejected"):
+            scores = models.score(model, self.tokenizer, prompts, list(self.pairs[f"{side}_ids"]))
+            row[f"logps_{side}"] = sum(scores) / len(scores)
+            row[f"nll_{side}"] = -sum(s / len(r) for s, r in zip(scores, self.pairs[f"{side}_ids"])) / len(scores)
+        self.rows.append(row)
+        model.train(training)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._measure(model, 0)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._measure(model, state.global_step)
+
+
+def _fresh_adapter(model, seed: int) -> None:
+    """Draw the A matrices of a zero adapter from `seed`; an adapter that was trained before is left as it is."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(layer.lora_B["default"].weight.any() for layer in layers):
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        weight = layer.lora_A["default"].weight
+        bound = 1 / math.sqrt(weight.shape[1])       # PEFT's own: Kaiming uniform with a = sqrt(5)
+        weight.data.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+
+
+def _check(preferences, alpha, dpo_weight, nll_per) -> None:
+    missing = {"prompt_ids", "chosen_ids", "rejected_ids"} - set(preferences.column_names)
+    if missing:
+        raise UserError(f"The pairs lack the columns {', '.join(sorted(missing))}. Build them with pairs.build_pairs.")
+    if len(preferences) == 0:
+        raise UserError("no pairs: there is nothing to train on. See the counts of pairs.build_pairs.")
+    if alpha < 0 or dpo_weight < 0 or alpha + dpo_weight == 0 or nll_per not in ("sequence", "token"):
+        raise UserError(f"alpha = {alpha} and dpo_weight = {dpo_weight} must be 0 or more and not both 0; "
+                        f"nll_per = {nll_per!r} must be sequence or token.")
+
+
+def _summary(rows: list[dict]) -> dict:
+    """The first and last tenth of the log, averaged: what happened to the winners while training."""
+    tenth = max(1, len(rows) // 10)
+    mean = lambda part, key: sum(row[key] for row in part) / len(part)                                   # noqa: E731
+    return {"steps": len(rows), "tokens": sum(row["tokens"] for row in rows), "seconds": rows[-1]["seconds"],
+            "first_loss_dpo": rows[0]["loss_dpo"],
+            "chosen_logp_per_token_start": -mean(rows[:tenth], "nll_chosen"),
+            "chosen_logp_per_token_end": -mean(rows[-tenth:], "nll_chosen"),
+            "accuracy_end": mean(rows[-tenth:], "accuracy")}
