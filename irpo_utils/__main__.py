@@ -1,0 +1,151 @@
+"""The command line: `python -m irpo_utils run | evaluate | plot`. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+
+from irpo_utils import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, and turn errors that a user can mend into one paragraph and exit status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"run": run, "evaluate": evaluate, "plot": plot}
+    parser = argparse.ArgumentParser(prog="python -m irpo_utils", description="Iterative RPO, one command a task.")
+    parser.add_argument("command", choices=commands, help="`COMMAND --help` lists the options")
+    parsed = parser.parse_args(arguments[:1] or ["--help"])
+    try:
+        commands[parsed.command](arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. What was finished is kept: the same command goes on where it stood.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(arguments: list[str]) -> None:
+    """Iterative RPO with a profile; every field of the profile is an option."""
+    profile, options = _parse_profile(arguments)
+    _calm_libraries()
+    from irpo_utils import iteration, plots
+
+    import pandas
+
+    metrics = pandas.DataFrame(iteration.run(profile, options.out, progress=not options.quiet))
+    figure = plots.accuracy_per_iteration(metrics)
+    record = {"command": _command("run", arguments), "seed": profile.seed, **iteration.environment()}
+    plots.save(figure, options.out, "accuracy_per_iteration", metrics, record)
+    print(f"\n{accuracy_table(metrics)}\n\nFigure: {Path(options.out) / 'accuracy_per_iteration.png'}")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Evaluate the iterations of a finished run again: another task, more samples, another split."""
+    parser = argparse.ArgumentParser(prog="python -m irpo_utils evaluate", description=evaluate.__doc__)
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("--task", help="another task than the run's")
+    parser.add_argument("--data", help="local folder or file of that task")
+    parser.add_argument("--split", help="validation or test (default: the run's)")
+    parser.add_argument("--iterations", type=int, nargs="+", help="which M_t (default: the first and the last)")
+    parser.add_argument("--k", type=int, default=32, help="completions per question (default 32)")
+    parser.add_argument("--out", help="folder for the metrics table (default: RUN/evaluations)")
+    options = parser.parse_args(arguments)
+    _calm_libraries()
+    from irpo_utils import iteration
+
+    print(iteration.evaluate_run(options.run, options.task, options.data, options.split, options.iterations, options.k,
+                                 options.out))
+
+
+def plot(arguments: list[str]) -> None:
+    """Draw accuracy per iteration of one or several runs (seeds) and write its table beside it."""
+    parser = argparse.ArgumentParser(prog="python -m irpo_utils plot", description=plot.__doc__)
+    parser.add_argument("runs", nargs="+", help="run directories that differ in their seed")
+    parser.add_argument("--out", default="figures", help="folder (default: figures)")
+    parser.add_argument("--name", default="accuracy_per_iteration", help="name of the files")
+    options = parser.parse_args(arguments)
+    from irpo_utils import iteration, plots
+
+    metrics, summary, record = iteration.collect(options.runs)
+    figure = plots.accuracy_per_iteration(metrics, summary)
+    plots.save(figure, options.out, options.name, metrics, {"command": _command("plot", arguments), **record})
+    summary.to_csv(Path(options.out) / f"{options.name}_mean.csv", index=False)
+    print(f"{accuracy_table(summary)}\n\nFigure: {Path(options.out) / options.name}.png")
+
+
+def accuracy_table(metrics) -> str:
+    """Accuracy per iteration as text, with 95 % intervals."""
+    names = {"greedy": "greedy", "sampled": "sampled", "majority": "majority", "pass_at_k": "pass@k", "mean_tokens": "tokens"}
+    lines = [f"{'':8}" + "".join(f"{title:>24}" for title in names.values())]
+    for t, rows in metrics.groupby("iteration"):
+        cells = []
+        for name in names:
+            row = rows[rows.metric == name].sort_values("k").iloc[-1:]
+            cells.append(_cell(row.iloc[0]) if len(row) else "")
+        lines.append(f"M_{t:<6}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(row) -> str:
+    if row.metric == "mean_tokens":
+        return f"{row.value:.1f}"
+    interval = "" if row.low != row.low or row.low is None else f" ({100 * row.low:.1f}-{100 * row.high:.1f})"
+    k = f" @{int(row.k)}" if row.metric in ("majority", "pass_at_k") else ""
+    return f"{100 * row.value:.1f}{interval}{k}"
+
+
+def _parse_profile(arguments: list[str]):
+    """The profile with its changed fields, and the options that are not part of it."""
+    from transformers import HfArgumentParser
+
+    from irpo_utils import profiles
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--profile", default="cpu", help=f"one of {', '.join(profiles.PROFILES)} (default: cpu)")
+    common.add_argument("--out", help="run directory (default: runs/PROFILE)")
+    common.add_argument("--quiet", action="store_true", help="no progress bars")
+    options, rest = common.parse_known_args(arguments)
+    options.out = options.out or f"runs/{options.profile}"
+    profile = profiles.get(options.profile)
+    parser = HfArgumentParser(profiles.Profile, parents=[common], prog="python -m irpo_utils run", description=run.__doc__)
+    parser.set_defaults(**dataclasses.asdict(profile))
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    for word in rest:
+        if word.startswith("--") and word.split("=")[0] not in known:
+            close = difflib.get_close_matches(word, [flag for flag in known if "_" not in flag], n=3)
+            raise UserError(f"There is no option {word.split('=')[0]}." + (f" Did you mean {' or '.join(close)}?" if close else "")
+                            + " `python -m irpo_utils run --help` lists them all.")
+    fields = vars(parser.parse_args(rest))
+    return profiles.get(options.profile, **{f.name: fields[f.name] for f in dataclasses.fields(profiles.Profile)}), options
+
+
+def _calm_libraries() -> None:
+    """Bars for our own stages only; the libraries' loading bars and advice would bury them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+    import warnings
+
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def _command(name: str, arguments: list[str]) -> str:
+    return " ".join(["python -m irpo_utils", name, *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
