@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,8 +72,8 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
             quantization_config=_nf4(dtype) if quantize else None)
     except (OSError, ValueError) as error:
         raise UserError(_explain(path, error)) from error
-    if quantize:
-        _quiet_kernels()
+    if quantize and device == "cpu":
+        _plain_cpu_kernels(base)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     if adapter is None:
@@ -93,9 +92,16 @@ def _nf4(dtype: torch.dtype):
                               bnb_4bit_compute_dtype=dtype)
 
 
-def _quiet_kernels() -> None:
-    """bitsandbytes says on every CPU start that an optional kernel package is not there; the result is the same."""
-    warnings.filterwarnings("ignore", message=".*gemm_4bit.*")
+def _plain_cpu_kernels(base) -> None:
+    """Keep bitsandbytes from repacking the weights of a model in eval mode.
+
+    On processors with bf16 instructions it does so for speed, and computes in bf16 through a kernel without a backward
+    pass: log-probabilities then differ between eval and train mode, and gradients taken in eval mode are silently
+    wrong. Without it the weights are dequantised to fp32 in every call, which is exact and the same everywhere.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def find(name: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from irpo_utils import UserError, models
@@ -74,10 +74,10 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     if batch_size % micro:
         raise UserError(f"batch_size = {batch_size} is not a multiple of micro_batch_size = {micro}.")
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    data = preferences.select_columns(columns)
-    if reference is not None:
-        data = data.add_column("ref_chosen_logps", reference[0]).add_column("ref_rejected_logps", reference[1])
     _fresh_adapter(model, seed)
+    chosen, rejected = reference or reference_logps(model.eval(), tokenizer, preferences)
+    data = (preferences.select_columns(columns).add_column("ref_chosen_logps", chosen)
+            .add_column("ref_rejected_logps", rejected))
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder, beta=beta, learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
@@ -100,14 +100,29 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     return TrainingResult(model, Dataset.from_list(rows), probe_log, _summary(rows))
 
 
+def reference_logps(model, tokenizer, preferences) -> tuple[list[float], list[float]]:
+    """Log-probabilities (sums, nats) of the chosen and of the rejected responses under `model` as it is now.
+
+    A response that stands in several pairs, as wrap-around makes them, is scored once.
+    """
+    keys = [(tuple(prompt), tuple(response)) for side in ("chosen_ids", "rejected_ids")
+            for prompt, response in zip(preferences["prompt_ids"], preferences[side])]
+    unique = list(dict.fromkeys(keys))
+    scores = models.score(model, tokenizer, [list(prompt) for prompt, _ in unique], [list(response) for _, response in unique])
+    of = dict(zip(unique, scores, strict=True))
+    return [of[key] for key in keys[: len(preferences)]], [of[key] for key in keys[len(preferences) :]]
+
+
 class IterativeRPOTrainer(DPOTrainer):
     """TRL's `DPOTrainer` with the paper's loss, trained on the very tokens that were sampled.
 
     What differs from the parent: the pairs come tokenised (text tokenised again can differ from what was sampled, and
-    the parent appends EOS even where a completion was cut off); the reference is M_t by construction, scored once
-    before the first step; the NLL is normalised per sequence; and the loss is divided by the number of pairs of the
+    the parent appends EOS even where a completion was cut off); the reference is scored once, before the trainer is
+    made; the NLL is normalised per sequence; and the loss is divided by the number of pairs of the
     whole batch, so that it does not depend on micro-batches or processes.
     """
+
+    loss_is_scaled_for_ga = True        # compute_loss divides by the pairs of the whole batch itself
 
     def __init__(self, model, config, data, tokenizer, *, alpha, dpo_weight, nll_per, callbacks):
         self.alpha, self.dpo_weight, self.nll_per = alpha, dpo_weight, nll_per
@@ -117,6 +132,7 @@ class IterativeRPOTrainer(DPOTrainer):
         weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(model=model, args=config, train_dataset=data, processing_class=tokenizer,
                          data_collator=self._collate, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
         # Three things the parent does to a PEFT model have to be undone: it adds a copy named "ref" of the adapter
         # (the reference is precomputed here, and the copy would break the next iteration), casts the adapter of a
         # quantised model to bf16 (small steps would be rounded away), and patches the base model's forward.
@@ -127,7 +143,7 @@ class IterativeRPOTrainer(DPOTrainer):
                 parameter.data = weights[name]
                 parameter.requires_grad_(True)
         self._undo_forward = (base, had_forward)
-        self.model_accepts_loss_kwargs = True       # compute_loss divides by the pairs of the whole batch itself
+        self.model_accepts_loss_kwargs = True       # what transformers before 5.19 reads instead
         self._batch_log: list[dict] = []
 
     def release(self) -> None:
@@ -141,16 +157,7 @@ class IterativeRPOTrainer(DPOTrainer):
         return dataset                              # already tokenised
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        """Log-probabilities under M_t, which is what the model still is before the first step. Repeats are scored once."""
-        if "ref_chosen_logps" in dataset.column_names:
-            return dataset
-        keys = [(tuple(row["prompt_ids"]), tuple(row[side])) for side in ("chosen_ids", "rejected_ids") for row in dataset]
-        unique = list(dict.fromkeys(keys))
-        scores = dict(zip(unique, models.score(self.model.eval(), self.processing_class, [list(p) for p, _ in unique],
-                                               [list(r) for _, r in unique], batch_size=4 * batch_size)))
-        values = [scores[key] for key in keys]
-        return (dataset.add_column("ref_chosen_logps", values[: len(dataset)])
-                .add_column("ref_rejected_logps", values[len(dataset):]))
+        return dataset                              # the reference is there: see `reference_logps`
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """A batch of B pairs as 2B rows, winners first."""

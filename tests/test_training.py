@@ -1,0 +1,240 @@
+"""The loss against an independent implementation, the trainer against both, and QLoRA against its dequantised twin."""
+
+import copy
+import math
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from irpo_utils import UserError, models, training
+
+
+def loss_in_numpy(chosen, rejected, ref_chosen, ref_rejected, lengths, alpha, beta):
+    """Eq. 1 written anew: plain numpy float64, one pair at a time, the sigmoid spelled out."""
+    total = []
+    for w, l, rw, rl, n in zip(chosen, rejected, ref_chosen, ref_rejected, lengths):
+        h = beta * (np.float64(w) - rw) - beta * (np.float64(l) - rl)
+        dpo = np.log1p(np.exp(-h)) if h > 0 else -h + np.log1p(np.exp(h))
+        total.append(dpo - alpha * w / n)
+    return np.array(total)
+
+
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.1), (0.25, 1.0), (5.0, 0.5), (0.0, 0.1)])
+def test_loss_equals_an_independent_implementation_in_float64(alpha, beta):
+    rng = np.random.default_rng(0)
+    values = -rng.uniform(0, 400, size=(4, 64))
+    lengths = rng.integers(1, 300, size=64)
+    dpo, nll = training.dpo_nll_loss(*map(torch.from_numpy, values), torch.from_numpy(lengths), alpha=alpha, beta=beta)
+    expected = loss_in_numpy(*values, lengths, alpha, beta)
+    assert torch.allclose(dpo + alpha * nll, torch.from_numpy(expected), rtol=0, atol=1e-6)
+
+
+def test_gradients_equal_the_derivatives_of_equation_1():
+    rng = np.random.default_rng(1)
+    w, l, rw, rl = (torch.from_numpy(-rng.uniform(5, 60, size=16)) for _ in range(4))
+    n, alpha, beta = torch.from_numpy(rng.integers(3, 40, size=16)), 0.7, 0.3
+    w.requires_grad_(), l.requires_grad_()
+    dpo, nll = training.dpo_nll_loss(w, l, rw, rl, n, alpha=alpha, beta=beta)
+    (dpo + alpha * nll).sum().backward()
+    s = 1 / (1 + np.exp((beta * ((w - rw) - (l - rl))).detach().numpy()))        # σ(-h)
+    assert np.allclose(w.grad.numpy(), -beta * s - alpha / n.numpy(), atol=1e-6)
+    assert np.allclose(l.grad.numpy(), beta * s, atol=1e-6)
+
+
+def test_each_nll_is_divided_by_its_own_length():
+    """The paper's normaliser; over all tokens of the batch the long winner would weigh five times as much."""
+    zero = torch.zeros(2)
+    _, nll = training.dpo_nll_loss(torch.tensor([-60.0, -300.0]), zero, zero, zero, torch.tensor([60, 300]), alpha=1, beta=0.1)
+    assert nll.tolist() == [1.0, 1.0]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return models.load("seed")
+
+
+@pytest.fixture()
+def model(loaded):
+    """The seed model with a zero adapter, whatever a test before did to it."""
+    models.set_adapter(loaded[0], None)
+    return loaded[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(loaded):
+    return loaded[1]
+
+
+@pytest.fixture(scope="module")
+def preferences(tokenizer):
+    """Eleven pairs of unequal lengths; eleven is a multiple of no micro-batch but one."""
+    from irpo_utils.sampling import render_prompt
+
+    rows = []
+    for i in range(11):
+        prompt = render_prompt(tokenizer, f"Question: Mia has {i + 12} shells. {'Mia finds 5 more. ' * (i % 4)}How many?\nSolution:")
+        chosen = "".join(f"{i + 12 + 5 * j}+5={i + 17 + 5 * j}\n" for j in range(i % 4)) + f"Final answer: {i + 12 + 5 * (i % 4)}"
+        encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids                          # noqa: E731
+        rows.append({"prompt_ids": encode(prompt), "chosen_ids": encode(chosen) + [tokenizer.eos_token_id],
+                     "rejected_ids": encode(f"Final answer: {i}") + ([tokenizer.eos_token_id] if i % 2 else [])})
+    return Dataset.from_list(rows)
+
+
+def logp_one_by_one(model, prompt, response):
+    """Log-probability of a response with no batching, no padding and no helper of the package."""
+    ids = torch.tensor([prompt + response])
+    logits = model(input_ids=ids).logits[0].double()
+    return sum(torch.log_softmax(logits[len(prompt) + i - 1], -1)[token] for i, token in enumerate(response))
+
+
+def expected_loss(model, preferences, reference, alpha, beta):
+    total = 0
+    for row, (rw, rl) in zip(preferences, reference):
+        w = logp_one_by_one(model, row["prompt_ids"], row["chosen_ids"])
+        l = logp_one_by_one(model, row["prompt_ids"], row["rejected_ids"])
+        h = beta * ((w - rw) - (l - rl))
+        total = total + torch.log1p(torch.exp(-h)) - alpha * w / len(row["chosen_ids"])
+    return total / len(preferences)
+
+
+def reference_of(model, preferences):
+    with torch.no_grad():
+        return [(logp_one_by_one(model, r["prompt_ids"], r["chosen_ids"]).item(),
+                 logp_one_by_one(model, r["prompt_ids"], r["rejected_ids"]).item()) for r in preferences]
+
+
+def plain_training(model, preferences, reference, steps, learning_rate, alpha, beta, warmup):
+    """Full-batch training spelled out with AdamW: losses before each step, and the first gradients."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    losses, first = [], None
+    for step in range(steps):
+        loss = expected_loss(model, preferences, reference, alpha, beta)
+        losses.append(loss.item())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        first = norm.item() if first is None else first
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, step / warmup)
+        optimizer.step(), optimizer.zero_grad()
+    return losses, first
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, None])
+def test_trainer_minimises_equation_1_whatever_the_micro_batch(model, tokenizer, preferences, micro_batch_size):
+    twin = copy.deepcopy(model)
+    training._fresh_adapter(twin, seed=5)
+    reference = reference_of(twin, preferences)
+    expected, norm = plain_training(twin, preferences, reference, 4, 1e-3, 1.0, 0.1, warmup=1)
+
+    # 12 and not 11 pairs a batch: eleven pairs then are micro-batches of 1 x 11, 4 + 4 + 3, or 11
+    result = training.train(model, tokenizer, preferences, alpha=1.0, beta=0.1, learning_rate=1e-3, epochs=4, batch_size=12,
+                            micro_batch_size=micro_batch_size, warmup_ratio=0.25, lr_scheduler="constant_with_warmup",
+                            seed=5, progress=False)
+    assert np.allclose(result.log["loss"][:], expected, rtol=0, atol=1e-4)
+    assert result.log["grad_norm"][0] == pytest.approx(norm, rel=1e-4)
+    assert expected[-1] < expected[0] - 0.01        # something was learnt, so that the comparison means something
+
+
+def test_dpo_term_is_ln_2_at_the_first_step_of_every_iteration_and_not_later(model, tokenizer, preferences):
+    for _ in range(2):                              # the second time the adapter is not zero, and is its own reference
+        log = training.train(model, tokenizer, preferences, learning_rate=1e-3, epochs=4, progress=False).log
+        assert log["loss_dpo"][0] == pytest.approx(math.log(2), abs=1e-5)
+        assert log["loss_dpo"][-1] < 0.65
+
+
+def test_no_trace_of_the_trainer_stays_on_the_model(model, tokenizer, preferences):
+    training.train(model, tokenizer, preferences, learning_rate=1e-4, progress=False)
+    assert set(model.peft_config) == {"default"}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert "forward" not in model.get_base_model().__dict__
+
+
+def test_small_steps_are_not_rounded_away(model, tokenizer, preferences):
+    """With the adapter in bf16, as TRL casts it, a step of 1e-6 would change next to nothing."""
+    training._fresh_adapter(model, seed=0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n}
+    for _ in range(2):                              # lora_A has no gradient before lora_B has left zero
+        training.train(model, tokenizer, preferences, learning_rate=1e-6, warmup_ratio=0.0, progress=False)
+    moved = [(p != before[n]).float().mean().item() for n, p in model.named_parameters() if n in before]
+    assert np.mean(moved) > 0.9
+
+
+def test_sft_raises_only_the_winners(model, tokenizer, preferences):
+    result = training.train(model, tokenizer, preferences, dpo_weight=0.0, alpha=1.0, learning_rate=1e-3, epochs=6, progress=False)
+    assert np.allclose(result.log["loss"][:], result.log["loss_nll"][:], atol=1e-6)
+    assert result.log["nll_chosen"][-1] < result.log["nll_chosen"][0]
+
+
+def test_probe_measures_fixed_pairs_while_other_pairs_are_trained_on(model, tokenizer, preferences):
+    probe = preferences.select([0, 3])
+    expected = [logp_one_by_one(model, r["prompt_ids"], r["chosen_ids"]).item() for r in probe]
+    result = training.train(model, tokenizer, preferences.select(range(4, 11)), learning_rate=1e-3, epochs=5, probe=probe,
+                            probe_every=2, progress=False)
+    assert result.probe_log["step"][:] == [0, 2, 4, 5]
+    assert result.probe_log["logps_chosen"][0] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert result.probe_log["logps_chosen"][-1] != result.probe_log["logps_chosen"][0]
+
+
+def test_gradients_through_nf4_equal_those_of_the_dequantised_twin(model, preferences):
+    training._fresh_adapter(model, seed=3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.02, generator=torch.Generator().manual_seed(4))
+    twin = copy.deepcopy(model)
+    layers = [(name, layer) for name, layer in twin.named_modules() if isinstance(layer, bnb.nn.Linear4bit)]
+    assert len(layers) == 28                        # seven linear layers in each of four blocks
+    for name, layer in layers:
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, plain)
+    reference = reference_of(model, preferences)
+    for m in (model, twin):
+        m.zero_grad()
+        expected_loss(m, preferences.select(range(4)), reference, 1.0, 0.1).backward()
+    twins = dict(twin.named_parameters())
+    compared = [(p.grad, twins[n].grad) for n, p in model.named_parameters() if p.requires_grad]
+    assert len(compared) == 56 and all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in compared)
+    assert max(a.abs().max() for a, _ in compared) > 1e-3
+
+
+def test_trl_still_averages_the_nll_over_all_tokens():
+    """Why the trainer has a loss of its own. When this fails, TRL has changed: see whether its loss is now Eq. 1."""
+    import inspect
+
+    from trl import DPOTrainer
+    assert "chosen_per_token_logps[chosen_mask.bool()].mean()" in inspect.getsource(DPOTrainer._compute_loss)
+
+
+def test_same_seed_same_adapter(model, tokenizer, preferences):
+    weights = []
+    for _ in range(2):
+        models.set_adapter(model, None)
+        training.train(model, tokenizer, preferences, learning_rate=1e-3, epochs=2, batch_size=4, seed=9, progress=False)
+        weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(alpha=-1.0), "alpha"), (dict(alpha=0.0, dpo_weight=0.0), "not both 0"), (dict(nll_per="batch"), "nll_per"),
+    (dict(batch_size=6, micro_batch_size=4), "multiple"),
+])
+def test_settings_that_make_no_sense_are_refused(model, tokenizer, preferences, change, message):
+    with pytest.raises(UserError, match=message):
+        training.train(model, tokenizer, preferences, progress=False, **change)
+
+
+def test_pairs_without_ids_are_refused(model, tokenizer):
+    with pytest.raises(UserError, match="chosen_ids"):
+        training.train(model, tokenizer, Dataset.from_list([{"prompt_ids": [1]}]), progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_training(model, tokenizer, preferences):
+    broken = preferences.select(range(4))
+    with pytest.raises(UserError, match="Training stopped at step"):
+        training.train(model, tokenizer, broken, beta=float("nan"), progress=False)
