@@ -19,8 +19,14 @@ from __future__ import annotations
 
 import functools
 import random
-import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from irpo_utils import UserError
+from irpo_utils.tasks.numbers import NumberTask
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 STEPS = (2, 3, 4, 5, 6)
 SKELETONS_PER_STEP = 400
@@ -301,6 +307,28 @@ def all_splits() -> dict[str, list[dict]]:
     return splits
 
 
-class _T:
-    def prompt(self, row): return f"Question: {row['question']}\nSolution:"
-TASK = _T()
+class WordProblems(NumberTask):
+    """The embedded task. Its prompt is short: M0 has 0.9 M parameters and was trained with just this text."""
+
+    name = "word_problems"
+
+    def prompt(self, row: dict) -> str:
+        """The question between "Question:" and "Solution:"."""
+        return f"Question: {row['question']}\nSolution:"
+
+    def load(self, split: str, data: str | None = None) -> Dataset:
+        """Rows of one fixed split: `id`, `question`, `answer`, `solution`, `steps`, `skeleton`, `new_skeleton`.
+
+        Raises `UserError` for another split and for `data`, which this task does not read.
+        """
+        from datasets import Dataset
+
+        if data:
+            raise UserError("The task word_problems comes with the package and reads no data; leave out --data, or take "
+                            "the task that the data belong to (--task gsm8k, --task jsonl, ...).")
+        if split not in SPLIT_SIZES:
+            raise UserError(f"There is no split {split!r} of word_problems; take one of {', '.join(SPLIT_SIZES)}.")
+        return Dataset.from_list(all_splits()[split])
+
+
+TASK = WordProblems()

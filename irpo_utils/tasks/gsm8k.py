@@ -1,0 +1,52 @@
+"""GSM8K: 8,792 grade-school word problems with worked solutions (Cobbe et al. 2021, openai/gsm8k).
+
+One raw row (files train.jsonl, test.jsonl):
+
+    {"question": "Natalia sold clips to 48 of her friends in April, and then ...",
+     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\\n... = <<48+24=72>>72 clips ...\\n#### 72"}
+
+Prompt of the paper (appendix B.1), zero-shot. As in the paper 1,000 training questions are held out for choosing the
+checkpoint; which ones it does not say, here a fixed seed draws them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from irpo_utils.tasks import numbers
+from irpo_utils.tasks.files import FileTask, hold_out, need, without
+
+VALIDATION = 1000
+PROMPT = ("Your task is to answer the question below. Give step by step reasoning before you answer, and when you're "
+          'ready to answer, please use the format "Final answer: ..."\nQuestion: {question}\nSolution:')
+
+
+class GSM8K(numbers.NumberTask, FileTask):
+    """Grade-school mathematics with integer answers."""
+
+    name = "gsm8k"
+    hub, config = "openai/gsm8k", "main"
+    expected = '`question` and `answer` (text, the answer ending in "#### NUMBER")'
+
+    def prompt(self, row: dict) -> str:
+        """The paper's instruction, the question, and "Solution:"."""
+        return PROMPT.format(question=row["question"])
+
+    def row(self, raw: dict, index: int) -> dict:
+        """`solution` loses its calculator marks and ends in the "Final answer:" that the prompt asks for."""
+        solution, mark, answer = raw["answer"].rpartition("####")
+        answer = answer.strip().replace(",", "")
+        need(mark and numbers.parse(answer) is not None, "`answer` does not end in #### and a number")
+        need(raw["question"].strip(), "`question` is empty")
+        solution = re.sub(r"<<.*?>>", "", solution).strip()
+        return {"question": raw["question"], "answer": answer, "solution": f"{solution}\nFinal answer: {answer}"}
+
+    def splits(self, path: Path | None) -> dict[str, list[dict]]:
+        """Official test; official train less 1,000 held-out rows for validation."""
+        test = self.read(path, "test")
+        train, validation = hold_out(without(self.read(path, "train"), test), VALIDATION)
+        return {"train": train, "validation": validation, "test": test}
+
+
+TASK = GSM8K()
