@@ -23,7 +23,7 @@ def grade_one(row: dict, task: Task) -> dict:
     """`extracted` (str or None), `correct` (bool) and `reason` (one of `REASONS`) of one row of samples.
 
     `row` has `completion`, `answer`, `finished`, and `choices` if the task has them. Where `finished` is False the
-    completion was cut off: what it says last may be half a number, so nothing is extracted from it, and it does not vote.
+    completion was cut off: what it says last may be half a number, so nothing is extracted from it, and it has no vote.
     """
     if not row["finished"]:
         return {"extracted": None, "correct": False, "reason": "truncated"}

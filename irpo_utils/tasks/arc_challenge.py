@@ -24,7 +24,8 @@ PROMPT = ("Your task is to answer the question below. Give step by step reasonin
           'ready to answer, conclude using the format "Final answer: (insert letter here)"\n\n'
           "Question: {question}\n{options}\nSolution:")
 INTRODUCTION = r"(?:(?:the|my|correct|right|best|final|answer|option|choice|letter|is)\b[\s:]*)*"
-LETTER = re.compile(rf"{INTRODUCTION}[(\[]?\s*([a-e1-9])\s*(?:[)\].,:]+(?!\d)|(?=\s+\S)|$)\s*(.*)", re.IGNORECASE | re.DOTALL)
+LETTER = re.compile(rf"{INTRODUCTION}[(\[]?\s*([a-e1-9])\s*(?:[)\].,:]+(?!\d)|(?=\s+\S)|$)\s*(.*)",
+                    re.IGNORECASE | re.DOTALL)
 
 
 def _clean(text: str) -> str:
@@ -94,7 +95,7 @@ class ARCChallenge(FileTask):
         """`choices` as a list of texts, `answer` as the letter of the right one's place."""
         texts, labels = raw["choices"]["text"], raw["choices"]["label"]
         need(raw["question"].strip(), "`question` is empty")
-        need(len(texts) == len(labels) and 2 <= len(texts) <= 5, "`choices` has not two to five texts with a label each")
+        need(len(texts) == len(labels) and 2 <= len(texts) <= 5, "`choices` needs two to five texts, a label each")
         need(all(isinstance(text, str) for text in texts), "`choices` has an option that is not text")
         need(raw["answerKey"] in labels, f"`answerKey` {raw['answerKey']!r} is none of the labels")
         return {"id": str(raw["id"]), "question": raw["question"], "choices": list(texts),

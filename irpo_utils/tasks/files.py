@@ -73,10 +73,11 @@ def convert_rows(raw_rows, where: str, convert: Callable[[dict, int], dict], exp
 def read_jsonl(path: Path, convert: Callable[[dict, int], dict], expected: str) -> list[dict]:
     """The rows of one UTF-8 JSONL file (empty lines are skipped), or a `UserError` with file and line."""
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")     # not splitlines: U+2028 is no new line
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check the path given to --data.") from error
-    rows = convert_rows(((n, line) for n, line in enumerate(lines, 1) if line.strip()), f"{path}, line ", convert, expected)
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    rows = convert_rows(numbered, f"{path}, line ", convert, expected)
     if not rows:
         raise UserError(f"{path} has no questions. Each line has to be one JSON object with {expected}.")
     return rows
@@ -103,7 +104,8 @@ def load_hub(task: str, hub: str, config: str | None, split: str) -> list[dict]:
         return list(datasets.load_dataset(hub, config, split=split))
     except Exception as error:      # no network, hub down, gated, renamed: each library version has its own classes
         raise UserError(f"Cannot load {hub} from the hub ({type(error).__name__}). Without a network give a folder of "
-                        f"JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with {task}/ in it.") from error
+                        f"JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with {task}/ in it."
+                        ) from error
 
 
 class FileTask(Task):

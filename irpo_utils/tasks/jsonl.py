@@ -56,7 +56,7 @@ class JSONL(FileTask):
         return (_plain(line) or None) if line is not None and len(line) <= numbers.MAX_LINE else None
 
     def is_correct(self, extracted: str | None, answer: str) -> bool:
-        """Equal as numbers if the gold answer is one without words, otherwise as text (case, full stop, space apart)."""
+        """Equal as numbers if the gold answer is one without words, otherwise as text but for case and full stop."""
         if extracted is None:
             return False
         return gsm8k.TASK.is_correct(extracted, answer) if _is_number(answer) else _plain(extracted) == _plain(answer)

@@ -90,9 +90,14 @@ def show(value: Fraction) -> str:
     return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
 
 
+def unbold(completion: str) -> str:
+    """The completion with "**Final Answer**:" as "Final Answer:"."""
+    return re.sub(r"(final answer)\s*\*\*\s*:", r"\1:", completion, flags=re.IGNORECASE)
+
+
 def final_line(completion: str) -> str | None:
-    """The line after the last "Final answer:", also where the words are bold: "**Final Answer**: 42"."""
-    return after_final_answer(completion.replace("**", ""))
+    """The line after the last "Final answer:", also where just these words are bold."""
+    return after_final_answer(unbold(completion))
 
 
 class NumberTask(Task):

@@ -60,21 +60,27 @@ THEMES = (
           ("{name} gives {m} {item} to each of {k} friends.", "{k} cousins take {m} {item} each."),
           ("How many {item} does {name} have now?", "How many {item} are in the collection at the end?")),
     Theme(("loaves", "rolls", "cakes", "pies", "cookies"),
-          ("A bakery has {n} {item} on the shelf.", "{name} bakes {n} {item} at dawn."), "{name} runs a bakery that sells {item}.",
-          ("{name} bakes {n} more.", "The oven turns out another {n} {item}.", "A helper brings {n} {item} from the back room."),
+          ("A bakery has {n} {item} on the shelf.", "{name} bakes {n} {item} at dawn."),
+          "{name} runs a bakery that sells {item}.",
+          ("{name} bakes {n} more.", "The oven turns out another {n} {item}.",
+           "A helper brings {n} {item} from the back room."),
           ("A customer buys {n} {item}.", "{n} {item} are sold before noon.", "{name} throws away {n} burnt {item}."),
           ("{name} bakes {k} trays of {m} {item}.", "A van delivers {k} crates with {m} {item} each."),
           ("{k} people buy {m} {item} each.", "{name} packs {k} bags with {m} {item} and sells them."),
           ("How many {item} are left in the bakery?", "How many {item} can {name} still sell?")),
     Theme(("passengers", "tourists", "pupils", "workers"),
-          ("A bus leaves town with {n} {item}.", "{n} {item} are on the bus of {name}."), "{name} drives a bus full of {item}.",
-          ("At the next stop {n} {item} get on.", "{n} more {item} board at the market.", "A group of {n} joins at the bridge."),
-          ("{n} {item} get off at the station.", "At the park {n} of them leave.", "{n} {item} step out at the school."),
+          ("A bus leaves town with {n} {item}.", "{n} {item} are on the bus of {name}."),
+          "{name} drives a bus full of {item}.",
+          ("At the next stop {n} {item} get on.", "{n} more {item} board at the market.",
+           "A group of {n} joins at the bridge."),
+          ("{n} {item} get off at the station.", "At the park {n} of them leave.",
+           "{n} {item} step out at the school."),
           ("{k} families of {m} get on.", "At the port {k} groups of {m} {item} board."),
           ("{k} groups of {m} {item} get off.", "At the zoo {k} families of {m} leave the bus."),
           ("How many {item} are on the bus now?", "With how many {item} does the bus arrive?")),
     Theme(("books", "comics", "films", "maps", "magazines"),
-          ("A library owns {n} {item}.", "{name} puts {n} {item} on a shelf."), "{name} looks after the {item} of a library.",
+          ("A library owns {n} {item}.", "{name} puts {n} {item} on a shelf."),
+          "{name} looks after the {item} of a library.",
           ("Readers return {n} {item}.", "The town buys {n} new {item}.", "{name} finds {n} {item} in the cellar."),
           ("{n} {item} are lent out.", "A school borrows {n} of the {item}.", "{name} removes {n} torn {item}."),
           ("{k} parcels with {m} {item} each arrive.", "{k} readers bring back {m} {item} each."),
@@ -82,41 +88,50 @@ THEMES = (
           ("How many {item} are there in the end?", "How many {item} does the library hold now?")),
     Theme(("hens", "sheep", "goats", "ducks", "cows"),
           ("A farm starts the year with {n} {item}.", "{name} owns {n} {item}."), "{name} raises {item} on a farm.",
-          ("In spring {n} {item} are born.", "{name} buys {n} {item} at a fair.", "A neighbour hands over {n} more {item}."),
+          ("In spring {n} {item} are born.", "{name} buys {n} {item} at a fair.",
+           "A neighbour hands over {n} more {item}."),
           ("{name} sells {n} {item}.", "In a storm {n} {item} run away.", "A neighbour buys {n} of the {item}."),
           ("{k} trucks bring {m} {item} each.", "{name} buys {k} pens with {m} {item} in each."),
           ("{k} farmers buy {m} {item} each.", "{name} moves {m} {item} to each of {k} other farms."),
           ("How many {item} are on the farm now?", "How many {item} does {name} own after that?")),
     Theme(("dollars", "euros", "pounds", "tokens"),
-          ("{name} saves {n} {item}.", "There are {n} {item} in the purse of {name}."), "{name} counts the {item} in a purse.",
+          ("{name} saves {n} {item}.", "There are {n} {item} in the purse of {name}."),
+          "{name} counts the {item} in a purse.",
           ("{name} earns {n} {item} by washing cars.", "Grandma adds {n} {item}.", "{name} wins {n} {item} in a game."),
-          ("{name} spends {n} {item} on lunch.", "A ticket costs {name} {n} {item}.", "{name} lends {n} {item} to a friend."),
+          ("{name} spends {n} {item} on lunch.", "A ticket costs {name} {n} {item}.",
+           "{name} lends {n} {item} to a friend."),
           ("{name} works {k} hours for {m} {item} each.", "{k} uncles give {name} {m} {item} each."),
           ("{name} buys {k} toys at {m} {item} each.", "{name} pays {m} {item} for each of {k} rides."),
           ("How many {item} does {name} have left?", "What is in the purse in the end?")),
     Theme(("apples", "pears", "plums", "lemons", "figs"),
           ("{name} picks {n} {item}.", "A basket holds {n} {item}."), "{name} fills a basket with {item}.",
-          ("{name} picks {n} more.", "{n} {item} fall from the tree into the basket.", "{name} adds {n} {item} from the garden."),
+          ("{name} picks {n} more.", "{n} {item} fall from the tree into the basket.",
+           "{name} adds {n} {item} from the garden."),
           ("{name} eats {n} {item}.", "{n} {item} turn out to be bad.", "A bird steals {n} of the {item}."),
           ("{name} empties {k} buckets of {m} {item} into the basket.", "{k} children add {m} {item} each."),
           ("{name} bakes {k} tarts with {m} {item} each.", "{k} children eat {m} {item} each."),
           ("How many {item} are in the basket now?", "How many {item} remain?")),
     Theme(("points", "stars", "badges", "gems"),
-          ("{name} starts a game with {n} {item}.", "After one round {name} holds {n} {item}."), "{name} plays a game for {item}.",
-          ("{name} gains {n} {item}.", "A bonus brings {n} {item}.", "In the next level {name} collects {n} more {item}."),
+          ("{name} starts a game with {n} {item}.", "After one round {name} holds {n} {item}."),
+          "{name} plays a game for {item}.",
+          ("{name} gains {n} {item}.", "A bonus brings {n} {item}.",
+           "In the next level {name} collects {n} more {item}."),
           ("{name} loses {n} {item}.", "A trap costs {n} {item}.", "{name} pays {n} {item} for a key."),
           ("{name} opens {k} chests with {m} {item} each.", "{k} wins bring {m} {item} each."),
           ("{k} mistakes cost {m} {item} each.", "{name} buys {k} hints for {m} {item} each."),
           ("How many {item} does {name} end with?", "What is the final number of {item}?")),
     Theme(("bricks", "tiles", "planks", "pipes", "stones"),
-          ("A builder has {n} {item} on site.", "{name} orders {n} {item} for a house."), "{name} builds a house and needs {item}.",
-          ("A truck unloads {n} {item}.", "{name} finds {n} {item} in the shed.", "The next day {n} more {item} arrive."),
+          ("A builder has {n} {item} on site.", "{name} orders {n} {item} for a house."),
+          "{name} builds a house and needs {item}.",
+          ("A truck unloads {n} {item}.", "{name} finds {n} {item} in the shed.",
+           "The next day {n} more {item} arrive."),
           ("{name} uses {n} {item} for a wall.", "{n} {item} break.", "{name} sends back {n} of the {item}."),
           ("{k} pallets of {m} {item} arrive.", "{name} buys {k} stacks with {m} {item} each."),
           ("Each of {k} walls takes {m} {item}.", "{name} lays {k} rows of {m} {item}."),
           ("How many {item} are left on site?", "How many {item} can {name} still use?")),
     Theme(("letters", "parcels", "cards", "flyers"),
-          ("A post office holds {n} {item}.", "{name} sorts {n} {item} in the morning."), "{name} sorts {item} at a post office.",
+          ("A post office holds {n} {item}.", "{name} sorts {n} {item} in the morning."),
+          "{name} sorts {item} at a post office.",
           ("A train brings {n} {item}.", "{n} more {item} are dropped off.", "{name} finds {n} {item} under a table."),
           ("{name} delivers {n} {item}.", "{n} {item} go out by plane.", "A clerk returns {n} {item}."),
           ("{k} sacks of {m} {item} come in.", "{k} shops drop off {m} {item} each."),
@@ -263,7 +278,8 @@ def _apply_clause(kind, sentence, factor, value, limit, rng, bounds):
     return sentence, [*lines, f"{value}{symbol}{n}={result}"], result
 
 
-def make_question(rng: random.Random, group: str = "seen", bounds: NumberRange = TASK_RANGE, steps: int | None = None) -> dict:
+def make_question(rng: random.Random, group: str = "seen", bounds: NumberRange = TASK_RANGE,
+                  steps: int | None = None) -> dict:
     """One question as a row: `question`, `answer`, `solution`, `steps`, `skeleton`, `new_skeleton`.
 
     `group` is "seen" or "held_out"; `steps` fixes the number of equation lines (otherwise all are equally likely).
@@ -292,7 +308,7 @@ def _by_steps() -> dict[tuple[str, int], list[tuple[int, Skeleton]]]:
 
 @functools.lru_cache(maxsize=1)
 def all_splits() -> dict[str, list[dict]]:
-    """The fixed splits: train on seen skeletons only, validation and test with 30 % held-out ones; no question twice."""
+    """The fixed splits: train has seen skeletons only, validation and test 30 % held-out ones; no question twice."""
     rng, known = random.Random(19733), set()
     splits: dict[str, list[dict]] = {}
     for split, size in SPLIT_SIZES.items():
@@ -324,8 +340,8 @@ class WordProblems(NumberTask):
         from datasets import Dataset
 
         if data:
-            raise UserError("The task word_problems comes with the package and reads no data; leave out --data, or take "
-                            "the task that the data belong to (--task gsm8k, --task jsonl, ...).")
+            raise UserError("The task word_problems comes with the package and reads no data; leave out --data, or "
+                            "take the task that the data belong to (--task gsm8k, --task jsonl, ...).")
         if split not in SPLIT_SIZES:
             raise UserError(f"There is no split {split!r} of word_problems; take one of {', '.join(SPLIT_SIZES)}.")
         return Dataset.from_list(all_splits()[split])
