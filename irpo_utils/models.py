@@ -58,6 +58,7 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
     Raises `UserError` for a folder without model, tokenizer, pad token or chat template.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     path = find(name)
@@ -70,10 +71,11 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
             # On a CPU the plain matmul-softmax attention is twice as fast backwards as the fused kernel.
             attn_implementation="eager" if device == "cpu" else "sdpa",
             quantization_config=_nf4(dtype) if quantize else None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_explain(path, error)) from error
     if quantize and device == "cpu":
         _plain_cpu_kernels(base)
+    base.config._name_or_path = name               # adapters then name their base, not a folder of this machine
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     if adapter is None:
@@ -258,6 +260,52 @@ def response_logps(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     # The logits of a position predict the next one: drop the last, keep the one before the first response token.
     chosen = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
     return -chosen * batch["response_mask"]
+
+
+def pair_batch(prompts: list[list[int]], chosen: list[list[int]], rejected: list[list[int]], pad_id: int,
+               dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """One row per pair, `prompt | chosen | rejected`, so that the prompt runs through the model once and not twice.
+
+    Shapes for B pairs, L = P + C + R: `input_ids` and `position_ids` (B, L), additive `attention_mask` (B, 1, L, L) in
+    which the rejected response does not see the chosen one, `response_mask` (B, C + R), `n_chosen` = C (a column
+    count). Positions of both responses go on from the prompt's, as if each stood there alone.
+    """
+    widths = [max(1, *map(len, part)) for part in (prompts, chosen, rejected)]
+    starts = (0, widths[0], widths[0] + widths[1])
+    ids = torch.full((len(prompts), sum(widths)), pad_id)
+    filled, positions = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
+    for row, parts in enumerate(zip(prompts, chosen, rejected, strict=True)):
+        offsets = (widths[0] - len(parts[0]), starts[1], starts[2])         # the prompt is padded on the left
+        for part, at, position in zip(parts, offsets, (0, len(parts[0]), len(parts[0]))):
+            ids[row, at : at + len(part)] = torch.tensor(part)
+            positions[row, at : at + len(part)] = torch.arange(position, position + len(part))
+            filled[row, at : at + len(part)] = True
+    length = ids.shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed[starts[2] :, starts[1] : starts[2]] = False                     # rejected must not read chosen
+    visible = allowed & filled[:, None, :]
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask,
+            "response_mask": filled[:, widths[0] :].long(), "n_chosen": torch.tensor(widths[1])}
+
+
+def pair_logps(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of log-probabilities of the chosen and rejected responses of a `pair_batch`, each (B,), nats."""
+    width, split = batch["response_mask"].shape[1], int(batch["n_chosen"])
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                   position_ids=batch["position_ids"], use_cache=False, logits_to_keep=width + 1).logits
+    # The last prompt token predicts the first token of both responses.
+    predicting = torch.cat([logits[:, :split], logits[:, :1], logits[:, split + 1 : -1]], 1)
+    losses = torch.nn.functional.cross_entropy(predicting.float().transpose(1, 2), batch["input_ids"][:, -width:],
+                                               reduction="none")
+    logps = -losses * batch["response_mask"]
+    return logps[:, :split].sum(-1), logps[:, split:].sum(-1)
+
+
+def can_share_prompt(model) -> bool:
+    """Whether a mask of our own may be given: models with sliding-window layers build several masks themselves."""
+    config = model.config.get_text_config()
+    return not getattr(config, "sliding_window", None) and "sliding_attention" not in (getattr(config, "layer_types", None) or [])
 
 
 @torch.inference_mode()

@@ -54,7 +54,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
           micro_batch_size: int | None = None, warmup_ratio: float = 0.1, lr_scheduler: str = "cosine",
           max_grad_norm: float = 1.0, nll_per: str = "sequence", seed: int = 0, probe=None, probe_every: int = 10,
           gradient_checkpointing: bool = False, optimizer: str = "adamw_torch", progress: bool = True,
-          report_to: str = "none", reference=None) -> TrainingResult:
+          report_to: str = "none", reference=None, share_prompt: bool | None = None) -> TrainingResult:
     """Train the adapter of `model` (M_t, from `models.load`) in place into M_{t+1}.
 
     preferences: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`); `batch_size` counts pairs.
@@ -63,6 +63,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     nll_per: "sequence" (the paper) or "token" (TRL's), for comparison.
     probe: a few fixed pairs whose log-probabilities are logged every `probe_every` steps, whatever is trained on.
     reference: a pair of lists, log-probabilities of the chosen and rejected responses under another reference than M_t.
+
+    share_prompt: one row per pair with the prompt computed once, or two rows; None: one row where the model allows it.
 
     Log columns: `step`, `loss`, `loss_dpo`, `loss_nll`, `logps_chosen`, `logps_rejected` (mean sums, nats), `nll_chosen`
     (nats per token), `margin` (reward margin, β included), `accuracy` (share of pairs with a positive margin),
@@ -76,8 +78,9 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     _fresh_adapter(model, seed)
     chosen, rejected = reference or reference_logps(model.eval(), tokenizer, preferences)
+    lengths = [sum(len(row[c]) for c in columns) for row in preferences.select_columns(columns)]
     data = (preferences.select_columns(columns).add_column("ref_chosen_logps", chosen)
-            .add_column("ref_rejected_logps", rejected))
+            .add_column("ref_rejected_logps", rejected).add_column("length", lengths))
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder, beta=beta, learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
@@ -86,10 +89,11 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
             weight_decay=0.0, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
             save_strategy="no", report_to=report_to, disable_tqdm=True, max_length=None, dataloader_pin_memory=False,
             precompute_ref_log_probs=True, bf16=False, fp16=False, use_cpu=model.device.type == "cpu",
-            gradient_checkpointing=gradient_checkpointing)
+            gradient_checkpointing=gradient_checkpointing, train_sampling_strategy="group_by_length",
+            length_column_name="length")
         callbacks = [_Watch(progress)] + ([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])
         trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
-                                      nll_per=nll_per, callbacks=callbacks)
+                                      nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks)
         try:
             trainer.train()
         finally:
@@ -124,9 +128,10 @@ class IterativeRPOTrainer(DPOTrainer):
 
     loss_is_scaled_for_ga = True        # compute_loss divides by the pairs of the whole batch itself
 
-    def __init__(self, model, config, data, tokenizer, *, alpha, dpo_weight, nll_per, callbacks):
+    def __init__(self, model, config, data, tokenizer, *, alpha, dpo_weight, nll_per, share_prompt, callbacks):
         self.alpha, self.dpo_weight, self.nll_per = alpha, dpo_weight, nll_per
         self.pad_id = tokenizer.pad_token_id
+        self.share_prompt = models.can_share_prompt(model) if share_prompt is None else share_prompt
         base = model.get_base_model()
         had_forward = base.__dict__.get("forward")
         weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -156,27 +161,36 @@ class IterativeRPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset                              # already tokenised
 
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "length"]
+
     def _precompute_ref_logps(self, dataset, name, batch_size):
         return dataset                              # the reference is there: see `reference_logps`
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """A batch of B pairs as 2B rows, winners first."""
-        prompts = [row["prompt_ids"] for row in rows]
-        responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
-        batch = models.pad_batch(prompts * 2, responses, self.pad_id)
-        batch["ref_logps"] = torch.tensor([row["ref_chosen_logps"] for row in rows] + [row["ref_rejected_logps"] for row in rows])
+        """B pairs as B rows that share their prompt, or as 2B rows, winners first, for models that cannot do that."""
+        prompts, chosen, rejected = ([row[key] for row in rows] for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        if self.share_prompt:
+            batch = models.pair_batch(prompts, chosen, rejected, self.pad_id, self.model.dtype)
+        else:
+            batch = models.pad_batch(prompts * 2, chosen + rejected, self.pad_id)
+        batch["ref_chosen"] = torch.tensor([row["ref_chosen_logps"] for row in rows])
+        batch["ref_rejected"] = torch.tensor([row["ref_rejected_logps"] for row in rows])
+        batch["n_tokens_chosen"] = torch.tensor([len(ids) for ids in chosen])
+        batch["tokens"] = torch.tensor([sum(map(len, (*prompts, *chosen, *rejected)))])
         return batch
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs in one optimiser step, over all micro-batches and processes."""
-        pairs = torch.tensor(sum(len(batch["ref_logps"]) // 2 for batch in batch_samples), device=device)
+        pairs = torch.tensor(sum(len(batch["ref_chosen"]) for batch in batch_samples), device=device)
         return int(self.accelerator.gather(pairs).sum())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        per_token = models.response_logps(model, inputs)
-        logps_chosen, logps_rejected = per_token.sum(-1).chunk(2)
-        ref_chosen, ref_rejected = inputs["ref_logps"].chunk(2)
-        lengths = inputs["response_mask"].sum(-1).chunk(2)[0]
+        if self.share_prompt:
+            logps_chosen, logps_rejected = models.pair_logps(model, inputs)
+        else:
+            logps_chosen, logps_rejected = models.response_logps(model, inputs).sum(-1).chunk(2)
+        ref_chosen, ref_rejected, lengths = inputs["ref_chosen"], inputs["ref_rejected"], inputs["n_tokens_chosen"]
         loss_dpo, loss_nll = dpo_nll_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, lengths,
                                           alpha=self.alpha, beta=self.beta)
         if self.nll_per == "token":
@@ -188,7 +202,7 @@ class IterativeRPOTrainer(DPOTrainer):
             self._batch_log.append({name: self.accelerator.gather(value.detach().float()).sum().item() for name, value in {
                 "pairs": torch.ones_like(losses), "loss": losses, "loss_dpo": loss_dpo, "loss_nll": loss_nll,
                 "logps_chosen": logps_chosen, "logps_rejected": logps_rejected, "nll_chosen": -logps_chosen / lengths,
-                "margin": margin, "accuracy": (margin > 0).float(), "tokens": inputs["attention_mask"].sum().reshape(1),
+                "margin": margin, "accuracy": (margin > 0).float(), "tokens": inputs["tokens"],
             }.items()})
         # Data-parallel training averages gradients over processes: the factor undoes that.
         return losses.sum() / pairs * self.accelerator.num_processes

@@ -1,0 +1,229 @@
+"""The loop as a user meets it: a run directory that can be read, resumed, and trusted."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+from datasets import load_from_disk
+
+from irpo_utils import UserError, iteration, profiles
+
+STAGES = ("evaluation", "samples", "graded", "pairs")
+SMOKE = dict(n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=20, eval_samples=2, eval_samples_ends=3,
+             learning_rate=1e-4, sampling_batch_size=96)
+
+
+def smoke(**changes):
+    return profiles.get("smoke", **{**SMOKE, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    iteration.run(smoke(), out, progress=False)
+    return out
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Everything a run computed, without what legitimately differs (times, environment)."""
+    kept = {}
+    for file in sorted(out.rglob("*")):
+        if file.is_file() and file.name not in (".lock", "timing.csv", "environment.json", "checksums.json", "training_log.jsonl",
+                                                "state.json", "summary.json", "dataset_info.json"):
+            kept[str(file.relative_to(out))] = file.read_bytes()
+    for log in sorted(out.rglob("training_log.jsonl")):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        kept[str(log.relative_to(out))] = json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows]).encode()
+    return kept
+
+
+def test_run_directory_reads_like_the_algorithm(finished):
+    assert json.loads((finished / "profile.json").read_text())["n_samples"] == 4
+    assert json.loads((finished / "environment.json").read_text())["versions"]["torch"]
+    for t in range(3):
+        folder = finished / f"iteration_{t}"
+        assert (folder / "adapter" / "adapter_model.safetensors").exists() == (t > 0)
+        assert (folder / "training_log.jsonl").exists() == (t > 0)
+        assert [(folder / stage).exists() for stage in STAGES] == [True] + [t < 2] * 3
+    assert not list(finished.rglob("*.partial"))
+
+
+def test_what_passes_between_the_stages_has_the_documented_columns(finished):
+    folder = finished / "iteration_1"
+    samples = {"id", "sample", "prompt", "completion", "prompt_ids", "completion_ids", "n_tokens", "finished", "logprob", "answer"}
+    assert samples <= set(load_from_disk(str(folder / "samples")).column_names)
+    assert samples | {"extracted", "correct", "reason"} <= set(load_from_disk(str(folder / "graded")).column_names)
+    assert {"prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids", "id", "chosen_sample",
+            "rejected_sample"} <= set(load_from_disk(str(folder / "pairs")).column_names)
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "loss_dpo", "loss_nll", "logps_chosen", "logps_rejected", "nll_chosen", "margin", "accuracy",
+            "grad_norm", "tokens", "seconds"} <= set(log[0])
+
+
+def test_metrics_table(finished):
+    table = pandas.read_csv(finished / "metrics.csv")
+    assert list(table.columns) == ["method", "seed", "iteration", "split", "metric", "k", "value", "low", "high", "n"]
+    assert set(table.method) == {"irpo"} and set(table.iteration) == {0, 1, 2} and set(table.split) == {"test"}
+    greedy = table[table.metric == "greedy"]
+    assert len(greedy) == 3 and (greedy.low <= greedy.value).all() and (greedy.value <= greedy.high).all() and set(greedy.n) == {20}
+    assert {"sampled", "majority", "pass_at_k", "mean_tokens", "pairs_used"} <= set(table.metric)
+    warning = table[table.iteration > 0]
+    assert set(warning[warning.metric == "kl_to_previous"].iteration) == {1, 2}
+    assert set(warning[warning.metric == "chosen_logp_per_token"].iteration) == {1, 2}
+    assert set(table[(table.metric == "majority") & (table.iteration == 1)].k) == {2}
+    assert set(table[(table.metric == "majority") & (table.iteration != 1)].k) == {3}
+    timing = pandas.read_csv(finished / "timing.csv")
+    assert set(timing.stage) == {"adapter", *STAGES} and (timing.seconds >= 0).all()
+
+
+def test_kl_is_measured_on_what_the_new_model_says(finished):
+    """Recomputed from the adapters alone, with fewer completions."""
+    from irpo_utils import models, sampling, tasks
+    task, profile = tasks.get("word_problems"), smoke()
+    model, tokenizer = models.load("seed")
+    models.set_adapter(model, finished / "iteration_1" / "adapter")
+    drawn = sampling.sample(model, tokenizer, task.load("test").select(range(20)), task, n=1, max_new_tokens=profile.max_new_tokens,
+                            seed=15, progress=False)
+    new = models.score(model, tokenizer, drawn["prompt_ids"][:], drawn["completion_ids"][:])
+    models.set_adapter(model, None)
+    old = models.score(model, tokenizer, drawn["prompt_ids"][:], drawn["completion_ids"][:])
+    table = pandas.read_csv(finished / "metrics.csv")
+    written = table[(table.metric == "kl_to_previous") & (table.iteration == 1)].value.iloc[0]
+    assert written == pytest.approx(sum(a - b for a, b in zip(new, old)) / len(new), abs=1e-3)
+
+
+def test_same_seed_same_numbers_other_seed_others(finished, tmp_path):
+    iteration.run(smoke(), tmp_path / "again", progress=False)
+    assert results(tmp_path / "again") == results(finished)
+    iteration.run(smoke(seed=1, iterations=1), tmp_path / "other", progress=False)
+    assert (tmp_path / "other/iteration_0/samples/data-00000-of-00001.arrow").read_bytes() != (
+        finished / "iteration_0/samples/data-00000-of-00001.arrow").read_bytes()
+
+
+def test_a_finished_run_does_nothing_again(finished):
+    before = {f: f.stat().st_mtime_ns for f in finished.rglob("*") if f.is_file() and f.suffix != ".csv" and f.name != ".lock"}
+    iteration.run(smoke(), finished, progress=False)
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+
+
+@pytest.mark.parametrize("stage, t", [("evaluation", 0), ("samples", 0), ("graded", 0), ("pairs", 0), ("adapter", 1), ("evaluation", 2)])
+def test_killed_in_a_stage_and_started_again_it_ends_with_the_same_metrics(finished, tmp_path, stage, t):
+    """SIGKILL while the artefact is being written: the moment in which most could be lost."""
+    out = tmp_path / "killed"
+    program = f"""
+import os, signal
+from irpo_utils import iteration, profiles
+real = iteration.RunDirectory.stage
+def stage(self, t, name, make, save):
+    def save_half(content, folder):
+        save(content, folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, t, name, make, save_half if (t, name) == ({t}, {stage!r}) else save)
+iteration.RunDirectory.stage = stage
+iteration.run(profiles.get("smoke", **{SMOKE!r}), {str(out)!r}, progress=False)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (out / f"iteration_{t}" / stage).exists()
+    iteration.run(smoke(), out, progress=False)
+    assert results(out) == results(finished)
+
+
+def test_a_damaged_artefact_is_made_again_and_never_trusted(finished, tmp_path, capsys):
+    import shutil
+    out = shutil.copytree(finished, tmp_path / "damaged")
+    victim = out / "iteration_1" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    victim.write_bytes(content)
+    iteration.run(smoke(), out, progress=False)
+    assert "adapter is damaged" in capsys.readouterr().out
+    assert results(out) == results(finished)
+
+
+def test_other_settings_over_an_old_directory_are_refused_by_name(finished):
+    with pytest.raises(UserError, match=r"alpha \(1.0 there, 2.0 now\).*seed"):
+        iteration.run(smoke(alpha=2.0, seed=5), finished, progress=False)
+
+
+def test_two_runs_on_one_directory(finished):
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from filelock import FileLock\n"
+                               f"with FileLock({str(finished / '.lock')!r}): print('held', flush=True); time.sleep(60)"],
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline().strip() == "held"
+        with pytest.raises(UserError, match="in use by another run"):
+            iteration.run(smoke(), finished, progress=False)
+    finally:
+        holder.kill()
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    import errno
+    from datasets import DatasetDict
+
+    def full(self, folder, **kwargs):
+        (Path(folder) / "half").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as m:
+        m.setattr(DatasetDict, "save_to_disk", full)
+        with pytest.raises(UserError, match="No space left on device.*goes on where it stood"):
+            iteration.run(smoke(iterations=1), tmp_path / "out", progress=False)
+    assert not list((tmp_path / "out" / "iteration_0").iterdir())
+    iteration.run(smoke(iterations=1), tmp_path / "out", progress=False)
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written"):
+        iteration.run(smoke(), tmp_path / "file" / "out", progress=False)
+
+    def read_only(self, *args, **kwargs):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(UserError, match="Read-only file system"):
+        iteration.run(smoke(), tmp_path / "out", progress=False)
+
+
+def test_fresh_questions_are_others_in_every_iteration(tmp_path):
+    iteration.run(smoke(fresh_questions=True), tmp_path / "fresh", progress=False)
+    first, second = (set(load_from_disk(str(tmp_path / "fresh" / f"iteration_{t}" / "samples"))["id"]) for t in (0, 1))
+    assert len(first) == len(second) == 24 and not first & second
+
+
+def test_gold_winners_and_a_cap_on_pairs(tmp_path):
+    iteration.run(smoke(gold=True, max_pairs=10, iterations=1), tmp_path / "gold", progress=False)
+    pairs = load_from_disk(str(tmp_path / "gold/iteration_0/pairs"))
+    counts = json.loads((tmp_path / "gold/iteration_0/pairs/counts.json").read_text())
+    assert len(pairs) == counts["pairs"] == 10 and counts["all_wrong"] == 0 and counts["gold_winners"] > 0
+
+
+def test_collect_joins_seeds_and_refuses_other_settings(finished, tmp_path):
+    iteration.run(smoke(seed=1), tmp_path / "one", progress=False)
+    metrics, means, record = iteration.collect([finished, tmp_path / "one"])
+    assert set(metrics.seed) == {0, 1} and set(means.iteration) == {0, 1, 2} and record["seeds"] == [0, 1]
+    greedy = metrics[(metrics.metric == "greedy") & (metrics.iteration == 2)].value
+    mean = means[(means.metric == "greedy") & (means.iteration == 2)].iloc[0]
+    assert mean.value == pytest.approx(greedy.mean()) and mean.low <= mean.value <= mean.high and mean.seeds == 2
+    iteration.run(smoke(seed=2, beta=0.2, iterations=1), tmp_path / "two", progress=False)
+    with pytest.raises(UserError, match="differ in more than their seed"):
+        iteration.collect([finished, tmp_path / "two"])
+
+
+def test_evaluate_run_again_with_more_samples(finished):
+    text = iteration.evaluate_run(finished, split="validation", k=4)
+    table = pandas.read_csv(finished / "evaluations" / "word_problems_validation.csv")
+    assert set(table.iteration) == {0, 2} and "greedy" in text and "M_2 against M_0" in text
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(profiles.Profile)])
+def test_every_field_of_a_profile_is_documented(field):
+    [f] = [f for f in dataclasses.fields(profiles.Profile) if f.name == field]
+    assert len(f.metadata["help"]) > 5

@@ -1,0 +1,166 @@
+"""Loading M_t, its tokenizer's checks, and swapping adapters on one base."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from irpo_utils import UserError, models
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    """A copy of the seed model that a test may damage."""
+    return shutil.copytree(models.SEED_MODEL, tmp_path / "model")
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_seed_model_is_a_llama_of_one_to_three_million_parameters_in_at_most_8_mb():
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models.SEED_MODEL)
+    assert model.config.model_type == "llama" and 0.9e6 < model.num_parameters() < 3e6
+    assert sum(f.stat().st_size for f in models.SEED_MODEL.rglob("*")) <= 8e6
+    assert list(models.SEED_MODEL.glob("*.safetensors")) and not list(models.SEED_MODEL.glob("*.bin"))
+
+
+def test_tokenizer_has_single_digits_and_reads_any_text():
+    tokenizer = models.load_tokenizer(str(models.SEED_MODEL))
+    assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
+    for text in ("naïve 東京 🙂", "\x00\x1b[0m", "<|end|", "tab\there"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_base_is_nf4_with_double_quantisation_and_only_the_adapter_is_trainable():
+    model, _ = models.load("seed")
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
+    assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert models.describe(model)["parameters"] == 993536 and models.describe(model)["four_bit"]
+
+
+def test_eval_mode_computes_what_train_mode_computes():
+    """bitsandbytes' bf16 kernel for CPUs in eval mode would differ in the third digit."""
+    model, tokenizer = models.load("seed")
+    ids = torch.randint(5, 1000, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        evaluated, trained = model.eval()(ids).logits, model.train()(ids).logits
+    assert torch.allclose(evaluated, trained, atol=1e-6)
+
+
+def test_zero_adapter_is_the_base():
+    model, _ = models.load("seed")
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad(), model.disable_adapter():
+        base = model(ids).logits
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, base)
+
+
+def test_set_adapter_turns_one_model_into_another_and_back(tmp_path):
+    model, _ = models.load("seed")
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        zero = model(ids).logits
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(1))
+        trained = model(ids).logits
+        model.save_pretrained(tmp_path / "adapter")
+        models.set_adapter(model, None)
+        assert torch.equal(model(ids).logits, zero)
+        models.set_adapter(model, tmp_path / "adapter")
+        assert torch.equal(model(ids).logits, trained)
+        loaded, _ = models.load("seed", adapter=tmp_path / "adapter")
+        assert torch.allclose(loaded(ids).logits, trained, atol=1e-6)
+    assert not torch.allclose(zero, trained, atol=1e-3)
+
+
+def test_pad_batch_aligns_all_responses():
+    batch = models.pad_batch([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=0)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 5, 0], [0, 0, 4, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert batch["position_ids"].tolist()[1] == [0, 0, 0, 1, 2]
+    assert batch["response_mask"].tolist() == [[1, 0], [1, 1]]
+
+
+def test_scores_do_not_depend_on_padding():
+    model, tokenizer = models.load("seed")
+    prompts, responses = [[7] * n for n in (3, 20, 41)], [[9, 8] * n for n in (10, 1, 4)]
+    together = models.score(model, tokenizer, prompts, responses)
+    alone = [models.score(model, tokenizer, [p], [r])[0] for p, r in zip(prompts, responses)]
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert models.score(model, tokenizer, prompts, responses, batch_size=1) == pytest.approx(alone, abs=1e-4)
+
+
+def test_end_tokens_are_those_of_tokenizer_and_generation_config():
+    model, tokenizer = models.load("seed")
+    model.generation_config.eos_token_id = [9, 11]
+    assert models.end_tokens(model, tokenizer) == sorted({9, 11, tokenizer.eos_token_id})
+
+
+def test_a_folder_without_tokenizer(folder):
+    (folder / "tokenizer.json").unlink(), (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="No tokenizer.*save_pretrained"):
+        models.load(str(folder))
+
+
+def test_a_tokenizer_without_pad_token_names_the_option(folder):
+    edit(folder / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(UserError, match="no pad token.*--pad-token"):
+        models.load(str(folder))
+    _, tokenizer = models.load(str(folder), pad_token="<|pad|>")
+    assert tokenizer.pad_token_id == 0
+    with pytest.raises(UserError, match="not in the vocabulary"):
+        models.load(str(folder), pad_token="<nonsense>")
+
+
+def test_a_tokenizer_without_chat_template(folder):
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        models.load(str(folder))
+
+
+def test_a_tokenizer_without_eos(folder):
+    edit(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(UserError, match="no EOS"):
+        models.load(str(folder))
+
+
+def test_a_folder_that_is_not_a_model(tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        models.load(str(tmp_path))
+
+
+def test_an_unknown_short_name():
+    with pytest.raises(UserError, match="no model 'qwen9'.*qwen2.5-0.5b"):
+        models.load("qwen9")
+
+
+def test_truncated_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(UserError, match="could not be loaded"):
+        models.load(str(folder))
+
+
+def test_pickled_weights_are_refused(folder):
+    from safetensors.torch import load_file
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        models.load(str(folder))
+
+
+def test_a_model_with_code_of_its_own_is_refused(folder):
+    edit(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(UserError):
+        models.load(str(folder))
