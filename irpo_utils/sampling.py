@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from irpo_utils import UserError, models
 
 DROP_SHARE = 1 / 8      # finished rows leave the batch once they are this share of it: copying the cache has a price
+ROOM = 32               # tokens of spare room in the cache
 
 
 def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1.0, top_p: float = 1.0,
@@ -86,12 +87,10 @@ def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
 @torch.inference_mode()
 def _decode(model, tokenizer, prompt_ids, n, temperature, top_p, max_new_tokens, uniforms):
     """Completions of one batch: a list of (token ids, finished, log-probability) with n entries per prompt."""
-    from transformers import DynamicCache
-
     ends = torch.tensor(models.end_tokens(model, tokenizer), device=model.device)
     batch = models.pad_batch(prompt_ids, [[]] * len(prompt_ids), tokenizer.pad_token_id, model.device)
     mask, positions = batch["attention_mask"][:, :-1], batch["position_ids"][:, :-1]
-    cache = DynamicCache(config=model.get_base_model().config)
+    cache = roomy_cache(model.config)
     logits = model(input_ids=batch["input_ids"][:, :-1], attention_mask=mask, position_ids=positions,
                    past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
@@ -121,6 +120,38 @@ def _decode(model, tokenizer, prompt_ids, n, temperature, top_p, max_new_tokens,
     lists = [[t for t in row if t >= 0] for row in tokens.tolist()]
     ended = torch.isin(torch.tensor([row[-1] for row in lists]), ends.cpu()).tolist()
     return list(zip(lists, ended, logprob.tolist(), strict=True))
+
+
+def roomy_cache(config):
+    """A `DynamicCache` whose keys and values lie in buffers with room for the next 32 tokens.
+
+    The library's own cache is copied whole for every new token, which on a CPU costs more than the model itself.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        def update(self, key_states, value_states, *args, **kwargs):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self.keys, self.values = key_states, value_states
+                self.rooms = [key_states, value_states]
+                return key_states, value_states
+            self.keys, self.values = self._append(0, self.keys, key_states), self._append(1, self.values, value_states)
+            return self.keys, self.values
+
+        def _append(self, i, old, new):
+            length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
+            # No room left, or rows were dropped or repeated since, so that `old` is no longer the buffer's beginning.
+            if self.rooms[i].shape[-2] < total or self.rooms[i].data_ptr() != old.data_ptr():
+                self.rooms[i] = old.new_empty(*old.shape[:-2], total + ROOM, old.shape[-1])
+                self.rooms[i][..., :length, :] = old
+            self.rooms[i][..., length:total, :] = new
+            return self.rooms[i][..., :total, :]
+
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _uniforms(seed: int, question_id: str, n: int, max_new_tokens: int) -> np.ndarray:

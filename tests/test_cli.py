@@ -1,0 +1,155 @@
+"""The command line as a user meets it: what goes wrong is one paragraph that says what to do, never a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pandas
+import pytest
+
+from irpo_utils import __main__ as cli
+
+TINY = ["--profile", "smoke", "--quiet", "--iterations", "1", "--n-questions", "24", "--n-samples", "4", "--n-eval-questions", "20",
+        "--eval-samples-ends", "2"]
+
+
+def irpo(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "irpo_utils", *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+def assert_clean_error(result, *words):
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr + result.stdout
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ") and len(message) > 60, result.stderr
+    for word in words:
+        assert word in message, message
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One tiny run by the real command."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    return out, irpo("run", *TINY, "--out", out)
+
+
+def test_run_ends_with_the_table_and_the_place_of_the_figure(run):
+    out, result = run
+    assert result.returncode == 0, result.stderr
+    assert "M_0" in result.stdout and "M_1" in result.stdout and "greedy" in result.stdout
+    assert str(out / "accuracy_per_iteration.png") in result.stdout
+    for name in ("metrics.csv", "timing.csv", "accuracy_per_iteration.png", "accuracy_per_iteration.svg"):
+        assert (out / name).stat().st_size > 0
+    record = json.loads((out / "accuracy_per_iteration.json").read_text())
+    assert record["seed"] == 0 and record["versions"]["torch"] and "--n-questions 24" in record["command"]
+
+
+def test_run_prints_counts_of_pairs_and_the_warning_numbers(run):
+    _, result = run
+    assert "all wrong" in result.stdout and "duplicate completions" in result.stdout
+    assert "KL to M_0" in result.stdout and "log-probability per token" in result.stdout
+
+
+def test_the_same_command_again_does_nothing_and_says_the_same(run):
+    out, result = run
+    assert irpo("run", *TINY, "--out", out).stdout.splitlines()[-5:] == result.stdout.splitlines()[-5:]
+
+
+def test_other_settings_over_the_same_directory(run):
+    assert_clean_error(irpo("run", *TINY, "--alpha", "2", "--out", run[0]), "alpha", "Choose another --out")
+
+
+def test_plot_draws_from_run_directories(run, tmp_path):
+    result = irpo("plot", run[0], "--out", tmp_path / "figures")
+    assert result.returncode == 0, result.stderr
+    table = pandas.read_csv(tmp_path / "figures" / "accuracy_per_iteration.csv")
+    assert set(table.iteration) == {0, 1} and (tmp_path / "figures" / "accuracy_per_iteration.svg").exists()
+
+
+def test_evaluate_again(run):
+    result = irpo("evaluate", run[0], "--split", "validation", "--k", "2", "--iterations", "1")
+    assert result.returncode == 0, result.stderr
+    assert "greedy" in result.stdout
+
+
+def test_unknown_profile():
+    assert_clean_error(irpo("run", "--profile", "laptop"), "laptop", "smoke", "cpu")
+
+
+def test_unknown_field_suggests_the_right_one():
+    assert_clean_error(irpo("run", "--learning_rat", "1"), "--learning_rat", "--learning-rate")
+
+
+def test_unknown_task(tmp_path):
+    assert_clean_error(irpo("run", *TINY, "--task", "crosswords", "--out", tmp_path / "o"), "crosswords", "word_problems", "jsonl")
+
+
+def test_value_out_of_range(tmp_path):
+    assert_clean_error(irpo("run", "--n-samples", "0", "--out", tmp_path / "o"), "--n-samples", "at least 1")
+    assert not (tmp_path / "o").exists()
+
+
+def write_jsonl(path, lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def test_malformed_row_names_file_and_line(tmp_path):
+    good = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(30)]
+    data = write_jsonl(tmp_path / "mine.jsonl", [*good[:6], '{"question": "no answer"}', *good[6:]])
+    assert_clean_error(irpo("run", *TINY, "--task", "jsonl", "--data", data, "--out", tmp_path / "o"), "mine.jsonl", "7", "answer")
+    data = write_jsonl(tmp_path / "broken.jsonl", [*good[:3], "{not json", *good[3:]])
+    assert_clean_error(irpo("run", *TINY, "--task", "jsonl", "--data", data, "--out", tmp_path / "o"), "broken.jsonl", "4")
+
+
+def test_a_file_of_ones_own_runs(tmp_path):
+    """The embedded questions written out as a user's file, so that the seed model can answer some."""
+    from irpo_utils.tasks import word_problems
+    rows = [{"question": r["question"], "answer": r["answer"]} for r in word_problems.all_splits()["train"][:120]]
+    data = write_jsonl(tmp_path / "mine.jsonl", rows)
+    result = irpo("run", *TINY, "--task", "jsonl", "--data", data, "--out", tmp_path / "o", "--n-eval-questions", "5",
+                  "--n-questions", "60", "--n-samples", "8", "--temperature", "1.0")
+    if result.returncode:               # the prompt is not M_0's own, so that it may answer none: then it must say so
+        assert_clean_error(result, "no pairs")
+    else:
+        assert "M_1" in result.stdout
+
+
+@pytest.mark.parametrize("answer, advice", [("impossible", "too weak")])
+def test_questions_that_nobody_can_answer_end_in_no_pairs(tmp_path, answer, advice):
+    data = write_jsonl(tmp_path / "hard.jsonl", [{"question": f"Riddle {i}?", "answer": f"{answer} {i}"} for i in range(60)])
+    assert_clean_error(irpo("run", *TINY, "--task", "jsonl", "--data", data, "--out", tmp_path / "o"), "no pairs", advice, "--n-samples")
+
+
+def test_missing_data_file(tmp_path):
+    assert_clean_error(irpo("run", *TINY, "--task", "jsonl", "--data", tmp_path / "none.jsonl", "--out", tmp_path / "o"), "none.jsonl")
+
+
+def test_model_folder_without_tokenizer(tmp_path):
+    import shutil
+
+    from irpo_utils.models import SEED_MODEL
+    folder = shutil.copytree(SEED_MODEL, tmp_path / "model")
+    (folder / "tokenizer.json").unlink(), (folder / "tokenizer_config.json").unlink()
+    assert_clean_error(irpo("run", *TINY, "--model", folder, "--out", tmp_path / "o"), "No tokenizer", "save_pretrained")
+
+
+def test_output_folder_on_a_full_disk(run, tmp_path):
+    """A file where the folder should be stands for any place that cannot be written."""
+    (tmp_path / "file").write_text("")
+    assert_clean_error(irpo("run", *TINY, "--out", tmp_path / "file" / "o"), "could not be written", "--out")
+
+
+def test_plot_of_something_that_is_no_run(tmp_path):
+    assert_clean_error(irpo("plot", tmp_path), "not a run directory")
+
+
+def test_help_lists_every_command_and_every_field():
+    assert all(word in irpo("--help").stdout for word in ("run", "evaluate", "plot"))
+    text = irpo("run", "--help").stdout
+    assert all(flag in text for flag in ("--n-samples", "--k-pairs", "--alpha", "--beta", "--learning-rate", "--temperature"))
+
+
+def test_accuracy_table_shows_intervals():
+    rows = [dict(iteration=0, metric="greedy", k=1, value=0.25, low=0.2, high=0.3), dict(iteration=0, metric="mean_tokens", k=1, value=9.5, low=9, high=10)]
+    assert "25.0 (20.0-30.0)" in cli.accuracy_table(pandas.DataFrame(rows)) and "9.5" in cli.accuracy_table(pandas.DataFrame(rows))
