@@ -265,7 +265,8 @@ def math_golds(real_data):
 
 def test_every_real_math_gold_is_right_in_every_form(math_golds):
     for form in ("Final answer: {}", "Final answer: ${}$.", "**Final answer:** $\\boxed{{{}}}$.",
-                 "It is \\boxed{{{}}}.", "Final answer: \\({}\\)", "Final Answer:\n$${}$$", "Final answer: The answer is ${}$."):
+                 "It is \\boxed{{{}}}.",
+                 "Final answer: \\({}\\)", "Final Answer:\n$${}$$", "Final answer: The answer is ${}$."):
         wrong = [gold for gold in math_golds if not MATH.is_correct(MATH.extract(form.format(gold)), gold)]
         assert not wrong, (form, wrong)
 
