@@ -166,7 +166,8 @@ def graded(*questions):
         for name, rows in questions for i, (extracted, correct, tokens, finished) in enumerate(rows)])
 
 
-        {"id": name, "sample": i, "n_tokens": tokens, "finished": finished, "extracted": text, "correct": correct}
+RIGHT, WRONG = ("7", True, 10, True), ("8", False, 20, True)
+NONE, CUT = (None, False, 4, True), (None, False, 80, False)
 GREEDY = graded(("a", [RIGHT]), ("b", [WRONG]), ("c", [RIGHT]), ("d", [CUT]))
 SAMPLED = graded(("a", [RIGHT, RIGHT, WRONG, NONE]), ("b", [RIGHT, WRONG, NONE, CUT]),
                  ("c", [WRONG, ("9", False, 20, True), WRONG, RIGHT]), ("d", [CUT] * 4))
