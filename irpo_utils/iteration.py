@@ -48,13 +48,18 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
         task = tasks.get(profile.task)
         train_questions = task.load("train", profile.data).shuffle(seed=profile.seed)
         eval_questions = _first(task.load(profile.eval_split, profile.data), profile.n_eval_questions)
-        model, tokenizer = models.load(profile.model, quantize=profile.quantize, lora_r=profile.lora_r,
-                                       lora_alpha=profile.lora_alpha, pad_token=profile.pad_token)
+        model, tokenizer = load_model(profile)
         loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, progress)
         for t in range(profile.iterations + 1):
             loop.iteration(t)
             directory.write_tables(range(t + 1))
         return directory.metrics(range(profile.iterations + 1))
+
+
+def load_model(p: Profile):
+    """M_0 and its tokenizer as the profile asks for them."""
+    return models.load(p.model, quantize=p.quantize, dequantize=p.dequantize, dtype=p.dtype, lora_r=p.lora_r,
+                       lora_alpha=p.lora_alpha, pad_token=p.pad_token)
 
 
 class RunDirectory:
@@ -296,7 +301,7 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
     p = load_profile(run)
     chosen, split = tasks.get(task or p.task), split or p.eval_split
     questions = chosen.load(split, data or (p.data if task in (None, p.task) else None))
-    model, tokenizer = models.load(p.model, quantize=p.quantize, lora_r=p.lora_r, lora_alpha=p.lora_alpha, pad_token=p.pad_token)
+    model, tokenizer = load_model(p)
     rows, results = [], {}
     for t in iterations if iterations is not None else [0, p.iterations]:
         folder = Path(run) / f"iteration_{t}" / "adapter"

@@ -49,12 +49,14 @@ def default_dtype(device: str) -> torch.dtype:
 
 def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *, lora_r: int = 16,
          lora_alpha: int = 32, pad_token: str | None = None, device: str | None = None,
-         dtype: torch.dtype | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+         dtype: str | None = None, dequantize: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """M_t and its tokenizer: the base `name` with the adapter of M_t, or with a zero adapter where none is given.
 
     `name` is "seed" (shipped with this package), a key of `HUB_NAMES`, a hub name or a folder. With `quantize` the
     linear layers of the base are stored in NF4 with double quantisation. All linear layers get LoRA matrices of rank
-    `lora_r` and scale `lora_alpha / lora_r`; they are trained in fp32 whatever the dtype of the base.
+    `lora_r` and scale `lora_alpha / lora_r`; they are trained in fp32 whatever the dtype of the base (`dtype`:
+    "float32", "bfloat16" or "float16", by default what the device is good at). `dequantize` unpacks the NF4 weights
+    once and for all: the same numbers in more memory, faster for small models on a CPU.
     Raises `UserError` for a folder without model, tokenizer, pad token or chat template.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -64,7 +66,7 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
     path = find(name)
     tokenizer = load_tokenizer(path, pad_token)
     device = device or default_device()
-    dtype = dtype or default_dtype(device)
+    dtype = getattr(torch, dtype) if dtype else default_dtype(device)
     try:
         base = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False,
@@ -75,6 +77,8 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
         raise UserError(_explain(path, error)) from error
     if quantize and device == "cpu":
         _plain_cpu_kernels(base)
+    if quantize and dequantize:
+        _dequantize(base, dtype)
     base.config._name_or_path = name               # adapters then name their base, not a folder of this machine
     for parameter in base.parameters():
         parameter.requires_grad_(False)
@@ -104,6 +108,18 @@ def _plain_cpu_kernels(base) -> None:
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _dequantize(base, dtype: torch.dtype) -> None:
+    """Replace every NF4 layer by a plain one with the weights that it dequantises to."""
+    from bitsandbytes import functional, nn
+
+    for name, layer in list(base.named_modules()):
+        if isinstance(layer, nn.Linear4bit):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            plain.weight, plain.bias = torch.nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
+            base.set_submodule(name, plain)
 
 
 def find(name: str) -> str:

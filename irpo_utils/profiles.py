@@ -27,6 +27,8 @@ class Profile:
     iterations: int = _option(4, "T: how often to sample, grade, pair and train")
 
     quantize: bool = _option(True, "keep the base in 4 bits (NF4, double quantisation)")
+    dequantize: bool = _option(False, "unpack the 4-bit weights once: same numbers, more memory, faster on a CPU")
+    dtype: str | None = _option(None, "float32, bfloat16 or float16; none: what the device is good at")
     lora_r: int = _option(16, "rank of the LoRA matrices")
     lora_alpha: int = _option(32, "LoRA scale times rank")
     pad_token: str | None = _option(None, "pad token for tokenizers that have none")
@@ -77,6 +79,8 @@ class Profile:
             raise UserError(f"--temperature is {self.temperature}: give one number above 0, or one per iteration.")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise UserError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}.")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise UserError(f"--dtype is {self.dtype!r}: it must be float32, bfloat16 or float16.")
         if self.eval_split not in ("train", "validation", "test"):
             raise UserError(f"--eval-split is {self.eval_split!r}: it must be validation or test.")
 

@@ -164,3 +164,12 @@ def test_a_model_with_code_of_its_own_is_refused(folder):
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UserError):
         models.load(str(folder))
+
+
+def test_dequantised_once_is_the_same_model():
+    packed, tokenizer = models.load("seed")
+    plain, _ = models.load("seed", dequantize=True)
+    assert not any(type(m).__name__ == "Linear4bit" for m in plain.modules())
+    ids = torch.randint(5, 1000, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(packed(ids).logits, plain(ids).logits, atol=1e-5)
