@@ -51,7 +51,7 @@ class Profile:
     beta: float = _option(0.1, "DPO's beta")
     dpo_weight: float = _option(1.0, "weight of the DPO term; 0 trains on the winners alone")
     nll_per: str = _option("sequence", "normalise the NLL per sequence (the paper) or per token")
-    learning_rate: float = _option(3e-5, "peak learning rate of AdamW")
+    learning_rate: float = _option(2e-5, "peak learning rate of AdamW")
     epochs: float = _option(1.0, "passes over the pairs")
     max_steps: int = _option(-1, "stop after this many optimiser steps; -1: no limit")
     batch_size: int = _option(16, "pairs per optimiser step")
