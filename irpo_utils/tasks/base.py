@@ -26,7 +26,7 @@ class Task:
         raise NotImplementedError
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
-        """The final answer as the model wrote it, or None where the completion has none."""
+        """The final answer in one fixed spelling, so that equal answers vote together, or None where there is none."""
         raise NotImplementedError
 
     def is_correct(self, extracted: str | None, answer: str) -> bool:

@@ -1,0 +1,79 @@
+"""Make the notebooks from their sources: one source, two views, both executed.
+
+    python scripts/make_notebooks.py              # all: notebooks/NN_*.ipynb and notebooks/solutions/NN_*.ipynb
+    python scripts/make_notebooks.py 03_pairs     # one of them
+    python scripts/make_notebooks.py --no-run 03  # without executing, for a quick look
+
+A source is a percent script, notebooks/source/NN_name.py: `# %% [markdown]` begins a text cell, `# %%` a code cell. A
+code cell that a student fills in holds both views; the marker lines themselves are in neither:
+
+    def wrap_around(n_winners, n_losers, k):
+        # SOLUTION
+        return [(i % n_winners, i % n_losers) for i in range(k)]
+        # STUB
+        # return None      # your turn
+        # END
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+EXERCISE = re.compile(r"^[ ]*# SOLUTION\n(?P<solution>.*?)^[ ]*# STUB\n(?P<stub>.*?)^[ ]*# END\n?", re.S | re.M)
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+          "language_info": {"name": "python"}}
+
+
+def view(source: str, solved: bool) -> nbformat.NotebookNode:
+    """The notebook of a source, with solutions or with stubs."""
+    def choose(match: re.Match) -> str:
+        return match["solution"] if solved else re.sub(r"^([ ]*)# ?", r"\1", match["stub"], flags=re.M)
+
+    notebook = jupytext.reads(source, fmt="py:percent")
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            cell.source = EXERCISE.sub(choose, cell.source + "\n").rstrip("\n")
+        cell.id, cell.metadata = f"cell-{i:03d}", nbformat.from_dict({})         # ids that do not change with every build
+    notebook.metadata = nbformat.from_dict(KERNEL)
+    return notebook
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int = 1800) -> None:
+    """Run all cells in order in a fresh kernel; what the libraries say on stderr is not kept."""
+    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.metadata = nbformat.from_dict({})
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="beginnings of notebook names (default: all)")
+    parser.add_argument("--no-run", action="store_true", help="leave the outputs empty")
+    options = parser.parse_args()
+    os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+    sources = sorted(path for path in (NOTEBOOKS / "source").glob("*.py")
+                     if not options.names or path.stem.startswith(tuple(options.names)))
+    if not sources:
+        sys.exit(f"error: no source in {NOTEBOOKS / 'source'} begins with {' or '.join(options.names)}.")
+    for path in sources:
+        for folder, solved in ((NOTEBOOKS, False), (NOTEBOOKS / "solutions", True)):
+            notebook = view(path.read_text(), solved)
+            if not options.no_run:
+                execute(notebook, folder)
+            nbformat.write(notebook, folder / f"{path.stem}.ipynb")
+            print(f"{folder.name}/{path.stem}.ipynb", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Write the tables of README.md from the result files in figures/, so that no number in them is typed by hand.
+
+    python scripts/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "figures"
+
+
+def accuracy() -> str:
+    """Mean over seeds of the default profile, with intervals, and what made it."""
+    means = pandas.read_csv(FIGURES / "accuracy_per_iteration_mean.csv")
+    metrics = pandas.read_csv(FIGURES / "accuracy_per_iteration.csv")
+    record = json.loads((FIGURES / "accuracy_per_iteration.json").read_text())
+    lines = ["| | greedy | sampled | new skeletons | majority of 8 | tokens |", "|---|---|---|---|---|---|"]
+    for t in sorted(means.iteration.unique()):
+        at = metrics[metrics.iteration == t]
+        cells = [_interval(means[(means.iteration == t) & (means.metric == m)].iloc[0]) for m in ("greedy", "sampled")]
+        cells += [f"{100 * at[at.metric == 'greedy_new_skeleton'].value.mean():.1f}",
+                  f"{100 * at[(at.metric == 'majority') & (at.k == 8)].value.mean():.1f}",
+                  f"{at[at.metric == 'mean_tokens'].value.mean():.0f}"]
+        lines.append(f"| M{t} | " + " | ".join(cells) + " |")
+    run = record["runs"][0]
+    minutes = sum(r["seconds"] for r in record["runs"]) / len(record["runs"]) / 60
+    lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {len(record['seeds'])} seeds with 95 % intervals over "
+              f"seeds and questions; new skeletons: greedy on the 150 questions of a form that neither M0 nor training has seen. "
+              f"{minutes:.0f} minutes a seed on one core of an {run['environment']['processor']}, torch "
+              f"{run['environment']['versions']['torch']}, commit {run['environment']['commit']}. "
+              "Made with `python -m irpo_utils run --profile cpu --seed S --out runs/seed_S` for each seed and "
+              f"`{record['command']}`."]
+    return "\n".join(lines)
+
+
+def smollm2() -> str:
+    """The real runs at small scale that figures/ holds."""
+    parts = []
+    for path in sorted(FIGURES.glob("smollm2_135m_*.csv")):
+        record = json.loads(path.with_suffix(".json").read_text())
+        table = pandas.read_csv(path)
+        lines = [f"| {path.stem.removeprefix('smollm2_135m_')} | greedy | sampled | pass@k | tokens | answered |", "|---|---|---|---|---|---|"]
+        for t, at in table.groupby("iteration"):
+            passing = at[at.metric == "pass_at_k"].sort_values("k").iloc[-1]
+            cells = [_interval(at[at.metric == "greedy"].iloc[0]), _interval(at[at.metric == "sampled"].iloc[0]),
+                     f"{_interval(passing)} at k = {int(passing.k)}", f"{at[at.metric == 'mean_tokens'].value.iloc[0]:.0f}",
+                     f"{100 * (1 - at[at.metric == 'no_answer_rate'].value.iloc[0]):.0f}"]
+            lines.append(f"| M{t} | " + " | ".join(cells) + " |")
+        run = record["runs"][0]
+        lines += ["", f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; answered: share "
+                  f"of sampled completions with a final answer. {record['note']} {run['seconds'] / 60:.0f} minutes on "
+                  f"{run['environment']['threads']} threads of an {run['environment']['processor']}. `{record['run_command']}`"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _interval(row) -> str:
+    return f"{100 * row.value:.1f} ({100 * row.low:.1f}–{100 * row.high:.1f})"
+
+
+def fill(text: str) -> str:
+    """README's text with every table block made anew."""
+    for name, table in (("accuracy", accuracy), ("smollm2", smollm2)):
+        block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.S)
+        text = block.sub(lambda match: f"{match[1]}{table()}\n{match[2]}", text)      # noqa: B023
+    return text
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(fill(path.read_text()))
