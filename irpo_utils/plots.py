@@ -29,7 +29,7 @@ from irpo_utils.evaluation import t_quantile
 
 BLUE, ORANGE, GREEN, PINK, SKY, BROWN, GREY = CYCLE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6A00", "#5F5F5F")
-INK, PAPER = "#222222", "#FFFFFF"
+INK, PAPER = "#000000", "#FFFFFF"
 NAMES = {"majority": "majority of {k}", "pass_at_k": "pass@{k}", "distinct_answers": "among {k}",
          "mean_tokens": "sampled", "greedy_mean_tokens": "greedy"}
 
@@ -221,7 +221,7 @@ def heat_map(stability: pd.DataFrame, metric: str = "greedy", fall: float = 0.03
     words = []
     for (alpha, rate), value in grid.stack().items():
         x, y, stable = grid.columns.get_loc(rate), grid.index.get_loc(alpha), not falls[alpha, rate] > fall
-        axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=INK if value > 55 else PAPER)
+        axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=INK if value > 47 else PAPER)
         if stable:
             axes.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, fill=False, linewidth=2.5, edgecolor=ORANGE))
         words.append(f"alpha {alpha:g}, learning rate {_power(rate)}: {value:.1f}{', stable' if stable else ''}")
@@ -338,7 +338,7 @@ def _name_ends(axes, lines: list[Line]) -> None:
         heights[i] = min(heights[i], high if i == len(heights) - 1 else heights[i + 1] - gap)
     for line, height in zip(lines, heights):
         axes.annotate(line.label, (line.x[-1], height), xytext=(7, 0), textcoords="offset points", va="center",
-                      fontsize=9, color=[0.7 * part for part in to_rgb(line.colour)], annotation_clip=False,
+                      fontsize=9, color=[0.6 * part for part in to_rgb(line.colour)], annotation_clip=False,
                       path_effects=[withStroke(linewidth=2.5, foreground=PAPER)])
 
 
