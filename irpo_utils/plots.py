@@ -235,6 +235,40 @@ def heat_map(stability: pd.DataFrame, metric: str = "greedy", fall: float = 0.03
     return figure
 
 
+def next_tokens(probabilities: pd.DataFrame) -> TextFigure:
+    """Probabilities of the next token as bars: one row per token, one column and panel per setting."""
+    figure, panels = _figure(2.4 * probabilities.shape[1] + 0.9, 1.1 + 0.3 * len(probabilities), probabilities.shape[1])
+    words, places = [], range(len(probabilities))
+    for axes, (name, column) in zip(panels if isinstance(panels, list) else [panels], probabilities.items()):
+        axes.barh(places, 100 * column, color=BLUE)
+        for y, value in enumerate(100 * column):
+            axes.annotate(f"{value:.1f}", (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set_yticks(places, probabilities.index if axes is figure.axes[0] else [""] * len(places))
+        axes.set(title=name, xlabel="Probability (%)", xlim=(0, 118))
+        axes.invert_yaxis()
+        words.append(f"{name}: " + ", ".join(f"{token} {100 * value:.1f}" for token, value in column.items()) + ".")
+    figure.axes[0].set_ylabel("Next token")
+    figure.alt_text = f"Probability of the next token (%). {' '.join(words)}"
+    return figure
+
+
+def sweep(metrics: pd.DataFrame, x: str, xlabel: str) -> TextFigure:
+    """Shares (`value`, drawn in %, with `low` and `high` if there) against a setting in column `x`, a line per `metric`."""
+    if metrics.empty or not {"metric", "value", x} <= set(metrics):
+        raise UserError(f"sweep needs a table with metric, value and {x}.")
+    figure, axes = _figure(6.6, 4.0)
+    lines = []
+    for (name, group), colour in zip(metrics.groupby("metric", sort=False), CYCLE):
+        group = group.sort_values(x)
+        if {"low", "high"} <= set(group):
+            axes.fill_between(group[x], 100 * group["low"], 100 * group["high"], color=colour, alpha=0.18, linewidth=0)
+        line = _curve(axes, group[x], 100 * group["value"], name, colour, marker="o")
+        lines.append(line._replace(words=", ".join(f"{y:.1f} at {at:g}" for at, y in zip(line.x, line.y))))
+    axes.set_xticks(sorted(set(metrics[x])))
+    axes.set(xlabel=xlabel, ylabel="Share (%)", ylim=(0, 102))
+    return _finish(figure, f"Shares (%) by {xlabel[0].lower()}{xlabel[1:]}", [lines])
+
+
 def alt_text(figure: Figure) -> str:
     """The description of a figure with its numbers, for a cell's text or a page's `alt`."""
     return getattr(figure, "alt_text", "")

@@ -67,6 +67,16 @@ def logs() -> dict[str, pd.DataFrame]:
             for name, a in (("with NLL", 0.5), ("without NLL", -0.4))}
 
 
+def next_token_table() -> pd.DataFrame:
+    return pd.DataFrame({"temperature 0.5": [0.9, 0.1], "temperature 1": [0.75, 0.25]}, index=["Final", "57"])
+
+
+def sweep_table() -> pd.DataFrame:
+    values = {"right answers": (0.34, 0.19, 0.04), "usable questions": (0.6, 0.8, 0.2)}
+    return pd.DataFrame([{"metric": name, "temperature": t, "value": v, "low": v - 0.03, "high": v + 0.03}
+                         for name, vs in values.items() for t, v in zip((0.5, 1.0, 1.6), vs)])
+
+
 FIGURES = {
     "accuracy_per_iteration": lambda: plots.accuracy_per_iteration(run_metrics()),
     "accuracy_of_one_seed": lambda: plots.accuracy_per_iteration(run_metrics([7])),
@@ -78,6 +88,8 @@ FIGURES = {
     "dot_plot": lambda: plots.dot_plot(study()),
     "accuracy_against_tokens": lambda: plots.accuracy_against_tokens(study()),
     "heat_map": lambda: plots.heat_map(stability()),
+    "next_tokens": lambda: plots.next_tokens(next_token_table()),
+    "sweep": lambda: plots.sweep(sweep_table(), "temperature", "Sampling temperature"),
     "heat_map_of_all_shades": lambda: plots.heat_map(pd.DataFrame(
         [row("greedy", percent / 100, learning_rate=1e-5 * (1 + percent), alpha=1) for percent in range(0, 101, 4)])),
 }
@@ -276,6 +288,19 @@ def test_tables_without_the_metric_are_refused_by_name(draw, missing):
 
 
 # ---------------------------------------------------------------- means over seeds
+
+def test_next_tokens_draws_a_bar_per_token_and_setting():
+    axes = plots.next_tokens(next_token_table()).axes
+    assert [bar.get_width() for bar in axes[1].patches] == pytest.approx([75, 25]) and len(axes) == 2
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["Final", "57"]
+
+
+def test_sweep_draws_a_line_per_metric_in_percent():
+    [axes] = plots.sweep(sweep_table(), "temperature", "Sampling temperature").axes
+    assert drawn(axes)["right answers"][:, 1] == pytest.approx([34, 19, 4])
+    with pytest.raises(UserError, match="temperature"):
+        plots.sweep(pd.DataFrame(), "temperature", "T")
+
 
 def test_summarise_one_seed_keeps_its_interval_and_several_add_their_spread():
     one = plots.summarise(run_metrics([7])).set_index(["metric", "iteration", "k"])
