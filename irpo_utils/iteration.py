@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -363,9 +364,16 @@ def environment() -> dict:
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "numpy")
     versions = {name: _version(name) for name in names}
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"python": platform.python_version(), "versions": versions, "system": platform.system(),
+    return {"command": _command(), "python": platform.python_version(), "versions": versions, "system": platform.system(),
             "processor": _processor(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpu,
             "world_size": int(os.environ.get("WORLD_SIZE", "1")), "commit": _commit()}
+
+
+def _command() -> str:
+    """The command line of this process, without the place where Python or the package lies."""
+    program = Path(sys.argv[0])
+    name = "python -m irpo_utils" if program.name == "__main__.py" else f"python {program.name}"
+    return " ".join([name, *sys.argv[1:]])
 
 
 def _version(name: str) -> str | None:

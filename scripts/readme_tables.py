@@ -53,9 +53,12 @@ def smollm2() -> str:
                      f"{100 * (1 - at[at.metric == 'no_answer_rate'].value.iloc[0]):.0f}"]
             lines.append(f"| M{t} | " + " | ".join(cells) + " |")
         run = record["runs"][0]
+        count = {name: int(table[table.metric == f"pairs_{name}"].value.iloc[0]) for name in ("used", "questions", "pairs")}
         lines += ["", f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; answered: share "
-                  f"of sampled completions with a final answer. {record['note']} {run['seconds'] / 60:.0f} minutes on "
-                  f"{run['environment']['threads']} threads of an {run['environment']['processor']}. `{record['run_command']}`"]
+                  f"of sampled completions with a final answer. {count['used']} of {count['questions']} training questions had "
+                  f"both a right and a wrong sample and gave {count['pairs']} pairs. {run['seconds'] / 60:.0f} minutes on "
+                  f"{run['environment']['threads']} threads of an {run['environment']['processor']}. "
+                  f"`{run['environment']['command']}`"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
