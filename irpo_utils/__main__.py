@@ -1,4 +1,4 @@
-"""The command line: `python -m irpo_utils run | evaluate | plot`. Nothing heavy is imported before it is needed."""
+"""The command line: `python -m irpo_utils run | evaluate | plot | bench`. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from irpo_utils import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn errors that a user can mend into one paragraph and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"run": run, "evaluate": evaluate, "plot": plot}
+    commands = {"run": run, "evaluate": evaluate, "plot": plot, "bench": bench}
     parser = argparse.ArgumentParser(prog="python -m irpo_utils", description="Iterative RPO, one command a task.")
     parser.add_argument("command", choices=commands, help="`COMMAND --help` lists the options")
     parsed = parser.parse_args(arguments[:1] or ["--help"])
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(arguments: list[str]) -> None:
     """Iterative RPO with a profile; every field of the profile is an option."""
     profile, options = _parse_profile(arguments)
-    _calm_libraries()
+    calm_libraries()
     from irpo_utils import iteration, plots
 
     import pandas
@@ -57,7 +57,7 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--k", type=int, default=32, help="completions per question (default 32)")
     parser.add_argument("--out", help="folder for the metrics table (default: RUN/evaluations)")
     options = parser.parse_args(arguments)
-    _calm_libraries()
+    calm_libraries()
     from irpo_utils import iteration
 
     print(iteration.evaluate_run(options.run, options.task, options.data, options.split, options.iterations, options.k,
@@ -78,6 +78,25 @@ def plot(arguments: list[str]) -> None:
     plots.save(figure, options.out, options.name, metrics, {"command": _command("plot", arguments), **record})
     summary.to_csv(Path(options.out) / f"{options.name}_mean.csv", index=False)
     print(f"{accuracy_table(summary)}\n\nFigure: {Path(options.out) / options.name}.png")
+
+
+def bench(arguments: list[str]) -> None:
+    """Time our stages against plain `generate` and TRL, in turn, and print how many times faster they are."""
+    parser = argparse.ArgumentParser(prog="python -m irpo_utils bench", description=bench.__doc__)
+    parser.add_argument("what", nargs="*", help="sampling, training, iteration (default: all)")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each takes its turn (default 3)")
+    parser.add_argument("--questions", type=int, default=128, help="questions sampled for (default 128)")
+    parser.add_argument("--out", default="figures", help="folder of bench.csv (default: figures)")
+    options = parser.parse_args(arguments)
+    from irpo_utils import bench as benchmark
+    from irpo_utils import iteration
+
+    for what in options.what or benchmark.WHAT:
+        rows = benchmark.bench(what, options.repeats, options.questions)
+        benchmark.save(rows, options.out, {"command": _command("bench", arguments), **iteration.environment()})
+        for row in rows:
+            if row["ratio"]:
+                print(f"{what}: {row['metric']} {row['ratio']:.2f} times better than plain ({row['low']:.2f} to {row['high']:.2f})")
 
 
 def accuracy_table(metrics) -> str:
@@ -126,7 +145,7 @@ def _parse_profile(arguments: list[str]):
     return profiles.get(options.profile, **{f.name: fields[f.name] for f in dataclasses.fields(profiles.Profile)}), options
 
 
-def _calm_libraries() -> None:
+def calm_libraries() -> None:
     """Bars for our own stages only; the libraries' loading bars and advice would bury them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas
 
 from irpo_utils import UserError, iteration, profiles
-from irpo_utils.__main__ import _calm_libraries
+from irpo_utils.__main__ import calm_libraries
 
 EVALUATION = dict(eval_split="validation", eval_samples=4, eval_samples_ends=4)
 TRIALS = {
@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.trials) - set(TRIALS):
         raise SystemExit(f"error: there is no trial {', '.join(sorted(unknown))}. The trials are {', '.join(TRIALS)}.")
-    _calm_libraries()
+    calm_libraries()
     for name in options.trials or TRIALS:
         print(f"{name}: {TRIALS[name]}", flush=True)
         iteration.run(profiles.get("cpu", **EVALUATION, **TRIALS[name]), options.runs / name)
