@@ -139,6 +139,28 @@ def test_trainer_minimises_equation_1_whatever_the_micro_batch(model, tokenizer,
     assert expected[-1] < expected[0] - 0.01        # something was learnt, so that the comparison means something
 
 
+def test_micro_batches_do_not_change_training_over_several_batches(model, tokenizer, preferences):
+    """Eleven pairs in batches of four: the last batch has three, the batches are grouped by length."""
+    logs = []
+    for micro_batch_size in (1, 2, 4):
+        models.set_adapter(model, None)
+        logs.append(training.train(model, tokenizer, preferences, learning_rate=1e-3, epochs=2, batch_size=4, seed=2,
+                                   micro_batch_size=micro_batch_size, progress=False).log)
+    for key in ("loss", "loss_dpo", "loss_nll", "logps_chosen", "margin", "grad_norm", "tokens"):
+        assert len(logs[0]) == 6 and np.allclose(logs[0][key][:], logs[2][key][:], rtol=0, atol=1e-4), key
+        assert np.allclose(logs[1][key][:], logs[2][key][:], rtol=0, atol=1e-4), key
+
+
+def test_the_prompt_is_computed_once_or_twice_with_the_same_result(model, tokenizer, preferences):
+    logs = []
+    for share_prompt in (True, False):
+        models.set_adapter(model, None)
+        logs.append(training.train(model, tokenizer, preferences, learning_rate=1e-3, epochs=3, batch_size=4, seed=2,
+                                   share_prompt=share_prompt, progress=False).log)
+    for key in ("loss", "logps_chosen", "logps_rejected", "grad_norm"):
+        assert np.allclose(logs[0][key][:], logs[1][key][:], rtol=0, atol=1e-4), key
+
+
 def test_dpo_term_is_ln_2_at_the_first_step_of_every_iteration_and_not_later(model, tokenizer, preferences):
     for _ in range(2):                              # the second time the adapter is not zero, and is its own reference
         log = training.train(model, tokenizer, preferences, learning_rate=1e-3, epochs=4, progress=False).log
