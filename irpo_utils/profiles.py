@@ -108,9 +108,9 @@ PROFILES: dict[str, Profile] = {
     # Minutes on a CPU: the default. Settings chosen on the validation split, see figures/LOG.md.
     "cpu": Profile(),
     # A real model on real questions without a GPU: one iteration in half an hour on 2 cores.
-    # 120 questions x 8 samples + 2 x 200 test questions x 3 completions, of about 100 tokens each: 0.2 M tokens.
+    # 100 questions x 8 samples + 2 x 200 test questions x 3 completions, of about 100 tokens each: 0.2 M tokens.
     "smollm2-135m-cpu": Profile(task="svamp", model="smollm2-135m", dtype="bfloat16", dequantize=True, iterations=1,
-                                n_questions=120, n_samples=8, temperature=[0.7], max_new_tokens=128,
+                                n_questions=100, n_samples=8, temperature=[0.7], max_new_tokens=128,
                                 sampling_batch_size=128, k_pairs=8, learning_rate=5e-5, epochs=2, micro_batch_size=4,
                                 n_eval_questions=200, eval_samples=2, eval_samples_ends=2, eval_temperature=0.7),
     "smollm2-135m": _gpu("smollm2-135m", micro_batch_size=8, learning_rate=2e-5),
