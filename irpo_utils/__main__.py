@@ -71,6 +71,7 @@ def plot(arguments: list[str]) -> None:
     parser.add_argument("--out", default="figures", help="folder (default: figures)")
     parser.add_argument("--name", default="accuracy_per_iteration", help="name of the files")
     options = parser.parse_args(arguments)
+    calm_libraries()
     from irpo_utils import iteration, plots
 
     metrics, summary, record = iteration.collect(options.runs)
@@ -102,6 +103,7 @@ def bench(arguments: list[str]) -> None:
 def accuracy_table(metrics) -> str:
     """Accuracy per iteration as text, with 95 % intervals."""
     names = {"greedy": "greedy", "sampled": "sampled", "majority": "majority", "pass_at_k": "pass@k", "mean_tokens": "tokens"}
+    names = {name: title for name, title in names.items() if name in set(metrics.metric)}
     lines = [f"{'':8}" + "".join(f"{title:>24}" for title in names.values())]
     for t, rows in metrics.groupby("iteration"):
         cells = []
@@ -157,7 +159,7 @@ def calm_libraries() -> None:
 
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)     # "failed to load" of optional kernels
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
 
