@@ -173,3 +173,13 @@ def test_dequantised_once_is_the_same_model():
     ids = torch.randint(5, 1000, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(packed(ids).logits, plain(ids).logits, atol=1e-5)
+
+
+def test_smollm2_comes_from_the_package_if_there_and_from_the_hub_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    assert models.find("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "smollm2-135m" / "config.json").write_text("{}")
+    monkeypatch.setenv("IRPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
+    assert models.find("smollm2-135m") == str(tmp_path / "smollm2-135m")         # converted once, then found
