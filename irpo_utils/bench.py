@@ -145,7 +145,9 @@ class Plain(Ours):
         from irpo_utils.sampling import render_prompt
 
         n, found = n or self.p.n_samples, []
-        how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=n) if temperature else dict(do_sample=False)
+        how = dict(do_sample=False)
+        if temperature:
+            how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=n)
         for start in range(0, len(rows), self.batch):
             chunk = rows.select(range(start, min(start + self.batch, len(rows))))
             prompts = [render_prompt(self.tokenizer, self.task.prompt(row)) for row in chunk]

@@ -44,11 +44,11 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     `iteration`, `split`, `metric`, `k`, `value`, `low`, `high`, `n`). Raises `UserError` for an `out` made with other
     settings or used by another process, and for what the stages refuse.
     """
+    task = tasks.get(profile.task)              # a mistake in task or data is found before anything is written
+    train_questions = task.load("train", profile.data).shuffle(seed=profile.seed)
+    eval_questions = _first(task.load(profile.eval_split, profile.data), profile.n_eval_questions)
     directory = RunDirectory(out, profile)
     with directory.lock():
-        task = tasks.get(profile.task)
-        train_questions = task.load("train", profile.data).shuffle(seed=profile.seed)
-        eval_questions = _first(task.load(profile.eval_split, profile.data), profile.n_eval_questions)
         model, tokenizer = load_model(profile)
         loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, progress)
         for t in range(profile.iterations + 1):
@@ -78,9 +78,9 @@ class RunDirectory:
             raise _disk_error(self.path, error) from error
 
     def _check_profile(self) -> None:
-        """Write profile.json, or compare it with the one that is there."""
+        """Write profile.json, or compare it with the one that is there if anything was made with it."""
         path, new = self.path / "profile.json", dataclasses.asdict(self.profile)
-        if not path.exists():
+        if not path.exists() or not any(self.path.glob("iteration_*/*")):
             self._write(path, json.dumps(new, indent=1) + "\n")
             return
         try:
@@ -195,9 +195,10 @@ class _Loop:
         return (self.profile.seed * 1000 + t) * 10 + purpose
 
     def _questions(self, t: int) -> Dataset:
-        n = self.profile.n_questions or len(self.train_questions)
+        available = len(self.train_questions)
+        n = min(self.profile.n_questions or available, available)
         start = t * n if self.profile.fresh_questions else 0
-        return self.train_questions.select([i % len(self.train_questions) for i in range(start, start + min(n, len(self.train_questions)))])
+        return self.train_questions.select([i % available for i in range(start, start + n)])
 
     def _sample(self, t: int) -> Dataset:
         p = self.profile
@@ -421,13 +422,16 @@ def _save_adapter(result: training.TrainingResult, folder: Path) -> None:
     result.model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)          # a model card template that says nothing
     probe = list(result.probe_log)
-    summary = {**result.summary, "probe_pairs": PROBE_PAIRS, "probe_start": -probe[0]["nll_chosen"], "probe_end": -probe[-1]["nll_chosen"]}
+    summary = {**result.summary, "probe_pairs": result.probe_pairs, "probe_start": -probe[0]["nll_chosen"],
+               "probe_end": -probe[-1]["nll_chosen"]}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _save_evaluation(content, folder: Path) -> None:
     result, extra = content
-    DatasetDict({"greedy": result.greedy, "sampled": result.sampled}).save_to_disk(str(folder))
+    # The prompts are those of the questions: 32 copies of each would be most of a run directory.
+    data = DatasetDict({"greedy": result.greedy, "sampled": result.sampled}).remove_columns(["prompt", "prompt_ids"])
+    data.save_to_disk(str(folder))
     (folder / "metrics.json").write_text(json.dumps(list(result.metrics) + extra, indent=0) + "\n")
 
 

@@ -74,7 +74,8 @@ class Profile:
         for name in ("iterations", "n_samples", "k_pairs", "batch_size", "max_new_tokens", "sampling_batch_size",
                      "eval_samples", "eval_samples_ends"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1.")
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1. "
+                                "`python -m irpo_utils run --help` says what it counts.")
         if not self.temperature or min(self.temperature) <= 0:
             raise UserError(f"--temperature is {self.temperature}: give one number above 0, or one per iteration.")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:

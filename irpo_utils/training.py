@@ -46,6 +46,7 @@ class TrainingResult:
     model: object
     log: Dataset
     probe_log: Dataset | None
+    probe_pairs: int = 0
     summary: dict = field(default_factory=dict)
 
 
@@ -101,7 +102,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     model.eval()
     rows = callbacks[0].rows
     probe_log = Dataset.from_list(callbacks[1].rows) if probe is not None else None
-    return TrainingResult(model, Dataset.from_list(rows), probe_log, _summary(rows))
+    return TrainingResult(model, Dataset.from_list(rows), probe_log, len(probe) if probe is not None else 0, _summary(rows))
 
 
 def reference_logps(model, tokenizer, preferences) -> tuple[list[float], list[float]]:

@@ -30,8 +30,8 @@ def accuracy() -> str:
         lines.append(f"| M{t} | " + " | ".join(cells) + " |")
     run = record["runs"][0]
     minutes = sum(r["seconds"] for r in record["runs"]) / len(record["runs"]) / 60
-    lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {len(record['seeds'])} seeds with 95 % intervals over "
-              f"seeds and questions; new skeletons: greedy on the 150 questions of a form that neither M0 nor training has seen. "
+    lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {len(record['seeds'])} seeds with 95 % "
+              f"intervals over seeds and questions; new skeletons: greedy on the 150 questions of a form that neither M0 nor training has seen. "
               f"{minutes:.0f} minutes a seed on one core of an {run['environment']['processor']}, torch "
               f"{run['environment']['versions']['torch']}, commit {run['environment']['commit']}. "
               "Made with `python -m irpo_utils run --profile cpu --seed S --out runs/seed_S` for each seed and "
@@ -45,7 +45,8 @@ def smollm2() -> str:
     for path in sorted(FIGURES.glob("smollm2_135m_*.csv")):
         record = json.loads(path.with_suffix(".json").read_text())
         table = pandas.read_csv(path)
-        lines = [f"| {path.stem.removeprefix('smollm2_135m_')} | greedy | sampled | pass@k | tokens | answered |", "|---|---|---|---|---|---|"]
+        name = path.stem.removeprefix("smollm2_135m_")
+        lines = [f"| {name} | greedy | sampled | pass@k | tokens | answered |", "|---|---|---|---|---|---|"]
         for t, at in table.groupby("iteration"):
             passing = at[at.metric == "pass_at_k"].sort_values("k").iloc[-1]
             cells = [_interval(at[at.metric == "greedy"].iloc[0]), _interval(at[at.metric == "sampled"].iloc[0]),
@@ -54,8 +55,8 @@ def smollm2() -> str:
             lines.append(f"| M{t} | " + " | ".join(cells) + " |")
         run = record["runs"][0]
         count = {name: int(table[table.metric == f"pairs_{name}"].value.iloc[0]) for name in ("used", "questions", "pairs")}
-        lines += ["", f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; answered: share "
-                  f"of sampled completions with a final answer. {count['used']} of {count['questions']} training questions had "
+        lines += ["", f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; "
+                  f"answered: share of sampled completions with a final answer. {count['used']} of {count['questions']} training questions had "
                   f"both a right and a wrong sample and gave {count['pairs']} pairs. {run['seconds'] / 60:.0f} minutes on "
                   f"{run['environment']['threads']} threads of an {run['environment']['processor']}. "
                   f"`{run['environment']['command']}`"]

@@ -118,7 +118,14 @@ def test_a_file_of_ones_own_runs(tmp_path):
 @pytest.mark.parametrize("answer, advice", [("impossible", "too weak")])
 def test_questions_that_nobody_can_answer_end_in_no_pairs(tmp_path, answer, advice):
     data = write_jsonl(tmp_path / "hard.jsonl", [{"question": f"Riddle {i}?", "answer": f"{answer} {i}"} for i in range(60)])
-    assert_clean_error(irpo("run", *TINY, "--task", "jsonl", "--data", data, "--out", tmp_path / "o"), "no pairs", advice, "--n-samples")
+    assert_clean_error(irpo("run", *TINY, "--task", "jsonl", "--data", data, "--out", tmp_path / "o"),
+                       "no pairs", advice, "--n-samples")
+
+
+def test_a_mistake_in_the_data_leaves_nothing_behind(tmp_path):
+    result = irpo("run", *TINY, "--task", "jsonl", "--data", write_jsonl(tmp_path / "a.jsonl", ["{"]), "--out", tmp_path / "o")
+    assert_clean_error(result, "a.jsonl")
+    assert not (tmp_path / "o").exists()
 
 
 def test_missing_data_file(tmp_path):
@@ -151,5 +158,6 @@ def test_help_lists_every_command_and_every_field():
 
 
 def test_accuracy_table_shows_intervals():
-    rows = [dict(iteration=0, metric="greedy", k=1, value=0.25, low=0.2, high=0.3), dict(iteration=0, metric="mean_tokens", k=1, value=9.5, low=9, high=10)]
+    rows = [dict(iteration=0, metric="greedy", k=1, value=0.25, low=0.2, high=0.3),
+            dict(iteration=0, metric="mean_tokens", k=1, value=9.5, low=9, high=10)]
     assert "25.0 (20.0-30.0)" in cli.accuracy_table(pandas.DataFrame(rows)) and "9.5" in cli.accuracy_table(pandas.DataFrame(rows))

@@ -113,7 +113,8 @@ def test_a_finished_run_does_nothing_again(finished):
     assert {f: f.stat().st_mtime_ns for f in before} == before
 
 
-@pytest.mark.parametrize("stage, t", [("evaluation", 0), ("samples", 0), ("graded", 0), ("pairs", 0), ("adapter", 1), ("evaluation", 2)])
+@pytest.mark.parametrize("stage, t", [("evaluation", 0), ("samples", 0), ("graded", 0), ("pairs", 0),
+                                      ("adapter", 1), ("evaluation", 2)])
 def test_killed_in_a_stage_and_started_again_it_ends_with_the_same_metrics(finished, tmp_path, stage, t):
     """SIGKILL while the artefact is being written: the moment in which most could be lost."""
     out = tmp_path / "killed"

@@ -13,7 +13,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def locked() -> dict[str, str]:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    return {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines if line and line[0] != "#")}
+    pins = [line.split("==") for line in lines if line and line[0] != "#"]
+    return {name.lower().replace("_", "-"): version for name, version in pins}
 
 
 def declared() -> list[str]:
