@@ -29,10 +29,9 @@ def accuracy() -> str:
                   f"{at[at.metric == 'mean_tokens'].value.mean():.0f}"]
         lines.append(f"| M{t} | " + " | ".join(cells) + " |")
     run = record["runs"][0]
-    minutes = sum(r["seconds"] for r in record["runs"]) / len(record["runs"]) / 60
     lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {len(record['seeds'])} seeds with 95 % "
-              f"intervals over seeds and questions; new skeletons: greedy on the 150 questions of a form that neither M0 nor training has seen. "
-              f"{minutes:.0f} minutes a seed on one core of an {run['environment']['processor']}, torch "
+              f"intervals over seeds and questions; new skeletons: greedy on the 150 questions of a form that neither M0 nor "
+              f"training has seen. One core of an {run['environment']['processor']} each, torch "
               f"{run['environment']['versions']['torch']}, commit {run['environment']['commit']}. "
               "Made with `python -m irpo_utils run --profile cpu --seed S --out runs/seed_S` for each seed and "
               f"`{record['command']}`."]
@@ -56,8 +55,8 @@ def smollm2() -> str:
         run = record["runs"][0]
         count = {name: int(table[table.metric == f"pairs_{name}"].value.iloc[0]) for name in ("used", "questions", "pairs")}
         lines += ["", f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; "
-                  f"answered: share of sampled completions with a final answer. {count['used']} of {count['questions']} training questions had "
-                  f"both a right and a wrong sample and gave {count['pairs']} pairs. {run['seconds'] / 60:.0f} minutes on "
+                  f"answered: share of sampled completions with a final answer. {count['used']} of {count['questions']} "
+                  f"training questions had both a right and a wrong sample and gave {count['pairs']} pairs. {run['seconds'] / 60:.0f} minutes on "
                   f"{run['environment']['threads']} threads of an {run['environment']['processor']}. "
                   f"`{run['environment']['command']}`"]
         parts.append("\n".join(lines))
