@@ -56,7 +56,8 @@ def smollm2() -> str:
         count = {name: int(table[table.metric == f"pairs_{name}"].value.iloc[0]) for name in ("used", "questions", "pairs")}
         lines += ["", f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; "
                   f"answered: share of sampled completions with a final answer. {count['used']} of {count['questions']} "
-                  f"training questions had both a right and a wrong sample and gave {count['pairs']} pairs. {run['seconds'] / 60:.0f} minutes on "
+                  f"training questions had both a right and a wrong sample and gave {count['pairs']} pairs. "
+                  f"{run['seconds'] / 60:.0f} minutes on "
                   f"{run['environment']['threads']} threads of an {run['environment']['processor']}. "
                   f"`{run['environment']['command']}`"]
         parts.append("\n".join(lines))
