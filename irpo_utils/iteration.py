@@ -421,6 +421,9 @@ def _save_pairs(content, folder: Path) -> None:
 def _save_adapter(result: training.TrainingResult, folder: Path) -> None:
     result.model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)          # a model card template that says nothing
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"] = sorted(config["target_modules"])      # a set: its order would differ from run to run
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     probe = list(result.probe_log)
     summary = {**result.summary, "probe_pairs": result.probe_pairs, "probe_start": -probe[0]["nll_chosen"],
                "probe_end": -probe[-1]["nll_chosen"]}

@@ -79,7 +79,7 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
         _plain_cpu_kernels(base)
     if quantize and dequantize:
         _dequantize(base, dtype)
-    base.config._name_or_path = name               # adapters then name their base, not a folder of this machine
+    base.name_or_path = name                       # adapters then name their base, not a folder of this machine
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     if adapter is None:

@@ -183,3 +183,8 @@ def test_smollm2_comes_from_the_package_if_there_and_from_the_hub_otherwise(monk
     monkeypatch.setenv("IRPO_CACHE", str(tmp_path))
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
     assert models.find("smollm2-135m") == str(tmp_path / "smollm2-135m")         # converted once, then found
+
+
+def test_adapters_name_their_base_and_no_folder_of_this_machine(tmp_path):
+    models.load("seed")[0].save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "seed"
