@@ -41,7 +41,7 @@ def accuracy() -> str:
 def smollm2() -> str:
     """The real runs at small scale that figures/ holds."""
     parts = []
-    for path in sorted(FIGURES.glob("smollm2_135m_*.csv")):
+    for path in sorted(p for p in FIGURES.glob("smollm2_135m_*.csv") if not p.stem.endswith("_mean")):
         record = json.loads(path.with_suffix(".json").read_text())
         table = pandas.read_csv(path)
         name = path.stem.removeprefix("smollm2_135m_")
@@ -58,7 +58,7 @@ def smollm2() -> str:
                   f"answered: share of sampled completions with a final answer. {count['used']} of {count['questions']} "
                   f"training questions had both a right and a wrong sample and gave {count['pairs']} pairs. "
                   f"{run['seconds'] / 60:.0f} minutes on "
-                  f"{run['environment']['threads']} threads of an {run['environment']['processor']}. "
+                  f"{run['environment']['threads']} thread(s) of an {run['environment']['processor']}. "
                   f"`{run['environment']['command']}`"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
