@@ -182,10 +182,9 @@ class _Loop:
             graded = self.directory.stage(t, "graded", lambda: grading.grade(load_from_disk(str(folder)), self.task), _save_dataset)
             self.directory.stage(t, "pairs", lambda: self._pairs(t, graded), _save_pairs)
             notes = json.loads((self.directory.folder(t) / "pairs" / "counts.json").read_text())
-        path = self.directory.folder(t) / "metrics.json"
-        if not path.exists():
-            self.directory.write_file(path, json.dumps(self._metrics(t, notes), indent=0) + "\n")
-        self._report(t, json.loads(path.read_text()), notes)
+        rows = self._metrics(t, notes)
+        self.directory.write_file(self.directory.folder(t) / "metrics.json", json.dumps(rows, indent=0) + "\n")
+        self._report(t, rows, notes)
 
     def _adapter(self, t: int) -> Path | None:
         return self.directory.folder(t) / "adapter" if t > 0 else None

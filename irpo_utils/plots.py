@@ -252,7 +252,7 @@ def next_tokens(probabilities: pd.DataFrame) -> TextFigure:
     return figure
 
 
-def sweep(metrics: pd.DataFrame, x: str, xlabel: str) -> TextFigure:
+def sweep(metrics: pd.DataFrame, x: str, xlabel: str, ylabel: str = "Share (%)") -> TextFigure:
     """Shares (`value`, drawn in %, with `low` and `high` if there) against a setting in column `x`, a line per `metric`."""
     if metrics.empty or not {"metric", "value", x} <= set(metrics):
         raise UserError(f"sweep needs a table with metric, value and {x}.")
@@ -265,8 +265,8 @@ def sweep(metrics: pd.DataFrame, x: str, xlabel: str) -> TextFigure:
         line = _curve(axes, group[x], 100 * group["value"], name, colour, marker="o")
         lines.append(line._replace(words=", ".join(f"{y:.1f} at {at:g}" for at, y in zip(line.x, line.y))))
     axes.set_xticks(sorted(set(metrics[x])))
-    axes.set(xlabel=xlabel, ylabel="Share (%)", ylim=(0, 102))
-    return _finish(figure, f"Shares (%) by {xlabel[0].lower()}{xlabel[1:]}", [lines])
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 102))
+    return _finish(figure, f"{ylabel} by {xlabel[0].lower()}{xlabel[1:]}", [lines])
 
 
 def alt_text(figure: Figure) -> str:
