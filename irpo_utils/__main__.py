@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import sys
@@ -24,6 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
         commands[parsed.command](arguments[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'The output'} could not be written ({error.strerror}). Free some space or choose "
+              "another --out, and give the same command again.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nStopped. What was finished is kept: the same command goes on where it stood.", file=sys.stderr)
@@ -143,8 +150,18 @@ def _parse_profile(arguments: list[str]):
             close = difflib.get_close_matches(word, [flag for flag in known if "_" not in flag], n=3)
             raise UserError(f"There is no option {word.split('=')[0]}." + (f" Did you mean {' or '.join(close)}?" if close else "")
                             + " `python -m irpo_utils run --help` lists them all.")
-    fields = vars(parser.parse_args(rest))
+    parser.error = _refuse
+    optional = {name for name, kind in profiles.Profile.__annotations__.items() if "None" in kind}
+    nothing = {flag[2:].replace("-", "_"): None for flag, word in zip(rest, rest[1:])
+               if word.lower() in ("none", "all") and flag[2:].replace("-", "_") in optional}
+    rest = [word for i, word in enumerate(rest) if not {w[2:].replace("-", "_") for w in rest[max(0, i - 1) : i + 1]
+                                                        if w.startswith("--")} & set(nothing)]
+    fields = vars(parser.parse_args(rest)) | nothing
     return profiles.get(options.profile, **{f.name: fields[f.name] for f in dataclasses.fields(profiles.Profile)}), options
+
+
+def _refuse(message: str):
+    raise UserError(f"{message[:1].upper()}{message[1:]}. `python -m irpo_utils run --help` lists the options and what they take.")
 
 
 def calm_libraries() -> None:

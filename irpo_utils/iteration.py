@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError, evaluation, grading, models, pairs, sampling, tasks, training
@@ -47,8 +48,10 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     task = tasks.get(profile.task)              # a mistake in task or data is found before anything is written
     train_questions = task.load("train", profile.data).shuffle(seed=profile.seed)
     eval_questions = _first(task.load(profile.eval_split, profile.data), profile.n_eval_questions)
+    training.check_names(profile.lr_scheduler, profile.optimizer, profile.report_to)
     directory = RunDirectory(out, profile)
     with directory.lock():
+        directory.check_profile()
         model, tokenizer = load_model(profile)
         loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, progress)
         for t in range(profile.iterations + 1):
@@ -71,22 +74,24 @@ class RunDirectory:
         self.profile = profile
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._check_profile()
-            if not (self.path / "environment.json").exists():
-                self._write(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
         except OSError as error:
             raise _disk_error(self.path, error) from error
 
-    def _check_profile(self) -> None:
-        """Write profile.json, or compare it with the one that is there if anything was made with it."""
+    def check_profile(self) -> None:
+        """Write profile.json and environment.json, or compare with what is there if anything was made with it.
+
+        Only who holds the lock may call this: another process would rewrite the settings of a run in progress.
+        """
         path, new = self.path / "profile.json", dataclasses.asdict(self.profile)
-        if not path.exists() or not any(self.path.glob("iteration_*/*")):
-            self._write(path, json.dumps(new, indent=1) + "\n")
+        if not any(self.path.glob("iteration_*/*")):
+            self.write_file(path, json.dumps(new, indent=1) + "\n")
+            self.write_file(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
             return
         try:
             old = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not readable JSON: it was damaged. Put the settings back or choose another --out.") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or damaged, so that there is no telling what the iterations in {self.path} "
+                            "were made with. Put it back, or choose another --out.") from error
         differing = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in sorted({*old, *new})
                      if old.get(key) != new.get(key)]
         if differing:
@@ -128,7 +133,7 @@ class RunDirectory:
             tokens = _count_tokens(content)
             self._write(partial / CHECKSUMS, json.dumps({"seconds": round(seconds, 3), "tokens": tokens, "sha256": sums}, indent=1))
             os.replace(partial, place)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:         # safetensors reports a full disk in an error of its own
             shutil.rmtree(partial, ignore_errors=True)
             raise _disk_error(place, error) from error
         return place
@@ -143,8 +148,12 @@ class RunDirectory:
     @staticmethod
     def _write(path: Path, text: str) -> None:
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text)
-        os.replace(partial, path)
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     def metrics(self, iterations) -> list[dict]:
         return [row for t in iterations for row in json.loads((self.folder(t) / "metrics.json").read_text())]
@@ -228,7 +237,7 @@ class _Loop:
             gradient_checkpointing=p.gradient_checkpointing, optimizer=p.optimizer, progress=self.progress,
             report_to=p.report_to)
         log = "\n".join(json.dumps(row) for row in result.log) + "\n"
-        self.directory.folder(t).mkdir(exist_ok=True)
+        self.directory.folder(t).mkdir(exist_ok=True)           # the pairs of M_{t-1} were written beside it
         self.directory.write_file(self.directory.folder(t) / "training_log.jsonl", log)
         return result
 
@@ -304,7 +313,10 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
     questions = chosen.load(split, data or (p.data if task in (None, p.task) else None))
     model, tokenizer = load_model(p)
     rows, results = [], {}
-    for t in iterations if iterations is not None else [0, p.iterations]:
+    wanted = iterations if iterations is not None else [0, p.iterations]
+    if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
+        raise UserError(f"--k must be at least 1 and --iterations from 0 to {p.iterations}, the last of {run}.")
+    for t in wanted:
         folder = Path(run) / f"iteration_{t}" / "adapter"
         if t > 0 and not _is_sound(folder):
             raise UserError(f"{folder} is missing or damaged. Finish the run first: `python -m irpo_utils run` with its --out.")
@@ -337,7 +349,7 @@ def collect(runs: list[str | Path]):
             raise UserError(f"{run} and {runs[0]} differ in more than their seed, so that they cannot be drawn as one curve.")
         if not (Path(run) / f"iteration_{profile.iterations}" / "metrics.json").exists():
             raise UserError(f"{run} is not finished. Run it again with the same --out: it goes on where it stood.")
-        tables.append(pandas.read_csv(Path(run) / "metrics.csv"))
+        tables.append(pandas.DataFrame(RunDirectory(run, profile).metrics(range(profile.iterations + 1))))
     means = []
     for t in range(profiles[0].iterations + 1):
         for metric in ("greedy", "sampled"):
@@ -418,7 +430,8 @@ def _save_pairs(content, folder: Path) -> None:
 
 
 def _save_adapter(result: training.TrainingResult, folder: Path) -> None:
-    result.model.save_pretrained(str(folder), safe_serialization=True)
+    # Without the last argument PEFT looks for the base on the hub, to see whether its vocabulary was changed.
+    result.model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)          # a model card template that says nothing
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = sorted(config["target_modules"])      # a set: its order would differ from run to run
@@ -462,6 +475,6 @@ def _is_sound(place: Path) -> bool:
         return False
 
 
-def _disk_error(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} could not be written ({error.strerror or error}). Nothing half-written was left; free some "
-                     "space or choose another --out, and run the same command again: it goes on where it stood.")
+def _disk_error(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} could not be written ({getattr(error, 'strerror', None) or error}). Nothing half-written "
+                     "was left; free some space or choose another --out, and run the same command again: it goes on where it stood.")

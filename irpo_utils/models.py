@@ -170,7 +170,9 @@ def load_tokenizer(path: str, pad_token: str | None = None) -> PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("test")
-    except Exception as error:                     # the library raises whatever its parser met
+    except Exception as error:                     # what the library raises depends on the file that it met
+        if isinstance(error, OSError) and not Path(path).is_dir():
+            raise UserError(_explain(path, error)) from error
         raise UserError(f"No tokenizer could be read from {path} ({_first_line(error)}). Save it beside the model with "
                         "`tokenizer.save_pretrained(folder)`.") from error
     if pad_token is not None:
@@ -326,7 +328,12 @@ def can_share_prompt(model) -> bool:
 
 @torch.inference_mode()
 def score(model, tokenizer, prompts: list[list[int]], responses: list[list[int]], batch_size: int = 64) -> list[float]:
-    """Sum of log-probabilities of each response under the model, nats; rows are batched by length."""
+    """Sum of log-probabilities of each response under the model, nats; rows are batched by length.
+
+    `batch_size` is a limit: with a large vocabulary fewer rows go together, so that their logits stay under a gigabyte.
+    """
+    longest = max(map(len, responses), default=0) + 1
+    batch_size = max(1, min(batch_size, 2**28 // (longest * model.config.get_text_config().vocab_size)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     total = [0.0] * len(prompts)
     for start in range(0, len(order), batch_size):

@@ -114,6 +114,6 @@ def _no_pairs(counts) -> str:
     if counts["all_wrong"] >= counts["all_right"]:
         return (f"{cause}. The model is too weak for these questions or its answers are not read: draw more samples "
                 "(--n-samples), add gold solutions as winners (--gold true), take easier questions or a stronger "
-                "model, and look at `extracted` and `reason` in the graded data.")
+                "model, and look at `extracted` and `reason` in the graded data. Other settings need another --out.")
     return (f"{cause}. The questions are too easy for the model: raise --temperature or --n-samples so that some "
-            "samples go wrong, or take harder questions.")
+            "samples go wrong, or take harder questions. Other settings need another --out.")

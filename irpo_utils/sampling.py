@@ -60,8 +60,13 @@ def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1
 
 
 def render_prompt(tokenizer, text: str) -> str:
-    """The user's turn in the model's chat template, up to where the answer begins."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    """The user's turn in the model's chat template, up to where the answer begins.
+
+    Two things that some templates would decide by themselves are fixed: the date (Llama 3.2 prints today's, so that the
+    same run would differ tomorrow) and hidden thinking (Qwen3, whose answers would be cut off). Others ignore them.
+    """
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
+                                         date_string="26 Jul 2024", enable_thinking=False)
 
 
 def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ winners count more. Prompt tokens are in neither term. Start and reference are b
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import tempfile
 import time
@@ -60,6 +61,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
 
     preferences: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`); `batch_size` counts pairs.
     dpo_weight: weight of the DPO term; 0 with alpha 1 is SFT on the winners (STaR). alpha 0 is DPO.
+    Pairs of similar length share a batch, and the batches of a stretch of training go from long to short: what the log
+        shows from step to step is length as much as learning. To see learning, log a `probe`.
     micro_batch_size: pairs per forward pass; loss and gradients do not depend on it.
     nll_per: "sequence" (the paper) or "token" (TRL's), for comparison.
     probe: a few fixed pairs whose log-probabilities are logged every `probe_every` steps, whatever is trained on.
@@ -73,6 +76,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     Raises `UserError` for missing columns and for a loss or gradient that is not finite.
     """
     _check(preferences, alpha, dpo_weight, nll_per)
+    check_names(lr_scheduler, optimizer, report_to)
     micro = micro_batch_size or batch_size
     if batch_size % micro:
         raise UserError(f"batch_size = {batch_size} is not a multiple of micro_batch_size = {micro}.")
@@ -136,19 +140,25 @@ class IterativeRPOTrainer(DPOTrainer):
         base = model.get_base_model()
         had_forward = base.__dict__.get("forward")
         weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(model=model, args=config, train_dataset=data, processing_class=tokenizer,
-                         data_collator=self._collate, callbacks=callbacks)
-        self.remove_callback(PrinterCallback)
-        # Three things the parent does to a PEFT model have to be undone: it adds a copy named "ref" of the adapter
-        # (the reference is precomputed here, and the copy would break the next iteration), casts the adapter of a
-        # quantised model to bf16 (small steps would be rounded away), and patches the base model's forward.
-        if "ref" in model.peft_config:
-            model.delete_adapter("ref")
-        for name, parameter in model.named_parameters():
-            if name in weights:
-                parameter.data = weights[name]
-                parameter.requires_grad_(True)
         self._undo_forward = (base, had_forward)
+        try:
+            super().__init__(model=model, args=config, train_dataset=data, processing_class=tokenizer,
+                             data_collator=self._collate, callbacks=callbacks)
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            # What the parent does to a PEFT model has to be undone, also where it fails half-way: it adds a copy named
+            # "ref" of the adapter (the reference is precomputed here, and the copy would break the next iteration) and
+            # casts the adapter of a quantised model to bf16 (small steps would be rounded away). `release` undoes the
+            # third thing, a patched forward.
+            if "ref" in model.peft_config:
+                model.delete_adapter("ref")
+            for name, parameter in model.named_parameters():
+                if name in weights:
+                    parameter.data = weights[name]
+                    parameter.requires_grad_(True)
+        self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True       # what transformers before 5.19 reads instead
         self._batch_log: list[dict] = []
 
@@ -296,12 +306,19 @@ def _check(preferences, alpha, dpo_weight, nll_per) -> None:
                         f"nll_per = {nll_per!r} must be sequence or token.")
 
 
+def check_names(lr_scheduler: str, optimizer: str, report_to: str) -> None:
+    """Raise `UserError` for a schedule or optimiser that transformers does not know, or a logger that is not installed."""
+    from transformers.training_args import OptimizerNames
+    from transformers.trainer_utils import SchedulerType
+
+    for option, value, known in (("--lr-scheduler", lr_scheduler, SchedulerType), ("--optimizer", optimizer, OptimizerNames)):
+        if value not in {kind.value for kind in known}:
+            raise UserError(f"{option} is {value!r}; transformers knows {', '.join(sorted(kind.value for kind in known))}.")
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise UserError(f"--report-to {report_to}: that package is not installed. `pip install {report_to}`, or leave it out.")
+
+
 def _summary(rows: list[dict]) -> dict:
-    """The first and last tenth of the log, averaged: what happened to the winners while training."""
-    tenth = max(1, len(rows) // 10)
-    mean = lambda part, key: sum(row[key] for row in part) / len(part)                                   # noqa: E731
+    """What the training cost, and the DPO term of the first step, which is ln 2 where the reference is M_t."""
     return {"steps": len(rows), "tokens": sum(row["tokens"] for row in rows), "seconds": rows[-1]["seconds"],
-            "first_loss_dpo": rows[0]["loss_dpo"],
-            "chosen_logp_per_token_start": -mean(rows[:tenth], "nll_chosen"),
-            "chosen_logp_per_token_end": -mean(rows[-tenth:], "nll_chosen"),
-            "accuracy_end": mean(rows[-tenth:], "accuracy")}
+            "first_loss_dpo": rows[0]["loss_dpo"]}

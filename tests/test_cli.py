@@ -89,6 +89,23 @@ def test_value_out_of_range(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("option, value", [
+    ("--learning-rate", "-1"), ("--lr-scheduler", "foo"), ("--optimizer", "foo"), ("--lora-r", "0"), ("--seed", "-1"),
+    ("--epochs", "0"), ("--max-pairs", "0"), ("--alpha", "-1"), ("--nll-per", "x"), ("--warmup-ratio", "1.5"),
+    ("--n-samples", "abc"), ("--report-to", "no_such_logger"), ("--dtype", "int3"), ("--temperature", "0"),
+])
+def test_a_value_that_cannot_work_is_refused_before_anything_is_done(option, value, tmp_path, capsys):
+    assert cli.main(["run", *TINY, option, value, "--out", str(tmp_path / "o")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and (option in message or option.replace("-", "_")[2:] in message)
+    assert not (tmp_path / "o").exists()
+
+
+def test_none_means_all_where_a_limit_is_optional():
+    profile, _ = cli._parse_profile(["--n-questions", "none", "--max-pairs", "all", "--seed", "3"])
+    assert profile.n_questions is None and profile.max_pairs is None and profile.seed == 3
+
+
 def write_jsonl(path, lines):
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
     return path

@@ -183,6 +183,44 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path
     iteration.run(smoke(iterations=1), tmp_path / "out", progress=False)
 
 
+def test_a_disk_that_fills_while_the_adapter_is_saved(finished, tmp_path, monkeypatch):
+    """safetensors reports it in an error of its own, which is no OSError."""
+    import shutil
+    from safetensors import SafetensorError
+
+    out = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(out / "iteration_2")
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as m:
+        m.setattr("peft.peft_model.safe_save_file", full)
+        with pytest.raises(UserError, match="adapter could not be written.*No space left"):
+            iteration.run(smoke(), out, progress=False)
+    assert not list((out / "iteration_2").glob(".adapter*")) and not (out / "iteration_2" / "adapter").exists()
+    iteration.run(smoke(), out, progress=False)
+    assert results(out) == results(finished)
+
+
+def test_another_process_does_not_touch_the_settings_of_a_run_in_progress(tmp_path):
+    from filelock import FileLock
+
+    directory = iteration.RunDirectory(tmp_path, smoke())
+    directory.check_profile()
+    before = (tmp_path / "profile.json").read_text()
+    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="in use by another run"):
+        iteration.run(smoke(alpha=7.0), tmp_path, progress=False)
+    assert (tmp_path / "profile.json").read_text() == before
+
+
+def test_iterations_without_their_settings_are_not_gone_on_with(finished, tmp_path):
+    import shutil
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "profile.json").unlink()
+    with pytest.raises(UserError, match="profile.json is missing or damaged"):
+        iteration.run(smoke(), out, progress=False)
+
+
 def test_an_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):

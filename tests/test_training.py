@@ -139,6 +139,46 @@ def test_trainer_minimises_equation_1_whatever_the_micro_batch(model, tokenizer,
     assert expected[-1] < expected[0] - 0.01        # something was learnt, so that the comparison means something
 
 
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_gradients_of_the_trainers_loss_equal_those_of_the_independent_one(model, tokenizer, preferences, share_prompt):
+    """Every LoRA gradient, and not the norm alone, from the trainer's own collator and loss."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.02, generator=torch.Generator().manual_seed(4))
+    reference = [(w - 0.5, l + 0.25) for w, l in reference_of(model, preferences)]       # not M_t: the DPO term then counts
+    model.zero_grad()
+    expected_loss(model, preferences, reference, 0.7, 0.3).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    data = preferences.add_column("ref_chosen_logps", [w for w, _ in reference]).add_column(
+        "ref_rejected_logps", [l for _, l in reference]).add_column("length", [1] * len(preferences))
+    config = training.DPOConfig(output_dir="unused", beta=0.3, report_to="none", save_strategy="no", max_length=None,
+                                precompute_ref_log_probs=True, use_cpu=True, bf16=False, gradient_checkpointing=False)
+    trainer = training.IterativeRPOTrainer(model, config, data, tokenizer, alpha=0.7, dpo_weight=1.0, nll_per="sequence",
+                                           share_prompt=share_prompt, callbacks=[])
+    try:
+        model.zero_grad()
+        for rows in (data.to_list()[:3], data.to_list()[3:]):        # two micro-batches of one batch of eleven pairs
+            trainer.compute_loss(model, trainer._collate(rows), num_items_in_batch=11).backward()
+    finally:
+        trainer.release()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter.grad, expected[name], rtol=1e-3, atol=1e-5), name
+    assert max(g.abs().max() for g in expected.values()) > 1e-2
+
+
+def test_a_trainer_that_fails_to_start_leaves_the_model_as_it_was(model, tokenizer, preferences, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("no logger")
+    with monkeypatch.context() as m:
+        m.setattr("transformers.Trainer.create_accelerator_and_postprocess", fail)
+        with pytest.raises(RuntimeError, match="no logger"):
+            training.train(model, tokenizer, preferences, progress=False)
+    assert set(model.peft_config) == {"default"} and "forward" not in model.get_base_model().__dict__
+    training.train(model, tokenizer, preferences, learning_rate=1e-4, progress=False)
+
+
 def test_micro_batches_do_not_change_training_over_several_batches(model, tokenizer, preferences):
     """Eleven pairs in batches of four: the last batch has three, the batches are grouped by length."""
     logs = []
