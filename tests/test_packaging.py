@@ -84,9 +84,9 @@ def test_no_pickles_and_no_evaluation_of_text_as_code():
             assert not forbidden.search(path.read_text()), path
 
 
-def test_code_is_readable():
+def test_code_that_is_read_has_lines_of_a_readable_length():
     for path in tracked():
-        if path.suffix == ".py":
+        if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("irpo_utils", "scripts"):
             long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 135]
             assert not long, f"{path}: lines {long}"
 
