@@ -237,6 +237,7 @@ runs = [run for run in runs if (run / "iteration_0" / "graded" / "state.json").e
 # Without either, a few questions are sampled on the spot.
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 from datasets import load_from_disk
 from irpo_utils import iteration, sampling
 
@@ -250,6 +251,7 @@ else:
                               temperature=profile.temperature_of(0), top_p=profile.top_p,
                               max_new_tokens=profile.max_new_tokens, batch_size=profile.sampling_batch_size)
     graded = grading.grade(samples, task)
+assert {"completion", "reason", "correct"} <= set(graded.column_names)
 
 # %%
 # NBVAL_IGNORE_OUTPUT

@@ -344,6 +344,7 @@ runs = [run for run in runs if (run / "iteration_0" / "pairs" / "state.json").ex
         and (run / "iteration_0" / "graded" / "state.json").exists()]
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 from datasets import load_from_disk
 from irpo_utils import grading, iteration, sampling, tasks
 
@@ -357,6 +358,7 @@ else:
                               temperature=profile.temperature_of(0), top_p=profile.top_p,
                               max_new_tokens=profile.max_new_tokens, batch_size=profile.sampling_batch_size)
     graded = grading.grade(samples, task)
+assert {"completion_ids", "correct"} <= set(graded.column_names)
 
 # %% [markdown]
 # **Predict**: the small M_0 is wrong in most of its samples. What share of the questions gives pairs?
