@@ -97,11 +97,12 @@ print(batch["response_mask"])
 # walk over the tokens of each answer and add up.
 
 # %%
-all_logits = torch.sin(torch.arange(2 * 5 * 10.0)).view(2, 5, 10)      # 2 rows, 5 positions, 10 possible tokens
+all_logits = torch.sin(torch.arange(2 * 5 * 10.0)).view(2, 5, 10)   # rows, positions, vocabulary
 by_hand = []
 for row, tokens in enumerate(answers):
     logp = torch.log_softmax(all_logits[row], -1)
-    by_hand.append(sum(logp[1 + i, token] for i, token in enumerate(tokens)))      # answers begin in column 2
+    # Answers begin in column 2, so the logits of column 1 predict their first token.
+    by_hand.append(sum(logp[1 + i, token] for i, token in enumerate(tokens)))
 print(torch.stack(by_hand))
 
 # %% [markdown]
@@ -133,8 +134,8 @@ assert torch.allclose(by_module, torch.stack(by_hand))
 
 # %%
 beta = 0.1
-logps_chosen, ref_chosen = torch.tensor([-12.0, -30.0, -8.0]), torch.tensor([-13.0, -30.0, -6.0])
-logps_rejected, ref_rejected = torch.tensor([-15.0, -20.0, -9.0]), torch.tensor([-13.0, -20.0, -5.0])
+logps_chosen, ref_chosen = torch.tensor([[-12.0, -30.0, -8.0], [-13.0, -30.0, -6.0]])
+logps_rejected, ref_rejected = torch.tensor([[-15.0, -20.0, -9.0], [-13.0, -20.0, -5.0]])
 
 ratio_chosen, ratio_rejected = logps_chosen - ref_chosen, logps_rejected - ref_rejected
 print("winner against reference:", ratio_chosen)
@@ -162,7 +163,8 @@ print("loss:  ", loss_dpo)
 # %%
 import math
 
-at_start = -torch.nn.functional.logsigmoid(beta * ((ref_chosen - ref_chosen) - (ref_rejected - ref_rejected)))
+h_at_start = beta * ((ref_chosen - ref_chosen) - (ref_rejected - ref_rejected))
+at_start = -torch.nn.functional.logsigmoid(h_at_start)
 print(at_start, "ln 2 =", round(math.log(2), 4))
 assert torch.allclose(at_start, torch.full((3,), math.log(2)))
 
@@ -196,7 +198,8 @@ print(loss_nll)
 # %%
 from irpo_utils import training
 
-dpo, nll = training.dpo_nll_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens, alpha=1.0, beta=beta)
+dpo, nll = training.dpo_nll_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens,
+                                 alpha=1.0, beta=beta)
 assert torch.allclose(dpo, loss_dpo) and torch.allclose(nll, loss_nll)
 print("loss per pair:", dpo + 1.0 * nll)
 
@@ -243,7 +246,8 @@ print(checks_04.loss(my_loss))
 
 # %%
 alpha, w = 1.0, logps_chosen.clone().requires_grad_()
-dpo, nll = training.dpo_nll_loss(w, logps_rejected, ref_chosen, ref_rejected, n_tokens, alpha=alpha, beta=beta)
+dpo, nll = training.dpo_nll_loss(w, logps_rejected, ref_chosen, ref_rejected, n_tokens,
+                                 alpha=alpha, beta=beta)
 (dpo + alpha * nll).sum().backward()
 
 formula = -beta * torch.sigmoid(-h) - alpha / n_tokens
@@ -280,7 +284,8 @@ for tokens in (5, 10, 20, 50, 200):
 # </details>
 
 # %%
-def gradient_rejected(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens, alpha, beta):
+def gradient_rejected(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens,
+                      alpha, beta):
     # SOLUTION
     h = beta * ((logps_chosen - ref_chosen) - (logps_rejected - ref_rejected))
     return beta * torch.sigmoid(-h)
@@ -306,7 +311,8 @@ print(checks_04.gradient_rejected(gradient_rejected))
 lengths, per_token = torch.tensor([60.0, 300.0]), torch.tensor([0.5, 2.0])
 shares = lengths / lengths.sum()
 print(f"per sequence: {per_token.mean():.2f}  (weights 0.50 and 0.50)")
-print(f"per token:    {(shares * per_token).sum():.2f}  (weights {shares[0]:.2f} and {shares[1]:.2f})")
+over_tokens = (shares * per_token).sum()
+print(f"per token:    {over_tokens:.2f}  (weights {shares[0]:.2f} and {shares[1]:.2f})")
 
 # %% [markdown]
 # Higher: the long winner now counts five times as much. Where long and short answers suit different questions, that is
@@ -318,7 +324,7 @@ print(f"per token:    {(shares * per_token).sum():.2f}  (weights {shares[0]:.2f}
 # %%
 from datasets import Dataset
 
-question = "Question: Mia has 24 shells. Mia finds 13 more. How many shells does Mia have now?\nSolution:"
+question = "Question: Mia has 24 shells. Mia finds 13 more. How many shells are there?\nSolution:"
 two_pairs = Dataset.from_list([
     {"prompt": question, "chosen": "24+13=37\n" * 6 + "24+13", "rejected": "Final answer: 3"},
     {"prompt": question, "chosen": "7" * 299, "rejected": "Final answer: 12"}])
@@ -331,7 +337,8 @@ two_pairs = Dataset.from_list([
 from transformers import AutoModelForCausalLM
 
 tokenizer = models.load_tokenizer(str(models.SEED_MODEL))
-reference, policy = (AutoModelForCausalLM.from_pretrained(models.SEED_MODEL, dtype=torch.float32) for _ in range(2))
+reference, policy = (AutoModelForCausalLM.from_pretrained(models.SEED_MODEL, dtype=torch.float32)
+                     for _ in range(2))
 generator = torch.Generator().manual_seed(0)
 with torch.no_grad():
     for weight in policy.parameters():
@@ -341,9 +348,10 @@ with torch.no_grad():
 import tempfile
 from trl import DPOConfig, DPOTrainer
 
-config = DPOConfig(output_dir=tempfile.mkdtemp(), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1,
-                   per_device_train_batch_size=2, max_length=None, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
-trainer = DPOTrainer(policy, reference, args=config, train_dataset=two_pairs, processing_class=tokenizer)
+config = DPOConfig(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1,
+                   per_device_train_batch_size=2, max_length=None, output_dir=tempfile.mkdtemp(),
+                   use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
+trainer = DPOTrainer(policy, reference, config, train_dataset=two_pairs, processing_class=tokenizer)
 trl_batch = next(iter(trainer.get_train_dataloader()))
 trl_loss = trainer.compute_loss(policy, trl_batch).item()
 print("tokens of the two winners:", sorted(trl_batch["completion_mask"].sum(1).tolist()[:2]))
@@ -358,13 +366,15 @@ def ids(text, end=(tokenizer.eos_token_id,)):
 
 @torch.no_grad()
 def logps_of(model, side):
-    pairs = [ids(text, end=()) for text in two_pairs["prompt"]], [ids(text) for text in two_pairs[side]]
-    return models.response_logps(model, models.pad_batch(*pairs, tokenizer.pad_token_id)).sum(-1)
+    prompts, answers = [ids(q, end=()) for q in two_pairs["prompt"]], [ids(a) for a in two_pairs[side]]
+    batch = models.pad_batch(prompts, answers, tokenizer.pad_token_id)
+    return models.response_logps(model, batch).sum(-1)
 
 scores = [logps_of(model, side) for model in (policy, reference) for side in ("chosen", "rejected")]
 dpo, nll = training.dpo_nll_loss(*scores, lengths, alpha=1.0, beta=0.1)
-over_tokens, per_sequence = (dpo.mean() - scores[0].sum() / lengths.sum()).item(), (dpo + nll).mean().item()
-print(f"TRL {trl_loss:.4f}; ours over all tokens {over_tokens:.4f}; Eq. 1, per sequence {per_sequence:.4f}")
+over_tokens = (dpo.mean() - scores[0].sum() / lengths.sum()).item()
+per_sequence = (dpo + nll).mean().item()
+print(f"TRL {trl_loss:.4f}, ours over all tokens {over_tokens:.4f}, Eq. 1 {per_sequence:.4f}")
 assert abs(trl_loss - over_tokens) < 1e-3 < abs(trl_loss - per_sequence)
 
 # %% [markdown]
@@ -424,7 +434,7 @@ print(tuple(weight.shape), weight.dtype, weight.numel() * 4, "bytes")
 blocks = weight.view(-1, 64)
 absmax = blocks.abs().amax(1)
 scaled = blocks / absmax[:, None]
-print(len(blocks), "blocks; absmax from", round(absmax.min().item(), 3), "to", round(absmax.max().item(), 3))
+print(f"{len(blocks)} blocks; absmax from {absmax.min():.3f} to {absmax.max():.3f}")
 assert scaled.abs().max() == 1
 
 # %% [markdown]
@@ -525,14 +535,15 @@ def nf4_by_hand(weight):
     scale = weight.view(-1, 64).abs().amax(1)
     index = (weight.view(-1, 64, 1) / scale[:, None, None] - levels).abs().argmin(-1)
     groups = (scale - scale.mean()).view(-1, 256)
-    nearest = ((groups / groups.abs().amax(1, keepdim=True))[..., None] - eight_bit_levels).abs().argmin(-1)
-    scale = (eight_bit_levels[nearest] * groups.abs().amax(1, keepdim=True)).flatten() + scale.mean()
+    top = groups.abs().amax(1, keepdim=True)
+    nearest = ((groups / top)[..., None] - eight_bit_levels).abs().argmin(-1)
+    scale = (eight_bit_levels[nearest] * top).flatten() + scale.mean()
     return (levels[index] * scale[:, None]).view_as(weight)
 
 equal = []
 for matrix in (weights[name] for name in weights if "proj" in name):
-    module = bnb.dequantize_4bit(*bnb.quantize_4bit(matrix, blocksize=64, quant_type="nf4", compress_statistics=True))
-    equal.append(((nf4_by_hand(matrix) - module).abs() < 1e-6).flatten())
+    packed = bnb.quantize_4bit(matrix, blocksize=64, quant_type="nf4", compress_statistics=True)
+    equal.append(((nf4_by_hand(matrix) - bnb.dequantize_4bit(*packed)).abs() < 1e-6).flatten())
 equal = torch.cat(equal)
 print(f"{equal.sum():,} of {len(equal):,} weights equal, {equal.float().mean():.2%}")
 assert equal.float().mean() > 0.99
@@ -576,7 +587,8 @@ A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
 B += torch.sin(torch.arange(B.numel()).float()).view_as(B)           # as if trained
 x = torch.cos(torch.arange(128.0))
 assert torch.allclose(layer(x), dequantised @ x + 32 / 16 * B @ (A @ x), atol=1e-4)
-print("base", tuple(layer.base_layer.weight.shape), layer.base_layer.weight.dtype, " A", tuple(A.shape), " B", tuple(B.shape))
+base = layer.base_layer.weight
+print("base", tuple(base.shape), base.dtype, " A", tuple(A.shape), " B", tuple(B.shape))
 
 # %% [markdown]
 # The base weight shows as a column of bytes, two weights in each. That is QLoRA, whole: section 6 under section 7.
@@ -617,9 +629,12 @@ print(checks_04.lora_parameters(lora_parameters))
 
 # %%
 # name: (hidden size, blocks, feed-forward, width of keys and values, vocabulary, embedding matrices)
-SIZES = {"seed": (128, 4, 384, 128, 1097, 1), "SmolLM2-135M": (576, 30, 1536, 192, 49152, 1),
-         "Qwen2.5-0.5B": (896, 24, 4864, 128, 151936, 1), "Qwen2.5-1.5B": (1536, 28, 8960, 256, 151936, 1),
-         "Llama-3.2-1B": (2048, 16, 8192, 512, 128256, 1), "Llama-3.1-8B": (4096, 32, 14336, 1024, 128256, 2),
+SIZES = {"seed": (128, 4, 384, 128, 1097, 1),
+         "SmolLM2-135M": (576, 30, 1536, 192, 49152, 1),
+         "Qwen2.5-0.5B": (896, 24, 4864, 128, 151936, 1),
+         "Qwen2.5-1.5B": (1536, 28, 8960, 256, 151936, 1),
+         "Llama-3.2-1B": (2048, 16, 8192, 512, 128256, 1),
+         "Llama-3.1-8B": (4096, 32, 14336, 1024, 128256, 2),
          "Llama-2-70B": (8192, 80, 28672, 1024, 32000, 2)}
 
 def linear_shapes(d, n_blocks, ffn, kv, *_):
@@ -637,12 +652,15 @@ def gigabytes(name, r=16):
     linear = sum(d_out * d_in for d_out, d_in in linear_shapes(*SIZES[name]))
     adapter = sum(r * (d_out + d_in) for d_out, d_in in linear_shapes(*SIZES[name]))
     embedding = copies * vocabulary * d
-    return linear + embedding, adapter, 18 * (linear + embedding) / 1e9, (bits / 8 * linear + 2 * embedding + 16 * adapter) / 1e9
+    full = 18 * (linear + embedding)
+    qlora = bits / 8 * linear + 2 * embedding + 16 * adapter
+    return linear + embedding, adapter, full / 1e9, qlora / 1e9
 
 print(f"{'model':14}{'weights':>16}{'adapter':>14}{'all weights':>15}{'QLoRA':>12}{'factor':>8}")
 for name in SIZES:
     n_weights, n_adapter, full, qlora = gigabytes(name)
-    print(f"{name:14}{n_weights:16,}{n_adapter:14,}{full:12.3f} GB{qlora:9.3f} GB{full / qlora:8.1f}")
+    print(f"{name:14}{n_weights:16,}{n_adapter:14,}{full:12.3f} GB{qlora:9.3f} GB", end="")
+    print(f"{full / qlora:8.1f}")
 
 # %% [markdown]
 # Norms and biases are left out, a thousandth at most. The last line tells why the paper needs many
@@ -657,7 +675,8 @@ held, layers = 0, 0
 for module in seed_model.modules():
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     if state is not None and not hasattr(module, "lora_A"):
-        held, layers = held + module.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes, layers + 1
+        layers += 1
+        held += module.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
 expected = bits / 8 * sum(d_out * d_in for d_out, d_in in linear_shapes(*SIZES["seed"]))
 print(f"{layers} layers, {held:,} bytes, expected {expected:,.0f}")
 assert abs(held / expected - 1) < 0.01
@@ -681,7 +700,8 @@ def fits(run):
     return (settings.model, settings.task) == (profile.model, profile.task)
 
 root = next(up for up in (Path("."), Path(".."), Path("../..")) if (up / "irpo_utils").is_dir())
-run = next((place for place in (root / "runs" / PROFILE, root / "notebooks/shipped_run") if fits(place)), None)
+places = (root / "runs" / PROFILE, root / "notebooks/shipped_run")
+run = next((place for place in places if fits(place)), None)
 print("pairs from:", run.name if run else "M_0, made now")
 assert run is None or fits(run)
 
@@ -695,10 +715,13 @@ if run:
     preferences = load_from_disk(str(run / "iteration_0/pairs"))
 else:
     questions = task.load("train", profile.data).select(range(64))
-    samples = sampling.sample(model, tokenizer, questions, task, n=profile.n_samples, temperature=profile.temperature_of(0),
-                              max_new_tokens=profile.max_new_tokens, batch_size=profile.sampling_batch_size, progress=False)
+    samples = sampling.sample(model, tokenizer, questions, task, n=profile.n_samples,
+                              temperature=profile.temperature_of(0),
+                              max_new_tokens=profile.max_new_tokens,
+                              batch_size=profile.sampling_batch_size, progress=False)
     preferences, _ = pairs.build_pairs(grading.grade(samples, task), k=profile.k_pairs)
-print(f"{len(preferences)} pairs, for example\n{preferences[0]['chosen']!r}\nrather than\n{preferences[0]['rejected']!r}")
+first = preferences[0]
+print(f"{len(preferences)} pairs, for example\n{first['chosen']!r}\nrather than\n{first['rejected']!r}")
 assert len(preferences) > 0
 
 # %% [markdown]
@@ -715,19 +738,23 @@ probe = data.select(range(min(64, len(data))))
 
 def train(alpha, dpo_weight):
     models.set_adapter(model, None)                            # back to M_0
-    return training.train(model, tokenizer, data, alpha=alpha, dpo_weight=dpo_weight, beta=profile.beta, learning_rate=RATE,
-                          batch_size=profile.batch_size, micro_batch_size=profile.micro_batch_size, optimizer=profile.optimizer,
-                          gradient_checkpointing=profile.gradient_checkpointing, probe=probe, probe_every=max(1, STEPS // 6),
-                          seed=profile.seed, progress=False)
+    return training.train(
+        model, tokenizer, data, alpha=alpha, dpo_weight=dpo_weight, beta=profile.beta,
+        learning_rate=RATE, batch_size=profile.batch_size, seed=profile.seed,
+        probe=probe, probe_every=max(1, STEPS // 6), progress=False,
+        micro_batch_size=profile.micro_batch_size, optimizer=profile.optimizer,
+        gradient_checkpointing=profile.gradient_checkpointing)
 
 # %% [markdown]
 # Accuracy is measured on validation questions, greedily, before and after.
 
 # %%
-held_out = task.load("validation", profile.data).shuffle(seed=0).select(range(20 if PROFILE == "smoke" else 100))
+held_out = task.load("validation", profile.data).shuffle(seed=0)
+held_out = held_out.select(range(20 if PROFILE == "smoke" else 100))
 
 def greedy_right():
-    answers = sampling.sample(model, tokenizer, held_out, task, n=1, temperature=0.0, max_new_tokens=profile.max_new_tokens,
+    answers = sampling.sample(model, tokenizer, held_out, task, n=1, temperature=0.0,
+                              max_new_tokens=profile.max_new_tokens,
                               batch_size=profile.sampling_batch_size, progress=False)
     return grading.grade(answers, task)["correct"][:]
 
@@ -752,8 +779,8 @@ log.iloc[[0, 1, len(log) // 2, -1]].drop(columns=["seconds"]).round(4)
 # SFT, which has never heard of losers?
 
 # %%
-for name, settings in {"DPO": dict(alpha=0.0, dpo_weight=1.0), "SFT": dict(alpha=1.0, dpo_weight=0.0)}.items():
-    results[name] = train(**settings)
+for name, (alpha, dpo_weight) in {"DPO": (0.0, 1.0), "SFT": (1.0, 0.0)}.items():
+    results[name] = train(alpha, dpo_weight)
     right[name] = greedy_right()
 
 # %%
@@ -795,7 +822,8 @@ from irpo_utils import evaluation
 
 for name, correct in right.items():
     low, high = evaluation.wilson_interval(sum(correct), len(correct))
-    print(f"{name:10} {sum(correct) / len(correct):6.1%}  (95 % interval {low:.1%} to {high:.1%}, {len(correct)} validation questions)")
+    print(f"{name:10} {sum(correct) / len(correct):6.1%}  (95 % interval {low:.1%} to {high:.1%})")
+print(len(held_out), "validation questions, greedy")
 assert all(len(correct) == len(held_out) for correct in right.values())
 
 # %% [markdown]
@@ -822,12 +850,12 @@ def toy_training(alpha, steps=60):
 
 # %% [markdown]
 # **Predict**: training knows the winner and the loser only. Which of the three answers ends as the most probable under DPO
-# alone?
+# alone? (All begin at a third.)
 
 # %%
 for alpha in (0.0, 1.0):
     winner, loser, third = toy_training(alpha)
-    print(f"alpha {alpha:.0f}: winner {winner:.2f}, loser {loser:.2f}, third {third:.2f}   (all 0.33 at the start)")
+    print(f"alpha {alpha:.0f}: winner {winner:.2f}, loser {loser:.2f}, third {third:.2f}")
 
 # %% [markdown]
 # The third. Winner and loser look alike, so the direction that separates them is a poor direction for raising the winner,
