@@ -49,7 +49,9 @@ def view(source: str, solved: bool) -> nbformat.NotebookNode:
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int = 1800) -> None:
     """Run all cells in order in a fresh kernel; what the libraries say on stderr is not kept."""
-    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+                   resources={"metadata": {"path": str(folder)}}).execute()
+    notebook.metadata = nbformat.from_dict(KERNEL)          # executing adds the Python version of this machine
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.metadata = nbformat.from_dict({})
