@@ -22,7 +22,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | TIME_SMOKE | TIME_CPU | not measured here |
+# | time for this notebook, on one core | 10 seconds | 10 seconds | not measured here |
 #
 # **Needs**: the packages of this repository, nothing else. The small model and its questions ship with it.
 #
@@ -160,7 +160,7 @@ device, gpu_gib = models.default_device(), 0.0
 if device == "cuda":
     gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     print(f"GPU: {torch.cuda.get_device_name(0)}, {gpu_gib:.0f} GiB")
-print(f"CPU: {iteration.environment()['processor']}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use")
+print(f"CPU: {iteration.environment()['processor']}, {os.cpu_count()} cores, threads in use: {torch.get_num_threads()}")
 assert os.cpu_count() >= 1 and gpu_gib >= 0
 
 # %% [markdown]
@@ -366,7 +366,7 @@ timing = pd.read_csv(run / "timing.csv")
 table = timing.groupby("stage")[["seconds", "tokens"]].sum().sort_values("seconds", ascending=False)
 table["tokens per second"] = (table.tokens / table.seconds).where(table.tokens > 0).round(0)
 machine = json.loads((run / "environment.json").read_text())
-print(f"{machine['processor']}, {machine['threads']} threads, GPUs: {machine['gpus'] or 'none'}")
+print(f"{machine['processor']}, threads: {machine['threads']}, GPUs: {machine['gpus'] or 'none'}")
 print(f"{timing.seconds.sum() / 60:.1f} minutes for {last} iterations")
 assert (table.seconds >= 0).all() and timing.seconds.sum() > 0
 table.round(1)
