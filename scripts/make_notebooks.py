@@ -13,6 +13,10 @@ code cell that a student fills in holds both views; the marker lines themselves 
         # STUB
         # return None      # your turn
         # END
+
+Links in a source are those of the student's notebook. The solved one lies a folder deeper, so `view` rewrites them there:
+other pages get one more `..`, the link to the solution becomes the notebook itself, and other notebooks stay those
+with the exercises open, so that nobody who looked one solution up goes on among the solved ones.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 EXERCISE = re.compile(r"^[ ]*# SOLUTION\n(?P<solution>.*?)^[ ]*# STUB\n(?P<stub>.*?)^[ ]*# END\n?", re.S | re.M)
+LINK = re.compile(r"(?<=\]\()(?!https?://|#)(?P<target>[^)\s]+)(?=\))")
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
           "language_info": {"name": "python"}}
 
@@ -42,9 +47,17 @@ def view(source: str, solved: bool) -> nbformat.NotebookNode:
     for i, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
             cell.source = EXERCISE.sub(choose, cell.source + "\n").rstrip("\n")
+        elif solved:
+            cell.source = LINK.sub(_from_solutions, cell.source)
         cell.id, cell.metadata = f"cell-{i:03d}", nbformat.from_dict({})         # ids that do not change with every build
     notebook.metadata = nbformat.from_dict(KERNEL)
     return notebook
+
+
+def _from_solutions(link: re.Match) -> str:
+    """A link of the student's notebook as seen from the folder of the solutions."""
+    target = link["target"]
+    return target.removeprefix("solutions/") if target.startswith("solutions/") else f"../{target}"
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int = 1800) -> None:
