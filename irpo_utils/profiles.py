@@ -39,7 +39,7 @@ class Profile:
     temperature: list[float] = _option([1.0], "sampling temperature per iteration; the last one serves all that follow")
     top_p: float = _option(1.0, "nucleus sampling mass")
     max_new_tokens: int = _option(80, "longest completion in tokens")
-    sampling_batch_size: int = _option(512, "completions decoded at once; lower it when memory runs out")
+    sampling_batch_size: int = _option(256, "completions decoded at once; lower it when memory runs out")
 
     k_pairs: int = _option(4, "K: pairs per question")
     gold: bool = _option(False, "add the gold solution to the winners, as the paper does on GSM8K")

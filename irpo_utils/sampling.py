@@ -1,8 +1,9 @@
 """Stage 1: draw N chain-of-thought completions per question from M_t (section 2 of the paper).
 
-Three things make this several times faster than `generate(num_return_sequences=N)` at the same distribution:
-the prompt runs through the model once and its cache is copied to the N samples; questions of similar length share a
-batch; and a completion that has ended leaves the batch instead of being padded on until the longest is done.
+Four things make this several times faster than `generate(num_return_sequences=N)` at the same distribution. The prompt
+runs through the model once and its cache is copied to the N samples. A completion that has ended makes room for one
+that waits (continuous batching, Yu et al. 2022), longest prompts first; when none waits, it leaves the batch. Keys and
+values are written in place. And where numbers are in fp32, base and adapter are multiplied out into one matrix a layer.
 
 Every token is drawn with a uniform number of its own, fixed by (seed, question id, sample, position): a completion
 does not depend on which others shared its batch, so a run can be cut into chunks anywhere and gives the same samples.
@@ -11,15 +12,19 @@ does not depend on which others shared its batch, so a run can be cut into chunk
 from __future__ import annotations
 
 import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers.cache_utils import Cache, DynamicLayer
 
 from irpo_utils import UserError, models
 
-DROP_SHARE = 1 / 8      # finished rows leave the batch once they are this share of it: copying the cache has a price
-ROOM = 32               # tokens of spare room in the cache
+FREE_SHARE = 1 / 8      # slots are filled anew, or dropped, once this share of them is free: both have a price
+ROOM = 16               # columns that may be of no use any more before they are dropped
 
 
 def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1.0, top_p: float = 1.0,
@@ -39,23 +44,26 @@ def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1
     prompt_ids = tokenizer(prompts, add_special_tokens=False).input_ids      # the template has its own BOS
     _check_context(model, prompt_ids, max_new_tokens)
 
-    order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
-    per_batch = max(1, batch_size // n)
+    questions, order = list(questions), sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
     rows: list[dict | None] = [None] * (len(prompts) * n)
-    with tqdm(total=len(prompts), desc="sampling", unit="question", disable=not progress, leave=False) as bar:
-        for start in range(0, len(order), per_batch):
-            chunk = order[start : start + per_batch]
-            uniforms = np.concatenate([_uniforms(seed, questions[i]["id"], n, max_new_tokens) for i in chunk])
-            drawn = _decode(model, tokenizer, [prompt_ids[i] for i in chunk], n, temperature, top_p,
-                            max_new_tokens, torch.from_numpy(uniforms))
-            for position, (tokens, finished, logprob) in enumerate(drawn):
-                i, k = chunk[position // n], position % n
-                rows[i * n + k] = {"id": questions[i]["id"], "sample": k, "prompt": prompts[i],
-                                   "completion": tokenizer.decode(tokens, skip_special_tokens=True),
-                                   "prompt_ids": prompt_ids[i], "completion_ids": tokens, "n_tokens": len(tokens),
-                                   "finished": finished, "logprob": logprob, "answer": questions[i]["answer"],
-                                   **({"choices": questions[i]["choices"]} if "choices" in questions[i] else {})}
-            bar.update(len(chunk))
+    bar = tqdm(total=len(rows), desc="sampling", unit="completion", disable=not progress, leave=False)
+
+    def decode(part: list[int], batch_size: int, stop) -> None:
+        numbers = lambda j: _uniforms(seed, questions[part[j]]["id"], n, max_new_tokens)
+        for j, k, tokens, finished, logprob in _decode(model, tokenizer, [prompt_ids[i] for i in part], n, temperature,
+                                                       top_p, batch_size, numbers):
+            i, question = part[j], questions[part[j]]
+            rows[i * n + k] = {"id": question["id"], "sample": k, "prompt": prompts[i],
+                               "completion": tokenizer.decode(tokens, skip_special_tokens=True),
+                               "prompt_ids": prompt_ids[i], "completion_ids": tokens, "n_tokens": len(tokens),
+                               "finished": finished, "logprob": logprob, "answer": question["answer"],
+                               **({"choices": question["choices"]} if "choices" in question else {})}
+            bar.update()
+            if stop.is_set():
+                return
+
+    with bar, models.multiplied_out(model):
+        _on_every_core(decode, order, batch_size, model.device.type)
     return Dataset.from_list(rows)
 
 
@@ -82,81 +90,195 @@ def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ranked)
     cumulative = probabilities.cumsum(-1)
-    threshold = uniforms.unsqueeze(-1).to(cumulative) * cumulative[:, -1:]
-    # First token whose cumulative mass exceeds the threshold; rounding can put the threshold on the very last edge.
-    index = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    last = (probabilities > 0).long().cumsum(-1).argmax(-1)
-    return torch.minimum(index, last)
+    total = cumulative[:, -1:]
+    # The first token whose cumulative mass exceeds the threshold, which rounding must not put on the last edge itself.
+    threshold = torch.minimum(uniforms.unsqueeze(-1).to(total) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values of one layer, of shape (rows, heads, columns, head size), in memory that is taken once.
+
+    The library's own layer is copied whole for every new token, which on a CPU costs more than the model itself.
+    """
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Called by the model: append these columns, give back all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms, self.end = [key_states, value_states], key_states.shape[-2]
+        else:
+            start, self.end = self.end, self.end + key_states.shape[-2]
+            for room, new in zip(self.rooms, (key_states, value_states)):
+                room[:, :, start : self.end] = new
+        self.keys, self.values = (room[:, :, : self.end] for room in self.rooms)
+        return self.keys, self.values
+
+    def reserve(self, copies, columns: int) -> None:
+        for i, old in enumerate(self.rooms):
+            shape = (len(copies), old.shape[1], columns, old.shape[3])
+            # Keys lie column beside column on a CPU: it multiplies one query by all of them twice as fast that way.
+            across = i == 0 and old.device.type == "cpu"
+            self.rooms[i] = old.new_empty(*shape[:2], *shape[:1:-1]).transpose(2, 3) if across else old.new_empty(shape)
+            self.rooms[i][:, :, : self.end] = old[copies]
+
+    def keep(self, rows, first: int) -> None:
+        for i, room in enumerate(self.rooms):
+            kept = room[:, :, first : self.end][rows].clone()
+            self.rooms[i] = room[: len(kept)]
+            self.rooms[i][:, :, : self.end - first] = kept
+        self.end -= first
+        self.keys, self.values = (room[:, :, : self.end] for room in self.rooms)
+
+    def put(self, slots, other: SlotLayer, copies) -> None:
+        for room, new in zip(self.rooms, other.rooms):
+            room[slots, :, self.end - other.end : self.end] = new[copies]
+
+
+class SlotCache(Cache):
+    """A cache whose rows come and go. All rows end in the same column; `mask` tells which columns belong to a row."""
+
+    def __init__(self, mask: torch.Tensor):
+        super().__init__(layer_class_to_replicate=SlotLayer)
+        self.mask = mask
+
+    def reserve(self, copies, columns: int) -> None:
+        """From one row per prompt to these copies of them, with memory for this many columns."""
+        self.mask = self.mask[copies]
+        for layer in self.layers:
+            layer.reserve(copies, columns)
+
+    def keep(self, rows, first: int = 0) -> None:
+        """Leave these rows, in this order, from column `first` on."""
+        self.mask = self.mask[:, first:][rows]
+        for layer in self.layers:
+            layer.keep(rows, first)
+
+    def put(self, slots, other: SlotCache, copies) -> None:
+        """Put these copies of the rows of `other`, which holds prompts alone, into these places, ending in the last column."""
+        self.mask[slots] = 0
+        self.mask[slots, self.mask.shape[1] - other.mask.shape[1] :] = other.mask[copies]
+        for layer, new in zip(self.layers, other.layers):
+            layer.put(slots, new, copies)
+
+
+def _on_every_core(decode, order: list[int], batch_size: int, device: str) -> None:
+    """On a CPU one loop per core, each with a share of the prompts: cores that work together on one small matrix
+    spend their time waiting for each other. On a GPU one loop."""
+    cores = min(torch.get_num_threads() if device == "cpu" else 1, len(order))
+    stop = threading.Event()
+    if cores == 1:
+        return decode(order, batch_size, stop)
+
+    def on_one_core(part: list[int]) -> None:
+        torch.set_num_threads(1)
+        decode(part, max(1, batch_size // cores), stop)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            loops = [pool.submit(on_one_core, order[core::cores]) for core in range(cores)]
+            try:
+                for loop in loops:
+                    loop.result()
+            finally:
+                stop.set()                                 # Ctrl-C or an error in one ends the others, too
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass
+class _Rows:
+    """Completions under way, one a row; each field is a tensor of that many rows."""
+
+    completion: torch.Tensor        # prompt * n + sample, or -1 once it was handed out
+    token: torch.Tensor             # the newest one, not yet in the cache
+    position: torch.Tensor          # of that token
+    n_tokens: torch.Tensor
+    tokens: torch.Tensor            # (rows, max_new_tokens)
+    uniforms: torch.Tensor          # (rows, max_new_tokens)
+    logprob: torch.Tensor
+    ended: torch.Tensor             # by EOS
+    over: torch.Tensor              # by EOS or by length
+
+    def keep(self, rows) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name)[rows])
+
+    def put(self, slots, other: _Rows) -> None:
+        for field in fields(self):
+            getattr(self, field.name)[slots] = getattr(other, field.name)
+
+    def hand_out(self, n: int):
+        """(prompt, sample, token ids, finished, log-probability) of every completion that is over, once."""
+        ready = (self.over & (self.completion >= 0)).nonzero().squeeze(-1)
+        for i, tokens, length, ended, logprob in zip(*(getattr(self, name)[ready].tolist() for name in (
+                "completion", "tokens", "n_tokens", "ended", "logprob"))):
+            yield i // n, i % n, tokens[:length], ended, logprob
+        self.completion[ready] = -1
 
 
 @torch.inference_mode()
-def _decode(model, tokenizer, prompt_ids, n, temperature, top_p, max_new_tokens, uniforms):
-    """Completions of one batch: a list of (token ids, finished, log-probability) with n entries per prompt."""
-    ends = torch.tensor(models.end_tokens(model, tokenizer), device=model.device)
-    batch = models.pad_batch(prompt_ids, [[]] * len(prompt_ids), tokenizer.pad_token_id, model.device)
-    mask, positions = batch["attention_mask"][:, :-1], batch["position_ids"][:, :-1]
-    cache = roomy_cache(model.config)
-    logits = model(input_ids=batch["input_ids"][:, :-1], attention_mask=mask, position_ids=positions,
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-    cache.batch_repeat_interleave(n)                       # the prompt was computed once; its N samples share it
-    logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-    position = positions[:, -1:].repeat_interleave(n, 0)
-    rows = torch.arange(len(prompt_ids) * n, device=model.device)              # which completion a batch row belongs to
-    tokens = torch.full((len(rows), max_new_tokens), -1, device=model.device)
-    logprob = torch.zeros(len(rows), device=model.device, dtype=torch.float64)
-    uniforms, alive = uniforms.to(model.device), torch.ones_like(rows, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        token = next_tokens(logits.float(), uniforms[rows, step], temperature, top_p)
-        picked = torch.log_softmax(logits.float(), -1).gather(-1, token[:, None]).squeeze(-1)
-        tokens[rows[alive], step] = token[alive]
-        logprob[rows[alive]] += picked[alive].double()
-        alive &= ~torch.isin(token, ends)
-        n_alive = int(alive.sum())
-        if n_alive == 0 or step == max_new_tokens - 1:
-            break
-        if n_alive <= (1 - DROP_SHARE) * len(rows):
-            keep = alive.nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            rows, mask, position, token, alive = rows[keep], mask[keep], position[keep], token[keep], alive[keep]
-        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
-                       use_cache=True).logits[:, -1]
-    lists = [[t for t in row if t >= 0] for row in tokens.tolist()]
-    ended = torch.isin(torch.tensor([row[-1] for row in lists]), ends.cpu()).tolist()
-    return list(zip(lists, ended, logprob.tolist(), strict=True))
+def _start(model, tokenizer, prompts: list[list[int]], first: int, n: int, uniforms):
+    """n rows for each of these prompts, the `first` of which has that number, all but its last token in the cache."""
+    beginnings = [ids[:-1] for ids in prompts]
+    batch = models.pad_batch(beginnings, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
+    ids, mask, positions = (batch[name][:, :-1] for name in ("input_ids", "attention_mask", "position_ids"))
+    cache = SlotCache(mask)
+    model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    copies = torch.arange(len(prompts), device=model.device).repeat_interleave(n)
+    u = torch.from_numpy(np.concatenate([uniforms(first + i) for i in range(len(prompts))])).to(model.device)
+    none = torch.zeros_like(copies)
+    rows = _Rows(completion=first * n + torch.arange(len(copies), device=model.device),
+                 token=torch.tensor([ids[-1] for ids in prompts], device=model.device)[copies],
+                 position=torch.tensor([len(ids) - 1 for ids in prompts], device=model.device)[copies],
+                 n_tokens=none.clone(), tokens=torch.zeros_like(u, dtype=torch.long), uniforms=u,
+                 logprob=torch.zeros_like(u[:, 0]), ended=none.bool(), over=none.bool())
+    return rows, cache, copies
 
 
-def roomy_cache(config):
-    """A `DynamicCache` whose keys and values lie in buffers with room for the next 32 tokens.
+@torch.inference_mode()
+def _decode(model, tokenizer, prompts, n, temperature, top_p, batch_size, uniforms):
+    """Completions as they end, of prompts that come longest first: see `_Rows.hand_out` for what is given.
 
-    The library's own cache is copied whole for every new token, which on a CPU costs more than the model itself.
+    `uniforms(i)` gives the numbers for the n samples of prompt i, of shape (n, max_new_tokens).
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        def update(self, key_states, value_states, *args, **kwargs):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self.keys, self.values = key_states, value_states
-                self.rooms = [key_states, value_states]
-                return key_states, value_states
-            self.keys, self.values = self._append(0, self.keys, key_states), self._append(1, self.values, value_states)
-            return self.keys, self.values
-
-        def _append(self, i, old, new):
-            length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
-            # No room left, or rows were dropped or repeated since, so that `old` is no longer the buffer's beginning.
-            if self.rooms[i].shape[-2] < total or self.rooms[i].data_ptr() != old.data_ptr():
-                self.rooms[i] = old.new_empty(*old.shape[:-2], total + ROOM, old.shape[-1])
-                self.rooms[i][..., :length, :] = old
-            self.rooms[i][..., length:total, :] = new
-            return self.rooms[i][..., :total, :]
-
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+    ends = torch.tensor(models.end_tokens(model, tokenizer), device=model.device)
+    begun = max(1, batch_size // n)
+    rows, cache, copies = _start(model, tokenizer, prompts[:begun], 0, n, uniforms)
+    cache.reserve(copies, len(prompts[0]) + rows.tokens.shape[1] + ROOM)
+    while True:
+        free = rows.over.nonzero().squeeze(-1)
+        waiting = prompts[begun : begun + len(free) // n]
+        if len(free) >= FREE_SHARE * len(rows.over) and (waiting or begun >= len(prompts)):
+            yield from rows.hand_out(n)
+            if waiting:                                    # a newcomer starts with the last token of its prompt
+                new, their_cache, copies = _start(model, tokenizer, waiting, begun, n, uniforms)
+                slots = free[: len(copies)]
+                rows.put(slots, new)
+                cache.put(slots, their_cache, copies)
+                begun += len(waiting)
+            elif len(free) == len(rows.over):
+                return
+            else:
+                alive = (~rows.over).nonzero().squeeze(-1)
+                rows.keep(alive)
+                cache.keep(alive)
+            first = int(cache.mask[~rows.over].any(0).long().argmax())
+            if first >= ROOM:                              # columns that no row needs any more
+                cache.keep(slice(None), first)
+        cache.mask = torch.cat([cache.mask, torch.ones_like(cache.mask[:, :1])], 1)
+        logits = model(input_ids=rows.token[:, None], attention_mask=cache.mask, position_ids=rows.position[:, None],
+                       past_key_values=cache, use_cache=True).logits[:, -1].float()
+        alive, at = (~rows.over).nonzero().squeeze(-1), rows.n_tokens
+        logits, at = logits[alive], rows.n_tokens[alive]
+        token = next_tokens(logits, rows.uniforms[alive, at], temperature, top_p)
+        rows.logprob[alive] += (logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)).double()
+        rows.tokens[alive, at] = rows.token[alive] = token
+        rows.n_tokens[alive] += 1
+        rows.position[alive] += 1
+        rows.ended[alive] = torch.isin(token, ends)
+        rows.over = rows.ended | (rows.n_tokens == rows.tokens.shape[1])
 
 
 def _uniforms(seed: int, question_id: str, n: int, max_new_tokens: int) -> np.ndarray:
