@@ -43,7 +43,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
+from irpo_utils.__main__ import calm_libraries
 
+calm_libraries()                               # no loading bars
 profile = profiles.get(PROFILE)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
@@ -200,10 +202,8 @@ assert suggested in profiles.PROFILES
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-from transformers.utils import logging
 from irpo_utils import sampling, tasks
 
-logging.disable_progress_bar()
 task = tasks.get(profile.task)
 questions = task.load("validation", profile.data).select(range(16))
 model, tokenizer = iteration.load_model(profile)
@@ -530,9 +530,11 @@ steps
 # NBVAL_IGNORE_OUTPUT
 from datasets import load_from_disk
 
-answers = [load_from_disk(str(run / f"iteration_{t}" / "evaluation"))["greedy"] for t in range(last + 1)]
+settings = iteration.load_profile(run)
+asked = tasks.get(settings.task).load(settings.eval_split, settings.data)
+answers = [load_from_disk(str(run / f"iteration_{t}/evaluation/greedy")) for t in range(last + 1)]
 turned = [i for i in range(len(answers[0])) if not answers[0][i]["correct"] and answers[-1][i]["correct"]]
-print(answers[0][turned[0]]["prompt"], "\n")
+print(next(row["question"] for row in asked if row["id"] == answers[0][turned[0]]["id"]), "\n")
 for t, answer in enumerate(answers):
     row = answer[turned[0]]
     print(f"M_{t} ({'right' if row['correct'] else 'wrong'}):", " ; ".join(row["completion"].splitlines()))

@@ -39,7 +39,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
+from irpo_utils.__main__ import calm_libraries
 
+calm_libraries()                               # no loading bars
 profile = profiles.get(PROFILE)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
@@ -52,10 +54,8 @@ assert models.default_device() in ("cpu", "cuda")
 # %%
 # NBVAL_IGNORE_OUTPUT
 import torch
-from transformers.utils import logging
 from irpo_utils import iteration, sampling, tasks
 
-logging.disable_progress_bar()
 task = tasks.get(profile.task)
 questions = task.load("validation", profile.data).select(range(24 if PROFILE == "smoke" else 80))
 model, tokenizer = iteration.load_model(profile)

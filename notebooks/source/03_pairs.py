@@ -39,7 +39,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
+from irpo_utils.__main__ import calm_libraries
 
+calm_libraries()                               # no loading bars
 profile = profiles.get(PROFILE)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
