@@ -231,7 +231,7 @@ print(chosen["question"], "\n\nknown answer:", chosen["answer"])
 assert len(samples) == len(questions) * profile.n_samples
 
 # %% [markdown]
-# **Predict**: you ask M_0 for its single most probable answer ([greedy decoding](../docs/glossary.md#greedy-decoding)). Does it write its working first?
+# **Predict**: you let M_0 take the most probable token each time ([greedy decoding](../docs/glossary.md#greedy-decoding)). Does it write its working first?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -511,8 +511,8 @@ plots.accuracy_per_iteration(metrics, pd.read_csv(means) if means.exists() else 
 
 # %% [markdown]
 # How to read it. Each line is a mean over runs with different seeds, thin lines are single runs, and the
-# band is a 95 % [interval](../docs/glossary.md#confidence-interval). Greedy lies above sampling: the most probable answer
-# is better than a random draw. A vote among samples helps most at M_0, where the samples differ most. As in the toy
+# band is a 95 % [interval](../docs/glossary.md#confidence-interval). Greedy lies above sampling: taking the
+# most probable token each time beats drawing one. A vote among samples lies between the two, and far above single samples as long as these differ. As in the toy
 # model, each iteration makes the model write as its winners wrote. Here are the numbers of the greedy line, and how
 # much each iteration added.
 

@@ -651,4 +651,4 @@ assert all(0 <= s <= 1 for s in share)
 # 4. A question is right with probability 0.02. Is it lost at N = 30?
 # 5. Which part of the loss speaks about the tokens that winner and loser share?
 #
-# **Next**: [04 · DPO and NLL](04_dpo_nll_training.ipynb): what the loss does with a pair.
+# **Next**: [04 · Training with DPO + NLL](04_dpo_nll_training.ipynb): what the loss does with a pair.
