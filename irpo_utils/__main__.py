@@ -91,17 +91,26 @@ def plot(arguments: list[str]) -> None:
 def bench(arguments: list[str]) -> None:
     """Time our stages against plain `generate` and TRL, in turn, and print how many times faster they are."""
     parser = argparse.ArgumentParser(prog="python -m irpo_utils bench", description=bench.__doc__)
-    parser.add_argument("what", nargs="*", help="sampling, training, iteration (default: all)")
+    parser.add_argument("what", nargs="*", help="sampling, training, evaluation, iteration, scaling (default: all)")
+    parser.add_argument("--profile", default="cpu", help="whose settings and model (default: cpu)")
     parser.add_argument("--repeats", type=int, default=3, help="how often each takes its turn (default 3)")
-    parser.add_argument("--questions", type=int, default=128, help="questions sampled for (default 128)")
+    parser.add_argument("--questions", type=int, default=200, help="training questions sampled for (default 200)")
     parser.add_argument("--out", default="figures", help="folder of bench.csv (default: figures)")
     options = parser.parse_args(arguments)
     from irpo_utils import bench as benchmark
-    from irpo_utils import iteration
+    from irpo_utils import iteration, plots
 
-    for what in options.what or benchmark.WHAT:
-        rows = benchmark.bench(what, options.repeats, options.questions)
-        benchmark.save(rows, options.out, {"command": _command("bench", arguments), **iteration.environment()})
+    record = {"command": _command("bench", arguments), **iteration.environment()}
+    for what in options.what or (*benchmark.WHAT, "scaling"):
+        if what == "scaling":
+            rows = benchmark.scaling()
+            benchmark.save(rows, options.out, record, "bench_scaling")
+            import pandas
+
+            plots.save(plots.scaling(pandas.DataFrame(rows)), options.out, "bench_scaling", pandas.DataFrame(rows), record)
+            continue
+        rows = benchmark.bench(what, options.repeats, options.questions, options.profile)
+        benchmark.save(rows, options.out, record)
         for row in rows:
             if row["ratio"]:
                 print(f"{what}: {row['metric']} {row['ratio']:.2f} times better than plain ({row['low']:.2f} to {row['high']:.2f})")

@@ -269,6 +269,33 @@ def sweep(metrics: pd.DataFrame, x: str, xlabel: str, ylabel: str = "Share (%)")
     return _finish(figure, f"{ylabel} by {xlabel[0].lower()}{xlabel[1:]}", [lines])
 
 
+def scaling(table: pd.DataFrame) -> TextFigure:
+    """Time and peak memory against N, questions and size of the model, as multiples of the smallest point of each.
+
+    Columns `axis`, `x`, `parameters`, `seconds`, `peak_mb`; the dashed line is what grows in proportion.
+    """
+    if table.empty or not {"axis", "x", "parameters", "seconds", "peak_mb"} <= set(table):
+        raise UserError("scaling needs a table with axis, x, parameters, seconds and peak_mb, as `bench scaling` writes it.")
+    figure, panels = _figure(9.6, 3.6, 3)
+    names = {"n": "Samples per question (N)", "questions": "Questions", "hidden": "Parameters (millions)"}
+    drawn = []
+    for axes, (axis, title) in zip(panels, names.items()):
+        group = table[table.axis == axis].sort_values("x")
+        x = group.parameters / 1e6 if axis == "hidden" else group.x
+        axes.plot(x, x / x.iloc[0], color=GREY, linewidth=1, linestyle="--", label="_proportional")
+        lines = [_curve(axes, x, group[column] / group[column].iloc[0], name, colour, marker="o")
+                 for column, name, colour in (("seconds", "time", BLUE), ("peak_mb", "memory", ORANGE))]
+        lines = [line._replace(words=", ".join(f"{y:.1f} at {at:.3g}" for at, y in zip(line.x, line.y))) for line in lines]
+        axes.set(xlabel=title, ylabel="Times the smallest" if axis == "n" else "", xscale="log", yscale="log")
+        axes.set_xticks(list(x), [f"{at:.2g}" if axis == "hidden" else f"{at:g}" for at in x])
+        axes.set_xticks([], minor=True)
+        ticks = [1, 2, 4, 8, 16]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.set_yticks([], minor=True)
+        drawn.append(lines)
+    return _finish(figure, "Cost of sampling as the work grows", drawn, tuple(names.values()))
+
+
 def alt_text(figure: Figure) -> str:
     """The description of a figure with its numbers, for a cell's text or a page's `alt`."""
     return getattr(figure, "alt_text", "")

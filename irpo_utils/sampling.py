@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from irpo_utils import UserError, models
 
 FREE_SHARE = 1 / 8      # slots are filled anew, or dropped, once this share of them is free: both have a price
+PREFILL = 32            # prompts that go through the model at once, which takes more memory than a step of all rows
 ROOM = 16               # columns that may be of no use any more before they are dropped
 
 
@@ -244,12 +245,16 @@ def _decode(model, tokenizer, prompts, n, temperature, top_p, batch_size, unifor
     `uniforms(i)` gives the numbers for the n samples of prompt i, of shape (n, max_new_tokens).
     """
     ends = torch.tensor(models.end_tokens(model, tokenizer), device=model.device)
-    begun = max(1, batch_size // n)
+    slots = min(max(1, batch_size // n), len(prompts)) * n
+    begun = min(slots // n, PREFILL)
     rows, cache, copies = _start(model, tokenizer, prompts[:begun], 0, n, uniforms)
-    cache.reserve(copies, len(prompts[0]) + rows.tokens.shape[1] + ROOM)
+    filling = torch.arange(slots, device=model.device) % len(copies)           # the rest are free slots from the start
+    rows.keep(filling)
+    rows.over[len(copies):], rows.completion[len(copies):] = True, -1
+    cache.reserve(copies[filling], len(prompts[0]) + rows.tokens.shape[1] + ROOM)
     while True:
         free = rows.over.nonzero().squeeze(-1)
-        waiting = prompts[begun : begun + len(free) // n]
+        waiting = prompts[begun : begun + min(len(free) // n, PREFILL)]
         if len(free) >= FREE_SHARE * len(rows.over) and (waiting or begun >= len(prompts)):
             yield from rows.hand_out(n)
             if waiting:                                    # a newcomer starts with the last token of its prompt

@@ -148,3 +148,108 @@ def test_settings_out_of_range_are_refused(loaded, questions, task, settings, me
 def test_no_questions_is_refused(loaded, questions, task):
     with pytest.raises(UserError, match="no questions"):
         draw(loaded, questions.select([]), task)
+
+
+def tiny(kind, tmp_path):
+    """A model of random weights of another family than the seed model's, with the seed model's tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.SEED_MODEL)
+    changes = {"gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
+               "qwen3": {"head_dim": 16}}.get(kind, {})
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **changes)
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_greedy_of_other_families_is_plain_generate(kind, task, questions, tmp_path):
+    """With grouped heads, with a sliding window shorter than the text, and with rows refilled while others go on."""
+    model, tokenizer = tiny(kind, tmp_path)
+    ours = sampling.sample(model, tokenizer, questions, task, n=1, temperature=0.0, max_new_tokens=30, batch_size=6, progress=False)
+    for row in ours:
+        ids = torch.tensor([row["prompt_ids"]])
+        theirs = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30,
+                                pad_token_id=tokenizer.pad_token_id)
+        assert row["completion_ids"] == theirs[0, ids.shape[1]:].tolist()
+
+
+def test_samples_do_not_depend_on_the_number_of_cores(loaded, questions, task):
+    """One loop per core, each with its share of the questions."""
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for cores in (1, 2, 3):
+            torch.set_num_threads(cores)
+            found.append(draw(loaded, questions, task, n=4, batch_size=24)["completion_ids"][:])
+            assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
+def test_an_error_in_one_loop_reaches_the_caller_and_ends_the_others(loaded, questions, task, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no uniform numbers today")
+
+    monkeypatch.setattr(sampling, "_uniforms", fail)
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="today"):
+        draw(loaded, questions, task, n=4)
+    assert torch.get_num_threads() == threads
+
+
+def test_every_row_is_used_again_while_questions_wait(loaded, questions, task, monkeypatch):
+    """Steps of the whole batch stay near the number of tokens over the number of rows: no row idles while work waits."""
+    model, _ = loaded
+    widths = []
+    forward = type(model).forward
+
+    def counting(self, *arguments, **options):
+        widths.append(tuple(options["input_ids"].shape))
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(type(model), "forward", counting)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        samples = draw(loaded, questions, task, n=8, batch_size=32, seed=5)
+    finally:
+        torch.set_num_threads(threads)
+    computed = sum(rows for rows, columns in widths if columns == 1)
+    prefilled = sum(rows for rows, columns in widths if columns > 1)
+    assert prefilled == len(questions)                                    # each prompt once, not once per sample
+    assert sum(samples["n_tokens"]) <= computed < 1.6 * sum(samples["n_tokens"])
+    lengths = samples["n_tokens"][:]
+    assert computed < 0.8 * sum(32 * max(lengths[i : i + 32]) for i in range(0, len(lengths), 32))   # if each batch waited
+
+
+def test_multiplied_out_gives_the_same_numbers_and_leaves_no_trace(loaded, questions, task):
+    model, _ = loaded
+    ids = torch.tensor([draw(loaded, questions.select([0]), task, n=1)[0]["prompt_ids"]])
+    lora = [p for name, p in model.named_parameters() if "lora_B" in name]
+    kept = [p.data.clone() for p in lora]
+    try:
+        torch.manual_seed(0)
+        for p in lora:
+            p.data.normal_(std=0.05)
+        layers = {name: id(module) for name, module in model.named_modules()}
+        with torch.no_grad():
+            apart = model(input_ids=ids).logits
+            with models.multiplied_out(model):
+                together = model(input_ids=ids).logits
+                assert not any("lora_A" in name for name, _ in model.named_modules())
+            assert {name: id(module) for name, module in model.named_modules()} == layers
+            assert torch.equal(model(input_ids=ids).logits, apart)
+            for p, old in zip(lora, kept):
+                p.data.copy_(old)
+            assert not torch.allclose(model(input_ids=ids).logits, apart, atol=1e-2)      # the adapter did matter
+        assert torch.allclose(apart, together, atol=1e-4)
+    finally:
+        for p, old in zip(lora, kept):
+            p.data.copy_(old)
