@@ -36,6 +36,7 @@ EXERCISE = re.compile(r"^[ ]*# SOLUTION\n(?P<solution>.*?)^[ ]*# STUB\n(?P<stub>
 LINK = re.compile(r"(?<=\]\()(?!https?://|#)(?P<target>[^)\s]+)(?=\))")
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
           "language_info": {"name": "python"}}
+QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def view(source: str, solved: bool) -> nbformat.NotebookNode:
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="beginnings of notebook names (default: all)")
     parser.add_argument("--no-run", action="store_true", help="leave the outputs empty")
     options = parser.parse_args()
-    os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+    os.environ.update(QUIET)
     sources = sorted(path for path in (NOTEBOOKS / "source").glob("*.py")
                      if not options.names or path.stem.startswith(tuple(options.names)))
     if not sources:
