@@ -22,7 +22,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | TIME_SMOKE | TIME_CPU | not measured here |
+# | time for this notebook | 50 seconds on one core | TIME_CPU | not measured here |
 #
 # **Needs**: the packages of this repository. The finished run that is read here is your own (`make run`) if there is one,
 # otherwise the one that ships with the notebooks.
@@ -313,11 +313,11 @@ votes = metrics[metrics.metric.isin(["greedy", "sampled", "majority"])].copy()
 votes["name"] = votes.metric.where(votes.metric != "majority", "majority of " + votes.k.astype(str))
 table = (100 * votes.pivot_table(index="iteration", columns="name", values="value")).round(1)
 assert len(table) == T + 1
-table.fillna("")
+table.astype(object).fillna("")
 
 # %% [markdown]
 # At the start the vote is far above the sampled answers it is made of: that knowledge was there, spread thin. At the end
-# the vote gains little over the greedy answer, because the samples agree already. The paper sees the same narrowing, from 15 points
+# the samples agree more, and a vote among them adds less to a single one; the greedy answer is as good as the vote, or better. The paper sees the same narrowing, from 15 points
 # of gain by voting at M_0 to 7 at M_4 ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)), and there as here the last model's single answer
 # beats the vote of M_0. What is spent is variety:
 
@@ -794,4 +794,4 @@ assert decision is None or 0 <= decision <= T
 # 4. Your KL estimate is -0.02. Is something broken?
 # 5. Reward accuracy 0.97, margin rising, winners' log-probability falling. What do you do?
 #
-# **Next**: see what other methods do with the same pairs, and what a run costs, in the [README](../README.md).
+# **Next**: the [README](../README.md) has the results over several seeds, with intervals, and the commands for runs of your own.
