@@ -140,20 +140,23 @@ def _linear(weight: torch.Tensor, bias) -> torch.nn.Linear:
 def multiplied_out(model: PeftModel):
     """Inside, each layer is the one matrix W + (alpha / r) B A, which saves unpacking W and two thin products a call.
 
-    Exact up to the rounding of fp32, so it is done where the model computes in fp32 and the matrices fit into 2 GiB;
-    otherwise nothing changes. Afterwards base and adapter are as before.
+    Exact up to the rounding of fp32, so it is done where the model computes in fp32, or where B is zero, as in M_0, and
+    only the thin products fall away; and where the matrices fit into 2 GiB. Otherwise nothing changes. Afterwards base
+    and adapter are as before.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     size = sum(4 * layer.in_features * layer.out_features for layer in layers.values())
-    exact = model.dtype == torch.float32 and size <= 2**31
-    if not exact:
+    exact = model.dtype == torch.float32 or not any(layer.lora_B["default"].weight.any() for layer in layers.values())
+    if not exact or size > 2**31:
         yield model
         return
     try:
         for name, layer in layers.items():
-            weight = _dense(layer.base_layer) + layer.get_delta_weight("default").detach()
+            weight = _dense(layer.base_layer)
+            if layer.lora_B["default"].weight.any():
+                weight = weight + layer.get_delta_weight("default").detach()
             model.set_submodule(name, _linear(weight, layer.base_layer.bias))
         yield model
     finally:

@@ -64,13 +64,56 @@ def smollm2() -> str:
     return "\n\n".join(parts)
 
 
+def speed() -> str:
+    """Ours against the plain recipe, stage by stage."""
+    table = pandas.read_csv(FIGURES / "bench.csv")
+    records = json.loads((FIGURES / "bench.json").read_text())
+    lines = ["| stage | ours | plain | times faster | memory, ours | plain |", "|---|---|---|---|---|---|"]
+    for what, variant, rows in _side_by_side(table):
+        ours, plain, ratio = (rows[rows.variant == f"{variant}{name}"].set_index("metric") for name in
+                              ("ours", _best_plain(rows, variant), "ours_vs_best_plain"))
+        unit, metric = (("s", "seconds") if what == "iteration" else ("tokens/s", "tokens_per_second"))
+        cells = [f"{side.value[metric]:,.0f} {unit}" for side in (ours, plain)]
+        cells += [f"{ratio.ratio[metric]:.1f} ({ratio.low[metric]:.1f}–{ratio.high[metric]:.1f})"]
+        cells += [f"{side.value.peak_mb:,.0f} MB" for side in (ours, plain)]
+        lines.append(f"| {what}{', ' + variant.rstrip('_') if variant else ''} | " + " | ".join(cells) + " |")
+    first = next(iter(records.values()))
+    lines += ["", f"Median of {{}} turns with the least and the greatest; {first['threads']} threads of an {first['processor']}, torch "
+              f"{first['versions']['torch']}. " + " ".join(f"`{command}`" for command in records)]
+    return "\n".join(lines).replace("{}", "three")
+
+
+def _side_by_side(table):
+    judged = table[table.variant.str.endswith("ours_vs_best_plain")]
+    for what, variant in judged[["what", "variant"]].drop_duplicates().itertuples(index=False):
+        prefix = variant.removesuffix("ours_vs_best_plain")
+        rows = table[(table.what == what) & table.variant.str.startswith(prefix)]
+        yield what, prefix, rows if prefix else rows[~rows.variant.str.contains("smollm2")]
+
+
+def _best_plain(rows, prefix: str) -> str:
+    plain = rows[rows.variant.str.startswith(f"{prefix}plain") & (rows.metric == "tokens_per_second")]
+    return plain.sort_values("value").variant.iloc[-1].removeprefix(prefix)
+
+
+def growth() -> str:
+    """Cost of sampling as the work grows."""
+    table = pandas.read_csv(FIGURES / "bench_scaling.csv")
+    lines = ["| grows | | tokens | seconds | peak memory | tokens/s |", "|---|---|---|---|---|---|"]
+    for row in table.itertuples():
+        name = {"n": "N", "questions": "questions", "hidden": "parameters (M)"}[row.axis]
+        x = f"{row.parameters / 1e6:.1f}" if row.axis == "hidden" else row.x
+        lines.append(f"| {name} | {x} | {row.tokens:,} | {row.seconds:.1f} | {row.peak_mb:,.0f} MB | {row.tokens / row.seconds:,.0f} |")
+    return "\n".join(lines)
+
+
 def _interval(row) -> str:
     return f"{100 * row.value:.1f} ({100 * row.low:.1f}–{100 * row.high:.1f})"
 
 
 def fill(text: str) -> str:
     """README's text with every table block made anew."""
-    for name, table in (("accuracy", accuracy), ("smollm2", smollm2)):
+    for name, table in (("accuracy", accuracy), ("smollm2", smollm2), ("speed", speed), ("growth", growth)):
         block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.S)
         text = block.sub(lambda match: f"{match[1]}{table()}\n{match[2]}", text)      # noqa: B023
     return text
