@@ -534,11 +534,13 @@ settings = iteration.load_profile(run)
 asked = tasks.get(settings.task).load(settings.eval_split, settings.data)
 answers = [load_from_disk(str(run / f"iteration_{t}/evaluation/greedy")) for t in range(last + 1)]
 turned = [i for i in range(len(answers[0])) if not answers[0][i]["correct"] and answers[-1][i]["correct"]]
-print(next(row["question"] for row in asked if row["id"] == answers[0][turned[0]]["id"]), "\n")
+shown = turned[0] if turned else 0              # a very small run may have turned none
+one_id = answers[0][shown]["id"]
+print(next(row["question"] for row in asked if row["id"] == one_id), "\n")
 for t, answer in enumerate(answers):
-    row = answer[turned[0]]
+    row = answer[shown]
     print(f"M_{t} ({'right' if row['correct'] else 'wrong'}):", " ; ".join(row["completion"].splitlines()))
-assert turned
+assert all(answer[shown]["id"] == one_id for answer in answers)
 
 # %% [markdown]
 # One question again, chosen because it makes the point. The figure is the evidence, this is the illustration.
