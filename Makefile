@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: run test lab help
+.PHONY: run test lab notebooks help
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -23,3 +23,6 @@ test: $(READY)   ## all tests
 
 lab: $(READY)    ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab notebooks
+
+notebooks: $(READY)  ## remake and execute all notebooks from notebooks/source
+	$(BIN)/python scripts/make_notebooks.py
