@@ -68,8 +68,9 @@ def wait(condition):
 
 
 @pytest.fixture
-def lab(tmp_path):
+def lab(tmp_path, monkeypatch):
     """The address of a JupyterLab on a copy of the notebooks, with nobody's settings."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     for folder in ("irpo_utils", "notebooks", "figures"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "phases"))
     settings = tmp_path / "settings" / "@jupyterlab" / "notebook-extension"
