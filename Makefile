@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: run test lab notebooks help
+.PHONY: run test lab notebooks help bench
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -15,7 +15,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $(READY)
 
-run: $(READY)    ## Iterative RPO with the default profile, about ten minutes on two cores
+run: $(READY)    ## Iterative RPO with the default profile, a few minutes on two cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
 test: $(READY)   ## all tests
@@ -26,3 +26,6 @@ lab: $(READY)    ## JupyterLab in the notebooks folder
 
 notebooks: $(READY)  ## remake and execute all notebooks from notebooks/source
 	$(BIN)/python scripts/make_notebooks.py
+
+bench: $(READY)  ## our stages against generate and TRL, side by side, about 20 minutes on two idle cores
+	$(BIN)/python -m irpo_utils bench

@@ -6,6 +6,7 @@ is not counted. Ratios are taken turn by turn; the table gives their median, min
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -29,9 +30,11 @@ def bench(what: str, repeats: int = 3, questions: int = 200, profile: str = "cpu
     """
     if what not in WHAT:
         raise UserError(f"There is no benchmark {what!r}. The benchmarks are {', '.join(WHAT)}, scaling.")
-    profiles.get(profile)
-    batches = PLAIN_BATCHES if what == "sampling" else PLAIN_BATCHES[1:2]
+    model = profiles.get(profile).model
+    batches = [batch for batch in PLAIN_BATCHES if batch <= questions] if what == "sampling" else PLAIN_BATCHES[1:2]
     runs = {f"plain_{batch}": [] for batch in batches} | {"ours": []}
+    if what == "sampling" and model == "smollm2-135m" and importlib.util.find_spec("llama_cpp"):
+        runs["llama_cpp"] = []
     for seed in range(repeats):
         for variant in runs:
             runs[variant].append(_in_a_process(what=what, variant=variant, questions=questions, profile=profile, seed=seed))
@@ -41,7 +44,7 @@ def bench(what: str, repeats: int = 3, questions: int = 200, profile: str = "cpu
 
 
 def _rows(what: str, runs: dict[str, list[dict]], prefix: str) -> list[dict]:
-    best = min((v for v in runs if v != "ours"), key=lambda v: statistics.median(r["seconds"] / r["tokens"] for r in runs[v]))
+    best = min((v for v in runs if v.startswith("plain")), key=lambda v: statistics.median(r["seconds"] / r["tokens"] for r in runs[v]))
     rows = []
     for variant, results in runs.items():
         for metric in ("tokens_per_second", "seconds", "peak_mb", "accuracy"):
@@ -143,8 +146,6 @@ def _scaling(settings, task, questions: int, n: int, hidden: int) -> dict:
 
 def _llama_cpp(settings, task, rows) -> dict:
     """The same completions from llama.cpp and the 4-bit file itself, one after another, as llama-cpp-python draws them."""
-    import importlib.util
-
     import torch
     from llama_cpp import Llama
 
@@ -210,10 +211,10 @@ class Plain(Ours):
 
         self.p, self.task, self.batch = profile, task, batch
         torch.manual_seed(profile.seed)
-        path = models.find(profile.model)
+        path, dtype = models.find(profile.model), getattr(torch, profile.dtype or "float32")
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32))
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
 
     def sample(self, rows, n=None, temperature=None):
         import torch
