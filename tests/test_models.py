@@ -188,3 +188,25 @@ def test_smollm2_comes_from_the_package_if_there_and_from_the_hub_otherwise(monk
 def test_adapters_name_their_base_and_no_folder_of_this_machine(tmp_path):
     models.load("seed")[0].save_pretrained(tmp_path, save_embedding_layers=False)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "seed"
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_grouped_attention_is_the_librarys_plain_one(kv_heads):
+    """Forwards and backwards, with padding, for heads that do and that do not share keys."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    models._register_attention()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3", vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=8)
+    batch = models.pad_batch([[3, 4, 5], [6, 2, 1]], [[7, 8], [9, 10, 11]], 0)
+    found = []
+    ours = AutoModelForCausalLM.from_config(config, attn_implementation="grouped").double()
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+    theirs.load_state_dict(ours.state_dict())
+    for model in (ours, theirs):
+        logps = models.response_logps(model, batch)
+        logps.sum().backward()
+        found.append((logps.detach(), [p.grad for p in model.parameters()]))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True))
