@@ -22,7 +22,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | 25 seconds on one core | TIME_CPU | not measured here |
+# | time for this notebook | 25 seconds on one core | 2 minutes on one core | not measured here |
 #
 # **Needs**: the packages of this repository, nothing else.
 #

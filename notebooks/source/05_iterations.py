@@ -22,7 +22,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | 50 seconds on one core | TIME_CPU | not measured here |
+# | time for this notebook | 50 seconds on one core | 1 minute 40 seconds on one core | not measured here |
 #
 # **Needs**: the packages of this repository. The finished run that is read here is your own (`make run`) if there is one,
 # otherwise the one that ships with the notebooks.
