@@ -213,8 +213,11 @@ class Plain(Ours):
         torch.manual_seed(profile.seed)
         path, dtype = models.find(profile.model), getattr(torch, profile.dtype or "float32")
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=BitsAndBytesConfig(
+        # Two copies, as if sampling and training were two scripts: on processors with bf16 instructions bitsandbytes
+        # repacks a model that has sampled, and that copy then hardly learns any more.
+        self.model, self.trained = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
+            for _ in range(2))
 
     def sample(self, rows, n=None, temperature=None):
         import torch
@@ -253,7 +256,7 @@ class Plain(Ours):
                                save_strategy="no", seed=self.p.seed, report_to="none",
                                disable_tqdm=True, use_cpu=True, bf16=False,
                                gradient_checkpointing=False)
-            trainer = DPOTrainer(self.model, args=config, processing_class=self.tokenizer,
+            trainer = DPOTrainer(self.trained, args=config, processing_class=self.tokenizer,
                                  train_dataset=preferences.select_columns(["prompt", "chosen", "rejected"]),
                                  peft_config=LoraConfig(r=self.p.lora_r, lora_alpha=self.p.lora_alpha, target_modules="all-linear"))
             trainer.train()

@@ -512,7 +512,7 @@ plots.accuracy_per_iteration(metrics, pd.read_csv(means) if means.exists() else 
 # %% [markdown]
 # How to read it. Each line is a mean over runs with different seeds, thin lines are single runs, and the
 # band is a 95 % [interval](../docs/glossary.md#confidence-interval). Greedy lies above sampling: taking the
-# most probable token each time beats drawing one. A vote among samples lies between the two, and far above single samples as long as these differ. As in the toy
+# most probable token each time beats drawing one. At M_0 a vote among samples beats both; later it lies between them. As in the toy
 # model, each iteration makes the model write as its winners wrote. Here are the numbers of the greedy line, and how
 # much each iteration added.
 
