@@ -99,7 +99,8 @@ def _worker(what: str, variant: str, questions: int, profile: str = "cpu", seed:
     if variant == "llama_cpp":
         return _llama_cpp(settings, task, task.load("train", settings.data).shuffle(seed=seed).select(range(questions)))
     rows = task.load("train", settings.data).shuffle(seed=seed).select(range(questions))
-    run = Ours(settings, task) if variant == "ours" else Plain(settings, task, int(variant.split("_")[1]))
+    run = Ours(settings, task) if variant == "ours" else Plain(settings, task, int(variant.split("_")[1]),
+                                                                  trains=what in ("training", "iteration"))
     if what == "training":                  # both on the same pairs
         ours = Ours(settings, task)
         preferences = ours.pairs(ours.sample(rows))
@@ -201,9 +202,13 @@ class Ours:
 
 
 class Plain(Ours):
-    """The documented recipe: `generate(num_return_sequences=N)` and `DPOTrainer` with `["sigmoid", "sft"]` on text."""
+    """The documented recipe: `generate(num_return_sequences=N)` and `DPOTrainer` with `["sigmoid", "sft"]` on text.
 
-    def __init__(self, profile, task, batch: int):
+    What is trained is a copy that has not sampled, as if the two were two scripts: on processors with bf16 instructions
+    bitsandbytes repacks a 4-bit model when it first samples, and after that it hardly learns.
+    """
+
+    def __init__(self, profile, task, batch: int, trains: bool):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -213,11 +218,9 @@ class Plain(Ours):
         torch.manual_seed(profile.seed)
         path, dtype = models.find(profile.model), getattr(torch, profile.dtype or "float32")
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        # Two copies, as if sampling and training were two scripts: on processors with bf16 instructions bitsandbytes
-        # repacks a model that has sampled, and that copy then hardly learns any more.
         self.model, self.trained = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
-            for _ in range(2))
+            if needed else None for needed in (True, trains))
 
     def sample(self, rows, n=None, temperature=None):
         import torch
