@@ -78,9 +78,12 @@ def speed() -> str:
         cells += [f"{side.value.peak_mb:,.0f} MB" for side in (ours, plain)]
         lines.append(f"| {what}{', ' + variant.rstrip('_') if variant else ''} | " + " | ".join(cells) + " |")
     first = next(iter(records.values()))
-    lines += ["", f"Median of {{}} turns with the least and the greatest; {first['threads']} threads of an {first['processor']}, torch "
+    llama = table[table.variant.str.endswith("llama_cpp") & (table.metric == "tokens_per_second")]
+    aside = "".join(f" llama.cpp draws the same completions one after another from the same 4-bit file at {row.value:,.0f} tokens/s "
+                    f"({row.low:,.0f}–{row.high:,.0f})." for row in llama.itertuples())
+    lines += ["", f"Median over the turns with the least and the greatest.{aside} {first['threads']} threads of an {first['processor']}, torch "
               f"{first['versions']['torch']}. " + " ".join(f"`{command}`" for command in records)]
-    return "\n".join(lines).replace("{}", "three")
+    return "\n".join(lines)
 
 
 def _side_by_side(table):
