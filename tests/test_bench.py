@@ -30,7 +30,7 @@ def test_unknown_benchmark_is_refused():
 
 def test_both_sides_sample_every_completion_and_train_on_it(monkeypatch):
     monkeypatch.setattr(bench, "PLAIN_BATCHES", (2, 4))
-    rows = bench.bench("iteration", repeats=1, questions=12, progress=False)
+    rows = bench.bench("iteration", repeats=1, questions=6, progress=False)
     table = {(row["variant"], row["metric"]): row["value"] for row in rows}
     assert 0 <= table["plain_4", "accuracy"] <= 1 and 0 <= table["ours", "accuracy"] <= 1
     assert table["plain_4", "seconds"] > 0 and table["ours", "peak_mb"] > 100
