@@ -28,6 +28,7 @@ from irpo_utils import UserError, iteration, profiles
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = "cpu"
 LIMIT = 10_000_000          # bytes
+NO_MATTER = ("seed", "sampling_batch_size")     # no answer depends on how many are drawn at once
 LEFT_OUT = {                # glob pattern: why
     "iteration_*/samples": "`graded` holds the same rows and their grades",
     "accuracy_per_iteration.*": "the figure of five such runs is in `figures/`",
@@ -89,8 +90,9 @@ def ship(run: Path, out: Path) -> int:
 
 def check(run: Path) -> None:
     """Refuse a run that is not finished, not sound, or not of the default profile."""
-    settings = iteration.load_profile(run)
-    if dataclasses.replace(settings, seed=0) != profiles.get(PROFILE, seed=0):
+    settings, default = iteration.load_profile(run), profiles.get(PROFILE)
+    free = {name: getattr(default, name) for name in NO_MATTER}
+    if dataclasses.replace(settings, **free) != default:
         raise UserError(f"{run} was not made with the profile {PROFILE}, which the notebooks' text describes. Make one with "
                         f"`python -m irpo_utils run --profile {PROFILE} --out runs/{PROFILE}`.")
     needed = [run / "metrics.csv", run / "timing.csv", run / f"iteration_{settings.iterations}" / "metrics.json"]
