@@ -44,7 +44,8 @@ def bench(what: str, repeats: int = 3, questions: int = 200, profile: str = "cpu
 
 
 def _rows(what: str, runs: dict[str, list[dict]], prefix: str) -> list[dict]:
-    best = min((v for v in runs if v.startswith("plain")), key=lambda v: statistics.median(r["seconds"] / r["tokens"] for r in runs[v]))
+    plain = [variant for variant in runs if variant.startswith("plain")]
+    best = min(plain, key=lambda variant: statistics.median(r["seconds"] / r["tokens"] for r in runs[variant]))
     rows = []
     for variant, results in runs.items():
         for metric in ("tokens_per_second", "seconds", "peak_mb", "accuracy"):
