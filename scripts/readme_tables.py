@@ -81,8 +81,9 @@ def speed() -> str:
     llama = table[table.variant.str.endswith("llama_cpp") & (table.metric == "tokens_per_second")]
     aside = "".join(f" llama.cpp draws the same completions one after another from the same 4-bit file at {row.value:,.0f} tokens/s "
                     f"({row.low:,.0f}–{row.high:,.0f})." for row in llama.itertuples())
-    lines += ["", f"Median over the turns with the least and the greatest.{aside} {first['threads']} threads of an {first['processor']}, torch "
-              f"{first['versions']['torch']}. " + " ".join(f"`{command}`" for command in records)]
+    machine = f"{first['threads']} threads of an {first['processor']}, torch {first['versions']['torch']}."
+    lines += ["", f"Median over the turns with the least and the greatest.{aside} {machine} "
+              + " ".join(f"`{command}`" for command in records)]
     return "\n".join(lines)
 
 
@@ -106,7 +107,8 @@ def growth() -> str:
     for row in table.itertuples():
         name = {"n": "N", "questions": "questions", "hidden": "parameters (M)"}[row.axis]
         x = f"{row.parameters / 1e6:.1f}" if row.axis == "hidden" else row.x
-        lines.append(f"| {name} | {x} | {row.tokens:,} | {row.seconds:.1f} | {row.peak_mb:,.0f} MB | {row.tokens / row.seconds:,.0f} |")
+        cells = [name, x, f"{row.tokens:,}", f"{row.seconds:.1f}", f"{row.peak_mb:,.0f} MB", f"{row.tokens / row.seconds:,.0f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
