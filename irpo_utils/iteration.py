@@ -2,7 +2,7 @@
 
     runs/NAME/
       profile.json  environment.json        settings; versions, hardware, commit
-      iteration_0/  evaluation/ samples/ graded/ pairs/ metrics.json            made with M_0
+      iteration_0/  evaluation/ samples/ graded/ pairs/ metrics.json            made with M_0 (adapter/: see `start`)
       iteration_1/  adapter/ training_log.jsonl  evaluation/ samples/ ...       M_1, and what M_1 made
       ...
       metrics.csv  timing.csv
@@ -30,8 +30,8 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from irpo_utils import UserError, evaluation, grading, models, pairs, sampling, tasks, training
-from irpo_utils.profiles import Profile
+from irpo_utils import UserError, contamination, evaluation, grading, methods, models, sampling, tasks, training
+from irpo_utils.profiles import MAY_CHANGE, Profile
 
 CHECKSUMS = "checksums.json"
 KL_QUESTIONS = 256          # completions for the KL to M_{t-1}: one per question, drawn at temperature 1
@@ -45,13 +45,21 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     `iteration`, `split`, `metric`, `k`, `value`, `low`, `high`, `n`). Raises `UserError` for an `out` made with other
     settings or used by another process, and for what the stages refuse.
     """
+    profile = methods.apply(profile)
     task = tasks.get(profile.task)              # a mistake in task or data is found before anything is written
     train_questions = task.load("train", profile.data).shuffle(seed=profile.seed)
     eval_questions = _first(task.load(profile.eval_split, profile.data), profile.n_eval_questions)
     training.check_names(profile.lr_scheduler, profile.optimizer, profile.report_to)
+    overlap = contamination.check(train_questions, eval_questions, profile.allow_overlap)
     directory = RunDirectory(out, profile)
     with directory.lock():
         directory.check_profile()
+        if not (record := directory.path / "contamination.json").exists():
+            directory.write_file(record, json.dumps(dataclasses.asdict(overlap), indent=1) + "\n")
+        if profile.start and not _is_sound(directory.folder(0) / "adapter"):
+            find_adapter(profile)                   # a mistake is found before the model is loaded
+        if progress:
+            tqdm.write(contamination.describe(overlap))
         model, tokenizer = load_model(profile)
         loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, progress)
         for t in range(profile.iterations + 1):
@@ -88,15 +96,17 @@ class RunDirectory:
             self.write_file(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
             return
         try:
-            old = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            old = dataclasses.asdict(Profile(**json.loads(path.read_text())))       # fields that came later: their defaults
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} is missing or damaged, so that there is no telling what the iterations in {self.path} "
                             "were made with. Put it back, or choose another --out.") from error
         differing = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in sorted({*old, *new})
-                     if old.get(key) != new.get(key)]
+                     if old.get(key) != new.get(key) and key not in MAY_CHANGE]
         if differing:
             raise UserError(f"{self.path} was made with other settings: {', '.join(differing)}. Choose another --out, or "
                             "give the same settings to go on with it.")
+        if old != new:
+            self.write_file(path, json.dumps(new, indent=1) + "\n")
 
     def lock(self):
         """One process at a time; the lock goes away with the process, also when it is killed."""
@@ -176,7 +186,7 @@ class _Loop:
 
     def __init__(self, profile, directory, task, model, tokenizer, train_questions, eval_questions, progress):
         self.profile, self.directory, self.task, self.progress = profile, directory, task, progress
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.method = model, tokenizer, methods.get(profile.method)
         self.train_questions, self.eval_questions = train_questions, eval_questions
 
     def iteration(self, t: int) -> None:
@@ -184,11 +194,12 @@ class _Loop:
         notes: dict = {}
         if t > 0:
             self.directory.stage(t, "adapter", lambda: self._train(t), _save_adapter)
+        elif self.profile.start:
+            self.directory.stage(0, "adapter", lambda: find_adapter(self.profile), _copy_adapter)
         models.set_adapter(self.model, self._adapter(t))
         self.directory.stage(t, "evaluation", lambda: self._evaluate(t), _save_evaluation)
         if t < self.profile.iterations:
-            folder = self.directory.stage(t, "samples", lambda: self._sample(t), _save_dataset)
-            graded = self.directory.stage(t, "graded", lambda: grading.grade(load_from_disk(str(folder)), self.task), _save_dataset)
+            graded = self._graded(t) if self.method.samples else None
             self.directory.stage(t, "pairs", lambda: self._pairs(t, graded), _save_pairs)
             notes = json.loads((self.directory.folder(t) / "pairs" / "counts.json").read_text())
         rows = self._metrics(t, notes)
@@ -196,7 +207,7 @@ class _Loop:
         self._report(t, rows, notes)
 
     def _adapter(self, t: int) -> Path | None:
-        return self.directory.folder(t) / "adapter" if t > 0 else None
+        return self.directory.folder(t) / "adapter" if t > 0 or self.profile.start else None
 
     def _seed(self, t: int, purpose: int) -> int:
         """Different numbers for every iteration and purpose, the same on every resumption."""
@@ -214,11 +225,14 @@ class _Loop:
                                temperature=p.temperature_of(t), top_p=p.top_p, max_new_tokens=p.max_new_tokens,
                                seed=self._seed(t, 1), batch_size=p.sampling_batch_size, progress=self.progress)
 
-    def _pairs(self, t: int, graded: Path):
+    def _graded(self, t: int) -> Path:
+        folder = self.directory.stage(t, "samples", lambda: self._sample(t), _save_dataset)
+        return self.directory.stage(t, "graded", lambda: grading.grade(load_from_disk(str(folder)), self.task), _save_dataset)
+
+    def _pairs(self, t: int, graded: Path | None):
         p = self.profile
-        gold = pairs.gold_completions(self._questions(t), self.tokenizer) if p.gold else None
-        preferences, counts = pairs.build_pairs(load_from_disk(str(graded)), k=p.k_pairs, gold=gold, max_length=p.max_length,
-                                                deduplicate=p.deduplicate, seed=self._seed(t, 2))
+        preferences, counts = self.method.build(load_from_disk(str(graded)) if graded else None, self._questions(t), self.task,
+                                                self.tokenizer, p, self._seed(t, 2))
         if p.max_pairs is not None and len(preferences) > p.max_pairs:
             preferences = preferences.shuffle(seed=self._seed(t, 2)).select(range(p.max_pairs))
             counts["pairs"] = len(preferences)
@@ -272,7 +286,7 @@ class _Loop:
     def _metrics(self, t: int, notes: dict) -> list[dict]:
         rows = json.loads((self.directory.folder(t) / "evaluation" / "metrics.json").read_text())
         rows += [{"metric": f"pairs_{key}", "k": 0, "value": value, "n": notes["questions"]} for key, value in notes.items()]
-        return [{"method": "irpo", "seed": self.profile.seed, "iteration": t, "split": self.profile.eval_split,
+        return [{"method": self.profile.method, "seed": self.profile.seed, "iteration": t, "split": self.profile.eval_split,
                  "metric": row["metric"], "k": row.get("k", 0), "value": row["value"], "low": row.get("low"),
                  "high": row.get("high"), "n": row.get("n")} for row in rows]
 
@@ -288,6 +302,26 @@ class _Loop:
             tqdm.write(f"     {notes['pairs']} pairs from {notes['used']} of {notes['questions']} questions "
                        f"({notes['all_right']} all right, {notes['all_wrong']} all wrong, {notes['duplicates']} duplicate "
                        f"completions, {notes['over_long']} over-long pairs left out)")
+
+
+def find_adapter(p: Profile) -> Path:
+    """The adapter that `p.start` names: a folder with one, or a finished run, of which it is the last."""
+    folder = Path(p.start).expanduser()
+    if (folder / "profile.json").is_file():
+        folder = folder / f"iteration_{load_profile(folder).iterations}" / "adapter"
+        if not _is_sound(folder):
+            raise UserError(f"{folder} is missing or damaged. Finish that run first: `python -m irpo_utils run` with its --out.")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--start {p.start} is neither an adapter folder nor a run directory: {folder}/adapter_config.json is "
+                        "missing or unreadable.") from error
+    for name, there, now in (("model", config.get("base_model_name_or_path"), p.model), ("lora_r", config.get("r"), p.lora_r),
+                             ("lora_alpha", config.get("lora_alpha"), p.lora_alpha)):
+        if there != now:
+            raise UserError(f"The adapter in {folder} was made with {name} {there!r}, this run has {now!r}. Give "
+                            f"--{name.replace('_', '-')} {there}, or another --start.")
+    return folder
 
 
 def load_profile(run: str | Path) -> Profile:
@@ -317,13 +351,13 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
     if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
         raise UserError(f"--k must be at least 1 and --iterations from 0 to {p.iterations}, the last of {run}.")
     for t in wanted:
-        folder = Path(run) / f"iteration_{t}" / "adapter"
-        if t > 0 and not _is_sound(folder):
+        folder = Path(run) / f"iteration_{t}" / "adapter" if t > 0 or p.start else None
+        if folder and not _is_sound(folder):
             raise UserError(f"{folder} is missing or damaged. Finish the run first: `python -m irpo_utils run` with its --out.")
-        models.set_adapter(model, folder if t > 0 else None)
+        models.set_adapter(model, folder)
         results[t] = evaluation.evaluate(model, tokenizer, questions, chosen, k=k, temperature=p.eval_temperature,
                                          max_new_tokens=p.max_new_tokens, seed=p.seed, batch_size=p.sampling_batch_size)
-        rows += [{"method": "irpo", "seed": p.seed, "iteration": t, "split": split, **row} for row in results[t].metrics]
+        rows += [{"method": p.method, "seed": p.seed, "iteration": t, "split": split, **row} for row in results[t].metrics]
     table = pandas.DataFrame(rows)
     folder = Path(out) if out else Path(run) / "evaluations"
     folder.mkdir(parents=True, exist_ok=True)
@@ -355,7 +389,7 @@ def collect(runs: list[str | Path]):
         for metric in ("greedy", "sampled"):
             matrix = [_accuracy_per_question(run, t, metric) for run in runs]
             value, low, high = evaluation.seed_and_question_interval(matrix)
-            means.append({"method": "irpo", "iteration": t, "split": profiles[0].eval_split, "metric": metric, "k": 1,
+            means.append({"method": profiles[0].method, "iteration": t, "split": profiles[0].eval_split, "metric": metric, "k": 1,
                           "value": value, "low": low, "high": high, "n": len(matrix[0]), "seeds": len(runs)})
     record = {"seeds": [p.seed for p in profiles], "profile": dataclasses.asdict(profiles[0]), "runs": [
         {"seed": p.seed, "environment": json.loads((Path(run) / "environment.json").read_text()),
@@ -440,6 +474,11 @@ def _save_adapter(result: training.TrainingResult, folder: Path) -> None:
     summary = {**result.summary, "probe_pairs": result.probe_pairs, "probe_start": -probe[0]["nll_chosen"],
                "probe_end": -probe[-1]["nll_chosen"]}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _copy_adapter(source: Path, folder: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(source / name, folder / name)
 
 
 def _save_evaluation(content, folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from irpo_utils import UserError
 
@@ -79,6 +80,7 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
         _plain_cpu_kernels(base)
     if quantize and dequantize:
         _dequantize(base, dtype)
+    base.get_output_embeddings().register_forward_pre_hook(_contiguous)
     base.name_or_path = name                       # adapters then name their base, not a folder of this machine
     for parameter in base.parameters():
         parameter.requires_grad_(False)
@@ -120,6 +122,12 @@ def _register_attention() -> str:
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", eager_mask)
     return "grouped"
+
+
+def _contiguous(module, inputs):
+    """Before the output layer: given the last positions of a batch as a slice, PyTorch would multiply row by row, with a
+    copy of the whole matrix (a third of SmolLM2's parameters) for every row."""
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def _nf4(dtype: torch.dtype):
@@ -348,8 +356,13 @@ def response_logps(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
                    position_ids=batch["position_ids"], use_cache=False, logits_to_keep=width + 1).logits
     targets = batch["input_ids"][:, -width:]
     # The logits of a position predict the next one: drop the last, keep the one before the first response token.
-    chosen = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-    return -chosen * batch["response_mask"]
+    return _token_logps(logits[:, :-1], targets) * batch["response_mask"]
+
+
+def _token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of `targets` (rows, R) under `logits` (rows, R, vocabulary), nats; computed in fp32."""
+    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return -losses.view(targets.shape)
 
 
 def pair_batch(prompts: list[list[int]], chosen: list[list[int]], rejected: list[list[int]], pad_id: int,
@@ -386,9 +399,7 @@ def pair_logps(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tor
                    position_ids=batch["position_ids"], use_cache=False, logits_to_keep=width + 1).logits
     # The last prompt token predicts the first token of both responses.
     predicting = torch.cat([logits[:, :split], logits[:, :1], logits[:, split + 1 : -1]], 1)
-    losses = torch.nn.functional.cross_entropy(predicting.float().transpose(1, 2), batch["input_ids"][:, -width:],
-                                               reduction="none")
-    logps = -losses * batch["response_mask"]
+    logps = _token_logps(predicting, batch["input_ids"][:, -width:]) * batch["response_mask"]
     return logps[:, :split].sum(-1), logps[:, split:].sum(-1)
 
 
@@ -408,11 +419,20 @@ def score(model, tokenizer, prompts: list[list[int]], responses: list[list[int]]
     batch_size = max(1, min(batch_size, 2**28 // (longest * model.config.get_text_config().vocab_size)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     total = [0.0] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = pad_batch([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, model.device)
-        for i, value in zip(rows, response_logps(model, batch).sum(-1).tolist()):
+    while order:
+        rows = order[:batch_size]
+        try:
+            batch = pad_batch([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, model.device)
+            scores = response_logps(model, batch).sum(-1).tolist()
+        except RuntimeError as error:
+            if batch_size == 1 or not should_reduce_batch_size(error):
+                raise
+            scores = None
+        if scores is None:                          # out of memory: fewer rows from here on
+            clear_device_cache(garbage_collection=True)
+            batch_size //= 2
+            continue
+        for i, value in zip(rows, scores, strict=True):
             total[i] = value
+        order = order[batch_size:]
     return total
-
-

@@ -10,6 +10,8 @@ import random
 
 from irpo_utils import UserError
 
+COUNTS = ("questions", "used", "all_right", "all_wrong", "duplicates", "empty", "repeated", "over_long", "gold_winners", "pairs")
+
 
 def build_pairs(graded, k: int = 4, gold=None, max_length: int | None = None, deduplicate: bool = True,
                 pairing: str = "wrap_around", seed: int = 0):
@@ -34,8 +36,7 @@ def build_pairs(graded, k: int = 4, gold=None, max_length: int | None = None, de
         raise UserError(f"k = {k} must be at least 1 and pairing = {pairing!r} either wrap_around or random.")
     rng, rows = random.Random(seed), []
     gold_by_id = {row["id"]: {**row, "sample": -1} for row in gold} if gold is not None else {}
-    counts = dict.fromkeys(("questions", "used", "all_right", "all_wrong", "duplicates", "empty", "repeated",
-                            "over_long", "gold_winners", "pairs"), 0)
+    counts = dict.fromkeys(COUNTS, 0)
     for question_id, completions in _by_question(graded).items():
         counts["questions"] += 1
         winners, losers = _split(completions, gold_by_id.get(question_id), deduplicate, counts)
@@ -71,6 +72,28 @@ def gold_completions(questions, tokenizer) -> list[dict]:
     return [{"id": row["id"], "completion": row["solution"],
              "completion_ids": tokenizer(row["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]}
             for row in questions if row.get("solution")]
+
+
+def gold_pairs(questions, prompts: list[str], tokenizer, max_length: int | None = None):
+    """Gold solutions over an empty answer, one pair a question, for SFT on them: (`Dataset` of pairs, counts).
+
+    `prompts` are the rendered prompts of the questions. With a DPO weight of 0 the loser, a lone EOS, is not learnt
+    from. Columns and counts are those of `build_pairs`. Raises `UserError` beginning "no pairs" where no question
+    has a solution, or none a short enough one.
+    """
+    from datasets import Dataset
+
+    gold = {row["id"]: row for row in gold_completions(questions, tokenizer)}
+    eos = {"completion": "", "completion_ids": [tokenizer.eos_token_id], "sample": 0}
+    pairs = [_pair({"id": row["id"], "prompt": prompt, "prompt_ids": tokenizer(prompt, add_special_tokens=False).input_ids},
+                   {**gold[row["id"]], "sample": -1}, eos) for row, prompt in zip(questions, prompts, strict=True) if row["id"] in gold]
+    kept = [pair for pair in pairs if max_length is None or _length(pair) <= max_length]
+    if not kept:
+        raise UserError("no pairs: the questions have no gold solutions. Take a task that has them, such as gsm8k." if not pairs else
+                        f"no pairs: all {len(pairs)} gold solutions are longer than the limit. Raise --max-length.")
+    counts = dict.fromkeys(COUNTS, 0)
+    return Dataset.from_list(kept), counts | {"questions": len(questions), "used": len(kept), "gold_winners": len(kept),
+                                              "over_long": len(pairs) - len(kept), "pairs": len(kept)}
 
 
 def _by_question(graded) -> dict[str, list[dict]]:

@@ -9,6 +9,10 @@ from typing import Any
 from irpo_utils import UserError
 
 
+# What may change when a run is gone on with: no result depends on it beyond rounding.
+MAY_CHANGE = ("sampling_batch_size", "micro_batch_size", "gradient_checkpointing", "report_to")
+
+
 def _option(default: Any, text: str):
     """A dataclass field with a help text for the command line."""
     if isinstance(default, list):
@@ -22,6 +26,8 @@ class Profile:
 
     task: str = _option("word_problems", "word_problems, gsm8k, svamp, arc_challenge, math or jsonl")
     model: str = _option("seed", "short name, hub name or folder of M_0")
+    method: str = _option("irpo", "what the model is trained on: an entry of irpo_utils/methods.py, e.g. irpo or sft_gold")
+    start: str | None = _option(None, "adapter folder or finished run to begin with as M_0; none: the model as it is")
     data: str | None = _option(None, "local folder or file with the questions; otherwise the hub (word_problems needs none)")
     seed: int = _option(0, "seed of the choice of questions, of sampling and of training")
     iterations: int = _option(4, "T: how often to sample, grade, pair and train")
@@ -63,6 +69,7 @@ class Profile:
     optimizer: str = _option("adamw_torch", "transformers' name of the optimiser, e.g. paged_adamw_8bit on a GPU")
     report_to: str = _option("none", "tensorboard, trackio, wandb or none")
 
+    allow_overlap: bool = _option(False, "go on although evaluation questions are among the training questions")
     eval_split: str = _option("test", "split to evaluate on; choose settings on validation, report on test")
     n_eval_questions: int | None = _option(None, "questions of that split; none: all")
     eval_samples: int = _option(8, "completions per question for sampled accuracy, majority vote and pass@k")
@@ -120,12 +127,18 @@ PROFILES: dict[str, Profile] = {
                      eval_samples_ends=4),
     # Minutes on a CPU: the default. Settings chosen on the validation split, see figures/LOG.md.
     "cpu": Profile(),
-    # A real model on real questions without a GPU: one iteration in half an hour on 2 cores.
-    # 100 questions x 8 samples + 2 x 200 test questions x 3 completions, of about 100 tokens each: 0.2 M tokens.
-    "smollm2-135m-cpu": Profile(task="svamp", model="smollm2-135m", dtype="bfloat16", dequantize=True, iterations=1,
-                                n_questions=100, n_samples=8, temperature=[0.7], max_new_tokens=128,
-                                sampling_batch_size=128, k_pairs=8, learning_rate=5e-5, epochs=2, micro_batch_size=4,
-                                n_eval_questions=200, eval_samples=2, eval_samples_ends=2, eval_temperature=0.7),
+    # A real model on real questions without a GPU, in two runs. First SFT on short gold solutions of GSM8K, as
+    # SmolLM2-135M as it is hardly ever comes to an answer: 1,500 of them x 180 tokens.
+    "smollm2-135m-sft": Profile(task="gsm8k", model="smollm2-135m", method="sft_gold", dtype="bfloat16", dequantize=True,
+                                iterations=1, n_questions=None, max_length=200, max_pairs=1500, learning_rate=2e-4,
+                                micro_batch_size=8, max_new_tokens=128, sampling_batch_size=128, n_eval_questions=200,
+                                eval_samples=1, eval_samples_ends=1, eval_temperature=0.7),
+    # Then three iterations from there on SVAMP: 200 questions x 16 samples x 60 tokens each, 0.2 M tokens.
+    "smollm2-135m-cpu": Profile(task="svamp", model="smollm2-135m", start="runs/smollm2-135m-sft", dtype="bfloat16",
+                                dequantize=True, iterations=3, n_questions=200, n_samples=16, temperature=[0.7],
+                                max_new_tokens=128, sampling_batch_size=128, k_pairs=8, learning_rate=5e-5,
+                                micro_batch_size=8, n_eval_questions=200, eval_samples=4, eval_samples_ends=4,
+                                eval_temperature=0.7),
     "smollm2-135m": _gpu("smollm2-135m", micro_batch_size=8, learning_rate=2e-5),
     "smollm2-360m": _gpu("smollm2-360m", learning_rate=1e-5),
     "smollm2-1.7b": _gpu("smollm2-1.7b"),

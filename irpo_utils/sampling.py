@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -49,19 +50,35 @@ def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1
     rows: list[dict | None] = [None] * (len(prompts) * n)
     bar = tqdm(total=len(rows), desc="sampling", unit="completion", disable=not progress, leave=False)
 
-    def decode(part: list[int], batch_size: int, stop) -> None:
+    def collect(part: list[int], batch_size: int, stop) -> None:
         numbers = lambda j: _uniforms(seed, questions[part[j]]["id"], n, max_new_tokens)
         for j, k, tokens, finished, logprob in _decode(model, tokenizer, [prompt_ids[i] for i in part], n, temperature,
                                                        top_p, batch_size, numbers):
             i, question = part[j], questions[part[j]]
+            bar.update(rows[i * n + k] is None)
             rows[i * n + k] = {"id": question["id"], "sample": k, "prompt": prompts[i],
                                "completion": tokenizer.decode(tokens, skip_special_tokens=True),
                                "prompt_ids": prompt_ids[i], "completion_ids": tokens, "n_tokens": len(tokens),
                                "finished": finished, "logprob": logprob, "answer": question["answer"],
                                **({"choices": question["choices"]} if "choices" in question else {})}
-            bar.update()
             if stop.is_set():
                 return
+
+    def decode(part: list[int], batch_size: int, stop) -> None:
+        """Fewer at once each time that memory runs out; what is there already is not drawn again."""
+        while part and not stop.is_set():
+            try:
+                return collect(part, batch_size, stop)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if batch_size <= n:
+                    raise UserError(f"Out of memory with the {n} completions of a single question. Lower --n-samples or "
+                                    "--max-new-tokens, or take a larger card.") from error
+            clear_device_cache(garbage_collection=True)
+            batch_size //= 2
+            tqdm.write(f"Out of memory: going on with {batch_size} completions at once (see --sampling-batch-size).")
+            part = [i for i in part if None in rows[i * n : (i + 1) * n]]
 
     with bar, models.multiplied_out(model):
         _on_every_core(decode, order, batch_size, model.device.type)

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
@@ -93,10 +94,10 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
             warmup_steps=warmup_ratio, lr_scheduler_type=lr_scheduler, max_grad_norm=max_grad_norm, optim=optimizer,
             weight_decay=0.0, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
             save_strategy="no", report_to=report_to, disable_tqdm=True, max_length=None, dataloader_pin_memory=False,
-            precompute_ref_log_probs=True, bf16=False, fp16=False, use_cpu=model.device.type == "cpu",
+            precompute_ref_log_probs=True, bf16=False, fp16=needs_loss_scaling(model), use_cpu=model.device.type == "cpu",
             gradient_checkpointing=gradient_checkpointing, train_sampling_strategy="group_by_length",
             length_column_name="length")
-        callbacks = [_Watch(progress)] + ([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])
+        callbacks = [_Watch(progress, patience=10 if config.fp16 else 0)] + ([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])
         trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
                                       nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks)
         try:
@@ -140,7 +141,8 @@ class IterativeRPOTrainer(DPOTrainer):
         base = model.get_base_model()
         had_forward = base.__dict__.get("forward")
         weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        self._undo_forward = (base, had_forward)
+        self._undo_forward, self._checkpoints = (base, had_forward), config.gradient_checkpointing
+        self._hooks = set(base.get_input_embeddings()._forward_hooks)
         try:
             super().__init__(model=model, args=config, train_dataset=data, processing_class=tokenizer,
                              data_collator=self._collate, callbacks=callbacks)
@@ -161,13 +163,22 @@ class IterativeRPOTrainer(DPOTrainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True       # what transformers before 5.19 reads instead
         self._batch_log: list[dict] = []
+        self._fits: int | None = None               # pairs at once, once memory has run out
 
     def release(self) -> None:
-        """Give the base model back its own forward."""
+        """Give the base model back its own forward, and take off the hooks of gradient checkpointing.
+
+        Parent and library each register one and keep track of the last alone: with every iteration there would be more.
+        """
         base, forward = self._undo_forward
         base.__dict__.pop("forward", None)
         if forward is not None:
             base.forward = forward
+        if self._checkpoints:
+            base.gradient_checkpointing_disable()
+            base.disable_input_require_grads()
+            for key in set(base.get_input_embeddings()._forward_hooks) - self._hooks:
+                del base.get_input_embeddings()._forward_hooks[key]
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset                              # already tokenised
@@ -188,13 +199,43 @@ class IterativeRPOTrainer(DPOTrainer):
         batch["ref_chosen"] = torch.tensor([row["ref_chosen_logps"] for row in rows])
         batch["ref_rejected"] = torch.tensor([row["ref_rejected_logps"] for row in rows])
         batch["n_tokens_chosen"] = torch.tensor([len(ids) for ids in chosen])
-        batch["tokens"] = torch.tensor([sum(map(len, (*prompts, *chosen, *rejected)))])
+        batch["tokens"] = torch.tensor([sum(map(len, parts)) for parts in zip(prompts, chosen, rejected)])
         return batch
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Pairs in one optimiser step, over all micro-batches and processes."""
         pairs = torch.tensor(sum(len(batch["ref_chosen"]) for batch in batch_samples), device=device)
         return int(self.accelerator.gather(pairs).sum())
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch; when memory runs out, again as two halves, and all that follow in the size that fitted.
+
+        Nothing of the step is lost and no number changes: the loss is a sum over pairs, and the gradients of the
+        attempt that failed are taken back.
+        """
+        pairs = len(inputs["ref_chosen"])
+        if self._fits and pairs > self._fits:
+            return self._in_halves(model, inputs, num_items_in_batch)
+        logged, before = len(self._batch_log), [(p, None if p.grad is None else p.grad.clone()) for p in _trained(model)]
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if pairs == 1 or self.accelerator.num_processes > 1:    # processes have to take the same steps
+                raise UserError(_too_large(inputs, self._checkpoints)) from error
+        # Outside of the except block, which would keep the tensors of the failed attempt alive.
+        del self._batch_log[logged:]
+        for parameter, gradient in before:
+            parameter.grad = gradient
+        clear_device_cache(garbage_collection=True)
+        self._fits = pairs // 2
+        tqdm.write(f"Out of memory with {pairs} pairs at once: going on with {self._fits} (--micro-batch-size {self._fits} "
+                   "would do so from the start). The loss is the same.")
+        return self._in_halves(model, inputs, num_items_in_batch)
+
+    def _in_halves(self, model, inputs, num_items_in_batch):
+        return sum(self.training_step(model, half, num_items_in_batch) for half in _halves(inputs))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.share_prompt:
@@ -230,11 +271,43 @@ class IterativeRPOTrainer(DPOTrainer):
         super(DPOTrainer, self).log(logs, start_time)
 
 
-class _Watch(TrainerCallback):
-    """Keeps the log rows, draws the bar, and stops a run whose numbers are no longer finite."""
+def needs_loss_scaling(model) -> bool:
+    """fp16 on a GPU: its small gradients would be rounded to nothing without the scaler of mixed-precision training."""
+    return model.dtype == torch.float16 and model.device.type == "cuda"
 
-    def __init__(self, progress: bool):
-        self.rows, self.progress = [], progress
+
+def _trained(model) -> list:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _halves(batch: dict) -> list[dict]:
+    """A batch of pairs as two; tensors with two rows a pair have all winners first, then all losers."""
+    pairs = len(batch["ref_chosen"])
+    parts = (range(pairs // 2), range(pairs // 2, pairs))
+
+    def rows(value, part):
+        if value.dim() == 0:
+            return value
+        return value[list(part) if len(value) == pairs else [*part, *(i + pairs for i in part)]]
+
+    return [{key: rows(value, part) for key, value in batch.items()} for part in parts]
+
+
+def _too_large(inputs, checkpoints: bool) -> str:
+    advice = "" if checkpoints else "--gradient-checkpointing true, "
+    return (f"Out of memory in training with one micro-batch of {len(inputs['ref_chosen'])} pairs, "
+            f"{inputs['input_ids'].shape[1]} columns wide. Nothing finished is lost. Go on with {advice}a smaller "
+            "--micro-batch-size or --max-length, or a larger card, in another --out.")
+
+
+class _Watch(TrainerCallback):
+    """Keeps the log rows, draws the bar, and stops a run whose numbers are no longer finite.
+
+    `patience`: gradients that may overflow in a row, as fp16's loss scaler looks for its scale by overflowing.
+    """
+
+    def __init__(self, progress: bool, patience: int = 0):
+        self.rows, self.progress, self.patience, self.overflows = [], progress, patience, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -248,7 +321,8 @@ class _Watch(TrainerCallback):
         self.rows.append(row)
         self.bar.update(1)
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}")
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+        self.overflows = 0 if math.isfinite(row["grad_norm"]) else self.overflows + 1
+        if not math.isfinite(row["loss"]) or self.overflows > self.patience:
             raise UserError(f"Training stopped at step {state.global_step}: the loss is {row['loss']} and the gradient "
                             f"norm {row['grad_norm']}. Lower --learning-rate, or train in a wider dtype.")
 

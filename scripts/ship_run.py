@@ -24,11 +24,12 @@ import pandas
 import pyarrow as pa
 
 from irpo_utils import UserError, iteration, profiles
+from irpo_utils.profiles import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = "cpu"
 LIMIT = 10_000_000          # bytes
-NO_MATTER = ("seed", "sampling_batch_size")     # no answer depends on how many are drawn at once
+NO_MATTER = ("seed", *MAY_CHANGE)
 LEFT_OUT = {                # glob pattern: why
     "iteration_*/samples": "`graded` holds the same rows and their grades",
     "accuracy_per_iteration.*": "the figure of five such runs is in `figures/`",

@@ -156,6 +156,69 @@ def test_other_settings_over_an_old_directory_are_refused_by_name(finished):
         iteration.run(smoke(alpha=2.0, seed=5), finished, progress=False)
 
 
+def test_settings_that_only_cost_memory_may_change_on_the_way(finished, tmp_path):
+    """Out of memory in the third hour: the same command with a smaller batch goes on."""
+    import shutil
+    out = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(out / "iteration_2")
+    iteration.run(smoke(micro_batch_size=4, sampling_batch_size=16), out, progress=False)
+    assert json.loads((out / "profile.json").read_text())["micro_batch_size"] == 4
+    table = [pandas.read_csv(run / "metrics.csv").set_index(["iteration", "metric", "k"]).value for run in (finished, out)]
+    assert (table[0] - table[1]).abs().max() < 0.1
+
+
+def test_a_run_of_an_older_version_with_fewer_settings_is_gone_on_with(finished, tmp_path):
+    import shutil
+    out = shutil.copytree(finished, tmp_path / "out")
+    settings = json.loads((out / "profile.json").read_text())
+    (out / "profile.json").write_text(json.dumps({key: value for key, value in settings.items() if key not in ("method", "start")}))
+    before = results(out)
+    iteration.run(smoke(), out, progress=False)
+    assert results(out) == before
+
+
+def test_a_start_from_sft_on_gold_solutions(finished, tmp_path):
+    """The start is copied, so that the run is whole without it, and M_1 is trained from there."""
+    import shutil
+    sft = tmp_path / "sft"
+    iteration.run(smoke(method="sft_gold", iterations=1, learning_rate=3e-3), sft, progress=False)
+    pairs = load_from_disk(str(sft / "iteration_0" / "pairs"))
+    assert set(pairs["chosen_sample"]) == {-1} and len(pairs) == 24 and all(row["chosen_ids"][-1] == row["rejected_ids"][0] for row in pairs)
+    assert not (sft / "iteration_0" / "samples").exists()
+    assert json.loads((sft / "profile.json").read_text())["dpo_weight"] == 0.0
+    table = pandas.read_csv(sft / "metrics.csv")
+    assert set(table.method) == {"sft_gold"}
+
+    out = tmp_path / "out"
+    iteration.run(smoke(start=str(sft), iterations=1), out, progress=False)
+    shutil.rmtree(sft)
+    iteration.run(smoke(start=str(sft), iterations=1), out, progress=False)          # nothing of it is needed any more
+    values = {name: pandas.read_csv(run / "metrics.csv").query("metric == 'mean_tokens'").set_index("iteration").value
+              for name, run in (("started", out), ("plain", finished))}
+    assert values["started"][0] == table.query("metric == 'mean_tokens'").set_index("iteration").value[1]
+    assert values["started"][0] != values["plain"][0]
+    log = [json.loads(line) for line in (out / "iteration_1" / "training_log.jsonl").read_text().splitlines()]
+    assert log[0]["loss_dpo"] == pytest.approx(0.6931, abs=1e-4)        # the reference is the start
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(start="nowhere"), "neither an adapter folder nor a run directory"),
+    (dict(start="{run}", lora_r=8), "made with lora_r 16, this run has 8"),
+    (dict(method="nonsense"), "no method 'nonsense'"),
+    (dict(start="{run}", iterations=1, model="smollm2-135m"), "made with model 'seed'")])
+def test_a_start_or_method_that_cannot_be(finished, tmp_path, changes, message):
+    changes = {key: value.format(run=finished) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(UserError, match=message):
+        iteration.run(smoke(**changes), tmp_path / "out", progress=False)
+
+
+def test_sft_needs_gold_solutions(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(json.dumps({"question": f"What is {i} + {i}?", "answer": str(2 * i)}) for i in range(40)))
+    with pytest.raises(UserError, match="no gold solutions"):
+        iteration.run(smoke(method="sft_gold", task="jsonl", data=str(file), iterations=1), tmp_path / "out", progress=False)
+
+
 def test_two_runs_on_one_directory(finished):
     holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from filelock import FileLock\n"
                                f"with FileLock({str(finished / '.lock')!r}): print('held', flush=True); time.sleep(60)"],

@@ -210,3 +210,17 @@ def test_grouped_attention_is_the_librarys_plain_one(kv_heads):
         found.append((logps.detach(), [p.grad for p in model.parameters()]))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_scores_survive_running_out_of_memory(monkeypatch):
+    model, tokenizer = models.load("seed")
+    prompts, responses = [[5, 6, 7]] * 9, [[8 + i] * (1 + i) for i in range(9)]
+    expected = models.score(model, tokenizer, prompts, responses)
+    real = models.response_logps
+
+    def response_logps(model, batch):
+        if len(batch["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(model, batch)
+    monkeypatch.setattr(models, "response_logps", response_logps)
+    assert models.score(model, tokenizer, prompts, responses) == pytest.approx(expected, abs=1e-4)

@@ -253,3 +253,26 @@ def test_multiplied_out_gives_the_same_numbers_and_leaves_no_trace(loaded, quest
     finally:
         for p, old in zip(lora, kept):
             p.data.copy_(old)
+
+
+def test_out_of_memory_means_fewer_at_once_and_the_same_completions(loaded, questions, task, monkeypatch):
+    expected = draw(loaded, questions, task, n=4, batch_size=48)
+    real, sizes, calls = sampling.next_tokens, [], []
+
+    def next_tokens(logits, *args):
+        calls.append(len(logits))
+        if len(logits) > 16 and len(calls) > 25:        # some completions are there by then
+            sizes.append(len(logits))
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(logits, *args)
+    monkeypatch.setattr(sampling, "next_tokens", next_tokens)
+    found = draw(loaded, questions, task, n=4, batch_size=48)
+    assert sizes and found["completion_ids"][:] == expected["completion_ids"][:] and found["id"][:] == expected["id"][:]
+
+
+def test_out_of_memory_with_one_question_says_what_to_lower(loaded, questions, task, monkeypatch):
+    def next_tokens(*args):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(sampling, "next_tokens", next_tokens)
+    with pytest.raises(UserError, match="4 completions of a single question.*--n-samples"):
+        draw(loaded, questions, task, n=4, batch_size=16)

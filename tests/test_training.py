@@ -300,3 +300,55 @@ def test_a_loss_that_is_not_finite_stops_training(model, tokenizer, preferences)
     broken = preferences.select(range(4))
     with pytest.raises(UserError, match="Training stopped at step"):
         training.train(model, tokenizer, broken, beta=float("nan"), progress=False)
+
+
+def out_of_memory_above(monkeypatch, limit):
+    """The trainer's loss, which runs out of memory half-way through the backward pass of more than `limit` pairs."""
+    real, tried = training.IterativeRPOTrainer.compute_loss, []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        pairs = len(inputs["ref_chosen"])
+        tried.append(pairs)
+        loss = real(self, model, inputs, *args, **kwargs)
+        if pairs > limit:
+            loss.backward()                         # gradients and a row of the log are there already
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
+
+    monkeypatch.setattr(training.IterativeRPOTrainer, "compute_loss", compute_loss)
+    return tried
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(model, tokenizer, preferences, monkeypatch, share_prompt):
+    settings = dict(learning_rate=1e-3, batch_size=8, epochs=2, progress=False, share_prompt=share_prompt)
+    expected = training.train(model, tokenizer, preferences, **settings)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    models.set_adapter(model, None)
+    with monkeypatch.context() as context:
+        tried = out_of_memory_above(context, 3)
+        found = training.train(model, tokenizer, preferences, **settings)
+    assert tried[:4] == [8, 4, 2, 2] and 8 not in tried[1:] and max(tried[2:]) <= 3
+    for name in ("loss", "loss_dpo", "loss_nll", "grad_norm", "margin"):
+        assert found.log[name][:] == pytest.approx(expected.log[name][:], rel=1e-4, abs=1e-6), name
+    assert found.log["tokens"][:] == expected.log["tokens"][:]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter, weights[name], atol=1e-5), name
+
+
+def test_out_of_memory_with_one_pair_says_what_to_lower(model, tokenizer, preferences, monkeypatch):
+    out_of_memory_above(monkeypatch, 0)
+    with pytest.raises(UserError, match="one micro-batch of 1 pairs.*--gradient-checkpointing true.*--max-length"):
+        training.train(model, tokenizer, preferences, batch_size=4, progress=False)
+
+
+def test_gradient_checkpointing_gives_the_same_adapter_and_leaves_no_hooks(model, tokenizer, preferences):
+    embedding = model.get_input_embeddings()
+    hooks = len(embedding._forward_hooks)
+    expected = training.train(model, tokenizer, preferences, learning_rate=1e-3, progress=False)
+    models.set_adapter(model, None)
+    found = training.train(model, tokenizer, preferences, learning_rate=1e-3, gradient_checkpointing=True, progress=False)
+    assert found.log["loss"][:] == pytest.approx(expected.log["loss"][:], rel=1e-5)
+    assert found.log["grad_norm"][:] == pytest.approx(expected.log["grad_norm"][:], rel=1e-4)
+    assert len(embedding._forward_hooks) == hooks and not model.get_base_model().is_gradient_checkpointing

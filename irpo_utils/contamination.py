@@ -1,0 +1,97 @@
+"""Whether evaluation questions are among the training questions, checked before every run.
+
+Three nets, from fine to coarse: the same text, spacing apart; the same letters, digits and signs of operation, whatever
+the case and punctuation; and a run of 13 words in common (the measure of Brown et al. 2020, GPT-3, appendix C). The first
+two are the same question. The third is a hint: templates and standard phrases share words, too.
+
+What a model saw before it came here no such check can find. See notebook 07 for how to tell.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass, field
+
+from irpo_utils import UserError
+
+N_GRAM = 13                 # words
+SHOWN, KEPT = 3, 20         # examples in an error message, and on record
+
+
+@dataclass
+class Overlap:
+    """Counts of evaluation questions, out of `questions`, that training has as well; each net counts what it catches."""
+
+    questions: int
+    exact: int = 0
+    normalised: int = 0             # includes the exact ones
+    train_rows: int = 0             # training questions that are, normalised, evaluation questions
+    n_gram: int = 0                 # evaluation questions that share 13 words in a row, the same questions included
+    examples: list[dict] = field(default_factory=list)      # `train`, `evaluation`: ids; `question`
+
+
+def find(train, evaluation) -> Overlap:
+    """The overlap of two sets of questions (rows with `id` and `question`)."""
+    train, evaluation = list(train), list(evaluation)
+    exact = {_squeezed(row["question"]) for row in train}
+    same = {normal_form(row["question"]): row["id"] for row in train}
+    grams = {gram for row in train for gram in n_grams(row["question"])}
+    overlap, forms = Overlap(len(evaluation)), set()
+    for row in evaluation:
+        form = normal_form(row["question"])
+        forms.add(form)
+        overlap.exact += _squeezed(row["question"]) in exact
+        overlap.n_gram += any(gram in grams for gram in n_grams(row["question"]))
+        if form in same:
+            overlap.normalised += 1
+            if len(overlap.examples) < KEPT:
+                overlap.examples.append({"train": same[form], "evaluation": row["id"], "question": row["question"]})
+    overlap.train_rows = sum(normal_form(row["question"]) in forms for row in train)
+    return overlap
+
+
+def check(train, evaluation, allow: bool = False) -> Overlap:
+    """`find`, but the same question on both sides is a `UserError` with count and examples, unless `allow`."""
+    overlap = find(train, evaluation)
+    if overlap.normalised and not allow:
+        examples = "; ".join(f"{e['train']} is {e['evaluation']}, {_short(e['question'])}" for e in overlap.examples[:SHOWN])
+        raise UserError(f"{overlap.normalised} of {overlap.questions} evaluation questions are training questions as well "
+                        f"({overlap.exact} word for word): {examples}. The accuracy would be that of a memory. Take these "
+                        f"{overlap.train_rows} rows out of the training file, evaluate on another set, or, to do it all the "
+                        "same, add --allow-overlap true.")
+    return overlap
+
+
+def describe(overlap: Overlap) -> str:
+    """One line for the screen."""
+    line = f"{overlap.n_gram} of {overlap.questions} evaluation questions share {N_GRAM} words in a row with a training question"
+    if overlap.normalised:
+        line = f"{overlap.normalised} of {overlap.questions} evaluation questions ARE training questions, as allowed; {line}"
+    return line + f" ({overlap.n_gram / max(1, overlap.questions):.1%})."
+
+
+def normal_form(question: str) -> str:
+    """Letters, digits and signs of operation, case folded: x-1 is not x+1, but "$x^{2}$." is "x^2".
+
+    >>> normal_form("What is  $x^{2} - 1$?"), normal_form("what is x^2-1")
+    ('whatisx^2-1', 'whatisx^2-1')
+    """
+    text = re.sub(r"\\(?:left|right)(?![a-z])", "", unicodedata.normalize("NFKC", question))
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})", "", text)                  # one-half is "one half", a - b stays
+    return re.sub(r"[^\w+\-*/^=<>!|]+|_", "", text).casefold() or _squeezed(question)
+
+
+def n_grams(question: str, n: int = N_GRAM) -> list[tuple[str, ...]]:
+    """Runs of n words (letters and digits, case folded); none for a shorter question."""
+    words = re.findall(r"[^\W_]+", question.casefold())
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return f'"{text[:80]}..."' if len(text) > 80 else f'"{text}"'
