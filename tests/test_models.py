@@ -224,3 +224,41 @@ def test_scores_survive_running_out_of_memory(monkeypatch):
         return real(model, batch)
     monkeypatch.setattr(models, "response_logps", response_logps)
     assert models.score(model, tokenizer, prompts, responses) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_merged_model_is_the_unquantised_base_plus_the_adapter_and_loads_anywhere(tmp_path):
+    """W + (alpha / r) B A written out by hand, and read by plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, _ = models.load("seed", quantize=False)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    folder = models.merge("seed", tmp_path / "adapter", tmp_path / "merged")
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    by_hand = layer.base_layer.weight + 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert torch.allclose(plain.model.layers[0].mlp.up_proj.weight, by_hand, atol=1e-6)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    again, _ = models.load(str(folder), quantize=False)                 # and by this package, as an M_0 of its own
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-4)
+    with pytest.raises(UserError, match="not empty"):
+        models.merge("seed", tmp_path / "adapter", folder)
+
+
+def test_the_output_layer_takes_a_slice_without_copying_its_matrix_for_every_row():
+    """PyTorch multiplies a slice row by row otherwise: seen as a batched product with the vocabulary in it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model, tokenizer = models.load("seed", quantize=False)
+    batch = models.pad_batch([[5, 6, 7]] * 4, [[8, 9]] * 4, tokenizer.pad_token_id)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+        models.response_logps(model, batch)
+    vocabulary = model.config.vocab_size
+    batched = [event.input_shapes for event in record.events() if event.name == "aten::bmm"]
+    assert batched and not any(vocabulary in shape for shapes in batched for shape in shapes)
