@@ -249,7 +249,7 @@ class _Loop:
             micro_batch_size=p.micro_batch_size, warmup_ratio=p.warmup_ratio, lr_scheduler=p.lr_scheduler,
             max_grad_norm=p.max_grad_norm, nll_per=p.nll_per, seed=self._seed(t, 3), probe=probe, probe_every=10**9,
             gradient_checkpointing=p.gradient_checkpointing, optimizer=p.optimizer, progress=self.progress,
-            report_to=p.report_to)
+            report_to=p.report_to, log_dir=self.directory.folder(t) / "logs" if p.report_to != "none" else None)
         log = "\n".join(json.dumps(row) for row in result.log) + "\n"
         self.directory.folder(t).mkdir(exist_ok=True)           # the pairs of M_{t-1} were written beside it
         self.directory.write_file(self.directory.folder(t) / "training_log.jsonl", log)

@@ -57,7 +57,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
           micro_batch_size: int | None = None, warmup_ratio: float = 0.1, lr_scheduler: str = "cosine",
           max_grad_norm: float = 1.0, nll_per: str = "sequence", seed: int = 0, probe=None, probe_every: int = 10,
           gradient_checkpointing: bool = False, optimizer: str = "adamw_torch", progress: bool = True,
-          report_to: str = "none", reference=None, share_prompt: bool | None = None) -> TrainingResult:
+          report_to: str = "none", log_dir=None, reference=None, share_prompt: bool | None = None) -> TrainingResult:
     """Train the adapter of `model` (M_t, from `models.load`) in place into M_{t+1}.
 
     preferences: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`); `batch_size` counts pairs.
@@ -67,6 +67,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     micro_batch_size: pairs per forward pass; loss and gradients do not depend on it.
     nll_per: "sequence" (the paper) or "token" (TRL's), for comparison.
     probe: a few fixed pairs whose log-probabilities are logged every `probe_every` steps, whatever is trained on.
+    report_to: tensorboard, trackio, wandb; the files of TensorBoard lie in the folder `log_dir`, whose name the others take.
     reference: a pair of lists, log-probabilities of the chosen and rejected responses under another reference than M_t.
 
     share_prompt: one row per pair with the prompt computed once, or two rows; None: one row where the model allows it.
@@ -89,7 +90,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
             .add_column("ref_rejected_logps", rejected).add_column("length", lengths))
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
-            output_dir=folder, beta=beta, learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
+            output_dir=str(log_dir or folder), run_name=str(log_dir) if log_dir else None, beta=beta,
+            learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
             per_device_train_batch_size=micro, gradient_accumulation_steps=batch_size // micro,
             warmup_steps=warmup_ratio, lr_scheduler_type=lr_scheduler, max_grad_norm=max_grad_norm, optim=optimizer,
             weight_decay=0.0, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,

@@ -352,3 +352,11 @@ def test_gradient_checkpointing_gives_the_same_adapter_and_leaves_no_hooks(model
     assert found.log["loss"][:] == pytest.approx(expected.log["loss"][:], rel=1e-5)
     assert found.log["grad_norm"][:] == pytest.approx(expected.log["grad_norm"][:], rel=1e-4)
     assert len(embedding._forward_hooks) == hooks and not model.get_base_model().is_gradient_checkpointing
+
+
+def test_a_logger_finds_the_training_in_the_folder_that_is_named(model, tokenizer, preferences, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = training.train(model, tokenizer, preferences, batch_size=4, report_to="tensorboard", log_dir=tmp_path / "logs", progress=False)
+    [events] = (tmp_path / "logs").rglob("events.out.tfevents.*")
+    read = accumulator.EventAccumulator(str(events.parent)).Reload()
+    assert [round(e.value, 5) for e in read.Scalars("train/loss_dpo")] == [round(x, 5) for x in result.log["loss_dpo"]]
