@@ -1,4 +1,4 @@
-"""The command line: `python -m irpo_utils run | evaluate | plot | bench`. Nothing heavy is imported before it is needed."""
+"""The command line: `python -m irpo_utils run | plan | evaluate | plot | bench`. Nothing heavy is imported before its time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from irpo_utils import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn errors that a user can mend into one paragraph and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"run": run, "evaluate": evaluate, "plot": plot, "bench": bench}
+    commands = {"run": run, "plan": plan, "evaluate": evaluate, "plot": plot, "bench": bench}
     parser = argparse.ArgumentParser(prog="python -m irpo_utils", description="Iterative RPO, one command a task.")
     parser.add_argument("command", choices=commands, help="`COMMAND --help` lists the options")
     parsed = parser.parse_args(arguments[:1] or ["--help"])
@@ -42,6 +42,17 @@ def run(arguments: list[str]) -> None:
     """Iterative RPO with a profile; every field of the profile is an option."""
     profile, options = _parse_profile(arguments)
     calm_libraries()
+    from irpo_utils import planning
+
+    try:
+        planned = planning.plan(profile, price=options.price, must_fit=False)
+        if not options.quiet:
+            print(f"{planning.table(planned)}\n", flush=True)
+        planning.check(planned)
+    except UserError as error:
+        if not options.ignore_plan:
+            raise
+        print(f"ignored: {error}\n", file=sys.stderr)
     from irpo_utils import iteration, plots
 
     import pandas
@@ -51,6 +62,23 @@ def run(arguments: list[str]) -> None:
     record = {"command": _command("run", arguments), "seed": profile.seed, **iteration.environment()}
     plots.save(figure, options.out, "accuracy_per_iteration", metrics, record)
     print(f"\n{accuracy_table(metrics)}\n\nFigure: {Path(options.out) / 'accuracy_per_iteration.png'}")
+
+
+def plan(arguments: list[str]) -> None:
+    """Memory, tokens, hours and cost of a run before it is made; without --profile of all profiles."""
+    profile, options = _parse_profile(arguments, "plan")
+    calm_libraries()
+    from irpo_utils import planning, profiles
+
+    if profile is None:
+        if options.price is not None:
+            raise UserError("--price needs a --profile: the table of all profiles shows hours alone.")
+        each = {name: _parse_profile([*arguments, "--profile", name], "plan")[0] for name in profiles.PROFILES}
+        print(planning.overview(each, [options.gpus] if options.gpus else planning.OVERVIEW))
+        return
+    planned = planning.plan(profile, options.gpus, options.price, must_fit=False)
+    print(planning.table(planned))
+    planning.check(planned)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -138,39 +166,52 @@ def _cell(row) -> str:
     return f"{100 * row.value:.1f}{interval}{k}"
 
 
-def _parse_profile(arguments: list[str]):
-    """The profile with its changed fields, and the options that are not part of it."""
+def _parse_profile(arguments: list[str], command: str = "run"):
+    """The profile with its changed fields (None for all profiles), and the options that are not part of it."""
     from transformers import HfArgumentParser
 
     from irpo_utils import profiles
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--profile", default="cpu", help=f"one of {', '.join(profiles.PROFILES)} (default: cpu)")
-    common.add_argument("--out", help="run directory (default: runs/PROFILE)")
-    common.add_argument("--quiet", action="store_true", help="no progress bars")
+    names, default = ", ".join(profiles.PROFILES), {"run": "cpu", "plan": "all"}[command]
+    common.add_argument("--profile", default=default, help=f"one of {names} (default: {default})")
+    common.add_argument("--price", type=float, help="what the machine costs an hour, for the cost in the plan")
+    if command == "run":
+        common.add_argument("--out", help="run directory (default: runs/PROFILE)")
+        common.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
+        common.add_argument("--ignore-plan", action="store_true", help="go on although the run does not fit by the plan")
+    else:
+        common.add_argument("--gpus", help="8xA100-80GB, cpu, 2xcpu for two cores, ... (default: this computer)")
+    common.error = lambda message: _refuse(message, command)
     options, rest = common.parse_known_args(arguments)
-    options.out = options.out or f"runs/{options.profile}"
-    profile = profiles.get(options.profile)
-    parser = HfArgumentParser(profiles.Profile, parents=[common], prog="python -m irpo_utils run", description=run.__doc__)
+    if command == "run":
+        options.out = options.out or f"runs/{options.profile}"
+    all_of_them = command == "plan" and options.profile == "all"
+    name = "cpu" if all_of_them else options.profile
+    profile = profiles.get(name)
+    parser = HfArgumentParser(profiles.Profile, parents=[common], prog=f"python -m irpo_utils {command}",
+                              description=globals()[command].__doc__)
     parser.set_defaults(**dataclasses.asdict(profile))
     known = {flag for action in parser._actions for flag in action.option_strings}
     for word in rest:
         if word.startswith("--") and word.split("=")[0] not in known:
             close = difflib.get_close_matches(word, [flag for flag in known if "_" not in flag], n=3)
             raise UserError(f"There is no option {word.split('=')[0]}." + (f" Did you mean {' or '.join(close)}?" if close else "")
-                            + " `python -m irpo_utils run --help` lists them all.")
-    parser.error = _refuse
+                            + f" `python -m irpo_utils {command} --help` lists them all.")
+    parser.error = common.error
     optional = {name for name, kind in profiles.Profile.__annotations__.items() if "None" in kind}
     nothing = {flag[2:].replace("-", "_"): None for flag, word in zip(rest, rest[1:])
                if word.lower() in ("none", "all") and flag[2:].replace("-", "_") in optional}
     rest = [word for i, word in enumerate(rest) if not {w[2:].replace("-", "_") for w in rest[max(0, i - 1) : i + 1]
                                                         if w.startswith("--")} & set(nothing)]
     fields = vars(parser.parse_args(rest)) | nothing
-    return profiles.get(options.profile, **{f.name: fields[f.name] for f in dataclasses.fields(profiles.Profile)}), options
+    changed = profiles.get(name, **{f.name: fields[f.name] for f in dataclasses.fields(profiles.Profile)})
+    return None if all_of_them else changed, options
 
 
-def _refuse(message: str):
-    raise UserError(f"{message[:1].upper()}{message[1:]}. `python -m irpo_utils run --help` lists the options and what they take.")
+def _refuse(message: str, command: str):
+    raise UserError(f"{message[:1].upper()}{message[1:]}. `python -m irpo_utils {command} --help` lists the options and what "
+                    "they take.")
 
 
 def calm_libraries() -> None:
