@@ -1,4 +1,4 @@
-"""The command line: `python -m irpo_utils run | plan | evaluate | plot | bench`. Nothing heavy is imported before its time."""
+"""The command line: `python -m irpo_utils run | plan | evaluate | plot | study | bench`. Nothing heavy is imported before its time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from irpo_utils import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn errors that a user can mend into one paragraph and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"run": run, "plan": plan, "evaluate": evaluate, "plot": plot, "bench": bench}
+    commands = {"run": run, "plan": plan, "evaluate": evaluate, "plot": plot, "study": study, "bench": bench}
     parser = argparse.ArgumentParser(prog="python -m irpo_utils", description="Iterative RPO, one command a task.")
     parser.add_argument("command", choices=commands, help="`COMMAND --help` lists the options")
     parsed = parser.parse_args(arguments[:1] or ["--help"])
@@ -114,6 +114,27 @@ def plot(arguments: list[str]) -> None:
     plots.save(figure, options.out, options.name, metrics, {"command": _command("plot", arguments), **record})
     summary.to_csv(Path(options.out) / f"{options.name}_mean.csv", index=False)
     print(f"{accuracy_table(summary)}\n\nFigure: {Path(options.out) / options.name}.png")
+
+
+def study(arguments: list[str]) -> None:
+    """A comparison over methods, settings and seeds; resumable: tuning, then comparison, ablations, stability, curves."""
+    parser = argparse.ArgumentParser(prog="python -m irpo_utils study", description=study.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="tuning, comparison, ablations, stability, curves (default: all)")
+    parser.add_argument("--only", nargs="+", help="methods or factors to run, instead of all of the study")
+    parser.add_argument("--seeds", type=int, help="how many seeds (default: what the study has)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores (default 1)")
+    parser.add_argument("--small", action="store_true", help="a few questions only, to see that all works")
+    parser.add_argument("--runs", default="runs/study", help="folder of the run directories (default: runs/study)")
+    parser.add_argument("--out", default="figures", help="folder of the tables (default: figures)")
+    options = parser.parse_args(arguments)
+    calm_libraries()
+    from irpo_utils import study as studies
+
+    if min(options.jobs, options.seeds or 1) < 1:
+        raise UserError("--jobs and --seeds must be at least 1.")
+    for name in options.names or studies.STUDIES:
+        made = studies.study(name, options.out, options.runs, options.seeds, options.jobs, options.only, options.small)
+        print(f"{name}: {made.seed.nunique()} seeds, {len(made)} rows in {options.out}")
 
 
 def bench(arguments: list[str]) -> None:

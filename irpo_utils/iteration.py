@@ -26,12 +26,13 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError, contamination, evaluation, grading, methods, models, sampling, tasks, training
 from irpo_utils.profiles import MAY_CHANGE, Profile
+from irpo_utils.tasks.base import FewShot
 
 CHECKSUMS = "checksums.json"
 KL_QUESTIONS = 256          # completions for the KL to M_{t-1}: one per question, drawn at temperature 1
@@ -50,6 +51,8 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     train_questions = task.load("train", profile.data).shuffle(seed=profile.seed)
     eval_questions = _first(task.load(profile.eval_split, profile.data), profile.n_eval_questions)
     training.check_names(profile.lr_scheduler, profile.optimizer, profile.report_to)
+    if examples := methods.get(profile.method).examples:
+        task = FewShot(task, list(task.load("train", profile.data).select(range(examples))))
     overlap = contamination.check(train_questions, eval_questions, profile.allow_overlap)
     directory = RunDirectory(out, profile)
     with directory.lock():
@@ -232,7 +235,7 @@ class _Loop:
     def _pairs(self, t: int, graded: Path | None):
         p = self.profile
         preferences, counts = self.method.build(load_from_disk(str(graded)) if graded else None, self._questions(t), self.task,
-                                                self.tokenizer, p, self._seed(t, 2))
+                                                self.tokenizer, p, self._seed(t, 2), self.method.verdict)
         if p.max_pairs is not None and len(preferences) > p.max_pairs:
             preferences = preferences.shuffle(seed=self._seed(t, 2)).select(range(p.max_pairs))
             counts["pairs"] = len(preferences)
@@ -241,15 +244,21 @@ class _Loop:
     def _train(self, t: int) -> training.TrainingResult:
         p = self.profile
         models.set_adapter(self.model, self._adapter(t - 1))
-        preferences = load_from_disk(str(self.directory.folder(t - 1) / "pairs"))
-        probe = preferences.select(range(min(PROBE_PAIRS, len(preferences))))
+        preferences = concatenate_datasets([load_from_disk(str(self.directory.folder(i) / "pairs"))
+                                            for i in range(0 if p.keep_pairs else t - 1, t)])
+        probe = _first(load_from_disk(str(Path(p.probe).expanduser())) if p.probe else preferences, PROBE_PAIRS)
+        reference = None
+        if p.reference == "start":
+            models.set_adapter(self.model, self._adapter(0))
+            reference = training.reference_logps(self.model, self.tokenizer, preferences)
+            models.set_adapter(self.model, self._adapter(t - 1))
         result = training.train(
             self.model, self.tokenizer, preferences, alpha=p.alpha, beta=p.beta, dpo_weight=p.dpo_weight,
             learning_rate=p.learning_rate, epochs=p.epochs, max_steps=p.max_steps, batch_size=p.batch_size,
             micro_batch_size=p.micro_batch_size, warmup_ratio=p.warmup_ratio, lr_scheduler=p.lr_scheduler,
-            max_grad_norm=p.max_grad_norm, nll_per=p.nll_per, seed=self._seed(t, 3), probe=probe, probe_every=10**9,
+            max_grad_norm=p.max_grad_norm, nll_per=p.nll_per, seed=self._seed(t, 3), probe=probe, probe_every=p.probe_every or 10**9,
             gradient_checkpointing=p.gradient_checkpointing, optimizer=p.optimizer, progress=self.progress,
-            report_to=p.report_to, log_dir=self.directory.folder(t) / "logs" if p.report_to != "none" else None)
+            reference=reference, report_to=p.report_to, log_dir=self.directory.folder(t) / "logs" if p.report_to != "none" else None)
         log = "\n".join(json.dumps(row) for row in result.log) + "\n"
         self.directory.folder(t).mkdir(exist_ok=True)           # the pairs of M_{t-1} were written beside it
         self.directory.write_file(self.directory.folder(t) / "training_log.jsonl", log)
@@ -473,6 +482,7 @@ def _save_adapter(result: training.TrainingResult, folder: Path) -> None:
     probe = list(result.probe_log)
     summary = {**result.summary, "probe_pairs": result.probe_pairs, "probe_start": -probe[0]["nll_chosen"],
                "probe_end": -probe[-1]["nll_chosen"]}
+    (folder / "probe_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in probe))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 

@@ -1,12 +1,14 @@
-"""What differs between the methods that the paper compares: one entry each in one table.
+"""What differs between Iterative RPO and the methods beside it: one entry each in one table.
 
-All of them go through the same loop and the same stages. A method fixes a few settings, and says how the completions
-of M_t become what M_{t+1} is trained on.
+All of them go through the same loop and the same stages. A method fixes a few settings, and may say otherwise which
+completions win, what the pairs are made of, from which model it starts, or how it is trained. To add one, add an entry.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,13 +16,49 @@ from irpo_utils import UserError, pairs, sampling
 from irpo_utils.profiles import Profile
 
 
-def preferences(graded, questions, task, tokenizer, p: Profile, seed: int):
+def by_gold(rows: list[dict], rng: random.Random) -> list[bool]:
+    """Reward 1 where the final answer is the gold answer (section 2)."""
+    return [row["correct"] for row in rows]
+
+
+def by_majority(rows: list[dict], rng: random.Random) -> list[bool]:
+    """Reward 1 for the answer that most completions of the question give, without a look at the gold answer."""
+    votes = Counter(row["extracted"] for row in rows if row["extracted"] is not None)
+    return [bool(votes) and row["extracted"] == votes.most_common(1)[0][0] for row in rows]
+
+
+def by_lot(rows: list[dict], rng: random.Random) -> list[bool]:
+    """The right number of winners, drawn by lot: what training on one's own text does by itself."""
+    return rng.sample([row["correct"] for row in rows], len(rows))
+
+
+def never(rows: list[dict], rng: random.Random) -> list[bool]:
+    """All completions lose, and the gold solution wins against them."""
+    return [False] * len(rows)
+
+
+def preferences(graded, questions, task, tokenizer, p: Profile, seed: int, verdict=by_gold):
     """Winners against losers, as in Iterative RPO (section 2): (pairs, counts)."""
     gold = pairs.gold_completions(questions, tokenizer) if p.gold else None
-    return pairs.build_pairs(graded, k=p.k_pairs, gold=gold, max_length=p.max_length, deduplicate=p.deduplicate, seed=seed)
+    return pairs.build_pairs(with_verdicts(graded, verdict, seed), k=p.k_pairs, gold=gold, max_length=p.max_length,
+                             deduplicate=p.deduplicate, pairing=p.pairing, seed=seed)
 
 
-def gold_alone(graded, questions, task, tokenizer, p: Profile, seed: int):
+def with_verdicts(graded, verdict, seed: int):
+    """`graded` with the column `correct` as `verdict` decides, question by question; the data on disk stays as it is."""
+    if verdict is by_gold:
+        return graded
+    groups: dict[str, list[tuple[int, dict]]] = {}
+    for i, row in enumerate(graded.select_columns(["id", "extracted", "correct"])):
+        groups.setdefault(row["id"], []).append((i, row))
+    correct, rng = [False] * len(graded), random.Random(seed)
+    for group in groups.values():
+        for (i, _), value in zip(group, verdict([row for _, row in group], rng), strict=True):
+            correct[i] = value
+    return graded.remove_columns("correct").add_column("correct", correct)
+
+
+def gold_alone(graded, questions, task, tokenizer, p: Profile, seed: int, verdict=by_gold):
     """The gold solutions, and nothing that the model wrote: (pairs, counts)."""
     prompts = [sampling.render_prompt(tokenizer, task.prompt(row)) for row in questions]
     return pairs.gold_pairs(questions, prompts, tokenizer, max_length=p.max_length)
@@ -28,19 +66,40 @@ def gold_alone(graded, questions, task, tokenizer, p: Profile, seed: int):
 
 @dataclass(frozen=True)
 class Method:
-    """`build` makes the pairs, `settings` are fields of the profile that the method fixes."""
+    """One row of the comparison.
+
+    `settings` are fields of the profile that the method fixes. `start` names the method whose M_1 it begins with, on the
+    pairs of M_0. `twice` doubles K, as the paper's "2x data". `examples` worked examples go before every question.
+    """
 
     title: str
     source: str
+    settings: dict = field(default_factory=dict)
+    verdict: Callable = by_gold
     build: Callable = preferences
     samples: bool = True                # whether M_t has to write completions for `build`
-    settings: dict = field(default_factory=dict)
+    start: str | None = None
+    twice: bool = False
+    examples: int = 0
+    train: Callable | None = None       # (model, tokenizer, questions, task, profile, seed) -> TrainingResult
 
 
+PAPER = "Pang et al. 2024, table 1"
+ONCE = {"iterations": 1}
+NO_NLL, WINNERS = {"alpha": 0.0, "dpo_weight": 1.0}, {"alpha": 1.0, "dpo_weight": 0.0}
 METHODS: dict[str, Method] = {
     "irpo": Method("Iterative RPO", "Pang et al. 2024, section 2"),
-    "sft_gold": Method("SFT on gold solutions", "Pang et al. 2024, table 1", gold_alone, samples=False,
-                       settings={"dpo_weight": 0.0, "alpha": 1.0}),
+    "irpo_2x": Method("Iterative RPO, twice the pairs", PAPER, ONCE, twice=True),
+    "irpo_from_sft": Method("Iterative RPO from SFT on chosen", PAPER, start="star"),
+    "iterative_dpo": Method("DPO without NLL", f"{PAPER}; Xu et al. 2023, arXiv 2312.16682", NO_NLL),
+    "dpo_from_sft": Method("DPO from SFT on chosen", PAPER, {**NO_NLL, **ONCE}, start="star"),
+    "star": Method("SFT on chosen (STaR)", f"{PAPER}; Zelikman et al. 2022, arXiv 2203.14465", WINNERS),
+    "star_2x": Method("SFT on chosen, twice the data", PAPER, {**WINNERS, **ONCE}, twice=True),
+    "sft_gold": Method("SFT on gold solutions", PAPER, {**WINNERS, **ONCE}, build=gold_alone, samples=False),
+    "shuffled": Method("Iterative RPO, verdicts by lot", "control", verdict=by_lot),
+    "few_shot": Method("M0 with four examples", "Wei et al. 2022, arXiv 2201.11903", {"iterations": 0}, examples=4),
+    "self_consistency": Method("Majority as reward", "Prasad et al. 2024, arXiv 2411.04109", verdict=by_majority),
+    "spin": Method("Gold against sampled (SPIN)", "Chen et al. 2024, arXiv 2401.01335", {"gold": True}, verdict=never),
 }
 
 

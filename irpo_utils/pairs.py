@@ -85,8 +85,10 @@ def gold_pairs(questions, prompts: list[str], tokenizer, max_length: int | None 
 
     gold = {row["id"]: row for row in gold_completions(questions, tokenizer)}
     eos = {"completion": "", "completion_ids": [tokenizer.eos_token_id], "sample": 0}
-    pairs = [_pair({"id": row["id"], "prompt": prompt, "prompt_ids": tokenizer(prompt, add_special_tokens=False).input_ids},
-                   {**gold[row["id"]], "sample": -1}, eos) for row, prompt in zip(questions, prompts, strict=True) if row["id"] in gold]
+    encoded = tokenizer(prompts, add_special_tokens=False).input_ids
+    pairs = [_pair({"id": row["id"], "prompt": prompt, "prompt_ids": ids},
+                   {**gold[row["id"]], "sample": -1}, eos)
+             for row, prompt, ids in zip(questions, prompts, encoded, strict=True) if row["id"] in gold]
     kept = [pair for pair in pairs if max_length is None or _length(pair) <= max_length]
     if not kept:
         raise UserError("no pairs: the questions have no gold solutions. Take a task that has them, such as gsm8k." if not pairs else

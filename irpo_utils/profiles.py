@@ -50,12 +50,15 @@ class Profile:
     k_pairs: int = _option(4, "K: pairs per question")
     gold: bool = _option(False, "add the gold solution to the winners, as the paper does on GSM8K")
     deduplicate: bool = _option(True, "leave out completions that repeat one of the same question and verdict")
+    pairing: str = _option("wrap_around", "wrap_around (the paper) or random")
+    keep_pairs: bool = _option(False, "train on the pairs of all iterations so far, not on the newest alone")
     max_length: int | None = _option(None, "drop pairs with more tokens than this")
     max_pairs: int | None = _option(None, "keep at most this many pairs, drawn at random (the paper: 60,000)")
 
     alpha: float = _option(1.0, "weight of the NLL term")
     beta: float = _option(0.1, "DPO's beta")
     dpo_weight: float = _option(1.0, "weight of the DPO term; 0 trains on the winners alone")
+    reference: str = _option("previous", "reference of the DPO term: previous (M_t, the paper) or start (M_0)")
     nll_per: str = _option("sequence", "normalise the NLL per sequence (the paper) or per token")
     learning_rate: float = _option(2e-5, "peak learning rate of AdamW")
     epochs: float = _option(1.0, "passes over the pairs")
@@ -67,6 +70,8 @@ class Profile:
     max_grad_norm: float = _option(1.0, "gradient clipping")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, slower")
     optimizer: str = _option("adamw_torch", "transformers' name of the optimiser, e.g. paged_adamw_8bit on a GPU")
+    probe: str | None = _option(None, "pairs of another run whose log-probabilities are logged; none: the run's own")
+    probe_every: int | None = _option(None, "log them every so many steps; none: before and after training")
     report_to: str = _option("none", "tensorboard, trackio, wandb or none")
 
     allow_overlap: bool = _option(False, "go on although evaluation questions are among the training questions")
@@ -78,19 +83,22 @@ class Profile:
 
     def __post_init__(self):
         """Refuse what cannot work, naming the field."""
-        for name in ("iterations", "n_samples", "k_pairs", "batch_size", "max_new_tokens", "sampling_batch_size",
+        for name in ("n_samples", "k_pairs", "batch_size", "max_new_tokens", "sampling_batch_size",
                      "eval_samples", "eval_samples_ends"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1. "
                                 "`python -m irpo_utils run --help` says what it counts.")
-        for name in ("n_questions", "n_eval_questions", "max_pairs", "max_length", "micro_batch_size", "lora_r", "lora_alpha"):
+        for name in ("n_questions", "n_eval_questions", "max_pairs", "max_length", "micro_batch_size", "lora_r", "lora_alpha",
+                     "probe_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1, or left out.")
         sound = {"learning_rate": self.learning_rate > 0, "epochs": self.epochs > 0, "beta": self.beta > 0,
                  "alpha": self.alpha >= 0, "dpo_weight": self.dpo_weight >= 0 and self.alpha + self.dpo_weight > 0,
                  "seed": self.seed >= 0, "warmup_ratio": 0 <= self.warmup_ratio < 1, "max_grad_norm": self.max_grad_norm > 0,
                  "top_p": 0 < self.top_p <= 1, "max_steps": self.max_steps == -1 or self.max_steps > 0,
-                 "eval_temperature": self.eval_temperature > 0, "nll_per": self.nll_per in ("sequence", "token")}
+                 "eval_temperature": self.eval_temperature > 0, "nll_per": self.nll_per in ("sequence", "token"),
+                 "pairing": self.pairing in ("wrap_around", "random"), "reference": self.reference in ("previous", "start"),
+                 "iterations": self.iterations >= 0}
         for name, good in sound.items():
             if not good:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, which cannot work. "
@@ -133,28 +141,31 @@ PROFILES: dict[str, Profile] = {
                                 iterations=1, n_questions=None, max_length=200, max_pairs=1500, learning_rate=2e-4,
                                 micro_batch_size=8, max_new_tokens=128, sampling_batch_size=128, n_eval_questions=200,
                                 eval_samples=1, eval_samples_ends=1, eval_temperature=0.7),
-    # Then three iterations from there on SVAMP: 200 questions x 16 samples x 60 tokens each, 0.2 M tokens.
+    # Then three iterations from there on SVAMP: 120 questions x 16 samples x 60 tokens each, 0.1 M tokens.
     "smollm2-135m-cpu": Profile(task="svamp", model="smollm2-135m", start="runs/smollm2-135m-sft", dtype="bfloat16",
-                                dequantize=True, iterations=3, n_questions=200, n_samples=16, temperature=[0.7],
+                                dequantize=True, iterations=3, n_questions=120, n_samples=16, temperature=[0.7],
                                 max_new_tokens=128, sampling_batch_size=128, k_pairs=8, learning_rate=5e-5,
                                 micro_batch_size=8, n_eval_questions=200, eval_samples=4, eval_samples_ends=4,
                                 eval_temperature=0.7),
     "smollm2-135m": _gpu("smollm2-135m", micro_batch_size=8, learning_rate=2e-5),
     "smollm2-360m": _gpu("smollm2-360m", learning_rate=1e-5),
-    "smollm2-1.7b": _gpu("smollm2-1.7b"),
+    "smollm2-1.7b": _gpu("smollm2-1.7b", sampling_batch_size=120),     # no grouped queries: 0.2 MB of cache a token
     "qwen2.5-0.5b": _gpu("qwen2.5-0.5b", learning_rate=1e-5),
     "qwen2.5-1.5b": _gpu("qwen2.5-1.5b"),
-    "qwen3-0.6b": _gpu("qwen3-0.6b", learning_rate=1e-5),
+    "qwen3-0.6b": _gpu("qwen3-0.6b", learning_rate=1e-5, sampling_batch_size=160),
     "llama-3.2-1b": _gpu("llama-3.2-1b", pad_token="<|finetune_right_pad_id|>"),
-    "llama-3.2-3b": _gpu("llama-3.2-3b", pad_token="<|finetune_right_pad_id|>", micro_batch_size=2),
+    "llama-3.2-3b": _gpu("llama-3.2-3b", pad_token="<|finetune_right_pad_id|>", micro_batch_size=2,
+                          sampling_batch_size=160),
     "gemma-3-1b": _gpu("gemma-3-1b"),
-    "llama-3.1-8b": _gpu("llama-3.1-8b", pad_token="<|finetune_right_pad_id|>", micro_batch_size=1, sampling_batch_size=160),
+    "llama-3.1-8b": _gpu("llama-3.1-8b", pad_token="<|finetune_right_pad_id|>", micro_batch_size=1,
+                          sampling_batch_size=120),
     # The protocol as published (section 3.1), for reading and for those who can: 5000 steps of
     # 16. One thing differs: the paper trains all weights, this is QLoRA.
     "paper": Profile(task="gsm8k", model="llama-2-70b-chat", quantize=True, pad_token="<unk>", n_questions=None,
                      n_samples=30, temperature=[0.8, 0.8, 1.3, 1.3], max_new_tokens=1024, k_pairs=10, gold=True,
                      deduplicate=False, max_length=2048, max_pairs=60_000, learning_rate=7e-7, max_steps=5000,
-                     micro_batch_size=1, gradient_checkpointing=True, eval_temperature=0.8, eval_samples=32),
+                     micro_batch_size=1, gradient_checkpointing=True, sampling_batch_size=60, eval_temperature=0.8,
+                     eval_samples=32),
 }
 
 

@@ -221,7 +221,7 @@ def test_each_profile_has_a_plan_also_with_fields_that_are_not_known_yet():
 
 @pytest.mark.parametrize("profile, machine, changes, option", [
     ("qwen2.5-1.5b", "1xT4-16GB", dict(batch_size=64, micro_batch_size=64), "--micro-batch-size"),
-    ("llama-3.2-3b", "1xRTX4090-24GB", {}, "--sampling-batch-size"),
+    ("llama-3.2-3b", "1xRTX4090-24GB", dict(sampling_batch_size=320), "--sampling-batch-size"),
     ("llama-3.1-8b", "1xL4-24GB", dict(gradient_checkpointing=False, max_new_tokens=1000, max_length=None,
                                        sampling_batch_size=16), "--gradient-checkpointing"),
     ("llama-3.1-8b", "1xT4-16GB", dict(quantize=False, sampling_batch_size=10), "--quantize")])
@@ -239,7 +239,7 @@ def test_what_the_refusal_advises_is_enough_and_no_more(profile, machine, change
 
 
 def test_the_refusal_says_by_how_much():
-    made = planning.plan(profiles.get("llama-3.2-3b"), "1xRTX4090-24GB", must_fit=False)
+    made = planning.plan(profiles.get("llama-3.2-3b", sampling_batch_size=320), "1xRTX4090-24GB", must_fit=False)
     assert made.room == pytest.approx(0.95 * 24e9)
     with pytest.raises(UserError, match=f"sampling needs .* {(made.total.memory - made.room) / 1e9:.1f} GB too little"):
         planning.check(made)
@@ -328,10 +328,11 @@ def test_plan_of_all_profiles_shows_who_fits_where(capsys):
     assert cli.main(["plan"]) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
     assert set(profiles.PROFILES) <= set(rows)
-    assert rows["paper"][-5:] == ["-"] * 5 and "-" not in rows["cpu"]
-    assert cli.main(["plan", "--sampling-batch-size", "1", "--gpus", "A100-80GB"]) == 0
+    hour = rows["paper"].index("h")
+    assert rows["paper"][hour - 4 : hour - 1] == ["-"] * 3 and rows["paper"][hour - 1] != "-" and "-" not in rows["cpu"]
+    assert cli.main(["plan", "--sampling-batch-size", "320", "--gpus", "A100-80GB"]) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
-    assert rows["paper"][-1] != "-"
+    assert rows["paper"][-1] == "-"
 
 
 @pytest.fixture
@@ -360,3 +361,9 @@ def test_run_shows_the_plan_and_goes_on_where_it_is_to_be_ignored(tiny_machine, 
     assert "ignored: By estimate" in shown.err and "the run has begun" in shown.err
     assert shown.out.startswith("plan: ") and "total" in shown.out
     assert not hasattr(profiles.Profile(), "ignore_plan")
+
+
+@pytest.mark.parametrize("name", [name for name in profiles.PROFILES if name != "paper"])
+def test_every_profile_fits_a_card_of_24_gb_and_the_papers_one_of_80(name):
+    planning.plan(profiles.get(name), "1xRTX4090-24GB")
+    planning.plan(profiles.get("paper"), "8xA100-80GB")

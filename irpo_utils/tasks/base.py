@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from irpo_utils import UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -36,6 +38,21 @@ class Task:
     def load(self, split: str, data: str | None = None) -> Dataset:
         """Questions of "train", "validation" or "test"; `data` is a local folder or file instead of the hub."""
         raise NotImplementedError
+
+
+class FewShot(Task):
+    """A task whose every question comes after a few worked ones, in the same user turn (Wei et al. 2022)."""
+
+    def __init__(self, task: Task, examples: list[dict]):
+        if not all(row.get("solution") for row in examples):
+            raise UserError(f"The task {task.name} has no worked solutions to show as examples.")
+        self.task, self.name = task, task.name
+        self.head = "".join(f"{task.prompt(row)} {row['solution']}\n\n" for row in examples)
+        self.extract, self.is_correct, self.load = task.extract, task.is_correct, task.load
+
+    def prompt(self, row: dict) -> str:
+        """The worked questions, then this one."""
+        return self.head + self.task.prompt(row)
 
 
 def after_final_answer(completion: str) -> str | None:

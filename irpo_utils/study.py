@@ -1,0 +1,290 @@
+"""Comparisons over methods, settings and seeds: every trial is a run of its own, and all of them end in one tidy table.
+
+    python -m irpo_utils study tuning         # a learning rate for each method, on the validation split
+    python -m irpo_utils study comparison     # the paper's table, with seeds
+    python -m irpo_utils study ablations      # one setting at a time
+    python -m irpo_utils study stability      # learning rate x alpha
+
+A study that was stopped goes on where it stood. What M_0 writes does not depend on the method: it is drawn once for
+each seed and shared by all runs whose settings of sampling agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from irpo_utils import UserError, methods, profiles
+from irpo_utils.profiles import Profile
+
+# What the completions of M_0, and its evaluation, depend on.
+SAMPLING = ("task", "model", "data", "seed", "quantize", "dequantize", "dtype", "pad_token", "n_questions", "fresh_questions",
+            "n_samples", "top_p", "max_new_tokens")
+EVALUATION = ("task", "model", "data", "seed", "quantize", "dequantize", "dtype", "pad_token", "max_new_tokens", "eval_split",
+              "n_eval_questions", "eval_temperature")
+RATES = (2e-5, 1e-4, 3e-4)                  # the search budget of every method: three learning rates, one seed each
+TUNED = ("irpo", "iterative_dpo", "star", "sft_gold", "shuffled", "self_consistency", "spin")
+LIKE = {"irpo_2x": "irpo", "irpo_from_sft": "irpo", "dpo_from_sft": "iterative_dpo", "star_2x": "star", "few_shot": "irpo"}
+
+
+@dataclass
+class Trial:
+    """One line of a study before seeds are put to it: a method, and what is set otherwise than in the base profile."""
+
+    method: str = "irpo"
+    settings: dict = field(default_factory=dict)
+    factor: str = ""                        # of an ablation: the setting that is varied, and its value
+    level: str = ""
+    seeds: int | None = None                # None: as many as the study has
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}_{self.factor}_{self.level}".rstrip("_").replace("/", "-").replace(" ", "")
+
+
+def tuning() -> list[Trial]:
+    """Every method at every rate, two iterations, on the validation split."""
+    settings = {"eval_split": "validation", "iterations": 2}
+    return [Trial(method, {**settings, "learning_rate": rate}, "learning_rate", f"{rate:g}", seeds=1)
+            for method in TUNED for rate in RATES]
+
+
+def comparison() -> list[Trial]:
+    """The rows of the paper's tables and those beside them, each at the rate that the tuning found for it."""
+    return [Trial(name) for name in methods.METHODS]
+
+
+def ablations() -> list[Trial]:
+    """One setting at a time, two iterations, at the rate of Iterative RPO."""
+    levels = {
+        "alpha": (0.0, 0.25, 1.0, 2.0, 5.0), "beta": (0.05, 0.1, 0.5, 1.0), "n_samples": (4, 8, 16), "k_pairs": (1, 4, 8),
+        "temperature": ([0.7], [1.0], [1.3], [1.0, 1.3]), "reference": ("previous", "start"), "gold": (False, True),
+        "keep_pairs": (False, True), "nll_per": ("sequence", "token"), "pairing": ("wrap_around", "random"),
+        "fresh_questions": (False, True), "deduplicate": (False, True)}
+    return [Trial("irpo", {name: level, "iterations": 2}, name, _show(level)) for name, values in levels.items() for level in values]
+
+
+def stability() -> list[Trial]:
+    """Learning rate x alpha, and the winners alone, two iterations each: where does training survive its steps?"""
+    rates, alphas = (2e-5, 1e-4, 3e-4, 1e-3), (0.0, 0.25, 1.0, 5.0)
+    trials = [Trial("irpo", {"learning_rate": rate, "alpha": alpha, "iterations": 2}, f"alpha={alpha:g}", f"{rate:g}")
+              for rate, alpha in itertools.product(rates, alphas)]
+    return trials + [Trial("star", {"learning_rate": rate, "iterations": 2}, "star", f"{rate:g}") for rate in rates]
+
+
+def curves() -> list[Trial]:
+    """Log-probabilities of fixed pairs of M_0 during the first training of each method (the paper's figures 2 to 4)."""
+    return [Trial(name, {"iterations": 1, "probe_every": 5}, seeds=1)
+            for name in ("irpo", "iterative_dpo", "star", "sft_gold", "irpo_from_sft", "dpo_from_sft")]
+
+
+STUDIES = {"tuning": tuning, "comparison": comparison, "ablations": ablations, "stability": stability, "curves": curves}
+SEEDS = {"tuning": 1, "comparison": 5, "ablations": 3, "stability": 1, "curves": 1}
+SMALL = dict(n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=20, eval_samples=2, eval_samples_ends=2, iterations=2)
+
+
+def study(name: str, out: str | Path = "figures", runs: str | Path = "runs/study", seeds: int | None = None, jobs: int = 1,
+          only: list[str] | None = None, small: bool = False, progress: bool = True):
+    """Run a study (a key of `STUDIES`) under the folder `runs`; writes its table into `out` and returns it.
+
+    `only` takes the trials whose method, factor or name is listed. `jobs` runs go on at a time, one core each. `small` is
+    for a look or a test: it shows that everything works, and nothing else. Raises `UserError` for unknown names, and
+    where the tuning that a study needs was not run before.
+    """
+    if name not in STUDIES:
+        raise UserError(f"There is no study {name!r}. The studies are {', '.join(STUDIES)}.")
+    trials = [t for t in STUDIES[name]() if not only or {t.method, t.factor, t.name} & set(only)]
+    if not trials:
+        raise UserError(f"No trial of the study {name} is called {' or '.join(only or [])}. There are "
+                        f"{', '.join(t.name for t in STUDIES[name]())}.")
+    rates = {} if name in ("tuning", "stability") else tuned_rates(Path(out))
+    folder, count = Path(runs) / name, seeds or SEEDS[name]
+    work = {folder / t.name / f"seed_{seed}": settings(t, seed, rates, folder, small)
+            for seed in range(count) for t in trials if seed < (t.seeds or count)}
+    _run_all(work, Path(runs), jobs, progress)
+    result = table(folder, STUDIES[name]())
+    _write(result, Path(out), name, {"study": name, "rates": rates, "small": small})
+    return result
+
+
+def settings(trial: Trial, seed: int, rates: dict[str, float], folder: Path, small: bool = False) -> Profile:
+    """The profile of one run: the default one, then the method, then the trial."""
+    method = methods.get(trial.method)
+    fields = dict(method=trial.method, seed=seed, eval_samples=8, eval_samples_ends=32 if trial.name == "irpo" else 8)
+    if rates:
+        fields["learning_rate"] = rates[LIKE.get(trial.method, trial.method)]
+    fields |= (SMALL if small else {}) | trial.settings
+    if small:
+        fields["iterations"] = min(2, fields["iterations"])
+    if method.twice:
+        fields["k_pairs"] = 2 * (fields.get("k_pairs") or Profile().k_pairs)
+    if method.start:
+        fields["start"] = str(folder / method.start / f"seed_{seed}" / "iteration_1" / "adapter")
+    if fields.get("probe_every"):
+        fields["probe"] = str(folder / "irpo" / f"seed_{seed}" / "iteration_0" / "pairs")
+    return methods.apply(profiles.get("cpu", **fields))
+
+
+def tuned_rates(out: Path) -> dict[str, float]:
+    """The learning rate of each method: the best greedy accuracy after its last iteration on the validation split."""
+    import pandas
+
+    if not (out / "tuning_of_methods.csv").exists():
+        raise UserError(f"{out}/tuning_of_methods.csv is missing: run `python -m irpo_utils study tuning` first, which "
+                        "chooses a learning rate for every method.")
+    rows = pandas.read_csv(out / "tuning_of_methods.csv").query("metric == 'greedy'")
+    last = rows[rows.iteration == rows.groupby(["method", "level"]).iteration.transform("max")]
+    best = last.sort_values(["value", "level"], ascending=[False, True]).groupby("method").first()
+    return {method: float(rate) for method, rate in best.level.items()}
+
+
+def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool) -> None:
+    """All runs that are not finished, each as soon as what it starts from is there."""
+    from tqdm.auto import tqdm
+
+    waiting = [(path, p) for path, p in work.items() if not _is_finished(path, p)]
+    bar = tqdm(total=len(work), initial=len(work) - len(waiting), desc="runs", unit="run", disable=not progress)
+    # Processes of their own: one core each, and the memory of a run goes with it.
+    with bar, ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=24) as pool:
+        going: dict = {}
+        while waiting or going:
+            ready = [item for item in waiting if _is_ready(*item)][: jobs - len(going)]
+            if not ready and not going:
+                raise UserError(f"{waiting[0][0]} begins with {waiting[0][1].start or waiting[0][1].probe}, which is not there "
+                                "and not among the trials of this call. Run the study without --only.")
+            for path, p in ready:
+                waiting.remove((path, p))
+                share(path, p, runs)
+                going[pool.submit(_run_one, path, p, max(1, (os.cpu_count() or 1) // jobs))] = path
+            for done in wait(going, return_when=FIRST_COMPLETED).done:
+                bar.set_postfix_str(f"{going[done].parent.name} {going.pop(done).name}")
+                bar.update(1)
+                done.result()
+
+
+def _run_one(path: Path, p: Profile, threads: int) -> None:
+    """One run in a process of its own. A run that cannot go on is a result, too: it says why in `stopped.json`."""
+    import torch
+
+    from irpo_utils import iteration
+    from irpo_utils.__main__ import calm_libraries
+
+    calm_libraries()
+    torch.set_num_threads(threads)
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "output.txt").open("a") as file, contextlib.redirect_stdout(file):
+        try:
+            iteration.run(p, path, progress=False)
+        except UserError as error:
+            if not str(error).startswith(("no pairs", "Training stopped")):
+                raise
+            (path / "stopped.json").write_text(json.dumps({"iteration": _done(path) + 1, "reason": str(error)}, indent=1) + "\n")
+
+
+def _done(path: Path) -> int:
+    """The last iteration of a run that is there as a whole, or -1."""
+    return max((int(file.parent.name.rpartition("_")[2]) for file in path.glob("iteration_*/metrics.json")), default=-1)
+
+
+def _is_finished(path: Path, p: Profile) -> bool:
+    if _done(path) < p.iterations and not (path / "stopped.json").exists():
+        return False
+    return json.loads((path / "profile.json").read_text()) == dataclasses.asdict(p)
+
+
+def _is_ready(path: Path, p: Profile) -> bool:
+    if p.probe and Path(p.probe) != path / "iteration_0" / "pairs" and not Path(p.probe).exists():
+        return False
+    # What starts from another model trains on the pairs of M_0 all the same, so these have to be there to be shared.
+    return not p.start or (Path(p.start).exists() and (path.parents[1] / "irpo" / path.name / "iteration_0" / "pairs").exists())
+
+
+def share(path: Path, p: Profile, runs: Path) -> None:
+    """Put M_0's completions and evaluation from another run in place, as links, where both would be the same."""
+    from irpo_utils import iteration
+
+    iteration.RunDirectory(path, p).check_profile()
+    for other in sorted(runs.glob("*/*/seed_*")):
+        try:
+            q = Profile(**json.loads((other / "profile.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            continue
+        if other == path or q.start or methods.get(q.method).examples or methods.get(p.method).examples:
+            continue
+        if methods.get(p.method).samples and q.temperature_of(0) == p.temperature_of(0) and _agree(p, q, SAMPLING):
+            for stage in ("samples", "graded"):
+                _link(other / "iteration_0" / stage, path / "iteration_0" / stage)
+        ends = [settings.eval_samples_ends for settings in (p, q)]
+        if not p.start and ends[0] == ends[1] and _agree(p, q, EVALUATION):
+            _link(other / "iteration_0" / "evaluation", path / "iteration_0" / "evaluation")
+
+
+def _agree(p: Profile, q: Profile, names: tuple[str, ...]) -> bool:
+    return all(getattr(p, name) == getattr(q, name) for name in names)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.exists() and not target.exists():
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, copy_function=os.link)
+        os.replace(partial, target)
+
+
+def table(folder: Path, trials: list[Trial]):
+    """All that the runs of a study have measured so far: the metrics table with `factor`, `level`, `tokens`, `seconds`.
+
+    `tokens` were sampled and `seconds` spent up to that iteration to make M_t: sampling, grading, pairing, training, but
+    not its evaluation. The metric `stopped` (1) marks an iteration that could not be made.
+    """
+    import pandas
+
+    parts = []
+    for trial in trials:
+        for path in sorted((folder / trial.name).glob("seed_*")):
+            if (path / "metrics.csv").exists():
+                rows = pandas.read_csv(path / "metrics.csv")
+                if (path / "stopped.json").exists():
+                    last, t = rows.iloc[-1], json.loads((path / "stopped.json").read_text())["iteration"]
+                    rows.loc[len(rows)] = {**last, "iteration": t, "metric": "stopped", "k": 0, "value": 1.0, "low": None, "high": None, "n": 1}
+                cost = _cost(pandas.read_csv(path / "timing.csv"))
+                rows = rows.assign(factor=trial.factor, level=trial.level, tokens=rows.iteration.map(cost.tokens),
+                                   seconds=rows.iteration.map(cost.seconds))
+                parts.append(rows)
+    result = pandas.concat(parts, ignore_index=True)
+    if folder.name == "comparison":
+        zero = result[(result.method == "irpo") & (result.iteration == 0)].assign(method="zero_shot")
+        result = pandas.concat([zero, result], ignore_index=True)
+    return result
+
+
+def _cost(timing):
+    """Tokens sampled and seconds spent before M_t was there, by t."""
+    made = timing[timing.stage != "evaluation"].copy()
+    made["iteration"] += made.stage != "adapter"              # what M_t writes goes into M_{t+1}
+    made["tokens"] = made.tokens.where(made.stage == "samples", 0)
+    sums = made.groupby("iteration")[["tokens", "seconds"]].sum()
+    return sums.reindex(range(int(timing.iteration.max()) + 1), fill_value=0).cumsum()
+
+
+def _write(result, out: Path, name: str, record: dict) -> None:
+    from irpo_utils import iteration
+
+    out.mkdir(parents=True, exist_ok=True)
+    name = {"tuning": "tuning_of_methods"}.get(name, name)
+    result.to_csv(out / f"{name}.csv", index=False)
+    (out / f"{name}.json").write_text(json.dumps({**record, **iteration.environment()}, indent=1) + "\n")
+
+
+def _show(level) -> str:
+    if isinstance(level, list):
+        return " then ".join(f"{value:g}" for value in level)
+    return f"{level:g}" if isinstance(level, float) else str(level).lower()
