@@ -136,16 +136,16 @@ PROFILES: dict[str, Profile] = {
     # Minutes on a CPU: the default. Settings chosen on the validation split, see figures/LOG.md.
     "cpu": Profile(),
     # A real model on real questions without a GPU, in two runs. First SFT on short gold solutions of GSM8K, as
-    # SmolLM2-135M as it is hardly ever comes to an answer: 1,500 of them x 180 tokens.
+    # SmolLM2-135M as it is hardly ever comes to an answer: 1,000 of them x 180 tokens.
     "smollm2-135m-sft": Profile(task="gsm8k", model="smollm2-135m", method="sft_gold", dtype="bfloat16", dequantize=True,
-                                iterations=1, n_questions=None, max_length=200, max_pairs=1500, learning_rate=2e-4,
-                                micro_batch_size=8, max_new_tokens=128, sampling_batch_size=128, n_eval_questions=200,
+                                iterations=1, n_questions=None, max_length=200, max_pairs=1000, learning_rate=2e-4,
+                                micro_batch_size=4, max_new_tokens=128, sampling_batch_size=128, n_eval_questions=100,
                                 eval_samples=1, eval_samples_ends=1, eval_temperature=0.7),
     # Then three iterations from there on SVAMP: 120 questions x 16 samples x 60 tokens each, 0.1 M tokens.
     "smollm2-135m-cpu": Profile(task="svamp", model="smollm2-135m", start="runs/smollm2-135m-sft", dtype="bfloat16",
                                 dequantize=True, iterations=3, n_questions=120, n_samples=16, temperature=[0.7],
                                 max_new_tokens=128, sampling_batch_size=128, k_pairs=8, learning_rate=5e-5,
-                                micro_batch_size=8, n_eval_questions=200, eval_samples=4, eval_samples_ends=4,
+                                micro_batch_size=4, n_eval_questions=200, eval_samples=4, eval_samples_ends=4,
                                 eval_temperature=0.7),
     "smollm2-135m": _gpu("smollm2-135m", micro_batch_size=8, learning_rate=2e-5),
     "smollm2-360m": _gpu("smollm2-360m", learning_rate=1e-5),
