@@ -201,7 +201,7 @@ class _Loop:
             self.directory.stage(0, "adapter", lambda: find_adapter(self.profile), _copy_adapter)
         models.set_adapter(self.model, self._adapter(t))
         self.directory.stage(t, "evaluation", lambda: self._evaluate(t), _save_evaluation)
-        if t < self.profile.iterations:
+        if t < self.profile.iterations and not self.method.train:
             graded = self._graded(t) if self.method.samples else None
             self.directory.stage(t, "pairs", lambda: self._pairs(t, graded), _save_pairs)
             notes = json.loads((self.directory.folder(t) / "pairs" / "counts.json").read_text())
@@ -244,6 +244,17 @@ class _Loop:
     def _train(self, t: int) -> training.TrainingResult:
         p = self.profile
         models.set_adapter(self.model, self._adapter(t - 1))
+        if self.method.train:
+            result = self.method.train(self.model, self.tokenizer, self._questions(t - 1), self.task, p, self._seed(t, 3), self.progress)
+        else:
+            result = self._train_on_pairs(t)
+        log = "\n".join(json.dumps(row) for row in result.log) + "\n"
+        self.directory.folder(t).mkdir(exist_ok=True)           # the pairs of M_{t-1} were written beside it
+        self.directory.write_file(self.directory.folder(t) / "training_log.jsonl", log)
+        return result
+
+    def _train_on_pairs(self, t: int) -> training.TrainingResult:
+        p = self.profile
         preferences = concatenate_datasets([load_from_disk(str(self.directory.folder(i) / "pairs"))
                                             for i in range(0 if p.keep_pairs else t - 1, t)])
         probe = _first(load_from_disk(str(Path(p.probe).expanduser())) if p.probe else preferences, PROBE_PAIRS)
@@ -252,17 +263,13 @@ class _Loop:
             models.set_adapter(self.model, self._adapter(0))
             reference = training.reference_logps(self.model, self.tokenizer, preferences)
             models.set_adapter(self.model, self._adapter(t - 1))
-        result = training.train(
+        return training.train(
             self.model, self.tokenizer, preferences, alpha=p.alpha, beta=p.beta, dpo_weight=p.dpo_weight,
             learning_rate=p.learning_rate, epochs=p.epochs, max_steps=p.max_steps, batch_size=p.batch_size,
             micro_batch_size=p.micro_batch_size, warmup_ratio=p.warmup_ratio, lr_scheduler=p.lr_scheduler,
             max_grad_norm=p.max_grad_norm, nll_per=p.nll_per, seed=self._seed(t, 3), probe=probe, probe_every=p.probe_every or 10**9,
             gradient_checkpointing=p.gradient_checkpointing, optimizer=p.optimizer, progress=self.progress,
             reference=reference, report_to=p.report_to, log_dir=self.directory.folder(t) / "logs" if p.report_to != "none" else None)
-        log = "\n".join(json.dumps(row) for row in result.log) + "\n"
-        self.directory.folder(t).mkdir(exist_ok=True)           # the pairs of M_{t-1} were written beside it
-        self.directory.write_file(self.directory.folder(t) / "training_log.jsonl", log)
-        return result
 
     def _evaluate(self, t: int):
         p = self.profile
@@ -288,7 +295,10 @@ class _Loop:
         models.set_adapter(self.model, self._adapter(t))
         ratios = [now - then for now, then in zip(drawn["logprob"], before, strict=True)]
         summary = json.loads((self._adapter(t) / "summary.json").read_text())
-        return [{**evaluation.bootstrap_row("kl_to_previous", ratios), "k": 1},
+        kl = {**evaluation.bootstrap_row("kl_to_previous", ratios), "k": 1}
+        if "probe_start" not in summary:
+            return [kl]
+        return [kl,
                 {"metric": "chosen_logp_per_token_before", "k": 0, "value": summary["probe_start"], "n": summary["probe_pairs"]},
                 {"metric": "chosen_logp_per_token", "k": 0, "value": summary["probe_end"], "n": summary["probe_pairs"]}]
 
@@ -304,8 +314,10 @@ class _Loop:
         value = {row["metric"]: row["value"] for row in rows}
         line = f"M_{t}: greedy {value['greedy']:.1%}, sampled {value['sampled']:.1%}"
         if t > 0:
-            line += (f"; KL to M_{t - 1} {value['kl_to_previous']:.2f} nats, winners' log-probability per token "
-                     f"{value['chosen_logp_per_token_before']:.3f} -> {value['chosen_logp_per_token']:.3f}")
+            line += f"; KL to M_{t - 1} {value['kl_to_previous']:.2f} nats"
+        if "chosen_logp_per_token" in value:
+            line += (f", winners' log-probability per token {value['chosen_logp_per_token_before']:.3f} -> "
+                     f"{value['chosen_logp_per_token']:.3f}")
         tqdm.write(line)
         if notes:
             tqdm.write(f"     {notes['pairs']} pairs from {notes['used']} of {notes['questions']} questions "
@@ -381,7 +393,8 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
 def collect(runs: list[str | Path]):
     """Metrics of several runs (seeds) of one profile: (all rows, means with intervals, what made them).
 
-    The intervals of the means resample seeds and questions together (`evaluation.seed_and_question_interval`).
+    The intervals of the means resample seeds and questions together (`evaluation.seed_and_question_interval`); the gain
+    of the last iteration over M_0 is paired, question by question.
     Raises `UserError` for a run that is not finished, or whose settings differ in more than the seed.
     """
     import pandas
@@ -400,6 +413,12 @@ def collect(runs: list[str | Path]):
             value, low, high = evaluation.seed_and_question_interval(matrix)
             means.append({"method": profiles[0].method, "iteration": t, "split": profiles[0].eval_split, "metric": metric, "k": 1,
                           "value": value, "low": low, "high": high, "n": len(matrix[0]), "seeds": len(runs)})
+    last = profiles[0].iterations
+    for metric in ("greedy", "sampled") if last > 0 else ():
+        gains = [[after - before for before, after in zip(*(_accuracy_per_question(run, t, metric) for t in (0, last)), strict=True)]
+                 for run in runs]
+        value, low, high = evaluation.seed_and_question_interval(gains)
+        means.append({**means[-1], "metric": f"{metric}_gain_over_M0", "value": value, "low": low, "high": high})
     record = {"seeds": [p.seed for p in profiles], "profile": dataclasses.asdict(profiles[0]), "runs": [
         {"seed": p.seed, "environment": json.loads((Path(run) / "environment.json").read_text()),
          "seconds": float(pandas.read_csv(Path(run) / "timing.csv").seconds.sum())} for run, p in zip(runs, profiles)]}
@@ -479,9 +498,10 @@ def _save_adapter(result: training.TrainingResult, folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = sorted(config["target_modules"])      # a set: its order would differ from run to run
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    probe = list(result.probe_log)
-    summary = {**result.summary, "probe_pairs": result.probe_pairs, "probe_start": -probe[0]["nll_chosen"],
-               "probe_end": -probe[-1]["nll_chosen"]}
+    summary, probe = result.summary, list(result.probe_log or [])
+    if probe:
+        summary = {**summary, "probe_pairs": result.probe_pairs, "probe_start": -probe[0]["nll_chosen"],
+                   "probe_end": -probe[-1]["nll_chosen"]}
     (folder / "probe_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in probe))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 

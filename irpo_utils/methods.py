@@ -64,6 +64,13 @@ def gold_alone(graded, questions, task, tokenizer, p: Profile, seed: int, verdic
     return pairs.gold_pairs(questions, prompts, tokenizer, max_length=p.max_length)
 
 
+def by_grpo(*arguments, **options):
+    """See `grpo.train`; the import waits, as TRL's trainer takes seconds to load."""
+    from irpo_utils import grpo
+
+    return grpo.train(*arguments, **options)
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the comparison.
@@ -81,7 +88,7 @@ class Method:
     start: str | None = None
     twice: bool = False
     examples: int = 0
-    train: Callable | None = None       # (model, tokenizer, questions, task, profile, seed) -> TrainingResult
+    train: Callable | None = None       # of its own: (model, tokenizer, questions, task, profile, seed) -> TrainingResult
 
 
 PAPER = "Pang et al. 2024, table 1"
@@ -100,6 +107,7 @@ METHODS: dict[str, Method] = {
     "few_shot": Method("M0 with four examples", "Wei et al. 2022, arXiv 2201.11903", {"iterations": 0}, examples=4),
     "self_consistency": Method("Majority as reward", "Prasad et al. 2024, arXiv 2411.04109", verdict=by_majority),
     "spin": Method("Gold against sampled (SPIN)", "Chen et al. 2024, arXiv 2401.01335", {"gold": True}, verdict=never),
+    "grpo": Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo),
 }
 
 

@@ -145,7 +145,7 @@ PROFILES: dict[str, Profile] = {
     "smollm2-135m-cpu": Profile(task="svamp", model="smollm2-135m", start="runs/smollm2-135m-sft", dtype="bfloat16",
                                 dequantize=True, iterations=3, n_questions=120, n_samples=16, temperature=[0.7],
                                 max_new_tokens=128, sampling_batch_size=128, k_pairs=8, learning_rate=5e-5,
-                                micro_batch_size=4, n_eval_questions=200, eval_samples=4, eval_samples_ends=4,
+                                micro_batch_size=4, n_eval_questions=200, eval_samples=2, eval_samples_ends=4,
                                 eval_temperature=0.7),
     "smollm2-135m": _gpu("smollm2-135m", micro_batch_size=8, learning_rate=2e-5),
     "smollm2-360m": _gpu("smollm2-360m", learning_rate=1e-5),

@@ -31,7 +31,7 @@ SAMPLING = ("task", "model", "data", "seed", "quantize", "dequantize", "dtype", 
 EVALUATION = ("task", "model", "data", "seed", "quantize", "dequantize", "dtype", "pad_token", "max_new_tokens", "eval_split",
               "n_eval_questions", "eval_temperature")
 RATES = (2e-5, 1e-4, 3e-4)                  # the search budget of every method: three learning rates, one seed each
-TUNED = ("irpo", "iterative_dpo", "star", "sft_gold", "shuffled", "self_consistency", "spin")
+TUNED = ("irpo", "iterative_dpo", "star", "sft_gold", "shuffled", "self_consistency", "spin", "grpo")
 LIKE = {"irpo_2x": "irpo", "irpo_from_sft": "irpo", "dpo_from_sft": "iterative_dpo", "star_2x": "star", "few_shot": "irpo"}
 
 
@@ -255,7 +255,7 @@ def table(folder: Path, trials: list[Trial]):
                 if (path / "stopped.json").exists():
                     last, t = rows.iloc[-1], json.loads((path / "stopped.json").read_text())["iteration"]
                     rows.loc[len(rows)] = {**last, "iteration": t, "metric": "stopped", "k": 0, "value": 1.0, "low": None, "high": None, "n": 1}
-                cost = _cost(pandas.read_csv(path / "timing.csv"))
+                cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(trial.method).train is not None)
                 rows = rows.assign(factor=trial.factor, level=trial.level, tokens=rows.iteration.map(cost.tokens),
                                    seconds=rows.iteration.map(cost.seconds))
                 parts.append(rows)
@@ -266,11 +266,11 @@ def table(folder: Path, trials: list[Trial]):
     return result
 
 
-def _cost(timing):
+def _cost(timing, samples_in_training: bool):
     """Tokens sampled and seconds spent before M_t was there, by t."""
     made = timing[timing.stage != "evaluation"].copy()
     made["iteration"] += made.stage != "adapter"              # what M_t writes goes into M_{t+1}
-    made["tokens"] = made.tokens.where(made.stage == "samples", 0)
+    made["tokens"] = made.tokens.where(made.stage == ("adapter" if samples_in_training else "samples"), 0)
     sums = made.groupby("iteration")[["tokens", "seconds"]].sum()
     return sums.reindex(range(int(timing.iteration.max()) + 1), fill_value=0).cumsum()
 

@@ -9,6 +9,7 @@ winners count more. Prompt tokens are in neither term. Start and reference are b
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import tempfile
@@ -47,7 +48,7 @@ class TrainingResult:
 
     model: object
     log: Dataset
-    probe_log: Dataset | None
+    probe_log: Dataset | None = None
     probe_pairs: int = 0
     summary: dict = field(default_factory=dict)
 
@@ -99,13 +100,11 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
             precompute_ref_log_probs=True, bf16=False, fp16=needs_loss_scaling(model), use_cpu=model.device.type == "cpu",
             gradient_checkpointing=gradient_checkpointing, train_sampling_strategy="group_by_length",
             length_column_name="length")
-        callbacks = [_Watch(progress, patience=10 if config.fp16 else 0)] + ([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])
-        trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
-                                      nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks)
-        try:
+        callbacks = [Watch(progress, patience=10 if config.fp16 else 0)] + ([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])
+        with left_as_it_was(model):
+            trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
+                                          nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks)
             trainer.train()
-        finally:
-            trainer.release()
     model.eval()
     rows = callbacks[0].rows
     probe_log = Dataset.from_list(callbacks[1].rows) if probe is not None else None
@@ -125,6 +124,45 @@ def reference_logps(model, tokenizer, preferences) -> tuple[list[float], list[fl
     return [of[key] for key in keys[: len(preferences)]], [of[key] for key in keys[len(preferences) :]]
 
 
+@contextlib.contextmanager
+def adapter_as_it_was(model):
+    """Undo what TRL's trainers do to the adapter of a PEFT model when they are made, also where they fail half-way.
+
+    They add a copy of it named "ref" (the reference is precomputed here, and the copy would break the next iteration) and
+    cast the adapter of a quantised model to bf16 (small steps would be rounded away).
+    """
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        yield
+    finally:
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.data = weights[name]
+                parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def left_as_it_was(model):
+    """Give the base model back its own forward, which TRL patches, and take off the hooks of gradient checkpointing.
+
+    TRL and transformers each register one and keep track of the last alone: with every iteration there would be more.
+    """
+    base = model.get_base_model()
+    forward, hooks = base.__dict__.get("forward"), set(base.get_input_embeddings()._forward_hooks)
+    try:
+        yield
+    finally:
+        base.__dict__.pop("forward", None)
+        if forward is not None:
+            base.forward = forward
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
+        for key in set(base.get_input_embeddings()._forward_hooks) - hooks:
+            del base.get_input_embeddings()._forward_hooks[key]
+
+
 class IterativeRPOTrainer(DPOTrainer):
     """TRL's `DPOTrainer` with the paper's loss, trained on the very tokens that were sampled.
 
@@ -140,47 +178,14 @@ class IterativeRPOTrainer(DPOTrainer):
         self.alpha, self.dpo_weight, self.nll_per = alpha, dpo_weight, nll_per
         self.pad_id = tokenizer.pad_token_id
         self.share_prompt = models.can_share_prompt(model) if share_prompt is None else share_prompt
-        base = model.get_base_model()
-        had_forward = base.__dict__.get("forward")
-        weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        self._undo_forward, self._checkpoints = (base, had_forward), config.gradient_checkpointing
-        self._hooks = set(base.get_input_embeddings()._forward_hooks)
-        try:
+        self._checkpoints = config.gradient_checkpointing
+        with adapter_as_it_was(model):
             super().__init__(model=model, args=config, train_dataset=data, processing_class=tokenizer,
                              data_collator=self._collate, callbacks=callbacks)
-        except BaseException:
-            self.release()
-            raise
-        finally:
-            # What the parent does to a PEFT model has to be undone, also where it fails half-way: it adds a copy named
-            # "ref" of the adapter (the reference is precomputed here, and the copy would break the next iteration) and
-            # casts the adapter of a quantised model to bf16 (small steps would be rounded away). `release` undoes the
-            # third thing, a patched forward.
-            if "ref" in model.peft_config:
-                model.delete_adapter("ref")
-            for name, parameter in model.named_parameters():
-                if name in weights:
-                    parameter.data = weights[name]
-                    parameter.requires_grad_(True)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True       # what transformers before 5.19 reads instead
         self._batch_log: list[dict] = []
         self._fits: int | None = None               # pairs at once, once memory has run out
-
-    def release(self) -> None:
-        """Give the base model back its own forward, and take off the hooks of gradient checkpointing.
-
-        Parent and library each register one and keep track of the last alone: with every iteration there would be more.
-        """
-        base, forward = self._undo_forward
-        base.__dict__.pop("forward", None)
-        if forward is not None:
-            base.forward = forward
-        if self._checkpoints:
-            base.gradient_checkpointing_disable()
-            base.disable_input_require_grads()
-            for key in set(base.get_input_embeddings()._forward_hooks) - self._hooks:
-                del base.get_input_embeddings()._forward_hooks[key]
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset                              # already tokenised
@@ -302,28 +307,29 @@ def _too_large(inputs, checkpoints: bool) -> str:
             "--micro-batch-size or --max-length, or a larger card, in another --out.")
 
 
-class _Watch(TrainerCallback):
+class Watch(TrainerCallback):
     """Keeps the log rows, draws the bar, and stops a run whose numbers are no longer finite.
 
-    `patience`: gradients that may overflow in a row, as fp16's loss scaler looks for its scale by overflowing.
+    `patience`: gradients that may overflow in a row, as fp16's loss scaler looks for its scale by overflowing. `shown`:
+    the column beside the loss.
     """
 
-    def __init__(self, progress: bool, patience: int = 0):
-        self.rows, self.progress, self.patience, self.overflows = [], progress, patience, 0
+    def __init__(self, progress: bool, patience: int = 0, shown: str = "accuracy"):
+        self.rows, self.progress, self.patience, self.shown, self.overflows = [], progress, patience, shown, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
         self.bar = tqdm(total=state.max_steps, desc="training", unit="step", disable=not self.progress, leave=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss_dpo" not in logs:
-            return
+        if self.shown not in logs:
+            return                                  # the summary at the end
         row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"},
                "seconds": time.perf_counter() - self.started}
         self.rows.append(row)
         self.bar.update(1)
-        self.bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}")
-        self.overflows = 0 if math.isfinite(row["grad_norm"]) else self.overflows + 1
+        self.bar.set_postfix_str(f"loss={row['loss']:.3f}, {self.shown}={row[self.shown]:.2f}")
+        self.overflows = 0 if math.isfinite(float(row["grad_norm"])) else self.overflows + 1
         if not math.isfinite(row["loss"]) or self.overflows > self.patience:
             raise UserError(f"Training stopped at step {state.global_step}: the loss is {row['loss']} and the gradient "
                             f"norm {row['grad_norm']}. Lower --learning-rate, or train in a wider dtype.")

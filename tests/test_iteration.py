@@ -316,6 +316,9 @@ def test_collect_joins_seeds_and_refuses_other_settings(finished, tmp_path):
     greedy = metrics[(metrics.metric == "greedy") & (metrics.iteration == 2)].value
     mean = means[(means.metric == "greedy") & (means.iteration == 2)].iloc[0]
     assert mean.value == pytest.approx(greedy.mean()) and mean.low <= mean.value <= mean.high and mean.seeds == 2
+    first = metrics[(metrics.metric == "greedy") & (metrics.iteration == 0)].value
+    gain = means[means.metric == "greedy_gain_over_M0"].iloc[0]
+    assert gain.iteration == 2 and gain.value == pytest.approx(greedy.mean() - first.mean()) and gain.low <= gain.value <= gain.high
     iteration.run(smoke(seed=2, beta=0.2, iterations=1), tmp_path / "two", progress=False)
     with pytest.raises(UserError, match="differ in more than their seed"):
         iteration.collect([finished, tmp_path / "two"])

@@ -105,3 +105,30 @@ def test_reference_and_kept_pairs_and_a_probe_of_other_pairs(tmp_path):
     probe = [json.loads(line) for line in (tmp_path / "probed/iteration_1/adapter/probe_log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in probe] == list(range(len(logs["probed"]) + 1))
     assert {"logps_chosen", "logps_rejected"} <= set(probe[0])
+
+
+def test_grpo_goes_through_the_same_loop_and_learns_from_the_rewards(tmp_path):
+    import pandas
+
+    from irpo_utils import iteration
+
+    profile = profiles.get("smoke", method="grpo", n_questions=32, n_samples=8, iterations=1, n_eval_questions=10, eval_samples=2,
+                           eval_samples_ends=2, learning_rate=1e-3, warmup_ratio=0.0)
+    iteration.run(profile, tmp_path / "run", progress=False)
+    folder = tmp_path / "run" / "iteration_1"
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert len(log) == 2 and all(0 <= row["reward"] <= 1 and row["tokens"] > 500 for row in log)
+    assert not (tmp_path / "run" / "iteration_0" / "samples").exists() and (folder / "adapter" / "adapter_model.safetensors").exists()
+    table = pandas.read_csv(tmp_path / "run" / "metrics.csv")
+    assert set(table.method) == {"grpo"} and abs(table[table.metric == "kl_to_previous"].value.iloc[0]) > 1e-3
+
+
+def test_grpo_leaves_the_model_as_it_was():
+    from irpo_utils import grpo
+
+    model, tokenizer = models.load("seed")
+    task = tasks.get("word_problems")
+    profile = profiles.get("smoke", n_samples=4, batch_size=4, max_new_tokens=30)
+    grpo.train(model, tokenizer, task.load("train").select(range(4)), task, profile, 0, progress=False)
+    assert set(model.peft_config) == {"default"} and "forward" not in model.get_base_model().__dict__
+    assert all(p.dtype.is_floating_point and p.element_size() == 4 for p in model.parameters() if p.requires_grad)

@@ -154,14 +154,12 @@ def test_gradients_of_the_trainers_loss_equal_those_of_the_independent_one(model
         "ref_rejected_logps", [l for _, l in reference]).add_column("length", [1] * len(preferences))
     config = training.DPOConfig(output_dir="unused", beta=0.3, report_to="none", save_strategy="no", max_length=None,
                                 precompute_ref_log_probs=True, use_cpu=True, bf16=False, gradient_checkpointing=False)
-    trainer = training.IterativeRPOTrainer(model, config, data, tokenizer, alpha=0.7, dpo_weight=1.0, nll_per="sequence",
-                                           share_prompt=share_prompt, callbacks=[])
-    try:
+    with training.left_as_it_was(model):
+        trainer = training.IterativeRPOTrainer(model, config, data, tokenizer, alpha=0.7, dpo_weight=1.0, nll_per="sequence",
+                                               share_prompt=share_prompt, callbacks=[])
         model.zero_grad()
         for rows in (data.to_list()[:3], data.to_list()[3:]):        # two micro-batches of one batch of eleven pairs
             trainer.compute_loss(model, trainer._collate(rows), num_items_in_batch=11).backward()
-    finally:
-        trainer.release()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert torch.allclose(parameter.grad, expected[name], rtol=1e-3, atol=1e-5), name
