@@ -431,10 +431,12 @@ def can_share_prompt(model) -> bool:
 def score(model, tokenizer, prompts: list[list[int]], responses: list[list[int]], batch_size: int = 64) -> list[float]:
     """Sum of log-probabilities of each response under the model, nats; rows are batched by length.
 
-    `batch_size` is a limit: with a large vocabulary fewer rows go together, so that their logits stay under a gigabyte.
+    `batch_size` is a limit: with a large vocabulary fewer rows go together, so that their logits stay under a gigabyte, on
+    a CPU under 64 MB, as larger pieces of memory are fetched anew from the system each time.
     """
     longest = max(map(len, responses), default=0) + 1
-    batch_size = max(1, min(batch_size, 2**28 // (longest * model.config.get_text_config().vocab_size)))
+    logits = 2**24 if model.device.type == "cpu" else 2**28
+    batch_size = max(1, min(batch_size, logits // (longest * model.config.get_text_config().vocab_size)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     total = [0.0] * len(prompts)
     while order:

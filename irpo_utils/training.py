@@ -27,6 +27,9 @@ from trl import DPOConfig, DPOTrainer
 from irpo_utils import UserError, models
 
 
+OF_REFERENCE = ("loss_dpo", "margin", "accuracy")       # columns of the log that need a reference
+
+
 def dpo_nll_loss(logps_chosen, logps_rejected, ref_logps_chosen, ref_logps_rejected, n_tokens_chosen, *,
                  alpha: float, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The two terms of Eq. 1 per pair: (loss_dpo, loss_nll), each of shape (batch,); loss = loss_dpo + alpha * loss_nll.
@@ -75,7 +78,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
 
     Log columns: `step`, `loss`, `loss_dpo`, `loss_nll`, `logps_chosen`, `logps_rejected` (mean sums, nats), `nll_chosen`
     (nats per token), `margin` (reward margin, β included), `accuracy` (share of pairs with a positive margin),
-    `grad_norm`, `learning_rate`, `tokens` (of prompts and responses), `seconds` (since the start).
+    `grad_norm`, `learning_rate`, `tokens` (of prompts and responses), `seconds` (since the start). With `dpo_weight` 0
+    there is no reference, and the columns of the DPO term are left out.
     Raises `UserError` for missing columns and for a loss or gradient that is not finite.
     """
     _check(preferences, alpha, dpo_weight, nll_per)
@@ -85,6 +89,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
         raise UserError(f"batch_size = {batch_size} is not a multiple of micro_batch_size = {micro}.")
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     _fresh_adapter(model, seed)
+    if dpo_weight == 0:                             # SFT knows no reference: scoring one would take a third of the time
+        reference = ([math.nan] * len(preferences),) * 2
     chosen, rejected = reference or reference_logps(model.eval(), tokenizer, preferences)
     lengths = [sum(len(row[c]) for c in columns) for row in preferences.select_columns(columns)]
     data = (preferences.select_columns(columns).add_column("ref_chosen_logps", chosen)
@@ -100,7 +106,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
             precompute_ref_log_probs=True, bf16=False, fp16=needs_loss_scaling(model), use_cpu=model.device.type == "cpu",
             gradient_checkpointing=gradient_checkpointing, train_sampling_strategy="group_by_length",
             length_column_name="length")
-        callbacks = [Watch(progress, patience=10 if config.fp16 else 0)] + ([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])
+        callbacks = [Watch(progress, 10 if config.fp16 else 0, "accuracy" if dpo_weight else "nll_chosen")] + ([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])
         with left_as_it_was(model):
             trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
                                           nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks)
@@ -254,14 +260,14 @@ class IterativeRPOTrainer(DPOTrainer):
                                           alpha=self.alpha, beta=self.beta)
         if self.nll_per == "token":
             loss_nll = -logps_chosen / lengths.float().mean()        # equals the mean over all tokens of the batch
-        losses = self.dpo_weight * loss_dpo + self.alpha * loss_nll
+        losses = self.dpo_weight * loss_dpo + self.alpha * loss_nll if self.dpo_weight else self.alpha * loss_nll
         pairs = num_items_in_batch or len(losses)
         margin = self.beta * ((logps_chosen - ref_chosen) - (logps_rejected - ref_rejected))
         with torch.no_grad():
             self._batch_log.append({name: self.accelerator.gather(value.detach().float()).sum().item() for name, value in {
                 "pairs": torch.ones_like(losses), "loss": losses, "loss_dpo": loss_dpo, "loss_nll": loss_nll,
                 "logps_chosen": logps_chosen, "logps_rejected": logps_rejected, "nll_chosen": -logps_chosen / lengths,
-                "margin": margin, "accuracy": (margin > 0).float(), "tokens": inputs["tokens"],
+                "margin": margin, "accuracy": (margin > 0).float() + 0 * margin, "tokens": inputs["tokens"],
             }.items()})
         # Data-parallel training averages gradients over processes: the factor undoes that.
         return losses.sum() / pairs * self.accelerator.num_processes
@@ -273,8 +279,8 @@ class IterativeRPOTrainer(DPOTrainer):
             self._batch_log.clear()
             pairs = total.pop("pairs")
             tokens = total.pop("tokens")
-            logs = {**{key: value / pairs for key, value in total.items()}, "grad_norm": float(logs["grad_norm"]),
-                    "learning_rate": logs["learning_rate"], "tokens": int(tokens)}
+            kept = {key: value / pairs for key, value in total.items() if self.dpo_weight or key not in OF_REFERENCE}
+            logs = {**kept, "grad_norm": float(logs["grad_norm"]), "learning_rate": logs["learning_rate"], "tokens": int(tokens)}
         super(DPOTrainer, self).log(logs, start_time)
 
 
@@ -403,4 +409,4 @@ def check_names(lr_scheduler: str, optimizer: str, report_to: str) -> None:
 def _summary(rows: list[dict]) -> dict:
     """What the training cost, and the DPO term of the first step, which is ln 2 where the reference is M_t."""
     return {"steps": len(rows), "tokens": sum(row["tokens"] for row in rows), "seconds": rows[-1]["seconds"],
-            "first_loss_dpo": rows[0]["loss_dpo"]}
+            "first_loss_dpo": rows[0].get("loss_dpo")}

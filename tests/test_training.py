@@ -227,6 +227,7 @@ def test_sft_raises_only_the_winners(model, tokenizer, preferences):
     result = training.train(model, tokenizer, preferences, dpo_weight=0.0, alpha=1.0, learning_rate=1e-3, epochs=6, progress=False)
     assert np.allclose(result.log["loss"][:], result.log["loss_nll"][:], atol=1e-6)
     assert result.log["nll_chosen"][-1] < result.log["nll_chosen"][0]
+    assert not set(training.OF_REFERENCE) & set(result.log.column_names)            # SFT has no reference, and scores none
 
 
 def test_probe_measures_fixed_pairs_while_other_pairs_are_trained_on(model, tokenizer, preferences):
