@@ -242,10 +242,10 @@ class _Loop:
         return preferences, counts
 
     def _train(self, t: int) -> training.TrainingResult:
-        p = self.profile
         models.set_adapter(self.model, self._adapter(t - 1))
         if self.method.train:
-            result = self.method.train(self.model, self.tokenizer, self._questions(t - 1), self.task, p, self._seed(t, 3), self.progress)
+            result = self.method.train(self.model, self.tokenizer, self._questions(t - 1), self.task, self.profile,
+                                       self._seed(t, 3), self.progress)
         else:
             result = self._train_on_pairs(t)
         log = "\n".join(json.dumps(row) for row in result.log) + "\n"

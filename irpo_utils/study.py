@@ -253,8 +253,9 @@ def table(folder: Path, trials: list[Trial]):
             if (path / "metrics.csv").exists():
                 rows = pandas.read_csv(path / "metrics.csv")
                 if (path / "stopped.json").exists():
-                    last, t = rows.iloc[-1], json.loads((path / "stopped.json").read_text())["iteration"]
-                    rows.loc[len(rows)] = {**last, "iteration": t, "metric": "stopped", "k": 0, "value": 1.0, "low": None, "high": None, "n": 1}
+                    t = json.loads((path / "stopped.json").read_text())["iteration"]
+                    stop = {"iteration": t, "metric": "stopped", "k": 0, "value": 1.0, "low": None, "high": None, "n": 1}
+                    rows.loc[len(rows)] = {**rows.iloc[-1], **stop}
                 cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(trial.method).train is not None)
                 rows = rows.assign(factor=trial.factor, level=trial.level, tokens=rows.iteration.map(cost.tokens),
                                    seconds=rows.iteration.map(cost.seconds))

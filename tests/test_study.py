@@ -1,0 +1,106 @@
+"""A study over methods and seeds: what is shared, what is kept, what ends up in the table."""
+
+import json
+
+import pandas
+import pytest
+from datasets import load_from_disk
+
+from irpo_utils import UserError, methods, profiles, study
+
+ROWS = [("irpo", 2e-5, 0.5), ("irpo", 1e-4, 0.8), ("irpo", 3e-4, 0.8), ("iterative_dpo", 2e-5, 0.4), ("star", 3e-4, 0.6)]
+
+
+def tuned(folder):
+    """A table as the tuning writes it, with an early iteration that would mislead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"method": m, "level": rate, "iteration": t, "metric": "greedy", "value": value if t == 2 else 1 - value}
+            for m, rate, value in ROWS for t in (1, 2)]
+    pandas.DataFrame(rows).to_csv(folder / "tuning_of_methods.csv", index=False)
+    return folder
+
+
+def test_the_rate_of_a_method_is_the_best_of_its_last_iteration(tmp_path):
+    rates = study.tuned_rates(tuned(tmp_path))
+    assert rates == {"irpo": 1e-4, "iterative_dpo": 2e-5, "star": 3e-4}          # of two equal ones the smaller
+    with pytest.raises(UserError, match="study tuning"):
+        study.tuned_rates(tmp_path / "nowhere")
+
+
+def test_every_method_has_a_rate_and_every_trial_a_name_of_its_own():
+    assert set(methods.METHODS) == set(study.TUNED) | set(study.LIKE)
+    for make in study.STUDIES.values():
+        names = [trial.name for trial in make()]
+        assert len(set(names)) == len(names) and not any("/" in name or " " in name for name in names)
+    base = profiles.get("cpu")
+    for trial in study.ablations():
+        assert trial.factor == "temperature" or hasattr(base, trial.factor)
+    default = [t for t in study.ablations() if t.settings[t.factor] == getattr(base, t.factor)]
+    assert {t.factor for t in default} == {t.factor for t in study.ablations()}       # each has the default among its levels
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tuned(tmp_path_factory.mktemp("study"))
+    table = study.study("comparison", out, out / "runs", seeds=1, only=["irpo", "star", "dpo_from_sft", "few_shot"], small=True,
+                        progress=False)
+    return out, table
+
+
+def test_the_table_is_tidy_and_says_what_each_number_cost(finished):
+    out, table = finished
+    assert list(table.columns) == ["method", "seed", "iteration", "split", "metric", "k", "value", "low", "high", "n", "factor", "level",
+                                   "tokens", "seconds"]
+    assert set(table.method) == {"zero_shot", "irpo", "star", "dpo_from_sft", "few_shot"}
+    assert (pandas.read_csv(out / "comparison.csv").value.round(9) == table.value.round(9)).all()
+    record = json.loads((out / "comparison.json").read_text())
+    assert record["rates"]["star"] == 3e-4 and record["versions"]["torch"] and record["small"] is True
+    greedy = table[table.metric == "greedy"].set_index(["method", "iteration"])
+    assert greedy.tokens["irpo", 0] == 0 and greedy.seconds["irpo", 0] == 0
+    samples = [sum(load_from_disk(str(out / f"runs/comparison/irpo/seed_0/iteration_{t}/samples"))["n_tokens"]) for t in (0, 1)]
+    assert greedy.tokens["irpo", 1] == samples[0] and greedy.tokens["irpo", 2] == sum(samples)
+    assert greedy.value["zero_shot", 0] == greedy.value["irpo", 0] == greedy.value["star", 0]
+
+
+def test_what_m0_wrote_is_shared_and_what_another_model_wrote_is_not(finished):
+    runs = finished[0] / "runs" / "comparison"
+    read = lambda name, t, stage: (runs / name / "seed_0" / f"iteration_{t}" / stage / "data-00000-of-00001.arrow").read_bytes()  # noqa: E731
+    assert read("irpo", 0, "samples") == read("star", 0, "samples") == read("dpo_from_sft", 0, "samples")
+    assert read("irpo", 0, "pairs") == read("dpo_from_sft", 0, "pairs")
+    assert read("irpo", 1, "samples") != read("star", 1, "samples")
+    start = json.loads((runs / "dpo_from_sft" / "seed_0" / "profile.json").read_text())["start"]
+    assert start.endswith("star/seed_0/iteration_1/adapter")
+    weights = [(runs / name / "seed_0" / f"iteration_{t}/adapter/adapter_model.safetensors").read_bytes() for name, t in
+               (("star", 1), ("dpo_from_sft", 0))]
+    assert weights[0] == weights[1]
+
+
+def test_a_study_that_is_there_is_not_made_again(finished, monkeypatch):
+    out, table = finished
+    monkeypatch.setattr(study, "_run_one", None)            # nothing may be run
+    again = study.study("comparison", out, out / "runs", seeds=1, only=["irpo", "star", "dpo_from_sft", "few_shot"], small=True,
+                        progress=False)
+    assert again.equals(table)
+
+
+def test_a_run_that_cannot_go_on_is_a_result(tmp_path):
+    """One completion a question never has both kinds: no pairs, and the study says so and ends well."""
+    out = tuned(tmp_path)
+    study.SMALL["n_samples"], before = 1, study.SMALL["n_samples"]
+    try:
+        table = study.study("comparison", out, out / "runs", seeds=1, only=["star"], small=True, progress=False)
+    finally:
+        study.SMALL["n_samples"] = before
+    stopped = table[table.metric == "stopped"]
+    assert len(stopped) == 1 and stopped.iteration.iloc[0] == 1 and set(table[table.metric == "greedy"].iteration) == {0}
+
+
+@pytest.mark.parametrize("name, only, message", [("nothing", None, "no study 'nothing'.*tuning"), ("comparison", ["ppo"], "No trial.*ppo.*irpo")])
+def test_unknown_names(tmp_path, name, only, message):
+    with pytest.raises(UserError, match=message):
+        study.study(name, tmp_path, tmp_path / "runs", only=only, progress=False)
+
+
+def test_what_starts_from_a_run_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="not among the trials of this call"):
+        study.study("comparison", tuned(tmp_path), tmp_path / "runs", seeds=1, only=["dpo_from_sft"], small=True, progress=False)
