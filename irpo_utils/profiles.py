@@ -141,10 +141,10 @@ PROFILES: dict[str, Profile] = {
                                 iterations=1, n_questions=None, max_length=200, max_pairs=1000, learning_rate=2e-4,
                                 micro_batch_size=4, max_new_tokens=128, sampling_batch_size=128, n_eval_questions=100,
                                 eval_samples=1, eval_samples_ends=1, eval_temperature=0.7),
-    # Then three iterations from there on SVAMP: 120 questions x 16 samples x 60 tokens each, 0.1 M tokens.
+    # Then three iterations from there on SVAMP: 80 questions x 16 samples x 60 tokens each, 80,000 tokens.
     "smollm2-135m-cpu": Profile(task="svamp", model="smollm2-135m", start="runs/smollm2-135m-sft", dtype="bfloat16",
-                                dequantize=True, iterations=3, n_questions=120, n_samples=16, temperature=[0.7],
-                                max_new_tokens=128, sampling_batch_size=128, k_pairs=8, learning_rate=5e-5,
+                                dequantize=True, iterations=3, n_questions=80, n_samples=16, temperature=[0.7],
+                                max_new_tokens=128, sampling_batch_size=128, k_pairs=8, learning_rate=1e-4, batch_size=8,
                                 micro_batch_size=4, n_eval_questions=200, eval_samples=2, eval_samples_ends=4,
                                 eval_temperature=0.7),
     "smollm2-135m": _gpu("smollm2-135m", micro_batch_size=8, learning_rate=2e-5),
