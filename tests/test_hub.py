@@ -1,0 +1,67 @@
+"""What a user sees when the hub says no, against a server on this machine that answers as the hub does."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+PROGRAM = """
+from irpo_utils import UserError, models
+try:
+    models.load("owner/name")
+except UserError as error:
+    print("USER ERROR:", error)
+"""
+
+
+@pytest.fixture()
+def hub():
+    """A hub on which every file is refused with `answer`: (status, X-Error-Code)."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        answer = (404, "RepoNotFound")
+
+        def do_GET(self):
+            status, code = Handler.answer
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", "Access to model owner/name is restricted.")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Handler, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def load(endpoint, cache) -> str:
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+    environment.pop("HF_TOKEN", None)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_without_a_token(hub, tmp_path, status):
+    handler, endpoint = hub
+    handler.answer = (status, "GatedRepo")
+    assert "owner/name is gated: accept its licence" in (said := load(endpoint, tmp_path)) and "hf auth login" in said
+
+
+def test_a_model_that_does_not_exist(hub, tmp_path):
+    said = load(hub[1], tmp_path)
+    assert "USER ERROR: " in said and "owner/name" in said and "gated" not in said
+
+
+def test_no_network(tmp_path):
+    said = load("http://127.0.0.1:9", tmp_path)
+    assert "Without network, give --model a local folder" in said
