@@ -39,29 +39,32 @@ def accuracy() -> str:
 
 
 def smollm2() -> str:
-    """The real runs at small scale that figures/ holds."""
-    parts = []
-    for path in sorted(p for p in FIGURES.glob("smollm2_135m_*.csv") if not p.stem.endswith("_mean")):
-        record = json.loads(path.with_suffix(".json").read_text())
-        table = pandas.read_csv(path)
-        name = path.stem.removeprefix("smollm2_135m_")
-        lines = [f"| {name} | greedy | sampled | pass@k | tokens | answered |", "|---|---|---|---|---|---|"]
-        for t, at in table.groupby("iteration"):
-            passing = at[at.metric == "pass_at_k"].sort_values("k").iloc[-1]
-            cells = [_interval(at[at.metric == "greedy"].iloc[0]), _interval(at[at.metric == "sampled"].iloc[0]),
-                     f"{_interval(passing)} at k = {int(passing.k)}", f"{at[at.metric == 'mean_tokens'].value.iloc[0]:.0f}",
-                     f"{100 * (1 - at[at.metric == 'no_answer_rate'].value.iloc[0]):.0f}"]
-            lines.append(f"| M{t} | " + " | ".join(cells) + " |")
-        run = record["runs"][0]
-        count = {name: int(table[table.metric == f"pairs_{name}"].value.iloc[0]) for name in ("used", "questions", "pairs")}
-        lines += ["", f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; "
-                  f"answered: share of sampled completions with a final answer. {count['used']} of {count['questions']} "
-                  f"training questions had both a right and a wrong sample and gave {count['pairs']} pairs. "
-                  f"{run['seconds'] / 60:.0f} minutes on "
-                  f"{run['environment']['threads']} thread(s) of an {run['environment']['processor']}. "
-                  f"`{run['environment']['command']}`"]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    """The real runs at small scale that figures/ holds, the one that was started from another after it."""
+    return "\n\n".join(_real_run(path) for path in sorted(FIGURES.glob("smollm2_135m_*.csv")) if not path.stem.endswith("_mean"))
+
+
+def _real_run(path: Path) -> str:
+    record, table = json.loads(path.with_suffix(".json").read_text()), pandas.read_csv(path)
+    profile, run = record["profile"], record["runs"][0]
+    lines = [f"| {profile['task']} | greedy | sampled | pass@k | tokens | answered | pairs for the next |",
+             "|---|---|---|---|---|---|---|"]
+    for t, at in table.groupby("iteration"):
+        at = at.set_index("metric")
+        passing = at.loc[["pass_at_k"]].sort_values("k").iloc[-1]
+        pairs = f"{at.value['pairs_pairs']:.0f} from {at.value['pairs_used']:.0f} of {at.value['pairs_questions']:.0f} questions" \
+            if "pairs_pairs" in at.index else ""
+        cells = [_interval(at.loc["greedy"]), _interval(at.loc["sampled"]), f"{_interval(passing)} at k = {int(passing.k)}",
+                 f"{at.value['mean_tokens']:.0f}", f"{100 * (1 - at.value['no_answer_rate']):.0f}", pairs]
+        lines.append(f"| M{t} | " + " | ".join(cells) + " |")
+    means = pandas.read_csv(path.with_name(f"{path.stem}_mean.csv")).set_index("metric")
+    gains = [f"{name} {100 * row.value:+.1f} points ({100 * row.low:+.1f} to {100 * row.high:+.1f})" for name in ("greedy", "sampled")
+             if f"{name}_gain_over_M0" in means.index for row in [means.loc[f"{name}_gain_over_M0"]]]
+    lines += ["", f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; answered: "
+              "share of sampled completions with a final answer. "
+              + (f"M{profile['iterations']} against M0, paired by question: {', '.join(gains)}. " if gains else "")
+              + f"{run['seconds'] / 60:.0f} minutes on {run['environment']['threads']} thread(s) of an "
+              f"{run['environment']['processor']}. `{run['environment']['command']}`"]
+    return "\n".join(lines)
 
 
 def speed() -> str:
