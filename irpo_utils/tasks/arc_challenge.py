@@ -18,18 +18,25 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from irpo_utils.tasks.files import FileTask, hold_out, need, without
-from irpo_utils.tasks.numbers import final_line
+from irpo_utils.tasks.numbers import FULL_WIDTH, final_line
 
 PROMPT = ("Your task is to answer the question below. Give step by step reasoning before you answer, and when you're "
           'ready to answer, conclude using the format "Final answer: (insert letter here)"\n\n'
           "Question: {question}\n{options}\nSolution:")
 INTRODUCTION = r"(?:(?:the|my|correct|right|best|final|answer|option|choice|letter|is)\b[\s:]*)*"
-LETTER = re.compile(rf"{INTRODUCTION}[(\[]?\s*([a-e1-9])\s*(?:[)\].,:]+(?!\d)|(?=\s+\S)|$)\s*(.*)",
+LETTER = re.compile(rf"{INTRODUCTION}[(\[]?\s*([a-e1-9])\s*(?:[)\].,:;!]+(?!\d)|[-–—](?=\s)|(?=\s+\S)|$)\s*(.*)",
                     re.IGNORECASE | re.DOTALL)
+CHARACTERS = str.maketrans(FULL_WIDTH | {"’": "'"})
+# What follows a letter takes it back: "is wrong", "is not right", "can't be", or nothing but "no".
+DENIAL = re.compile(r"(?:(?:is|was|can|could|does|would)\s*(?:not\b|n't)|cannot|(?:\w+\s+){0,2}(?:wrong|incorrect|false|"
+                    r"impossible)\b|(?:not?|never)\W*$)", re.IGNORECASE)
+# Another letter that stands alone ("B, or c"), unless it may be the article "a"; or nothing but another place ("B, 3").
+OTHER = re.compile(r"\(([a-e])\)|(?<![\w'])([b-e])(?!\w)|(?<![\w'])(a)(?!\w|\s+\w)|(?<=\s)(?-i:(A)\b)|^(?:or\s+)?([1-9])$",
+                   re.IGNORECASE)
 
 
 def _clean(text: str) -> str:
-    text = re.sub(r"\\(?:boxed|text[a-z]*|math[a-z]*|left|right|[()\[\]])|[$*{}`\"]", " ", text)
+    text = re.sub(r"\\(?:boxed|text[a-z]*|math[a-z]*|left|right|[()\[\]])|[$*{}`\"]", " ", text.translate(CHARACTERS))
     return " ".join(text.split()).rstrip(". ")
 
 
@@ -37,13 +44,14 @@ def letter(text: str, choices: list[str] | None = None) -> str | None:
     """The one option that `text` names: "b", "(B)", "B) iron", "Option B", "iron", or 2 for B; None in doubt.
 
     A letter wins over an option that consists of the same letter, as letters are what the prompt asks for. In doubt
-    are two letters ("B or C"), a letter with another option's text, the article in "A stronger force" unless this is
-    option A, and a number where the options are numbers themselves.
+    are two letters ("B or C", "b, c"), a letter with another option's text, one that is denied ("B is wrong"), the
+    article in "A stronger force" unless this is option A, and a number where the options are numbers themselves.
     """
     text, options = _clean(text[:1000]), [_clean(choice) for choice in choices or ()]
     letters = ascii_uppercase[: len(options) or 5]
     match = LETTER.fullmatch(text)
-    named = match and _named(match, text, letters, options)
+    written = text.casefold() in map(str.casefold, options) and len(text) > 2       # in full, as "E. coli" or "C 14"
+    named = not written and match and _named(match, text, letters, options)
     if named:
         return named
     for same in (str, str.casefold):        # "Rr" and "RR" are different options in genetics
@@ -61,13 +69,25 @@ def _named(match: re.Match, text: str, letters: str, options: list[str]) -> str 
         name = letters[int(name) - 1]
     if name not in letters:
         return None
-    own = options[letters.index(name)].casefold() if options else ""
-    if not rest or rest.casefold() == own:
+    own = options[letters.index(name)] if options else ""
+    copied = next((found for same in (str, str.casefold) if (found := _copied(rest, options, same))), "")
+    if copied not in ("", own):             # another option's text, unless it begins a sentence about something else
+        if re.match(r"\W*(?:$|(?:because|since|as|is|or|and)\b)|[.,;:]", rest[len(copied):]):
+            return None
+        copied = ""
+    rest = rest[len(copied):].strip(" .,:;()")
+    if not rest:
         return name
-    delimited = not text[match.end(1):match.end(1) + 1].isspace() or re.match(r"(?:is|because|since)\b", rest)
-    others = {other for pair in re.findall(r"\(([A-Ea-e])\)|\b([B-E])\b", rest) for other in pair if other}
-    contradicted = rest.casefold() in {option.casefold() for option in options} or others - {name, name.lower()}
-    return name if delimited and not contradicted else None
+    delimited = copied or text[match.end(1):match.start(2)].strip() or re.match(r"(?:is|because|since)\b", rest)
+    others = {other.upper() for found in OTHER.findall(rest) for other in found if other} - {name}
+    others |= set(re.findall(r"\d", rest)) if match[1].isdigit() else set()          # "1, 2 and 4"
+    return name if delimited and not others and not DENIAL.match(rest) else None
+
+
+def _copied(text: str, options: list[str], same) -> str:
+    """The longest option that `text` begins with, in whole words."""
+    begun = (option for option in options if same(text).startswith(same(option)))
+    return max((option for option in begun if not text[len(option):len(option) + 1].isalnum()), key=len, default="")
 
 
 class ARCChallenge(FileTask):

@@ -12,9 +12,11 @@ split. The paper does not print its four, and train_8k has no solutions: questio
 at load time, the solutions are our own, so that the prompt is the same from every source.
 
 A completion's answer is read from the line of the last "Final answer:", without one from the last \boxed. Equality is
-that of the library math-verify with more care: the brackets of pairs and intervals count, and so do number bases. It
-runs in a process of its own that is ended after `TIME_LIMIT` seconds or at `MEMORY_LIMIT` bytes, whatever thread the
-caller is in. No text reaches an evaluator of code: only the LaTeX grammar is used, not the library's `parse_expr`.
+that of the library math-verify with more care: the brackets of pairs and intervals count, and so do number bases. What
+the library passes over (5' and 5 \mod 7 are 5 to it) is refused. It runs in a process of its own that is ended after
+`TIME_LIMIT` seconds of its own processor time (not by the clock: a busy machine must not make a right answer wrong) or at
+`MEMORY_LIMIT` bytes, whatever thread the caller is in. No text reaches an evaluator of code: only the LaTeX grammar is
+used, not the library's `parse_expr`.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,11 +40,29 @@ from irpo_utils.tasks import numbers
 from irpo_utils.tasks.base import FINAL_ANSWER, SPLITS
 from irpo_utils.tasks.files import FileTask, convert_rows, hold_out, load_hub, need, normalise, without
 
-TIME_LIMIT, START_LIMIT = 3.0, 120.0        # seconds for one comparison, and for starting the process that makes them
+TIME_LIMIT = 3.0                            # seconds of processor time for one comparison
+PATIENCE = 20                               # times as long by the clock, for a child that is not given the processor
+START_LIMIT = 120.0                         # seconds by the clock for starting the process that makes the comparisons
+SIGPROF = getattr(signal, "SIGPROF", None)  # how the kernel ends a child whose processor time is used up
 MEMORY_LIMIT = 2 << 30                      # bytes
 MAX_LENGTH, MAX_DEPTH = 300, 8              # characters and nested brackets of an answer that is compared at all
+NUMBER = re.compile(r"(-?\s*(?:[\d,./\s]|\\frac(?=[\d\s{])|[{}])+)(?:(?:\\text)?\s*\{?\s*"
+                    rf"({'|'.join(numbers.MAGNITUDES)})\s*\}}?)?", re.ASCII)
 TOO_COMPLEX = re.compile(r"\d{31}|\^\s*\{?\s*[-+]?\d{5}|[)}\]]\s*\^\s*\{?\s*-?\d{3}|\^\s*\{[^{}]*\^|\^\s*[^\s{]\s*\^"
                          r"|\d{5}\s*!|[!)}]\s*!|\\binom\D*\d{4}|\\(?:sum|prod|i*nt|lim)(?![a-z])")
+# What the library reads as if it were not there, and what looks like a number to it and like two to a reader.
+NOT_UNDERSTOOD = re.compile(r"'|\\(?:approx|equiv|l?dots|mod|phantom|[hv]space)(?![a-zA-Z])|[^\x20-\x7e]|(?<!frac)\d \d"
+                            r"|\d\s*\\(?:math|text)[a-z]*\s*\{\s*\d|(?<![\\a-zA-Z])(?:is|are|not|than)(?![a-zA-Z])"
+                            r"|\\(?:text[a-z]*|mbox|mathrm)\s*\{[^{}]{3,}\}\s*\S"
+                            r"|(?<![\\a-zA-Z{])(?!sqrt|sinh|cosh|tanh)[a-zA-Z]{4,}")
+# A product without a sign, which the library takes for a mixed number, 3(4) for 7, or for a function, \pi(2).
+PRODUCT = re.compile(r"(?:(?<=\))|(?<=\\pi)|(?<=\d)(?<![\^_]\d))\s*(?=\()|(?<=\))\s*(?=\d|\\frac)")
+FORMULA = re.compile(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)")
+OPERATOR = re.compile(r"(?:[-+*/^<≠√]|(?<![=-])>|\\(?:neq?|not|leq?|geq?|lt|gt|pm|mp|times|cdot|sqrt))\s*$")
+WORD, BASE = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*"), re.compile(r"[\dA-Z})]_")
+SYMBOLS = str.maketrans({**numbers.FULL_WIDTH, **dict.fromkeys("−–‐‑﹣", "-"), **dict.fromkeys("·⋅∙", "\\cdot "),
+                         "×": "\\times ", "÷": "/", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∪": "\\cup ",
+                         "∩": "\\cap ", "∈": "\\in ", "’": "'", "\u200b": None, "\u2060": None, "\ufeff": None})
 HEADER = ("Your task is to answer the last question below. Give step by step reasoning before you answer, and when "
           "you're ready to answer, please wrap your answer in \\boxed, and conclude using the format "
           '"Final answer: ..."\n\n')
@@ -58,21 +80,28 @@ EXAMPLES = {
                         r"-2 \sqrt{3}$ and $z = \rho \cos \phi = 0$. The point is $\boxed{(2, -2 \sqrt{3}, 0)}$."}
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
             "precalculus")
+# Words behind a number that are no unit: they change it, or take it back; i and e are numbers.
+NO_UNIT = (r"(?!\s*[ie]\s*\}|[^{}]*\b(?:log|sin|cos|tan|sec|csc|cot|exp|sqrt|pi|times|plus|minus|over|squared|cubed|"
+           r"factorial|choose|mod|modulo|hundred|thousand|[a-z]*illion|not|never|wrong|incorrect|false|more|less|fewer|"
+           r"than|is|was|are)\b)")
 TIDY = tuple((re.compile(pattern), replacement) for pattern, replacement in (
-    (r",?\\!|\{,\}", ""),                                                       # 15,\!000  15{,}000
+    (rf",?\\!\s*|\{{,\}}|{numbers.GROUPS}", ""),                                # 15,\!000  15{,}000  15\,000
     (r"(?<!\\)\\(?:(?:left|right|displaystyle|quad)(?![a-zA-Z])|[,;:()\[\]$%])|[$%]|^\*+|\*+$|[.\s]+$", " "),
     (r"π|(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "), (r"∞|(?<![a-zA-Z\\])infinity\b", r"\\infty "),
     (r"(?:√|(?<![a-zA-Z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"), (r"\*\*", "^"),
-    (r"\\[dtc]frac", r"\\frac"), ("[−–]", "-"), (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", " "),
-    (r"^[^\\\d${}()\[\]]*\b(?:is|are|equals)\b:?", ""),                         # "The answer is"
+    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\\(?!frac|sqrt)[a-zA-Z]+|\w)", r"\\frac{\1}"),       # \frac\pi 2
+    (r"(\\frac\{[^{}]*\})\s*(\\(?!frac|sqrt)[a-zA-Z]+|\w)", r"\1{\2}"), (r"_\s*(?:\{\s*\(?(\d+)\)?\s*\}|(\d))", r"_{\1\2}"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", " "),
+    (r"^(?!.*(?:\b(?:not|never|cannot)\b|n't\b))[^\\\d${}()\[\]]*\b(?:is|are|equals)\b:?", ""),     # "The answer is"
+    (r"^\s*(?:minus|negative)\b", "-"), (r"\\(?:text|mathrm)\s*\{\s*([ie])\s*\}", r" \1"),
     (r"^\s*[a-zA-Z]\s*(?:=|\\in\b)(?=[^=]+$)", ""),                             # x = 5, x \in [1, 2]
     (r",?\s*(?:\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (r"(?<=[^\s(,])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\s*\^\s*\{?[23]\}?)?\s*$", ""),     # a unit
-    (r"(?<=\d)\s+(?!(?:log|sin|cos|tan|sec|csc|cot|exp|sqrt)\b)[a-z]{3,}[a-z .]*$", ""),      # 5 dollars
+    (rf"(?<=[^\s(,])\s*\\(?:text[a-z]*|mbox|mathrm)\s*\{{{NO_UNIT}[^{{}}\d]*\}}(?:\s*\^\s*\{{?[23]\}}?)?\s*(?=$|,)", ""),
+    (rf"(?<=\d)\s+{NO_UNIT}[a-z]{{3,}}[a-z .]*(?=$|,)", ""),                    # units: \text{ cm}^2, 5 dollars
     (r"^\s*\\(?:text|mbox|mathrm)[a-z]*\s*\{([^{}]*)\}\s*$", r"\1"),           # the answer is a word
     (r"^\s*\(\s*(?:\\text\s*\{\s*)?([A-Za-z])[\s}]*\)\s*$", r"\1"),            # (C)
-    (r"\s*,\s+|\s+,|,(?!\d{3}(?!\d))", ", "),
-    (r"(?<=[^,\s])\s+(?![a-zA-Z])|(?<![a-zA-Z,])\s+", "")))                     # but "\pi x" needs its space
+    (r"\s*,\s+|\s+,|,(?!\d{3}(?!\d))|(?<=^[(\[]\d),|(?<=^[(\[]\d\d),|(?<=^[(\[]\d{3}),", ", "),     # the pair (4,112)
+    (r"(?!(?<=\d)\s+\d)(?:(?<=[^,\s])\s+(?![a-zA-Z])|(?<![a-zA-Z,])\s+)", "")))  # but "\pi x" and "1 1/2" need theirs
 
 
 def boxed(text: str) -> str | None:
@@ -98,14 +127,41 @@ def _final(rest: str) -> str | None:
     """The answer in what follows "Final answer:": its boxes, else its only formula among words, else its line."""
     rest = rest.lstrip()[:10 * MAX_LENGTH]
     line = rest.split("\n", 1)[0]
-    boxes = [boxed(rest[match.start():]) for match in re.finditer(r"\\(?:boxed|fbox)", line)]
-    if boxes:
-        return None if None in boxes else ", ".join(boxes)
+    places = [match.start() for match in re.finditer(r"\\(?:boxed|fbox)", line)]
+    if places:
+        boxes = [boxed(rest[place:]) for place in places]
+        after = "" if None in boxes else line[places[-1]:].partition(boxes[-1])[2].lstrip("} ")
+        return None if None in boxes or _denied(line[:places[0]]) or _changed("", after) else ", ".join(boxes)
     if line.count("{") > line.count("}") or "\\begin" in line and "\\end" not in line:      # goes on below
         line = rest.split("\n\n", 1)[0]
-    formulas = re.findall(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)", line)
-    words = re.sub(r"(?<!\\)\$[^$]+\$|\\\(.+?\\\)", "", line)
-    return "".join(formulas[0]) if len(formulas) == 1 and not re.search(r"[\d\\=]", words) else line
+    first, *others = [*FORMULA.finditer(line), None]
+    if len(others) == 1:
+        before, after = line[:first.start()], line[first.end():]
+        if not re.search(r"[\d\\=]", before + after) and not _changed(before, after):
+            return first[1] or first[2]
+    return line
+
+
+def _last_box(completion: str) -> str | None:
+    place = max(completion.rfind("\\boxed"), completion.rfind("\\fbox"))
+    before = completion[max(place - MAX_LENGTH, 0):max(place, 0)].rpartition("\n")[2]
+    return None if _denied(before) else last_boxed(completion)
+
+
+def _denied(before: str) -> bool:
+    r"""Whether what stands before a box denies it or turns its sign: "not \boxed{5}". (Bounds are no matter there.)"""
+    return bool(re.search(r"(?:[-√]|\\(?:neq?|not|sqrt))\s*$", before)
+                or re.search(numbers.DENIED, f"{_words(before)}\0", re.IGNORECASE))
+
+
+def _changed(before: str, after: str) -> bool:
+    """Whether the words or operators around a formula make another value of it: "not $5$", "-$5$", "$5$ million"."""
+    return bool(OPERATOR.search(before) or re.match(r"\s*(?:[+*^<>!]|/\s*(?![a-z]))", after)
+                or numbers.CHANGED.search(f"{_words(before)}\0{_words(after)}"))
+
+
+def _words(text: str) -> str:
+    return re.sub(r"[$*\0]+|\\[()\[\]]", " ", text[-MAX_LENGTH:])
 
 
 def canonical(text: str) -> str:
@@ -114,6 +170,9 @@ def canonical(text: str) -> str:
     >>> canonical(r"$x = \dfrac{1}{2}$."), canonical(r"15,\!000 \text{ cm}^2"), canonical(r"\left( 3, \pi \right)")
     ('0.5', '15000', '(3, \\pi)')
     """
+    text = numbers.UNICODE_POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda match: re.sub("(.+)⁄(.+)", r"\\frac{\1}{\2}",
+                                                   unicodedata.normalize("NFKC", match[0])), text).translate(SYMBOLS)
     for _ in range(3):                      # what stood inside \\text{} may be tidied in turn
         text, before = " ".join(text.split()), text
         for pattern, replacement in TIDY:
@@ -125,8 +184,8 @@ def canonical(text: str) -> str:
 
 def _number(text: str) -> str | None:
     """The number that `text` is, without any word or symbol around it (in MATH "5x" and "5!" are no 5)."""
-    plain = re.fullmatch(r"-?\s*(?:[\d,./\s]|\\frac(?=[\d\s{])|[{}])+", text, re.ASCII)
-    value = numbers.parse(text) if plain else None
+    plain = NUMBER.fullmatch(text)
+    value = numbers.parse(f"{plain[1]} {plain[2] or ''}") if plain else None
     return None if value is None else numbers.show(value)
 
 
@@ -144,18 +203,36 @@ def _ends(text: str) -> tuple[str, str] | None:
     return (text[0], text[-1]) if "," in text and text[0] in "([" and text[-1] in ")]" else None
 
 
-@functools.lru_cache(maxsize=100_000)
 def equal(gold: str, answer: str) -> bool:
     """Whether two texts of `canonical` are the same mathematical value; in doubt, or out of time, they are not."""
-    if "".join(gold.split()) == "".join(answer.split()):
+    try:
+        return _settled(gold, answer)
+    except NoVerdict:
+        return False
+
+
+class NoVerdict(Exception):
+    """The child was ended before it had decided. Nothing is remembered then: the next time it may come to an end."""
+
+
+@functools.lru_cache(maxsize=100_000)
+def _settled(gold: str, answer: str) -> bool:
+    if re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", gold) == re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer):
         return True
     if not gold or not answer or _number(gold) and _number(answer) or too_complex(gold) or too_complex(answer):
         return False
-    if _ends(gold) != _ends(answer) or "_" in gold and "_" in answer:
+    if _ends(gold) != _ends(answer) or "_" in gold and "_" in answer or BASE.search(answer) and "_" not in gold:
         return False
     if "\\approx" in gold or "=" in gold and not re.search("[a-z]", gold):    # all false equations are equal to it
         return False
-    return _verifier(os.getpid()).equal(gold, answer)
+    if WORD.fullmatch(gold) or WORD.fullmatch(answer):      # to the library "cat" is c*a*t, and so is "act"
+        return gold.casefold() == answer.casefold()
+    if NOT_UNDERSTOOD.search(answer):
+        return False
+    verdict = _verifier(os.getpid()).equal(gold, answer)
+    if verdict is None:
+        raise NoVerdict
+    return verdict
 
 
 class Verifier:
@@ -165,16 +242,16 @@ class Verifier:
         self.lock, self.process, self.owner = threading.Lock(), None, os.getpid()
         atexit.register(self.stop)
 
-    def equal(self, gold: str, answer: str) -> bool:
-        """The library's verdict; False for what it cannot do in time. Safe to call from any thread."""
+    def equal(self, gold: str, answer: str) -> bool | None:
+        """The library's verdict; None if it ran out of time or memory, or the child died. Safe from any thread."""
         with self.lock:
             for _ in range(2):              # once more if the child had gone for another reason than this question
                 if self.process is None:
                     self._start()
-                reply, late = self._exchange(json.dumps([gold, answer]) + "\n", TIME_LIMIT)
-                if reply or late:
+                reply, late = self._exchange(json.dumps([gold, answer, TIME_LIMIT]) + "\n", PATIENCE * TIME_LIMIT)
+                if reply in ("0", "1") or late:
                     break
-        return reply == "1"
+        return {"1": True, "0": False}.get(reply)
 
     def _start(self) -> None:
         if find_spec("math_verify") is None:
@@ -187,7 +264,7 @@ class Verifier:
             raise UserError("The grader of the task math did not start; `python -m irpo_utils.tasks.math` says why.")
 
     def _exchange(self, line: str, limit: float) -> tuple[str, bool]:
-        """Write a line, read a line: (reply, whether the time was up). Without a reply the child is ended."""
+        """Write a line, read a line: (reply, whether the time was up). Without a clear reply the child is ended."""
         late, reply = threading.Event(), ""
         timer = threading.Timer(limit, lambda process=self.process: (late.set(), process.kill()))
         timer.start()
@@ -200,19 +277,21 @@ class Verifier:
         finally:                            # also after Ctrl-C: an unread reply would be taken for the next question's
             timer.cancel()
             timer.join()
-            if late.is_set() or not reply:
-                self.stop()
+            if (late.is_set() or reply in ("", "?")) and self.stop() == -(SIGPROF or 0):
+                late.set()
         return reply, late.is_set()
 
-    def stop(self) -> None:
-        """End the child, if this process started it."""
-        if self.process is not None and self.owner == os.getpid():
-            self.process.kill()
-            try:
-                self.process.communicate()
-            except OSError:                 # what could not be written to it any more
-                pass
-        self.process = None
+    def stop(self) -> int | None:
+        """End the child, if this process started it; the result tells what ended it, as for `subprocess.Popen`."""
+        process, self.process = self.process, None
+        if process is None or self.owner != os.getpid():
+            return None
+        process.kill()                      # no effect on one that has ended by itself
+        try:
+            process.communicate()
+        except OSError:                     # what could not be written to it any more
+            pass
+        return process.returncode
 
 
 @functools.lru_cache(maxsize=1)
@@ -231,29 +310,58 @@ def _near(gold, answer) -> bool:
     return bool(abs((gold - answer).evalf(30)) <= 1e-9 * abs(answer.evalf(30)))
 
 
-def serve() -> None:
-    """The child: reads [gold, answer] as JSON lines, answers 1 or 0 for each."""
-    import logging
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    logging.disable()
+def _limit_memory() -> None:
     try:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     except (ImportError, ValueError, OSError):      # not on Windows and not on every macOS: the time limit remains
         pass
+
+
+def _short_of_memory() -> bool:
+    """Whether this process has come near the limit; the library keeps quiet about a `MemoryError` of its own."""
+    try:                                            # not `getrusage`, which counts what the parent had before the start
+        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return False
+    return peak is not None and int(peak[1]) * 1024 > MEMORY_LIMIT // 2
+
+
+def _limit_time(seconds: float) -> None:
+    """The kernel ends this process when it has used so much processor time from now on, even in C code; 0 for never."""
+    if SIGPROF is not None:                         # not on Windows: there the clock alone decides
+        signal.signal(SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def serve() -> None:
+    """The child: reads [gold, answer, seconds] as JSON lines, answers 1 or 0 for each, or ? if memory was too short."""
+    import logging
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.disable()
+    _limit_memory()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                                   # what a library prints is no reply
-    print("ready", file=replies, flush=True)
     read = functools.partial(parse, extraction_config=[LatexExtractionConfig()], fallback_mode="no_fallback",
-                             parsing_timeout=None)
-    for line in sys.stdin:
+                             parsing_timeout=None, raise_on_error=True)
+
+    def same(gold: str, answer: str) -> str:
         try:
-            gold, answer = (read(f"${text}$") for text in json.loads(line))
-            same = verify(gold, answer, timeout_seconds=None) and _near(gold[0], answer[0])
-        except Exception:
-            same = False
-        print(int(same), file=replies, flush=True)
+            gold, answer = (read("$" + PRODUCT.sub(r"\\cdot ", text) + "$") for text in (gold, answer))
+            equal = verify(gold, answer, timeout_seconds=None, raise_on_error=True) and _near(gold[0], answer[0])
+        except Exception as error:
+            return "?" if isinstance(error, MemoryError) or _short_of_memory() else "0"
+        return "1" if equal else "?" if _short_of_memory() else "0"
+
+    same("x+1", "1+x")                              # the first one imports more of the library: nobody's time
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        gold, answer, seconds = json.loads(line)
+        _limit_time(seconds)
+        verdict = same(gold, answer)
+        _limit_time(0)
+        print(verdict, file=replies, flush=True)
 
 
 class MATH(FileTask):
@@ -271,12 +379,13 @@ class MATH(FileTask):
     def extract(self, completion: str, row: dict | None = None) -> str | None:
         r"""The answer after the last "Final answer:", or without one in the last \boxed, in its canonical spelling."""
         parts = FINAL_ANSWER.split(numbers.unbold(completion))
-        answer = _final(parts[-1]) if len(parts) > 1 else last_boxed(completion)
+        answer = _final(parts[-1]) if len(parts) > 1 else _last_box(completion)
         return canonical(answer) or None if answer and len(answer) <= 2 * MAX_LENGTH else None
 
     def is_correct(self, extracted: str | None, answer: str) -> bool:
         """The same value by `equal`; math-verify decides where the spelling differs."""
-        return extracted is not None and equal(canonical(answer), canonical(extracted))
+        short = extracted is not None and len(extracted) <= 2 * MAX_LENGTH
+        return short and equal(canonical(answer), canonical(extracted))
 
     def row(self, raw: dict, index: int) -> dict:
         r"""`answer` is the last \boxed of the solution where the row does not have it; `solution` ends in it."""
