@@ -67,7 +67,6 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
         loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, progress)
         for t in range(profile.iterations + 1):
             loop.iteration(t)
-            directory.write_tables(range(t + 1))
         return directory.metrics(range(profile.iterations + 1))
 
 
@@ -201,13 +200,18 @@ class _Loop:
             self.directory.stage(0, "adapter", lambda: find_adapter(self.profile), _copy_adapter)
         models.set_adapter(self.model, self._adapter(t))
         self.directory.stage(t, "evaluation", lambda: self._evaluate(t), _save_evaluation)
+        self._write_metrics(t, notes)               # also where there will be no pairs to go on with
         if t < self.profile.iterations and not self.method.train:
             graded = self._graded(t) if self.method.samples else None
             self.directory.stage(t, "pairs", lambda: self._pairs(t, graded), _save_pairs)
             notes = json.loads((self.directory.folder(t) / "pairs" / "counts.json").read_text())
+        self._report(t, self._write_metrics(t, notes), notes)
+
+    def _write_metrics(self, t: int, notes: dict) -> list[dict]:
         rows = self._metrics(t, notes)
         self.directory.write_file(self.directory.folder(t) / "metrics.json", json.dumps(rows, indent=0) + "\n")
-        self._report(t, rows, notes)
+        self.directory.write_tables(range(t + 1))
+        return rows
 
     def _adapter(self, t: int) -> Path | None:
         return self.directory.folder(t) / "adapter" if t > 0 or self.profile.start else None
