@@ -43,7 +43,8 @@ LATEX = (
     (r"\\(?:boxed|fbox|mbox|text[a-z]*|math[a-z]*|underline|left|right|displaystyle|approx|quad|[()\[\]\\])", " "),
     (r"[{}`#]|\*\*|__|\\ |<[|/]?[a-zA-Z]\w{0,19}[|/]?>", " "),                  # and tags: </s>, <b>
     (r"(?<![\w*])\*([^\s*][^*]*)\*(?![\w*])", r" \1 "),                         # *36*
-    (r"(?<![a-zA-Z])(m|[a-zA-Z]{2,})\s?\^\s?[23](?![\d.,])|\b(\d*\s?[cdkm]?m|in|ft|yd)[23]\b", r"\1\2"))    # m^2, 12cm3
+    (r"(?<![a-zA-Z])(m|[a-zA-Z]{2,})\s?\^\s?[23](?![\d.,])|\b(\d*\s?m)[23]\b", r"\1\2"),            # m^2, 12m3
+    (r"(?<![a-zA-Z])(?!(?:or|and|to|is|are|by|of|at|than|times)\d)([a-zA-Z]{2,})\d(?![\d.,])", r"\1"))      # 12 cm3, mp3
 _PLAIN = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![.,]?\d)"     # "0,123" is no 123
 NUMBER = re.compile(
     rf"(?P<sign>^\s*[-+]\s*|(?<![^\s(\[:=~≈])(?<!\b[b-z]\s)[-+])?(?<![\w^\u00c0-\u024f\u0370-\u052f])(?<!\d[.,])"
@@ -64,15 +65,17 @@ LEFTOVER = re.compile("|".join((
     )), re.ASCII | re.IGNORECASE)
 # Words beside a number that make another one of it, or none; `math` looks for them beside a formula as well.
 CHANGED = re.compile("|".join((
-    rf"\0\s*(?:k\b|(?-i:[MB]\b)|bn\b|mn\b|{'|'.join(MAGNITUDES)}|point\b|squared|cubed|factorial|halved|doubled|tripled)",
+    rf"\0\s*(?:k\b|(?-i:[MB]\b)(?!&)|bn\b|mn\b|{'|'.join(MAGNITUDES)}|point\b|squared|cubed|factorial|halved|doubled|tripled)",
     r"\b(?:half|thirds?|quarters?|fifths?|tenths?|percent\s+of|double|twice|triple|root)(?:\s+(?:of|the|as|many|much))*\s+\0",
     r"\bplus\s+\0|\0\s*(?:minus|plus)\b|\0[^\0]*\b(?:below|under)\s+zero\b",
     rf"\b(?:{COUNTS})(?:\s+(?:and|or|to|times|point))*[\s-]+\0",                                # "twelve or 13"
     rf"\0\s+to\s+(?:{COUNTS})\b|\0[^\0]*\b(?:and|or|times)\s+(?:an?\s+)?(?:{COUNTS})s?\b",      # "12 and a half"
     rf"\b(?:than|except|excluding|without|but|almost|nearly|over|under|above|below|beyond|least|most|up\s+to){_ON}",
-    r"\0[^\0]*\b(?:or|and)\s+(?:more|less|fewer|greater|higher|lower|older|younger|above|below|over|up)\b",
+    r"\0(?:\s+[a-z]+){,2}\s+(?:or|and)\s+(?:more|less|fewer|greater|higher|lower|older|younger|above|below|over|up)\b",
     rf"{DENIED}|~~\s*\0|\0[^\0]*\b(?:is|are|was)\s*(?:not|n't)\s+(?:the|it|my|our|what|right|correct|true)\b",
     r"\0[^\0]*\b(?:is|are|was|seems|looks)\s+(?:wrong|incorrect|false|impossible|too)\b")), re.ASCII | re.IGNORECASE)
+# Between two equations: another answer ("x = 4, y = 5"), unless it is the next step ("2x = 10, so x = 5").
+SECOND = r"(?:[,;]\s|\b(?:or|and)\b)(?!\s*(?:so|thus|therefore|hence|then|we|which|this|that|giving|or|and)\b)"
 UNICODE_POWER = re.compile("[⁰¹²³⁴-⁹⁻]+")
 
 
@@ -105,14 +108,15 @@ def _clean(text: str) -> str:
 
 
 def _right_side(text: str) -> str | None:
-    """What follows the last "=" of an equation; None for "x >= 36", "x is not = 36", and the two of "x = 4, y = 5"."""
+    """What follows the last "=" of an equation; None for "x >= 36", "not x = 36", and the two of "x = 4, y = 5"."""
     *before, last = text.split("=")
     for place, part in enumerate(before):
         *numbers, rest = re.split(r"\d", part)          # `rest` leads from the last number to the "="
-        separator = r"[,;]\s|\b(?:or|and)\b" if place else r"\bor\b"
-        if re.search(rf"[<>!+*/{STRANGE}-]\s*$|\b(?:not|never|cannot)\b|n't\b", part, re.IGNORECASE):
+        if re.search(rf"[<>!+*/{STRANGE}-]\s*$", part):
             return None
-        if numbers and re.search(separator, rest, re.IGNORECASE):
+        if re.search(DENIED, re.sub(r"\b[a-z]?\s*$", " \0", part), re.IGNORECASE):
+            return None
+        if numbers and re.search(SECOND if place else r"\bor\b", rest, re.IGNORECASE):
             return None
     return last
 
