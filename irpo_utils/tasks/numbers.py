@@ -44,7 +44,7 @@ LATEX = (
     (r"[{}`#]|\*\*|__|\\ |<[|/]?[a-zA-Z]\w{0,19}[|/]?>", " "),                  # and tags: </s>, <b>
     (r"(?<![\w*])\*([^\s*][^*]*)\*(?![\w*])", r" \1 "),                         # *36*
     (r"(?<![a-zA-Z])(m|[a-zA-Z]{2,})\s?\^\s?[23](?![\d.,])|\b(\d*\s?(?:[cdkm]?m|in|ft))[23]\b", r"\1\2"),     # m^2, 12cm3
-    (rf"\b(?!(?:or|and|to|is|are|by|of|at|than|times|{'|'.join(MAGNITUDES)})\d)([a-zA-Z]{{2,}})\d\b", r"\1"))   # mp3
+    (rf"\b(?!(?:or|and|to|is|are|by|of|at|than|times|{'|'.join(MAGNITUDES)})\d)([a-zA-Z]{{2,}})[23]\b", r"\1"))  # mp3, CO2
 _PLAIN = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![.,]?\d)"     # "0,123" is no 123
 NUMBER = re.compile(
     rf"(?P<sign>^\s*[-+]\s*|(?<![^\s(\[:=~≈])(?<!\b[b-z]\s)[-+])?(?<![\w^\u00c0-\u024f\u0370-\u052f])(?<!\d[.,])"
