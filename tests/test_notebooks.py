@@ -19,7 +19,9 @@ pytest.importorskip("nbval")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-NAMES = ("00_start_here", "01_sampling", "02_grading", "03_pairs", "04_dpo_nll_training", "05_iterations")
+NAMES = ("00_start_here", "01_sampling", "02_grading", "03_pairs", "04_dpo_nll_training", "05_iterations",
+         "07_real_models_on_one_gpu")
+DEFAULTS = dict.fromkeys(NAMES, "cpu") | {"07_real_models_on_one_gpu": "smollm2-135m-cpu"}      # profiles
 MACHINE = re.compile(r"(?<![\w.])/(?:home|root|Users|work|workspace|tmp|mnt|opt|srv|var|private)/|\b[A-Z]:\\")
 CELL_SECONDS = 900          # far more than any cell takes with the smoke profile, also on a busy machine
 
@@ -90,7 +92,7 @@ def test_committed_notebook_was_executed_in_order_without_errors(name, solved):
 @by_view
 def test_committed_outputs_are_those_of_the_default_profile(name, solved):
     versions = code_cells(committed(name, solved))[1]
-    assert "profile cpu " in text_of(versions.outputs[0]), "run `make notebooks` without IRPO_PROFILE"
+    assert f"profile {DEFAULTS[name]} " in text_of(versions.outputs[0]), "run `make notebooks` without IRPO_PROFILE"
 
 
 @by_name
@@ -133,7 +135,7 @@ def is_check(cell) -> bool:
 def test_beginning_says_what_it_takes_and_what_it_gives(name):
     first, *_, last = view(name, solved=False).cells
     assert first.source.startswith(f"# {name[:2]} · ")
-    for part in ("**What you will be able to do**\n\n- ", "| | `smoke` | `cpu` (default) | one GPU |", "**Needs**", "**Before this**"):
+    for part in ("**What you will be able to do**\n\n- ", f"| | `smoke` | `{DEFAULTS[name]}` (default) | one GPU |", "**Needs**", "**Before this**"):
         assert part in first.source, part
     assert "TIME_" not in first.source, "the time of a profile has not been filled in"
     previous = NAMES.index(name) - 1
@@ -145,7 +147,7 @@ def test_beginning_says_what_it_takes_and_what_it_gives(name):
 @by_name
 def test_setting_comes_first_and_predictions_and_recall_are_asked_for(name):
     notebook = view(name, solved=False)
-    assert 'PROFILE = os.environ.get("IRPO_PROFILE", "cpu")' in code_cells(notebook)[0].source
+    assert f'PROFILE = os.environ.get("IRPO_PROFILE", "{DEFAULTS[name]}")' in code_cells(notebook)[0].source
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert prose.count("**Predict") >= 3
     assert "## What you have learnt" in prose and re.search(r"\*\*(What to try|Try)", prose) and "**Recall" in prose
