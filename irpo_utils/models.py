@@ -46,7 +46,7 @@ def default_dtype(device: str) -> torch.dtype:
     """bf16 on cards that have it, fp16 on older ones, fp32 on a CPU."""
     if device == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *, lora_r: int = 16,

@@ -63,7 +63,7 @@ def test_greedy_is_plain_generate_token_for_token(in_fp32, questions, task):
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.1), ("float16", 0.05)])
 def test_log_probabilities_are_those_of_the_cpu(in_fp32, questions, task, dtype, tolerance):
     """Per token, nats; NF4 weights are the same numbers on both."""
-    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this card has no bf16")
     drawn = sampling.sample(*fresh(in_fp32), questions, task, n=1, max_new_tokens=60, progress=False)
     scores = []
@@ -78,7 +78,7 @@ def test_log_probabilities_are_those_of_the_cpu(in_fp32, questions, task, dtype,
                                               ("bfloat16", "adamw_torch"), ("float16", "adamw_torch")])
 def test_qlora_learns_in_half_precision(preferences, dtype, optimizer):
     """Starts at ln 2, loses nothing to underflow, and ends below: with checkpointing and micro-batches."""
-    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this card has no bf16")
     model, tokenizer = models.load("seed", device=DEVICE, dtype=dtype)
     result = training.train(model, tokenizer, preferences, learning_rate=1e-3, epochs=4, micro_batch_size=4,
