@@ -290,13 +290,9 @@ for row in forms[forms.id.isin(["buns-09", "buns-15", "film-04", "shape-03"])].i
 
 # %% [markdown]
 # Three graders take the test. `exact` wants the known answer to the letter after the marker. `contains` is content if it
-# occurs anywhere in the last line. The third is the package's. (Its grader for LaTeX gives up after a few seconds; on a
-# busy machine that alone would make false negatives, so it gets more time here.)
+# occurs anywhere in the last line. The third is the package's.
 
 # %%
-from irpo_utils.tasks import math as math_task
-
-math_task.TIME_LIMIT = 120
 rows = forms.astype(object).where(forms.notna(), None).to_dict("records")
 graders = {
     "exact": lambda row: after_marker(row["completion"]) == row["answer"],
@@ -331,8 +327,9 @@ for row in forms[forms.package & ~right].itertuples():
     print(f"{row.task}, known answer {row.answer}: {row.completion.splitlines()[-1]}\n    {row.reason}")
 
 # %% [markdown]
-# It does not understand words. "Not 36" holds one number, and units are thrown away unread. A model that is rewarded for
-# this may drift towards it, so read a few dozen winners of every iteration. That is the cheapest test there is.
+# It understands few words: a denial ("not 36") and a minus in words, but units are thrown away unread, and nobody asks what
+# the number counts. A model that is rewarded for this may drift towards it, so read a few dozen winners of every iteration.
+# That is the cheapest test there is.
 #
 # Now the other kind, counted by form.
 
