@@ -86,7 +86,7 @@ NO_UNIT = (r"(?!\s*[ie]\s*\}|[^{}]*\b(?:log|sin|cos|tan|sec|csc|cot|exp|sqrt|pi|
            r"than|is|was|are)\b)")
 TIDY = tuple((re.compile(pattern), replacement) for pattern, replacement in (
     (rf",?\\!\s*|\{{,\}}|{numbers.GROUPS}", ""),                                # 15,\!000  15{,}000  15\,000
-    (r"(?<!\\)\\(?:(?:left|right|displaystyle|quad)(?![a-zA-Z])|[,;:()\[\]$%])|[$%]|^\*+|\*+$|[.\s]+$", " "),
+    (r"(?<!\\)\\(?:(?:left|right|displaystyle|quad)(?![a-zA-Z])|[,;:()\[\]$% ])|[$%]|^\*+|\*+$|[.\s]+$", " "),
     (r"π|(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "), (r"∞|(?<![a-zA-Z\\])infinity\b", r"\\infty "),
     (r"(?:√|(?<![a-zA-Z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"), (r"\*\*", "^"),
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\\(?!frac|sqrt)[a-zA-Z]+|\w)", r"\\frac{\1}"),       # \frac\pi 2
