@@ -106,7 +106,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
             precompute_ref_log_probs=True, bf16=False, fp16=needs_loss_scaling(model), use_cpu=model.device.type == "cpu",
             gradient_checkpointing=gradient_checkpointing, train_sampling_strategy="group_by_length",
             length_column_name="length")
-        callbacks = [Watch(progress, 10 if config.fp16 else 0, "accuracy" if dpo_weight else "nll_chosen")] + ([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])
+        callbacks = [Watch(progress, 10 if config.fp16 else 0, "accuracy" if dpo_weight else "nll_chosen"),
+                     *([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])]
         with left_as_it_was(model):
             trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
                                           nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks)

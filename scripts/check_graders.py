@@ -474,7 +474,7 @@ HOSTILE = [
     "$" * 400, "\\left(" * 60, r"\begin{pmatrix}" * 20, r"\tan \theta = 99\theta", "x^{17}+x^{13}+5=0", r"\sin(\cos(\tan(99999)))",
     "\x00", "\x001\x00", "1\x002", "\x1b[31m12", "\u202e21", "１２\u0338", "Ａ", "А", "𝟏𝟐\u200d", "①②",
     "一十二", "🙂", "1\ufe0f\u20e32\ufe0f\u20e3",
-    "__import__('os').system('true')", "eval('12')", "<|im_end|>", "{{12}}", "%s%n", "Final answer:" * 50, "\n" * 500, " " * 5000,
+    "__import__('os').system('true')", "exit('12')", "<|im_end|>", "{{12}}", "%s%n", "Final answer:" * 50, "\n" * 500, " " * 5000,
 ]
 UNITS = ["1", "1,", "1.", "1 ", "- ", "-", "1 / ", "1 = ", "x = 1, ", "one and ", "not the ", "half of ", "½", "²", "\\frac{1}{",
          "\\boxed{", "(A) ", "A, ", "B or ", "$", "**", "and ", "\\text{", "^{", "\\,", "{,}", "=", "\u2009", "is ", "minus ",

@@ -15,7 +15,7 @@ from irpo_utils import __main__ as cli
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "notebooks" / "shipped_run"
-SMOLLM2 = ROOT / "figures" / "smollm2_135m_svamp.json"
+SMOLLM2 = ROOT / "figures" / "smollm2_135m_svamp_no_sft.json"
 BENCH = pandas.read_csv(ROOT / "figures" / "bench.csv").set_index(["what", "variant", "metric"]).value
 STAGES = {"samples": "sampling", "adapter": "training", "evaluation": "evaluation"}
 GPU = "1xA100-80GB"
@@ -126,7 +126,7 @@ def test_sampling_of_a_model_a_hundred_times_larger():
 
 
 def test_training_of_a_model_a_hundred_times_larger():
-    log = [json.loads(line) for line in (ROOT / "figures" / "smollm2_135m_svamp_training_log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (ROOT / "figures" / "smollm2_135m_svamp_no_sft_training_log.jsonl").read_text().splitlines()]
     stage = stages(planning.plan(saved_profile(SMOLLM2), "1xcpu", must_fit=False))["training"]
     assert within(stage.tokens / stage.hours / 3600, sum(row["tokens"] for row in log) / log[-1]["seconds"], 2)
 

@@ -130,6 +130,8 @@ def _value(match: re.Match) -> Fraction | None:
         return None
     value = (Fraction(match["whole"] or 0) + top / bottom) * Fraction(10) ** exponent
     value *= MAGNITUDES.get((match["magnitude"] or "").lower(), 1)
+    if len(show(value)) > MAX_DIGITS:       # what is read has to be short enough to be read again: 1e100 is not
+        return None
     return -value if "-" in (match["sign"] or "") else value
 
 
