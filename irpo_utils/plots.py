@@ -74,13 +74,14 @@ def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def accuracy_per_iteration(metrics: pd.DataFrame, intervals: pd.DataFrame | None = None) -> TextFigure:
-    """Greedy, majority (if there) and sampled accuracy of M_0..M_T: mean with 95 % interval, single seeds thin.
+    """Greedy, majority (if all iterations have it at one k) and sampled accuracy of M_0..M_T: mean with 95 % interval,
+    single seeds thin.
 
     `intervals`: means with `low` and `high` by `metric` and `iteration`, in place of `summarise`'s wider ones.
     """
     figure, axes = _figure(6.6, 4.2)
     lines = [_line(axes, metrics, m, colour, intervals) for m, colour in
-             (("greedy", BLUE), ("majority", GREEN), ("sampled", ORANGE)) if m != "majority" or _has(metrics, m)]
+             (("greedy", BLUE), ("majority", GREEN), ("sampled", ORANGE)) if m != "majority" or _shared_ks(metrics, m)]
     of = f"{metrics.loc[metrics.metric == 'greedy', 'n'].max():.0f} questions" if "n" in metrics else "questions"
     _iterations(axes, f"Right answers (% of {of})", percent=True)
     return _finish(figure, f"Right answers per iteration (% of {of})", [lines])
@@ -427,12 +428,16 @@ def _has(metrics: pd.DataFrame, metric: str) -> bool:
     return bool((metrics.metric == metric).any())
 
 
+def _shared_ks(metrics: pd.DataFrame, metric: str) -> list[int]:
+    rows = metrics[metrics.metric == metric]
+    return sorted(set.intersection(*(set(group.k) for _, group in rows.groupby("iteration")))) if len(rows) else []
+
+
 def _common_ks(metrics: pd.DataFrame, metric: str) -> list[int]:
     """The k that all iterations have: more samples are drawn of M_0 and of the last one than of the others."""
     if not _has(metrics, metric):
         raise UserError(f"There is no metric {metric} in this table. It has: {', '.join(sorted(set(metrics.metric)))}.")
-    rows = metrics[metrics.metric == metric]
-    ks = set.intersection(*(set(group.k) for _, group in rows.groupby("iteration")))
+    ks = _shared_ks(metrics, metric)
     if not ks:
         raise UserError(f"The iterations have {metric} at different k, and none at one that all share.")
     return sorted(ks)

@@ -355,3 +355,10 @@ def test_save_says_where_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="could not be written to .*file"):
         plots.save(plots.heat_map(stability()), tmp_path / "file", "map", stability(), {})
+
+
+def test_majority_is_left_out_where_the_iterations_have_no_k_in_common():
+    rows = [{"method": "irpo", "seed": 0, "iteration": t, "split": "test", "metric": metric, "k": k, "value": 0.1, "low": 0.0, "high": 0.2, "n": 50}
+            for t, ks in ((0, 4), (1, 2)) for metric, k in (("greedy", 1), ("sampled", 1), ("majority", ks))]
+    text = plots.alt_text(plots.accuracy_per_iteration(pd.DataFrame(rows)))
+    assert "greedy" in text.lower() and "majority" not in text.lower()
