@@ -271,7 +271,7 @@ LATEX_FORMS = {
 LATEX_SPELLINGS = {
     "as it is": lambda gold: gold, "dfrac": lambda gold: gold.replace("\\frac", "\\dfrac"),
     "no \\left": lambda gold: re.sub(r"\\(?:left|right)(?![a-zA-Z])\s*", "", gold),
-    "spaces": lambda gold: gold if re.search(r"text|\\!|\d,\d{3}", gold) else re.sub(r"([+=,])", r" \1 ", gold),
+    "spaces": lambda gold: gold if re.search(r"text|\\!|\d,\d{3}", gold) else re.sub(r"(?<!\\)([+=,])", r" \1 ", gold),
     "a variable": lambda gold: gold if other_latex(gold) is None else f"k = {gold}",
     "display style": lambda gold: "\\displaystyle " + gold,
     "unit": lambda gold: gold if other_latex(gold) is None or re.search(r"text|mbox|%|circ", gold) else gold + r"\text{ units}",
