@@ -128,7 +128,8 @@ class SlotLayer(DynamicLayer):
         else:
             start, self.end = self.end, self.end + key_states.shape[-2]
             for room, new in zip(self.rooms, (key_states, value_states)):
-                room[:, :, start : self.end] = new
+                # Not a slice: past the end of the memory that would be empty, and the new column lost without a word.
+                room.narrow(2, start, new.shape[2]).copy_(new)
         self.keys, self.values = (room[:, :, : self.end] for room in self.rooms)
         return self.keys, self.values
 
@@ -150,7 +151,7 @@ class SlotLayer(DynamicLayer):
 
     def put(self, slots, other: SlotLayer, copies) -> None:
         for room, new in zip(self.rooms, other.rooms):
-            room[slots, :, self.end - other.end : self.end] = new[copies]
+            room.narrow(2, self.end - other.end, other.end)[slots] = new[copies]
 
 
 class SlotCache(Cache):
@@ -268,11 +269,13 @@ def _decode(model, tokenizer, prompts, n, temperature, top_p, batch_size, unifor
     filling = torch.arange(slots, device=model.device) % len(copies)           # the rest are free slots from the start
     rows.keep(filling)
     rows.over[len(copies):], rows.completion[len(copies):] = True, -1
-    cache.reserve(copies[filling], len(prompts[0]) + rows.tokens.shape[1] + ROOM)
+    columns = len(prompts[0]) + rows.tokens.shape[1] + ROOM         # one row needs ROOM less: there is always some to drop
+    cache.reserve(copies[filling], columns)
     while True:
         free = rows.over.nonzero().squeeze(-1)
         waiting = prompts[begun : begun + min(len(free) // n, PREFILL)]
-        if len(free) >= FREE_SHARE * len(rows.over) and (waiting or begun >= len(prompts)):
+        change = len(free) >= FREE_SHARE * len(rows.over) and (waiting or begun >= len(prompts))
+        if change:
             yield from rows.hand_out(n)
             if waiting:                                    # a newcomer starts with the last token of its prompt
                 new, their_cache, copies = _start(model, tokenizer, waiting, begun, n, uniforms)
@@ -286,6 +289,7 @@ def _decode(model, tokenizer, prompts, n, temperature, top_p, batch_size, unifor
                 alive = (~rows.over).nonzero().squeeze(-1)
                 rows.keep(alive)
                 cache.keep(alive)
+        if change or cache.mask.shape[1] == columns:       # full, although hardly a row has ended
             first = int(cache.mask[~rows.over].any(0).long().argmax())
             if first >= ROOM:                              # columns that no row needs any more
                 cache.keep(slice(None), first)

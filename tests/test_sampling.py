@@ -59,6 +59,16 @@ def test_a_completion_does_not_depend_on_its_batch(loaded, questions, task):
     assert draw(loaded, questions, task, n=4, seed=4)["completion_ids"][:] != whole["completion_ids"][:]
 
 
+def test_rows_that_take_turns_never_run_out_of_memory_for_their_keys(loaded, task, monkeypatch):
+    """While hardly any row is free, columns go on being taken: those of rows long gone have to be dropped in time."""
+    questions, settings = task.load("validation").select(range(60)), dict(n=1, max_new_tokens=30, seed=5, temperature=1.5)
+    expected = draw(loaded, questions, task, batch_size=1, **settings)
+    monkeypatch.setattr(sampling, "ROOM", 1)
+    for share, size in ((1 / 4, 16), (3 / 8, 8)):
+        monkeypatch.setattr(sampling, "FREE_SHARE", share)
+        assert draw(loaded, questions, task, batch_size=size, **settings)["completion_ids"][:] == expected["completion_ids"][:]
+
+
 def test_logprob_is_the_teacher_forced_one_at_temperature_1(loaded, questions, task):
     samples = draw(loaded, questions, task, n=4, temperature=1.7)
     model, _ = loaded
