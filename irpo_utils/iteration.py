@@ -413,13 +413,13 @@ def collect(runs: list[str | Path]):
     means = []
     for t in range(profiles[0].iterations + 1):
         for metric in ("greedy", "sampled"):
-            matrix = [_accuracy_per_question(run, t, metric) for run in runs]
+            matrix = [accuracy_per_question(run, t, metric) for run in runs]
             value, low, high = evaluation.seed_and_question_interval(matrix)
             means.append({"method": profiles[0].method, "iteration": t, "split": profiles[0].eval_split, "metric": metric, "k": 1,
                           "value": value, "low": low, "high": high, "n": len(matrix[0]), "seeds": len(runs)})
     last = profiles[0].iterations
     for metric in ("greedy", "sampled") if last > 0 else ():
-        gains = [[after - before for before, after in zip(*(_accuracy_per_question(run, t, metric) for t in (0, last)), strict=True)]
+        gains = [[after - before for before, after in zip(*(accuracy_per_question(run, t, metric) for t in (0, last)), strict=True)]
                  for run in runs]
         value, low, high = evaluation.seed_and_question_interval(gains)
         means.append({**means[-1], "metric": f"{metric}_gain_over_M0", "value": value, "low": low, "high": high})
@@ -429,7 +429,8 @@ def collect(runs: list[str | Path]):
     return pandas.concat(tables, ignore_index=True), pandas.DataFrame(means), record
 
 
-def _accuracy_per_question(run, t: int, metric: str) -> list[float]:
+def accuracy_per_question(run: str | Path, t: int, metric: str) -> list[float]:
+    """Share of right completions of M_t of a run for each question of its evaluation; `metric` is greedy or sampled."""
     data = load_from_disk(str(Path(run) / f"iteration_{t}" / "evaluation"))[metric]
     by_question: dict[str, list[bool]] = {}
     for question, correct in zip(data["id"], data["correct"]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,18 @@ def by_majority(rows: list[dict], rng: random.Random) -> list[bool]:
     """Reward 1 for the answer that most completions of the question give, without a look at the gold answer."""
     votes = Counter(row["extracted"] for row in rows if row["extracted"] is not None)
     return [bool(votes) and row["extracted"] == votes.most_common(1)[0][0] for row in rows]
+
+
+def by_own_likelihood(rows: list[dict], rng: random.Random) -> list[bool]:
+    """Reward 1 for the half of the completions that the model itself finds likelier per token: its own judge."""
+    scores = [row["logprob"] / row["n_tokens"] for row in rows]
+    return [score > sorted(scores)[(len(rows) - 1) // 2] for score in scores]
+
+
+def by_luck(rows: list[dict], rng: random.Random) -> list[bool]:
+    """The gold answer, and one wrong answer in four: as in multiple choice, where a wrong result can hit the right letter."""
+    return [row["correct"] or (row["extracted"] is not None and zlib.crc32(f"{row['id']} {row['extracted']}".encode()) % 4 == 0)
+            for row in rows]
 
 
 def by_lot(rows: list[dict], rng: random.Random) -> list[bool]:
@@ -49,7 +62,7 @@ def with_verdicts(graded, verdict, seed: int):
     if verdict is by_gold:
         return graded
     groups: dict[str, list[tuple[int, dict]]] = {}
-    for i, row in enumerate(graded.select_columns(["id", "extracted", "correct"])):
+    for i, row in enumerate(graded.select_columns(["id", "extracted", "correct", "logprob", "n_tokens"])):
         groups.setdefault(row["id"], []).append((i, row))
     correct, rng = [False] * len(graded), random.Random(seed)
     for group in groups.values():
@@ -106,8 +119,11 @@ METHODS: dict[str, Method] = {
     "shuffled": Method("Iterative RPO, verdicts by lot", "control", verdict=by_lot),
     "few_shot": Method("M0 with four examples", "Wei et al. 2022, arXiv 2201.11903", {"iterations": 0}, examples=4),
     "self_consistency": Method("Majority as reward", "Prasad et al. 2024, arXiv 2411.04109", verdict=by_majority),
+    "self_rewarding": Method("Own likelihood as reward", "after Yuan et al. 2024, arXiv 2401.10020", verdict=by_own_likelihood),
     "spin": Method("Gold against sampled (SPIN)", "Chen et al. 2024, arXiv 2401.01335", {"gold": True}, verdict=never),
     "grpo": Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo),
+    "irpo_lucky": Method("Iterative RPO, lucky winners", "control", verdict=by_luck),
+    "star_lucky": Method("SFT on chosen, lucky winners", "control", WINNERS, verdict=by_luck),
 }
 
 

@@ -4,6 +4,9 @@
     python -m irpo_utils study comparison     # the paper's table, with seeds
     python -m irpo_utils study ablations      # one setting at a time
     python -m irpo_utils study stability      # learning rate x alpha
+    python -m irpo_utils study regimes        # where do losers teach what winners do not?
+    python -m irpo_utils study long           # iterations 5 to 8
+    python -m irpo_utils study curves         # log-probabilities during training
 
 A study that was stopped goes on where it stood. What M_0 writes does not depend on the method: it is drawn once for
 each seed and shared by all runs whose settings of sampling agree.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -31,8 +35,9 @@ SAMPLING = ("task", "model", "data", "seed", "quantize", "dequantize", "dtype", 
 EVALUATION = ("task", "model", "data", "seed", "quantize", "dequantize", "dtype", "pad_token", "max_new_tokens", "eval_split",
               "n_eval_questions", "eval_temperature")
 RATES = (2e-5, 1e-4, 3e-4)                  # the search budget of every method: three learning rates, one seed each
-TUNED = ("irpo", "iterative_dpo", "star", "sft_gold", "shuffled", "self_consistency", "spin", "grpo")
-LIKE = {"irpo_2x": "irpo", "irpo_from_sft": "irpo", "dpo_from_sft": "iterative_dpo", "star_2x": "star", "few_shot": "irpo"}
+TUNED = ("irpo", "iterative_dpo", "star", "sft_gold", "shuffled", "self_consistency", "self_rewarding", "spin", "grpo")
+LIKE = {"irpo_2x": "irpo", "irpo_from_sft": "irpo", "dpo_from_sft": "iterative_dpo", "star_2x": "star", "few_shot": "irpo",
+        "irpo_lucky": "irpo", "star_lucky": "star"}
 
 
 @dataclass
@@ -43,11 +48,14 @@ class Trial:
     settings: dict = field(default_factory=dict)
     factor: str = ""                        # of an ablation: the setting that is varied, and its value
     level: str = ""
+    after: int = 0                          # goes on from this iteration of `like` in the comparison
+    like: str = ""
+    against: str = ""                       # name of the trial that it is compared with, on the same questions
     seeds: int | None = None                # None: as many as the study has
 
     @property
     def name(self) -> str:
-        return f"{self.method}_{self.factor}_{self.level}".rstrip("_").replace("/", "-").replace(" ", "")
+        return "_".join(part for part in (self.method, self.factor, self.level) if part).replace("/", "-").replace(" ", "")
 
 
 def tuning() -> list[Trial]:
@@ -59,25 +67,46 @@ def tuning() -> list[Trial]:
 
 def comparison() -> list[Trial]:
     """The rows of the paper's tables and those beside them, each at the rate that the tuning found for it."""
-    return [Trial(name) for name in methods.METHODS]
+    return [Trial(name, against="irpo") for name in methods.METHODS if not name.endswith("_lucky")]
 
 
 def ablations() -> list[Trial]:
-    """One setting at a time, two iterations, at the rate of Iterative RPO."""
+    """One setting at a time, two iterations, at the rate of Iterative RPO; the default levels are one run, `irpo_base`."""
     levels = {
-        "alpha": (0.0, 0.25, 1.0, 2.0, 5.0), "beta": (0.05, 0.1, 0.5, 1.0), "n_samples": (4, 8, 16), "k_pairs": (1, 4, 8),
-        "temperature": ([0.7], [1.0], [1.3], [1.0, 1.3]), "reference": ("previous", "start"), "gold": (False, True),
-        "keep_pairs": (False, True), "nll_per": ("sequence", "token"), "pairing": ("wrap_around", "random"),
-        "fresh_questions": (False, True), "deduplicate": (False, True)}
-    return [Trial("irpo", {name: level, "iterations": 2}, name, _show(level)) for name, values in levels.items() for level in values]
+        "alpha": (0.0, 0.25, 2.0, 5.0), "beta": (0.05, 0.5, 1.0), "n_samples": (4, 16), "k_pairs": (1, 8),
+        "temperature": ([0.7], [1.3], [1.0, 1.3]), "reference": ("start",), "gold": (True,), "keep_pairs": (True,),
+        "nll_per": ("token",), "pairing": ("random",), "fresh_questions": (True,), "deduplicate": (False,)}
+    return [Trial("irpo", {"iterations": 2}, "base")] + [
+        Trial("irpo", {name: level, "iterations": 2}, name, _show(level), against="irpo_base")
+        for name, values in levels.items() for level in values]
 
 
 def stability() -> list[Trial]:
     """Learning rate x alpha, and the winners alone, two iterations each: where does training survive its steps?"""
     rates, alphas = (2e-5, 1e-4, 3e-4, 1e-3), (0.0, 0.25, 1.0, 5.0)
-    trials = [Trial("irpo", {"learning_rate": rate, "alpha": alpha, "iterations": 2}, f"alpha={alpha:g}", f"{rate:g}")
+    trials = [Trial("irpo", {"learning_rate": rate, "alpha": alpha, "iterations": 2}, f"alpha={alpha:g}", f"{rate:g}",
+                    against=f"irpo_alpha=0_{rate:g}")
               for rate, alpha in itertools.product(rates, alphas)]
-    return trials + [Trial("star", {"learning_rate": rate, "iterations": 2}, "star", f"{rate:g}") for rate in rates]
+    return trials + [Trial("star", {"learning_rate": rate, "iterations": 2}, "star", f"{rate:g}", against=f"irpo_alpha=1_{rate:g}")
+                     for rate in rates]
+
+
+def regimes() -> list[Trial]:
+    """Pairs and winners alone, two iterations each, where there may be more to learn from losers than usual."""
+    two = {"iterations": 2}
+    cases = {"usual": two, "few samples": two | {"n_samples": 3}, "hot": two | {"temperature": [1.5]},
+             "few questions": two | {"n_questions": 150}, "lucky": two, "late": two}
+    trials = []
+    for name, changes in cases.items():
+        suffix, after = "_lucky" if name == "lucky" else "", 3 if name == "late" else 0
+        trials += [Trial(method + suffix, changes, name, after=after, like="irpo" if after else "",
+                         against=f"star{suffix}_{name}".replace(" ", "")) for method in ("star", "irpo")]
+    return trials
+
+
+def long() -> list[Trial]:
+    """Iterations 5 to 8: where does it saturate or turn?"""
+    return [Trial(name, {"iterations": 4}, after=4, like=name, against="irpo") for name in ("irpo", "iterative_dpo", "star")]
 
 
 def curves() -> list[Trial]:
@@ -86,8 +115,10 @@ def curves() -> list[Trial]:
             for name in ("irpo", "iterative_dpo", "star", "sft_gold", "irpo_from_sft", "dpo_from_sft")]
 
 
-STUDIES = {"tuning": tuning, "comparison": comparison, "ablations": ablations, "stability": stability, "curves": curves}
-SEEDS = {"tuning": 1, "comparison": 5, "ablations": 3, "stability": 1, "curves": 1}
+STUDIES = {"tuning": tuning, "comparison": comparison, "curves": curves, "stability": stability, "regimes": regimes, "long": long,
+           "ablations": ablations}
+SEEDS = {"tuning": 1, "comparison": 5, "curves": 1, "stability": 3, "regimes": 3, "long": 3, "ablations": 3}
+FILES = {"tuning": "tuning_of_methods", "long": "eight_iterations"}      # the others are called like their study
 SMALL = dict(n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=20, eval_samples=2, eval_samples_ends=2, iterations=2)
 
 
@@ -109,9 +140,14 @@ def study(name: str, out: str | Path = "figures", runs: str | Path = "runs/study
     folder, count = Path(runs) / name, seeds or SEEDS[name]
     work = {folder / t.name / f"seed_{seed}": settings(t, seed, rates, folder, small)
             for seed in range(count) for t in trials if seed < (t.seeds or count)}
-    _run_all(work, Path(runs), jobs, progress)
+    record = {"study": name, "rates": rates, "small": small}
+    for _ in _run_all(work, Path(runs), jobs, progress):
+        _write(table(folder, STUDIES[name]()), Path(out), FILES.get(name, name), record | _made_by(folder))
     result = table(folder, STUDIES[name]())
-    _write(result, Path(out), name, {"study": name, "rates": rates, "small": small})
+    _write(result, Path(out), FILES.get(name, name), record | _made_by(folder))
+    means(folder, STUDIES[name]()).to_csv(Path(out) / f"{FILES.get(name, name)}_mean.csv", index=False)
+    if name == "curves":
+        log_probabilities(folder).to_csv(Path(out) / "log_probabilities.csv", index=False)
     return result
 
 
@@ -128,6 +164,9 @@ def settings(trial: Trial, seed: int, rates: dict[str, float], folder: Path, sma
         fields["k_pairs"] = 2 * (fields.get("k_pairs") or Profile().k_pairs)
     if method.start:
         fields["start"] = str(folder / method.start / f"seed_{seed}" / "iteration_1" / "adapter")
+    if trial.after:
+        t = min(trial.after, SMALL["iterations"]) if small else trial.after
+        fields["start"] = str(folder.parent / "comparison" / trial.like / f"seed_{seed}" / f"iteration_{t}" / "adapter")
     if fields.get("probe_every"):
         fields["probe"] = str(folder / "irpo" / f"seed_{seed}" / "iteration_0" / "pairs")
     return methods.apply(profiles.get("cpu", **fields))
@@ -146,8 +185,8 @@ def tuned_rates(out: Path) -> dict[str, float]:
     return {method: float(rate) for method, rate in best.level.items()}
 
 
-def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool) -> None:
-    """All runs that are not finished, each as soon as what it starts from is there."""
+def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool):
+    """All runs that are not finished, each as soon as what it starts from is there; yields after each."""
     from tqdm.auto import tqdm
 
     waiting = [(path, p) for path, p in work.items() if not _is_finished(path, p)]
@@ -159,7 +198,8 @@ def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool) -
             ready = [item for item in waiting if _is_ready(*item)][: jobs - len(going)]
             if not ready and not going:
                 raise UserError(f"{waiting[0][0]} begins with {waiting[0][1].start or waiting[0][1].probe}, which is not there "
-                                "and not among the trials of this call. Run the study without --only.")
+                                "and not among the trials of this call. Run the study without --only, and `study comparison` "
+                                "before those that go on from it.")
             for path, p in ready:
                 waiting.remove((path, p))
                 share(path, p, runs)
@@ -168,6 +208,7 @@ def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool) -
                 bar.set_postfix_str(f"{going[done].parent.name} {going.pop(done).name}")
                 bar.update(1)
                 done.result()
+                yield
 
 
 def _run_one(path: Path, p: Profile, threads: int) -> None:
@@ -203,8 +244,9 @@ def _is_finished(path: Path, p: Profile) -> bool:
 def _is_ready(path: Path, p: Profile) -> bool:
     if p.probe and Path(p.probe) != path / "iteration_0" / "pairs" and not Path(p.probe).exists():
         return False
-    # What starts from another model trains on the pairs of M_0 all the same, so these have to be there to be shared.
-    return not p.start or (Path(p.start).exists() and (path.parents[1] / "irpo" / path.name / "iteration_0" / "pairs").exists())
+    # A method with a start of its own trains on the pairs of M_0 all the same, so these have to be there to be shared.
+    pairs = path.parents[1] / "irpo" / path.name / "iteration_0" / "pairs"
+    return not p.start or (Path(p.start).exists() and (pairs.exists() or not methods.get(p.method).start))
 
 
 def share(path: Path, p: Profile, runs: Path) -> None:
@@ -219,7 +261,8 @@ def share(path: Path, p: Profile, runs: Path) -> None:
             continue
         if other == path or q.start or methods.get(q.method).examples or methods.get(p.method).examples:
             continue
-        if methods.get(p.method).samples and q.temperature_of(0) == p.temperature_of(0) and _agree(p, q, SAMPLING):
+        from_m0 = not p.start or methods.get(p.method).start
+        if from_m0 and methods.get(p.method).samples and q.temperature_of(0) == p.temperature_of(0) and _agree(p, q, SAMPLING):
             for stage in ("samples", "graded"):
                 _link(other / "iteration_0" / stage, path / "iteration_0" / stage)
         ends = [settings.eval_samples_ends for settings in (p, q)]
@@ -243,7 +286,8 @@ def table(folder: Path, trials: list[Trial]):
     """All that the runs of a study have measured so far: the metrics table with `factor`, `level`, `tokens`, `seconds`.
 
     `tokens` were sampled and `seconds` spent up to that iteration to make M_t: sampling, grading, pairing, training, but
-    not its evaluation. The metric `stopped` (1) marks an iteration that could not be made.
+    not its evaluation; for a trial that goes on from another run, since then. The metric `stopped` (1) marks an iteration
+    that could not be made, `one_step_apart` the share of pairs whose two sides differ in one line of working.
     """
     import pandas
 
@@ -251,20 +295,94 @@ def table(folder: Path, trials: list[Trial]):
     for trial in trials:
         for path in sorted((folder / trial.name).glob("seed_*")):
             if (path / "metrics.csv").exists():
-                rows = pandas.read_csv(path / "metrics.csv")
-                if (path / "stopped.json").exists():
-                    t = json.loads((path / "stopped.json").read_text())["iteration"]
-                    stop = {"iteration": t, "metric": "stopped", "k": 0, "value": 1.0, "low": None, "high": None, "n": 1}
-                    rows.loc[len(rows)] = {**rows.iloc[-1], **stop}
+                rows = _with_more(pandas.read_csv(path / "metrics.csv"), path)
                 cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(trial.method).train is not None)
                 rows = rows.assign(factor=trial.factor, level=trial.level, tokens=rows.iteration.map(cost.tokens),
-                                   seconds=rows.iteration.map(cost.seconds))
+                                   seconds=rows.iteration.map(cost.seconds), iteration=rows.iteration + trial.after)
                 parts.append(rows)
     result = pandas.concat(parts, ignore_index=True)
     if folder.name == "comparison":
         zero = result[(result.method == "irpo") & (result.iteration == 0)].assign(method="zero_shot")
         result = pandas.concat([zero, result], ignore_index=True)
     return result
+
+
+def _with_more(rows, path: Path):
+    """The metrics of a run, with those that only a study looks at."""
+    more = []
+    if (path / "stopped.json").exists():
+        more.append({"iteration": json.loads((path / "stopped.json").read_text())["iteration"], "metric": "stopped", "value": 1.0, "n": 1})
+    for folder in sorted(path.glob("iteration_*/pairs")):
+        share, n = _one_step_apart(folder)
+        if n:
+            more.append({"iteration": int(folder.parent.name.rpartition("_")[2]), "metric": "one_step_apart", "value": share, "n": n})
+    for row in more:
+        rows.loc[len(rows)] = {**rows.iloc[0], "k": 0, "low": None, "high": None, **row}
+    return rows
+
+
+@functools.cache
+def _one_step_apart(folder: Path) -> tuple[float, int]:
+    """(share, number of pairs); no pairs where there are winners alone."""
+    from datasets import load_from_disk
+
+    pairs = load_from_disk(str(folder))
+    apart = [one_step_apart(*both) for both in zip(pairs["chosen"], pairs["rejected"]) if both[1]]
+    return (sum(apart) / len(apart), len(apart)) if apart else (0.0, 0)
+
+
+def one_step_apart(chosen: str, rejected: str) -> bool:
+    """Whether two solutions have the same number of lines and differ in one, the final answer not counted."""
+    a, b = (text.strip().splitlines()[:-1] for text in (chosen, rejected))
+    return len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
+
+
+def means(folder: Path, trials: list[Trial]):
+    """Accuracy of each trial and iteration over its seeds, and what it gains over the trial that it is set against.
+
+    Columns `method`, `factor`, `level`, `iteration`, `metric`, `value`, `low`, `high`, `n` (questions), `seeds`, and with
+    the same seeds, questions and iteration `against`, `difference`, `difference_low`, `difference_high`. Intervals
+    resample seeds and questions together (`evaluation.seed_and_question_interval`).
+    """
+    import pandas
+
+    from irpo_utils import evaluation
+
+    by_name, rows = {trial.name: trial for trial in trials}, []
+    for trial in trials:
+        for t in range(9):
+            for metric in ("greedy", "sampled"):
+                own = _accuracies(folder / trial.name, t, metric)
+                if not own:
+                    continue
+                value, low, high = evaluation.seed_and_question_interval(list(own.values()))
+                row = {"method": trial.method, "factor": trial.factor, "level": trial.level, "iteration": t + trial.after,
+                       "metric": metric, "value": value, "low": low, "high": high, "n": len(next(iter(own.values()))), "seeds": len(own)}
+                other = _accuracies(folder / trial.against, t, metric) if trial.against in by_name and trial.against != trial.name else {}
+                if shared := sorted(set(own) & set(other)):
+                    gain = [[a - b for a, b in zip(own[seed], other[seed], strict=True)] for seed in shared]
+                    difference = evaluation.seed_and_question_interval(gain)
+                    row |= dict(zip(("against", "difference", "difference_low", "difference_high"), (trial.against, *difference)))
+                rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+@functools.cache
+def _accuracies(folder: Path, t: int, metric: str) -> dict[str, list[float]]:
+    """Accuracy question by question of M_t, by seed."""
+    from irpo_utils import iteration
+
+    return {path.name: iteration.accuracy_per_question(path, t, metric) for path in sorted(folder.glob("seed_*"))
+            if (path / f"iteration_{t}" / "evaluation" / "checksums.json").exists()}
+
+
+def log_probabilities(folder: Path):
+    """Log-probabilities of the same pairs of M_0 during training: `method`, `seed`, `step`, sums and per token by side."""
+    import pandas
+
+    logs = [pandas.read_json(path, lines=True).assign(method=path.parts[-5], seed=int(path.parts[-4].rpartition("_")[2]))
+            for path in sorted(folder.glob("*/seed_*/iteration_1/adapter/probe_log.jsonl")) if path.stat().st_size]
+    return pandas.concat(logs, ignore_index=True)
 
 
 def _cost(timing, samples_in_training: bool):
@@ -276,11 +394,17 @@ def _cost(timing, samples_in_training: bool):
     return sums.reindex(range(int(timing.iteration.max()) + 1), fill_value=0).cumsum()
 
 
+def _made_by(folder: Path) -> dict:
+    """What made the runs of a study: they may be of several days and commits."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed_*/environment.json"))]
+    return {"runs": len(records), "commits": sorted({record["commit"] or "" for record in records}),
+            "processors": sorted({record["processor"] for record in records})}
+
+
 def _write(result, out: Path, name: str, record: dict) -> None:
     from irpo_utils import iteration
 
     out.mkdir(parents=True, exist_ok=True)
-    name = {"tuning": "tuning_of_methods"}.get(name, name)
     result.to_csv(out / f"{name}.csv", index=False)
     (out / f"{name}.json").write_text(json.dumps({**record, **iteration.environment()}, indent=1) + "\n")
 

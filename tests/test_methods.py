@@ -20,6 +20,11 @@ def test_verdicts():
     assert methods.by_majority(given, rng) == [False, True, True, False]
     assert methods.by_majority(rows(None, None), rng) == [False, False]
     assert methods.never(given, rng) == [False] * 4
+    scored = [row | {"logprob": logprob, "n_tokens": 4} for row, logprob in zip(given, (-1.0, -8.0, -2.0, -4.0))]
+    assert methods.by_own_likelihood(scored, rng) == [True, False, True, False]
+    many = [{"id": "a", "extracted": str(i), "correct": i == 5} for i in range(1000)] + rows(None)
+    lucky = methods.by_luck(many, rng)
+    assert lucky[5] and not lucky[-1] and 200 < sum(lucky) < 300 and lucky == methods.by_luck(many, rng)
     drawn = [tuple(methods.by_lot(given, rng)) for _ in range(200)]
     assert all(sum(row) == 1 for row in drawn) and len(set(drawn)) == 4          # as many winners, at any place
 
@@ -30,7 +35,8 @@ def graded():
     for question, answers in (("a", "5577"), ("b", "7775"), ("c", "7777")):
         for i, answer in enumerate(answers):
             made.append({"id": question, "sample": i, "prompt": f"{question}?", "completion": f"{question}{i} {answer}", "prompt_ids": [1],
-                         "completion_ids": [2, i], "answer": "5", "extracted": answer, "correct": answer == "5"})
+                         "completion_ids": [2, i], "answer": "5", "extracted": answer, "correct": answer == "5",
+                         "logprob": -1.0 - i, "n_tokens": 2})
     return Dataset.from_list(made)
 
 
@@ -44,9 +50,10 @@ def build(name, graded, **settings):
 
 def test_the_methods_train_on_what_they_say(graded):
     made = {name: [(row["chosen"], row["rejected"]) for row in build(name, graded)[0]]
-            for name in ("irpo", "shuffled", "self_consistency", "spin", "sft_gold")}
+            for name in ("irpo", "shuffled", "self_consistency", "self_rewarding", "spin", "sft_gold")}
     assert made["irpo"] == [("a0 5", "a2 7"), ("a1 5", "a3 7")] * 2 + [("b3 5", f"b{i} 7") for i in (0, 1, 2, 0)]
     assert ("b0 7", "b3 5") in made["self_consistency"] and not any(winner.startswith("c") for winner, _ in made["self_consistency"])
+    assert {winner[1] for winner, _ in made["self_rewarding"]} == {"0", "1"}                # the likelier half
     assert {winner for winner, _ in made["spin"]} == {"gold a", "gold b", "gold c"} and len(made["spin"]) == 12
     assert made["sft_gold"] == [(f"gold {i}", "") for i in "abc"]
     assert len(made["shuffled"]) == 8 and made["shuffled"] != made["irpo"]

@@ -32,11 +32,10 @@ def test_every_method_has_a_rate_and_every_trial_a_name_of_its_own():
     for make in study.STUDIES.values():
         names = [trial.name for trial in make()]
         assert len(set(names)) == len(names) and not any("/" in name or " " in name for name in names)
+        assert {trial.against for trial in make()} <= {"", *names}                    # what each is compared with is run, too
     base = profiles.get("cpu")
-    for trial in study.ablations():
-        assert trial.factor == "temperature" or hasattr(base, trial.factor)
-    default = [t for t in study.ablations() if t.settings[t.factor] == getattr(base, t.factor)]
-    assert {t.factor for t in default} == {t.factor for t in study.ablations()}       # each has the default among its levels
+    changed = [t for t in study.ablations() if t.factor != "base"]
+    assert all(t.settings[t.factor] != getattr(base, t.factor) for t in changed) and len(changed) + 1 == len(study.ablations())
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +52,11 @@ def test_the_table_is_tidy_and_says_what_each_number_cost(finished):
                                    "tokens", "seconds"]
     assert set(table.method) == {"zero_shot", "irpo", "star", "dpo_from_sft", "few_shot"}
     assert (pandas.read_csv(out / "comparison.csv").value.round(9) == table.value.round(9)).all()
+    means = pandas.read_csv(out / "comparison_mean.csv").set_index(["method", "iteration", "metric"])
+    assert means.value["star", 1, "greedy"] == pytest.approx(table[(table.method == "star") & (table.iteration == 1) &
+                                                                   (table.metric == "greedy")].value.iloc[0])
+    star, irpo = means.value["star", 2, "sampled"], means.value["irpo", 2, "sampled"]
+    assert means.difference["star", 2, "sampled"] == pytest.approx(star - irpo) and means.against["star", 2, "sampled"] == "irpo"
     record = json.loads((out / "comparison.json").read_text())
     assert record["rates"]["star"] == 3e-4 and record["versions"]["torch"] and record["small"] is True
     greedy = table[table.metric == "greedy"].set_index(["method", "iteration"])
@@ -73,6 +77,34 @@ def test_what_m0_wrote_is_shared_and_what_another_model_wrote_is_not(finished):
     weights = [(runs / name / "seed_0" / f"iteration_{t}/adapter/adapter_model.safetensors").read_bytes() for name, t in
                (("star", 1), ("dpo_from_sft", 0))]
     assert weights[0] == weights[1]
+
+
+def test_later_studies_go_on_from_the_comparison(finished):
+    out, _ = finished
+    table = study.study("long", out, out / "runs", seeds=1, only=["irpo"], small=True, progress=False)
+    assert set(table.iteration) == {4, 5, 6}
+    weights = [(out / "runs" / place / "adapter/adapter_model.safetensors").read_bytes() for place in
+               ("comparison/irpo/seed_0/iteration_2", "long/irpo/seed_0/iteration_0", "long/irpo/seed_0/iteration_1")]
+    assert weights[0] == weights[1] != weights[2]
+    samples = [(out / "runs" / study_name / "irpo/seed_0/iteration_0/samples/data-00000-of-00001.arrow").read_bytes()
+               for study_name in ("comparison", "long")]
+    assert samples[0] != samples[1]                         # not those of M_0
+    assert (out / "eight_iterations.csv").exists()
+
+
+def test_log_probabilities_of_the_same_pairs_for_every_method(finished):
+    out, _ = finished
+    study.study("curves", out, out / "runs", seeds=1, only=["irpo", "star"], small=True, progress=False)
+    table = pandas.read_csv(out / "log_probabilities.csv")
+    first = table[table.step == 0].set_index("method")
+    assert first.logps_chosen["irpo"] == pytest.approx(first.logps_chosen["star"], abs=1e-4)
+    assert set(table.method) == {"irpo", "star"} and table.step.max() > 0
+
+
+def test_pairs_that_are_one_step_apart():
+    a = "2+3=5\n5*2=10\nFinal answer: 10"
+    assert study.one_step_apart(a, "2+3=5\n5*2=12\nFinal answer: 12") and not study.one_step_apart(a, a)
+    assert not study.one_step_apart(a, "2+3=6\n6*2=12\nFinal answer: 12") and not study.one_step_apart(a, "2+3=5\nFinal answer: 5")
 
 
 def test_a_study_that_is_there_is_not_made_again(finished, monkeypatch):
