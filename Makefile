@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 REAL   := $(VENV)/.real_model
 
-.PHONY: run test gpu-test lab notebooks help bench
+.PHONY: run test gpu-test lab notebooks help bench study
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -36,6 +36,9 @@ lab: $(REAL)     ## JupyterLab in the notebooks folder
 
 notebooks: $(REAL)  ## remake and execute all notebooks from notebooks/source
 	$(BIN)/python scripts/make_notebooks.py
+
+study: $(READY)  ## all comparisons and ablations over seeds, hours; goes on where it stood (NAME=comparison for one of them)
+	$(BIN)/python -m irpo_utils study $(NAME) --jobs $$($(BIN)/python -c 'import os; print(os.cpu_count())')
 
 bench: $(READY)  ## our stages against generate and TRL, side by side, about 20 minutes on two idle cores
 	$(BIN)/python -m irpo_utils bench

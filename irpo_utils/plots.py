@@ -185,6 +185,31 @@ def dot_plot(comparison: pd.DataFrame) -> TextFigure:
     return figure
 
 
+def differences(means: pd.DataFrame, label: list[str]) -> TextFigure:
+    """Gains and losses against another trial on the same questions, a dot a row with its 95 % interval around zero.
+
+    `means`: rows with `difference`, `difference_low`, `difference_high` (fractions of 1), first row on top; `label` names
+    them. Intervals that hold zero are grey: the two sides cannot be told apart.
+    """
+    columns = ["difference", "difference_low", "difference_high"]
+    if means.empty or not set(columns) <= set(means) or len(label) != len(means):
+        raise UserError("differences needs rows with difference, difference_low and difference_high, and a name for each.")
+    figure, axes = _figure(7.4, 1.1 + 0.32 * len(means))
+    words, places = [], range(len(means) - 1, -1, -1)
+    for y, name, (value, low, high) in zip(places, label, 100 * means[columns].to_numpy()):
+        colour = GREY if low <= 0 <= high else BLUE if value > 0 else ORANGE
+        axes.plot([low, high], [y, y], color=colour, linewidth=2)
+        axes.plot(value, y, "o", color=colour, markersize=7)
+        axes.annotate(f"{value:+.1f}", (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0),
+                      textcoords="offset points", va="center", color=INK, fontsize=9)
+        words.append(f"{name} {value:+.1f} ({low:+.1f} to {high:+.1f})")
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(list(places), label)
+    axes.set(ylim=(-0.6, len(means) - 0.4), ylabel="Compared", xlabel="Difference (points), 95 % interval; grey: within noise")
+    figure.alt_text = f"Differences in points, with 95 % interval. {'; '.join(words)}."
+    return figure
+
+
 def accuracy_against_tokens(comparison: pd.DataFrame, metric: str = "greedy", x: str = "tokens") -> TextFigure:
     """Accuracy of every method against its cost: the column `tokens` (sampled) or `seconds`, totals since M_0.
 
@@ -215,8 +240,9 @@ def heat_map(stability: pd.DataFrame, metric: str = "greedy", fall: float = 0.03
     if rows.empty or not {"learning_rate", "alpha", "seed"} <= set(rows):
         raise UserError(f"heat_map needs the metric {metric} with the columns learning_rate, alpha and seed.")
     runs = rows.pivot_table(index=["alpha", "learning_rate", "seed"], columns="iteration", values="value")
-    falls = (runs.iloc[:, :-1].max(axis=1) - runs.iloc[:, -1]).groupby(level=[0, 1]).max()
-    grid = 100 * runs.iloc[:, -1].groupby(level=[0, 1]).mean().unstack()
+    # A run that could not go on has no last iteration: that is not stable either, and its last accuracy is what counts.
+    falls = (runs.iloc[:, :-1].max(axis=1) - runs.iloc[:, -1]).fillna(1.0).groupby(level=[0, 1]).max()
+    grid = 100 * runs.ffill(axis=1).iloc[:, -1].groupby(level=[0, 1]).mean().unstack()
     figure, axes = _figure(2.2 + 0.95 * grid.shape[1], 1.5 + 0.62 * grid.shape[0])
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, origin="lower", aspect="auto")
     words = []

@@ -53,6 +53,11 @@ def study() -> pd.DataFrame:
                          for (method, t), value in values.items() for seed in range(3)])
 
 
+def gains() -> pd.DataFrame:
+    return pd.DataFrame([(0.05, 0.02, 0.08), (-0.01, -0.04, 0.03), (-0.2, -0.25, -0.15)],
+                        columns=["difference", "difference_low", "difference_high"])
+
+
 def stability() -> pd.DataFrame:
     """Only a high rate without alpha falls, and only in one of two seeds."""
     return pd.DataFrame([
@@ -88,6 +93,7 @@ FIGURES = {
     "dot_plot": lambda: plots.dot_plot(study()),
     "accuracy_against_tokens": lambda: plots.accuracy_against_tokens(study()),
     "heat_map": lambda: plots.heat_map(stability()),
+    "differences": lambda: plots.differences(gains(), ["beta 0.5", "N 4", "SFT on chosen, twice the data"]),
     "next_tokens": lambda: plots.next_tokens(next_token_table()),
     "sweep": lambda: plots.sweep(sweep_table(), "temperature", "Sampling temperature"),
     "heat_map_of_all_shades": lambda: plots.heat_map(pd.DataFrame(
@@ -262,6 +268,22 @@ def test_accuracy_against_cost(x, scale, cost):
     assert f"irpo: 43.0 at {cost / scale:.3g}, 92.0 at {4 * cost / scale:.3g}" in figure.alt_text
     with pytest.raises(UserError, match="joules"):
         plots.accuracy_against_tokens(study(), x="joules")
+
+
+def test_differences_shows_which_can_be_told_from_zero():
+    figure = plots.differences(gains(), ["a", "b", "c"])
+    dots = {tuple(line.get_xydata()[0].round(6)): line.get_color() for line in figure.axes[0].lines if line.get_marker() == "o"}
+    assert dots == {(5.0, 2): plots.BLUE, (-1.0, 1): plots.GREY, (-20.0, 0): plots.ORANGE}
+    assert "a +5.0 (+2.0 to +8.0); b -1.0 (-4.0 to +3.0); c -20.0" in figure.alt_text
+    with pytest.raises(UserError, match="a name for each"):
+        plots.differences(gains(), ["a"])
+
+
+def test_heat_map_does_not_call_a_run_stable_that_could_not_go_on():
+    table = stability()
+    stopped = table[~((table.learning_rate == 3e-5) & (table.alpha == 1) & (table.iteration == 2))]
+    text = plots.heat_map(stopped).alt_text
+    assert "alpha 1, learning rate 3e-5: 60.0;" in text and "alpha 1, learning rate 1e-4: 90.0, stable" in text
 
 
 def test_heat_map_frames_what_no_seed_falls_in():
