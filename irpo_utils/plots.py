@@ -171,7 +171,7 @@ def dot_plot(comparison: pd.DataFrame) -> TextFigure:
     labels, words = [_row_name(group.iloc[0], comparison) for group in groups], []
     for y, (label, group) in enumerate(zip(labels, groups)):
         row = summarise(group).iloc[0]
-        colour = BLUE if str(row.get("method")).startswith("irpo") else GREY
+        colour = BLUE if str(row.get("method")).startswith(("irpo", "Iterative RPO")) else GREY
         axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=colour, linewidth=2, label=f"_interval {label}")
         axes.plot(100 * group["value"], [y - 0.22] * len(group), ".", color=colour, ms=4, label=f"_seeds {label}")
         axes.plot(100 * row["value"], y, "o", color=colour, markersize=7, label=label)

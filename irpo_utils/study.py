@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import multiprocessing
@@ -26,7 +25,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from irpo_utils import UserError, methods, profiles
+from irpo_utils import UserError, methods, profiles, report
 from irpo_utils.profiles import Profile
 
 # What the completions of M_0, and its evaluation, depend on.
@@ -118,7 +117,6 @@ def curves() -> list[Trial]:
 STUDIES = {"tuning": tuning, "comparison": comparison, "curves": curves, "stability": stability, "regimes": regimes, "long": long,
            "ablations": ablations}
 SEEDS = {"tuning": 1, "comparison": 5, "curves": 1, "stability": 3, "regimes": 3, "long": 3, "ablations": 3}
-FILES = {"tuning": "tuning_of_methods", "long": "eight_iterations"}      # the others are called like their study
 SMALL = dict(n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=20, eval_samples=2, eval_samples_ends=2, iterations=2)
 
 
@@ -142,13 +140,8 @@ def study(name: str, out: str | Path = "figures", runs: str | Path = "runs/study
             for seed in range(count) for t in trials if seed < (t.seeds or count)}
     record = {"study": name, "rates": rates, "small": small}
     for _ in _run_all(work, Path(runs), jobs, progress):
-        _write(table(folder, STUDIES[name]()), Path(out), FILES.get(name, name), record | _made_by(folder))
-    result = table(folder, STUDIES[name]())
-    _write(result, Path(out), FILES.get(name, name), record | _made_by(folder))
-    means(folder, STUDIES[name]()).to_csv(Path(out) / f"{FILES.get(name, name)}_mean.csv", index=False)
-    if name == "curves":
-        log_probabilities(folder).to_csv(Path(out) / "log_probabilities.csv", index=False)
-    return result
+        report.write_table(name, STUDIES[name](), folder, Path(out), record)
+    return report.write(name, STUDIES[name](), folder, Path(out), record)
 
 
 def settings(trial: Trial, seed: int, rates: dict[str, float], folder: Path, small: bool = False) -> Profile:
@@ -280,133 +273,6 @@ def _link(source: Path, target: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial, copy_function=os.link)
         os.replace(partial, target)
-
-
-def table(folder: Path, trials: list[Trial]):
-    """All that the runs of a study have measured so far: the metrics table with `factor`, `level`, `tokens`, `seconds`.
-
-    `tokens` were sampled and `seconds` spent up to that iteration to make M_t: sampling, grading, pairing, training, but
-    not its evaluation; for a trial that goes on from another run, since then. The metric `stopped` (1) marks an iteration
-    that could not be made, `one_step_apart` the share of pairs whose two sides differ in one line of working.
-    """
-    import pandas
-
-    parts = []
-    for trial in trials:
-        for path in sorted((folder / trial.name).glob("seed_*")):
-            if (path / "metrics.csv").exists():
-                rows = _with_more(pandas.read_csv(path / "metrics.csv"), path)
-                cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(trial.method).train is not None)
-                rows = rows.assign(factor=trial.factor, level=trial.level, tokens=rows.iteration.map(cost.tokens),
-                                   seconds=rows.iteration.map(cost.seconds), iteration=rows.iteration + trial.after)
-                parts.append(rows)
-    result = pandas.concat(parts, ignore_index=True)
-    if folder.name == "comparison":
-        zero = result[(result.method == "irpo") & (result.iteration == 0)].assign(method="zero_shot")
-        result = pandas.concat([zero, result], ignore_index=True)
-    return result
-
-
-def _with_more(rows, path: Path):
-    """The metrics of a run, with those that only a study looks at."""
-    more = []
-    if (path / "stopped.json").exists():
-        more.append({"iteration": json.loads((path / "stopped.json").read_text())["iteration"], "metric": "stopped", "value": 1.0, "n": 1})
-    for folder in sorted(path.glob("iteration_*/pairs")):
-        share, n = _one_step_apart(folder)
-        if n:
-            more.append({"iteration": int(folder.parent.name.rpartition("_")[2]), "metric": "one_step_apart", "value": share, "n": n})
-    for row in more:
-        rows.loc[len(rows)] = {**rows.iloc[0], "k": 0, "low": None, "high": None, **row}
-    return rows
-
-
-@functools.cache
-def _one_step_apart(folder: Path) -> tuple[float, int]:
-    """(share, number of pairs); no pairs where there are winners alone."""
-    from datasets import load_from_disk
-
-    pairs = load_from_disk(str(folder))
-    apart = [one_step_apart(*both) for both in zip(pairs["chosen"], pairs["rejected"]) if both[1]]
-    return (sum(apart) / len(apart), len(apart)) if apart else (0.0, 0)
-
-
-def one_step_apart(chosen: str, rejected: str) -> bool:
-    """Whether two solutions have the same number of lines and differ in one, the final answer not counted."""
-    a, b = (text.strip().splitlines()[:-1] for text in (chosen, rejected))
-    return len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
-
-
-def means(folder: Path, trials: list[Trial]):
-    """Accuracy of each trial and iteration over its seeds, and what it gains over the trial that it is set against.
-
-    Columns `method`, `factor`, `level`, `iteration`, `metric`, `value`, `low`, `high`, `n` (questions), `seeds`, and with
-    the same seeds, questions and iteration `against`, `difference`, `difference_low`, `difference_high`. Intervals
-    resample seeds and questions together (`evaluation.seed_and_question_interval`).
-    """
-    import pandas
-
-    from irpo_utils import evaluation
-
-    by_name, rows = {trial.name: trial for trial in trials}, []
-    for trial in trials:
-        for t in range(9):
-            for metric in ("greedy", "sampled"):
-                own = _accuracies(folder / trial.name, t, metric)
-                if not own:
-                    continue
-                value, low, high = evaluation.seed_and_question_interval(list(own.values()))
-                row = {"method": trial.method, "factor": trial.factor, "level": trial.level, "iteration": t + trial.after,
-                       "metric": metric, "value": value, "low": low, "high": high, "n": len(next(iter(own.values()))), "seeds": len(own)}
-                other = _accuracies(folder / trial.against, t, metric) if trial.against in by_name and trial.against != trial.name else {}
-                if shared := sorted(set(own) & set(other)):
-                    gain = [[a - b for a, b in zip(own[seed], other[seed], strict=True)] for seed in shared]
-                    difference = evaluation.seed_and_question_interval(gain)
-                    row |= dict(zip(("against", "difference", "difference_low", "difference_high"), (trial.against, *difference)))
-                rows.append(row)
-    return pandas.DataFrame(rows)
-
-
-@functools.cache
-def _accuracies(folder: Path, t: int, metric: str) -> dict[str, list[float]]:
-    """Accuracy question by question of M_t, by seed."""
-    from irpo_utils import iteration
-
-    return {path.name: iteration.accuracy_per_question(path, t, metric) for path in sorted(folder.glob("seed_*"))
-            if (path / f"iteration_{t}" / "evaluation" / "checksums.json").exists()}
-
-
-def log_probabilities(folder: Path):
-    """Log-probabilities of the same pairs of M_0 during training: `method`, `seed`, `step`, sums and per token by side."""
-    import pandas
-
-    logs = [pandas.read_json(path, lines=True).assign(method=path.parts[-5], seed=int(path.parts[-4].rpartition("_")[2]))
-            for path in sorted(folder.glob("*/seed_*/iteration_1/adapter/probe_log.jsonl")) if path.stat().st_size]
-    return pandas.concat(logs, ignore_index=True)
-
-
-def _cost(timing, samples_in_training: bool):
-    """Tokens sampled and seconds spent before M_t was there, by t."""
-    made = timing[timing.stage != "evaluation"].copy()
-    made["iteration"] += made.stage != "adapter"              # what M_t writes goes into M_{t+1}
-    made["tokens"] = made.tokens.where(made.stage == ("adapter" if samples_in_training else "samples"), 0)
-    sums = made.groupby("iteration")[["tokens", "seconds"]].sum()
-    return sums.reindex(range(int(timing.iteration.max()) + 1), fill_value=0).cumsum()
-
-
-def _made_by(folder: Path) -> dict:
-    """What made the runs of a study: they may be of several days and commits."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed_*/environment.json"))]
-    return {"runs": len(records), "commits": sorted({record["commit"] or "" for record in records}),
-            "processors": sorted({record["processor"] for record in records})}
-
-
-def _write(result, out: Path, name: str, record: dict) -> None:
-    from irpo_utils import iteration
-
-    out.mkdir(parents=True, exist_ok=True)
-    result.to_csv(out / f"{name}.csv", index=False)
-    (out / f"{name}.json").write_text(json.dumps({**record, **iteration.environment()}, indent=1) + "\n")
 
 
 def _show(level) -> str:

@@ -6,7 +6,7 @@ import pandas
 import pytest
 from datasets import load_from_disk
 
-from irpo_utils import UserError, methods, profiles, study
+from irpo_utils import UserError, methods, profiles, report, study
 
 ROWS = [("irpo", 2e-5, 0.5), ("irpo", 1e-4, 0.8), ("irpo", 3e-4, 0.8), ("iterative_dpo", 2e-5, 0.4), ("star", 3e-4, 0.6)]
 
@@ -103,8 +103,8 @@ def test_log_probabilities_of_the_same_pairs_for_every_method(finished):
 
 def test_pairs_that_are_one_step_apart():
     a = "2+3=5\n5*2=10\nFinal answer: 10"
-    assert study.one_step_apart(a, "2+3=5\n5*2=12\nFinal answer: 12") and not study.one_step_apart(a, a)
-    assert not study.one_step_apart(a, "2+3=6\n6*2=12\nFinal answer: 12") and not study.one_step_apart(a, "2+3=5\nFinal answer: 5")
+    assert report.one_step_apart(a, "2+3=5\n5*2=12\nFinal answer: 12") and not report.one_step_apart(a, a)
+    assert not report.one_step_apart(a, "2+3=6\n6*2=12\nFinal answer: 12") and not report.one_step_apart(a, "2+3=5\nFinal answer: 5")
 
 
 def test_a_study_that_is_there_is_not_made_again(finished, monkeypatch):

@@ -1,0 +1,187 @@
+"""What a study measured: one tidy table, means with paired differences, and figures."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pandas
+from datasets import load_from_disk
+
+from irpo_utils import evaluation, iteration, methods, plots
+
+FILES = {"tuning": "tuning_of_methods", "long": "eight_iterations"}      # the others are called like their study
+
+
+def write(name: str, trials: list, folder: Path, out: Path, record: dict):
+    """Write the tables and draw the figures of a study from the runs in `folder`; returns its table."""
+    result, average = write_table(name, trials, folder, out, record), means(folder, trials)
+    average.to_csv(out / f"{FILES.get(name, name)}_mean.csv", index=False)
+    if name in FIGURES:
+        for title, (figure, data) in FIGURES[name](result, average, folder).items():
+            plots.save(figure, out, title, data, _record(folder, record))
+    return result
+
+
+def write_table(name: str, trials: list, folder: Path, out: Path, record: dict):
+    """The table of what has been measured so far, with what made it beside it."""
+    result, file = table(folder, trials), FILES.get(name, name)
+    out.mkdir(parents=True, exist_ok=True)
+    result.to_csv(out / f"{file}.csv", index=False)
+    (out / f"{file}.json").write_text(json.dumps(_record(folder, record), indent=1) + "\n")
+    return result
+
+
+def _record(folder: Path, record: dict) -> dict:
+    """What made the runs of a study: they may be of several days and commits."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed_*/environment.json"))]
+    return {**record, "runs": len(records), "commits": sorted({each["commit"] or "" for each in records}),
+            "processors": sorted({each["processor"] for each in records}), **iteration.environment()}
+
+
+def table(folder: Path, trials: list):
+    """All that the runs of a study have measured so far: the metrics table with `factor`, `level`, `tokens`, `seconds`.
+
+    `tokens` were sampled and `seconds` spent up to that iteration to make M_t: sampling, grading, pairing, training, but
+    not its evaluation; for a trial that goes on from another run, since then. The metric `stopped` (1) marks an iteration
+    that could not be made, `one_step_apart` the share of pairs whose two sides differ in one line of working.
+    """
+    parts = []
+    for trial in trials:
+        for path in sorted((folder / trial.name).glob("seed_*")):
+            if (path / "metrics.csv").exists():
+                rows = _with_more(pandas.read_csv(path / "metrics.csv"), path)
+                cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(trial.method).train is not None)
+                rows = rows.assign(factor=trial.factor, level=trial.level, tokens=rows.iteration.map(cost.tokens),
+                                   seconds=rows.iteration.map(cost.seconds), iteration=rows.iteration + trial.after)
+                parts.append(rows)
+    result = pandas.concat(parts, ignore_index=True)
+    if folder.name == "comparison":
+        zero = result[(result.method == "irpo") & (result.iteration == 0)].assign(method="zero_shot")
+        result = pandas.concat([zero, result], ignore_index=True)
+    return result
+
+
+def _with_more(rows, path: Path):
+    """The metrics of a run, with those that only a study looks at."""
+    more = []
+    if (path / "stopped.json").exists():
+        more.append({"iteration": json.loads((path / "stopped.json").read_text())["iteration"], "metric": "stopped", "value": 1.0, "n": 1})
+    for folder in sorted(path.glob("iteration_*/pairs")):
+        share, n = _one_step_apart(folder)
+        if n:
+            more.append({"iteration": int(folder.parent.name.rpartition("_")[2]), "metric": "one_step_apart", "value": share, "n": n})
+    for row in more:
+        rows.loc[len(rows)] = {**rows.iloc[0], "k": 0, "low": None, "high": None, **row}
+    return rows
+
+
+@functools.cache
+def _one_step_apart(folder: Path) -> tuple[float, int]:
+    """(share, number of pairs); no pairs where there are winners alone."""
+    pairs = load_from_disk(str(folder))
+    apart = [one_step_apart(*both) for both in zip(pairs["chosen"], pairs["rejected"]) if both[1]]
+    return (sum(apart) / len(apart), len(apart)) if apart else (0.0, 0)
+
+
+def one_step_apart(chosen: str, rejected: str) -> bool:
+    """Whether two solutions have the same number of lines and differ in one, the final answer not counted."""
+    a, b = (text.strip().splitlines()[:-1] for text in (chosen, rejected))
+    return len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
+
+
+def means(folder: Path, trials: list):
+    """Accuracy of each trial and iteration over its seeds, and what it gains over the trial that it is set against.
+
+    Columns `method`, `factor`, `level`, `iteration`, `metric`, `value`, `low`, `high`, `n` (questions), `seeds`, and with
+    the same seeds, questions and iteration `against`, `difference`, `difference_low`, `difference_high`. Intervals
+    resample seeds and questions together (`evaluation.seed_and_question_interval`).
+    """
+    by_name, rows = {trial.name: trial for trial in trials}, []
+    for trial in trials:
+        for t in range(9):
+            for metric in ("greedy", "sampled"):
+                own = _accuracies(folder / trial.name, t, metric)
+                if not own:
+                    continue
+                value, low, high = evaluation.seed_and_question_interval(list(own.values()))
+                row = {"method": trial.method, "factor": trial.factor, "level": trial.level, "iteration": t + trial.after,
+                       "metric": metric, "value": value, "low": low, "high": high, "n": len(next(iter(own.values()))), "seeds": len(own)}
+                other = _accuracies(folder / trial.against, t, metric) if trial.against in by_name and trial.against != trial.name else {}
+                if shared := sorted(set(own) & set(other)):
+                    gain = [[a - b for a, b in zip(own[seed], other[seed], strict=True)] for seed in shared]
+                    difference = evaluation.seed_and_question_interval(gain)
+                    row |= dict(zip(("against", "difference", "difference_low", "difference_high"), (trial.against, *difference)))
+                rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+@functools.cache
+def _accuracies(folder: Path, t: int, metric: str) -> dict[str, list[float]]:
+    """Accuracy question by question of M_t, by seed."""
+    return {path.name: iteration.accuracy_per_question(path, t, metric) for path in sorted(folder.glob("seed_*"))
+            if (path / f"iteration_{t}" / "evaluation" / "checksums.json").exists()}
+
+
+def log_probabilities(folder: Path):
+    """Log-probabilities of the same pairs of M_0 during training: `method`, `seed`, `step`, sums and per token by side."""
+    logs = [pandas.read_json(path, lines=True).assign(method=path.parts[-5], seed=int(path.parts[-4].rpartition("_")[2]))
+            for path in sorted(folder.glob("*/seed_*/iteration_1/adapter/probe_log.jsonl")) if path.stat().st_size]
+    return pandas.concat(logs, ignore_index=True)
+
+
+def _cost(timing, samples_in_training: bool):
+    """Tokens sampled and seconds spent before M_t was there, by t."""
+    made = timing[timing.stage != "evaluation"].copy()
+    made["iteration"] += made.stage != "adapter"              # what M_t writes goes into M_{t+1}
+    made["tokens"] = made.tokens.where(made.stage == ("adapter" if samples_in_training else "samples"), 0)
+    sums = made.groupby("iteration")[["tokens", "seconds"]].sum()
+    return sums.reindex(range(int(timing.iteration.max()) + 1), fill_value=0).cumsum()
+
+
+def _draw_comparison(result, average, folder: Path) -> dict:
+    last = result[result.method == "irpo"].iteration.max()
+    shown = result[((result.metric == "greedy") & result.iteration.isin((0, 1, last)) & ((result.iteration > 0) | result.method.isin(
+        ("zero_shot", "few_shot")))) | ((result.metric == "majority") & (result.k == 32) & (result.method == "irpo"))]
+    shown, costs = _titled(shown), _titled(result[(result.metric == "greedy") & (result.iteration > 0)])
+    spread = result[(result.method == "irpo") & result.metric.isin(("pass_at_k", "distinct_answers"))]
+    return {"comparison_dots": (plots.dot_plot(shown), shown),
+            "comparison_tokens": (plots.accuracy_against_tokens(costs), costs),
+            "comparison_seconds": (plots.accuracy_against_tokens(costs, x="seconds"), costs),
+            "comparison_diversity": (plots.diversity(spread), spread)}
+
+
+def _titled(rows):
+    """The methods by their titles, as figures show them."""
+    return rows.assign(method=[methods.METHODS[name].title if name in methods.METHODS else "M0, zero-shot" for name in rows.method])
+
+
+def _draw_stability(result, average, folder: Path) -> dict:
+    pairs = result[result.factor.str.startswith("alpha=") & (result.metric == "greedy")]
+    pairs = pairs.assign(alpha=pairs.factor.str[6:].astype(float), learning_rate=pairs.level.astype(float))
+    return {"stability_map": (plots.heat_map(pairs), pairs)}
+
+
+def _draw_curves(result, average, folder: Path) -> dict:
+    logs = log_probabilities(folder)
+    titles = {name: methods.get(name).title for name in logs.method.unique()}
+    return {"log_probabilities": (plots.training_curves({titles[name]: log for name, log in logs.groupby("method", sort=False)}), logs)}
+
+
+def _draw_differences(name: str, result, average, folder: Path) -> dict:
+    greedy = average[(average.metric == "greedy") & average.difference.notna()] if "difference" in average else average[:0]
+    shown = greedy[greedy.iteration == greedy.groupby(["factor", "level"]).iteration.transform("max")]
+    if shown.empty:
+        return {}
+    labels = [" ".join(word for word in (row.factor.replace("_", " "), row.level) if word) for row in shown.itertuples()]
+    return {f"{name}_differences": (plots.differences(shown, labels), shown)}
+
+
+def _draw_long(result, average, folder: Path) -> dict:
+    lines = average[average.metric == "greedy"].assign(metric=average.method.map(lambda name: methods.get(name).title))
+    return {"eight_iterations_greedy": (plots.sweep(lines, "iteration", "Iteration", "Right answers, greedy (%)"), lines)}
+
+
+FIGURES = {"comparison": _draw_comparison, "curves": _draw_curves, "stability": _draw_stability, "long": _draw_long,
+           "regimes": functools.partial(_draw_differences, "regimes"), "ablations": functools.partial(_draw_differences, "ablations")}
