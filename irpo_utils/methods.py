@@ -116,7 +116,7 @@ METHODS: dict[str, Method] = {
     "star": Method("SFT on chosen (STaR)", f"{PAPER}; Zelikman et al. 2022, arXiv 2203.14465", WINNERS),
     "star_2x": Method("SFT on chosen, twice the data", PAPER, {**WINNERS, **ONCE}, twice=True),
     "sft_gold": Method("SFT on gold solutions", PAPER, {**WINNERS, **ONCE}, build=gold_alone, samples=False),
-    "shuffled": Method("Iterative RPO, verdicts by lot", "control", verdict=by_lot),
+    "shuffled": Method("Verdicts by lot", "control", verdict=by_lot),
     "few_shot": Method("M0 with four examples", "Wei et al. 2022, arXiv 2201.11903", {"iterations": 0}, examples=4),
     "self_consistency": Method("Majority as reward", "Prasad et al. 2024, arXiv 2411.04109", verdict=by_majority),
     "self_rewarding": Method("Own likelihood as reward", "after Yuan et al. 2024, arXiv 2401.10020", verdict=by_own_likelihood),

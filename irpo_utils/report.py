@@ -18,6 +18,8 @@ def write(name: str, trials: list, folder: Path, out: Path, record: dict):
     """Write the tables and draw the figures of a study from the runs in `folder`; returns its table."""
     result, average = write_table(name, trials, folder, out, record), means(folder, trials)
     average.to_csv(out / f"{FILES.get(name, name)}_mean.csv", index=False)
+    if name == "curves":
+        log_probabilities(folder).to_csv(out / "log_probabilities.csv", index=False)
     if name in FIGURES:
         for title, (figure, data) in FIGURES[name](result, average, folder).items():
             plots.save(figure, out, title, data, _record(folder, record))
@@ -144,7 +146,8 @@ def _draw_comparison(result, average, folder: Path) -> dict:
     last = result[result.method == "irpo"].iteration.max()
     shown = result[((result.metric == "greedy") & result.iteration.isin((0, 1, last)) & ((result.iteration > 0) | result.method.isin(
         ("zero_shot", "few_shot")))) | ((result.metric == "majority") & (result.k == 32) & (result.method == "irpo"))]
-    shown, costs = _titled(shown), _titled(result[(result.metric == "greedy") & (result.iteration > 0)])
+    rivals = result.method.isin(("irpo", "iterative_dpo", "star", "self_consistency", "self_rewarding", "spin", "grpo", "shuffled"))
+    shown, costs = _titled(shown), _titled(result[rivals & (result.metric == "greedy") & (result.iteration > 0)])
     spread = result[(result.method == "irpo") & result.metric.isin(("pass_at_k", "distinct_answers"))]
     return {"comparison_dots": (plots.dot_plot(shown), shown),
             "comparison_tokens": (plots.accuracy_against_tokens(costs), costs),
@@ -165,8 +168,14 @@ def _draw_stability(result, average, folder: Path) -> dict:
 
 def _draw_curves(result, average, folder: Path) -> dict:
     logs = log_probabilities(folder)
-    titles = {name: methods.get(name).title for name in logs.method.unique()}
-    return {"log_probabilities": (plots.training_curves({titles[name]: log for name, log in logs.groupby("method", sort=False)}), logs)}
+    drawn = {}
+    for title, names in (("log_probabilities_from_m0", ("irpo", "iterative_dpo", "star")),
+                         ("log_probabilities_others", ("irpo_from_sft", "dpo_from_sft", "sft_gold"))):
+        rows = logs[logs.method.isin(names)]
+        if len(rows):
+            panels = {methods.get(name).title: rows[rows.method == name] for name in names if name in set(rows.method)}
+            drawn[title] = (plots.training_curves(panels), rows)
+    return drawn
 
 
 def _draw_differences(name: str, result, average, folder: Path) -> dict:
