@@ -246,7 +246,7 @@ def heat_map(stability: pd.DataFrame, metric: str = "greedy", fall: float = 0.03
     figure, axes = _figure(2.2 + 0.95 * grid.shape[1], 1.5 + 0.62 * grid.shape[0])
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, origin="lower", aspect="auto")
     words = []
-    for (alpha, rate), value in grid.stack().items():
+    for (alpha, rate), value in grid.stack().dropna().items():
         x, y, stable = grid.columns.get_loc(rate), grid.index.get_loc(alpha), not falls[alpha, rate] > fall
         axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=INK if value > 47 else PAPER)
         if stable:

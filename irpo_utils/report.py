@@ -18,6 +18,8 @@ def write(name: str, trials: list, folder: Path, out: Path, record: dict):
     """Write the tables and draw the figures of a study from the runs in `folder`; returns its table."""
     result, average = write_table(name, trials, folder, out, record), means(folder, trials)
     average.to_csv(out / f"{FILES.get(name, name)}_mean.csv", index=False)
+    if name == "comparison":
+        paired(folder, trials).to_csv(out / "comparison_paired.csv", index=False)
     if name == "curves":
         log_probabilities(folder).to_csv(out / "log_probabilities.csv", index=False)
     if name in FIGURES:
@@ -117,6 +119,25 @@ def means(folder: Path, trials: list):
                     row |= dict(zip(("against", "difference", "difference_low", "difference_high"), (trial.against, *difference)))
                 rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def paired(folder: Path, trials: list):
+    """All methods against each other at the same iteration, and each against the iteration before and against M_0.
+
+    Columns `method`, `iteration`, `against`, `against_iteration`, `difference` (what the first gains over the second, greedy),
+    `low`, `high`, `n`, `seeds`; on the same questions and seeds, intervals as in `means`.
+    """
+    cells = {(trial.method, t): accuracies for trial in trials for t in range(9)
+             if (accuracies := _accuracies(folder / trial.name, t, "greedy"))}
+    rows = []
+    for (a, t), own in cells.items():
+        for (b, u), other in cells.items():
+            seeds = sorted(set(own) & set(other))
+            if seeds and ((t == u > 0 and a != b) or (a == b and t > 0 and u in (0, t - 1))):
+                gain = [[x - y for x, y in zip(own[seed], other[seed], strict=True)] for seed in seeds]
+                rows.append((a, t, b, u, *evaluation.seed_and_question_interval(gain), len(gain[0]), len(seeds)))
+    names = ["method", "iteration", "against", "against_iteration", "difference", "low", "high", "n", "seeds"]
+    return pandas.DataFrame(rows, columns=names)
 
 
 @functools.cache

@@ -286,6 +286,12 @@ def test_heat_map_does_not_call_a_run_stable_that_could_not_go_on():
     assert "alpha 1, learning rate 3e-5: 60.0;" in text and "alpha 1, learning rate 1e-4: 90.0, stable" in text
 
 
+def test_heat_map_leaves_out_what_was_not_run():
+    table = stability()
+    text = plots.heat_map(table[~((table.learning_rate == 3e-5) & (table.alpha == 1))]).alt_text
+    assert "alpha 1, learning rate 3e-5" not in text and "alpha 1, learning rate 1e-4: 90.0, stable" in text
+
+
 def test_heat_map_frames_what_no_seed_falls_in():
     figure = plots.heat_map(stability())
     axes = figure.axes[0]

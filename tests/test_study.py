@@ -56,6 +56,10 @@ def test_the_table_is_tidy_and_says_what_each_number_cost(finished):
     assert means.value["star", 1, "greedy"] == pytest.approx(table[(table.method == "star") & (table.iteration == 1) &
                                                                    (table.metric == "greedy")].value.iloc[0])
     star, irpo = means.value["star", 2, "sampled"], means.value["irpo", 2, "sampled"]
+    pair = pandas.read_csv(out / "comparison_paired.csv").set_index(["method", "iteration", "against", "against_iteration"])
+    value = means.value[:, :, "greedy"]
+    for a, t, b, u in (("irpo", 2, "irpo", 1), ("irpo", 1, "irpo", 0), ("star", 1, "dpo_from_sft", 1)):
+        assert pair.difference[a, t, b, u] == pytest.approx(value[a, t] - value[b, u])
     assert means.difference["star", 2, "sampled"] == pytest.approx(star - irpo) and means.against["star", 2, "sampled"] == "irpo"
     record = json.loads((out / "comparison.json").read_text())
     assert record["rates"]["star"] == 3e-4 and record["versions"]["torch"] and record["small"] is True

@@ -511,9 +511,9 @@ assert len(against_irpo(1))
 # %% [markdown]
 # ### The paper's claims, one by one
 #
-# The paper's table makes claims by its order. Each of them can be put to our numbers. Where the file has a paired difference
-# (a method against Iterative RPO at the same iteration) we take it; for other pairs the two intervals are added in quadrature,
-# which is too wide, and so errs towards "cannot tell".
+# The paper's table makes claims by its order. Each of them can be put to our numbers. `comparison_paired.csv` has the paired
+# differences of all methods at the same iteration, and of each iteration with the one before and with M_0; for other pairs
+# the two intervals are added in quadrature, which is too wide, and so errs towards "cannot tell".
 
 # %%
 PAPER = {("zero_shot", 0): 55.6, ("sft_gold", 1): 63.5, ("star", 1): 65.2, ("star_2x", 1): 66.9,
@@ -536,13 +536,14 @@ assert len(beside) >= 3
 beside.rename(index=TITLE, columns={"value": "here"}).sort_values("paper")
 
 # %%
+pairings = read("comparison_paired").set_index(["method", "iteration", "against", "against_iteration"])
+
 def gain(one, other):
     """(difference, low, high) of two cells of the table, paired where the file has it."""
+    key = (*one, *(("irpo", 0) if other == ("zero_shot", 0) else other))
+    if key in pairings.index:
+        return tuple(pairings.loc[key, ["difference", "low", "high"]])
     x, y = numbers.loc[one], numbers.loc[other]
-    if other == ("irpo", one[1]) and pd.notna(x.difference):
-        return x.difference, x.difference_low, x.difference_high
-    if one == ("irpo", other[1]) and pd.notna(y.difference):
-        return -y.difference, -y.difference_high, -y.difference_low
     down, up = np.hypot(x.value - x.low, y.high - y.value), np.hypot(x.high - x.value, y.value - y.low)
     return x.value - y.value, x.value - y.value - down, x.value - y.value + up
 
