@@ -315,9 +315,31 @@ assert judged.loc["irpo", "of them right (%)"] == 100
 judged.round(1)
 
 # %% [markdown]
-# Iterative RPO has fewer winners and questions than most of the others, and all of its winners are right. The likelihood is a
-# poor judge of a model that likes to blurt: what it finds likely is what it does already. By lot, the share of right winners
-# is above the overall share for one reason only: questions with many right answers get many winners.
+# Iterative RPO has fewer winners and questions than most of the others, and all of its winners are right. By lot, the share of
+# right winners is above the overall share for one reason only: questions with many right answers get many winners.
+#
+# ### Can a model judge itself?
+#
+# [Self-rewarding models](https://arxiv.org/abs/2401.10020) ask the model in words to rate its own answers. Whether ours could, was
+# measured: among the completions of one question, how often does a right one get the better mark than a wrong one? A coin has
+# 0.5. **Predict** it for the model's likelihood, and for asking it ("Is the final answer of this solution right?").
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+judges = read("judges")
+marks = judges.pivot_table(index="judge", columns="model", values=["value", "low", "high"], sort=False)
+able = judges[judges.low > 0.5]
+for model_name, rows in judges.groupby("model", sort=False):
+    can = able[able.model == model_name].judge.tolist()
+    print(f"{model_name} ({rows.n.max()} questions with both kinds): tells right from wrong by {', '.join(can) or 'none of them'}")
+assert judges.value.between(0, 1).all()
+marks.swaplevel(axis=1).sort_index(axis=1).round(2)
+
+# %% [markdown]
+# Asked in words, neither model can judge, so a self-rewarding loop in the proper sense would learn noise here; that row is
+# missing from our comparison for this reason. The likelihood per token is another matter: our small M_0 writes careful working
+# with more confidence in each token than a blurted number. That is a property of this M_0, and the real model does not have it.
+# The method "own likelihood" below lives on it.
 #
 # A vote gets better with more voters. How much?
 
