@@ -1,6 +1,11 @@
 """A study over methods and seeds: what is shared, what is kept, what ends up in the table."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pandas
 import pytest
@@ -117,6 +122,22 @@ def test_a_study_that_is_there_is_not_made_again(finished, monkeypatch):
     again = study.study("comparison", out, out / "runs", seeds=1, only=["irpo", "star", "dpo_from_sft", "few_shot"], small=True,
                         progress=False)
     assert again.equals(table)
+
+
+def test_a_study_that_was_killed_goes_on_where_it_stood(tmp_path):
+    out = tuned(tmp_path)
+    command = [sys.executable, "-m", "irpo_utils", "study", "comparison", "--only", "irpo", "--seeds", "1", "--small", "--out", str(out),
+               "--runs", str(out / "runs")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    first = out / "runs" / "comparison" / "irpo" / "seed_0" / "iteration_0" / "samples" / "checksums.json"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = first.stat().st_mtime_ns
+    table = study.study("comparison", out, out / "runs", seeds=1, only=["irpo"], small=True, progress=False)
+    assert first.stat().st_mtime_ns == before and set(table[table.method == "irpo"].iteration) == {0, 1, 2}
 
 
 def test_a_run_that_cannot_go_on_is_a_result(tmp_path):
