@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 REAL   := $(VENV)/.real_model
 
-.PHONY: run test gpu-test lab notebooks help bench study
+.PHONY: run test gpu-test test-matrix lab notebooks help bench study
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -30,6 +30,10 @@ test: $(REAL)    ## all tests
 
 gpu-test: $(REAL)  ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
+
+test-matrix: $(READY)  ## all tests on every supported Python that is found, oldest and newest libraries; an hour or more
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python scripts/test_matrix.py
 
 lab: $(REAL)     ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab notebooks

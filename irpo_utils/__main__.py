@@ -119,7 +119,8 @@ def plot(arguments: list[str]) -> None:
 def study(arguments: list[str]) -> None:
     """A comparison over methods, settings and seeds; resumable: tuning first, then comparison, then the others."""
     parser = argparse.ArgumentParser(prog="python -m irpo_utils study", description=study.__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="tuning, comparison, curves, stability, regimes, long, ablations (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help="tuning, comparison, curves, stability, regimes, long, ablations (default: all)")
     parser.add_argument("--only", nargs="+", help="methods or factors to run, instead of all of the study")
     parser.add_argument("--seeds", type=int, help="how many seeds (default: what the study has)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores (default 1)")

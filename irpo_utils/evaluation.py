@@ -172,9 +172,18 @@ def evaluate(model, tokenizer, questions: Dataset, task, k: int = 8, temperature
     The paper votes over 32 samples at temperature 0.8 (section 3.1). `options` (`batch_size`, `progress`) go to
     `sampling.sample`. Raises what `sampling.sample` and `score` raise.
     """
+    from datasets import Dataset
+
+    both = answers(model, tokenizer, questions, task, k, temperature, max_new_tokens, seed, top_p, **options)
+    return Evaluation(Dataset.from_list(score(both["greedy"], both["sampled"], k, questions)), both["greedy"], both["sampled"])
+
+
+def answers(model, tokenizer, questions: Dataset, task, k: int = 8, temperature: float = 0.8, max_new_tokens: int = 256,
+            seed: int = 0, top_p: float = 1.0, **options):
+    """What `evaluate` counts: a `DatasetDict` of one `greedy` and k `sampled` graded completions per question."""
     # Stages do not know each other; this one is by definition sample + grade + count, so it borrows the first two
     # here, and the statistics above stay free of torch.
-    from datasets import Dataset
+    from datasets import DatasetDict
 
     from irpo_utils.grading import grade
     from irpo_utils.sampling import sample
@@ -183,8 +192,7 @@ def evaluate(model, tokenizer, questions: Dataset, task, k: int = 8, temperature
         return grade(sample(model, tokenizer, questions, task, max_new_tokens=max_new_tokens, seed=seed,
                             **settings, **options), task)
 
-    greedy, sampled = graded(n=1, temperature=0.0), graded(n=k, temperature=temperature, top_p=top_p)
-    return Evaluation(Dataset.from_list(score(greedy, sampled, k, questions)), greedy, sampled)
+    return DatasetDict({"greedy": graded(n=1, temperature=0.0), "sampled": graded(n=k, temperature=temperature, top_p=top_p)})
 
 
 def compare(graded_a: Dataset, graded_b: Dataset) -> dict:

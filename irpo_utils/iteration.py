@@ -7,36 +7,30 @@
       ...
       metrics.csv  timing.csv
 
-Each artefact is written beside its place, gets a list of checksums, and is moved in whole. A stage whose artefact is
-there and sound is not done again, so a run that was killed at any point goes on where it stood.
+A stage whose artefact is there and sound is not done again, so a run that was killed at any point goes on where it stood:
+see `run_directory`. Sampling and evaluation keep blocks of completions, training keeps checkpoints.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
-import time
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from irpo_utils import UserError, contamination, evaluation, grading, methods, models, sampling, tasks, training
-from irpo_utils.profiles import MAY_CHANGE, Profile
+from irpo_utils import UserError, checksums, contamination, evaluation, grading, methods, models, sampling, tasks, training
+from irpo_utils.profiles import Profile
+from irpo_utils.run_directory import RunDirectory, environment       # noqa: F401 (`environment` is for who draws results)
 from irpo_utils.tasks.base import FewShot
 
-CHECKSUMS = "checksums.json"
 KL_QUESTIONS = 256          # completions for the KL to M_{t-1}: one per question, drawn at temperature 1
 PROBE_PAIRS = 128           # pairs whose winners are scored before and after training
+KL_WARNING = 5.0            # nats per completion: the runs of figures/stability.csv that went on rising stayed below
+BLOCK = 2400                # completions that are kept at a time: a kill costs one block at most
 
 
 def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
@@ -57,13 +51,14 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     directory = RunDirectory(out, profile)
     with directory.lock():
         directory.check_profile()
-        if not (record := directory.path / "contamination.json").exists():
-            directory.write_file(record, json.dumps(dataclasses.asdict(overlap), indent=1) + "\n")
-        if profile.start and not _is_sound(directory.folder(0) / "adapter"):
+        directory.keep_file(directory.path / "contamination.json", json.dumps(dataclasses.asdict(overlap), indent=1) + "\n")
+        if profile.start and not checksums.read(directory.folder(0) / "adapter"):
             find_adapter(profile)                   # a mistake is found before the model is loaded
         if progress:
             tqdm.write(contamination.describe(overlap))
         model, tokenizer = load_model(profile)
+        directory.check_inputs({"model": models.fingerprint(model), "training questions": _digest(train_questions),
+                                "evaluation questions": _digest(eval_questions)})
         loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, progress)
         for t in range(profile.iterations + 1):
             loop.iteration(t)
@@ -76,113 +71,6 @@ def load_model(p: Profile):
                        lora_alpha=p.lora_alpha, pad_token=p.pad_token)
 
 
-class RunDirectory:
-    """Paths, checksums and resumption; knows nothing of what the artefacts mean."""
-
-    def __init__(self, out: str | Path, profile: Profile):
-        self.path = Path(out)
-        self.profile = profile
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _disk_error(self.path, error) from error
-
-    def check_profile(self) -> None:
-        """Write profile.json and environment.json, or compare with what is there if anything was made with it.
-
-        Only who holds the lock may call this: another process would rewrite the settings of a run in progress.
-        """
-        path, new = self.path / "profile.json", dataclasses.asdict(self.profile)
-        if not any(self.path.glob("iteration_*/*")):
-            self.write_file(path, json.dumps(new, indent=1) + "\n")
-            self.write_file(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
-            return
-        try:
-            old = dataclasses.asdict(Profile(**json.loads(path.read_text())))       # fields that came later: their defaults
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is missing or damaged, so that there is no telling what the iterations in {self.path} "
-                            "were made with. Put it back, or choose another --out.") from error
-        differing = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in sorted({*old, *new})
-                     if old.get(key) != new.get(key) and key not in MAY_CHANGE]
-        if differing:
-            raise UserError(f"{self.path} was made with other settings: {', '.join(differing)}. Choose another --out, or "
-                            "give the same settings to go on with it.")
-        if old != new:
-            self.write_file(path, json.dumps(new, indent=1) + "\n")
-
-    def lock(self):
-        """One process at a time; the lock goes away with the process, also when it is killed."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.path / ".lock")
-        try:
-            return lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"{self.path} is in use by another run. Wait for it, or choose another --out.") from error
-        except OSError as error:
-            raise _disk_error(self.path, error) from error
-
-    def folder(self, t: int) -> Path:
-        return self.path / f"iteration_{t}"
-
-    def stage(self, t: int, name: str, make, save) -> Path:
-        """The folder of an artefact, made by `save(make(), folder)` unless it is there and sound."""
-        place = self.folder(t) / name
-        if _is_sound(place):
-            return place
-        if place.exists():
-            tqdm.write(f"{place} is damaged (its checksums do not match) and is made again.")
-        started = time.perf_counter()
-        content = make()
-        seconds = time.perf_counter() - started
-        partial = place.with_name(f".{name}.partial")
-        try:
-            for leftover in (partial, place):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save(content, partial)
-            sums = {str(f.relative_to(partial)): _sha256(f) for f in sorted(partial.rglob("*")) if f.is_file()}
-            tokens = _count_tokens(content)
-            self._write(partial / CHECKSUMS, json.dumps({"seconds": round(seconds, 3), "tokens": tokens, "sha256": sums}, indent=1))
-            os.replace(partial, place)
-        except (OSError, SafetensorError) as error:         # safetensors reports a full disk in an error of its own
-            shutil.rmtree(partial, ignore_errors=True)
-            raise _disk_error(place, error) from error
-        return place
-
-    def write_file(self, path: Path, text: str) -> None:
-        """Write a small file whole or not at all."""
-        try:
-            self._write(path, text)
-        except OSError as error:
-            raise _disk_error(path, error) from error
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text(text)
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-
-    def metrics(self, iterations) -> list[dict]:
-        return [row for t in iterations for row in json.loads((self.folder(t) / "metrics.json").read_text())]
-
-    def write_tables(self, iterations) -> None:
-        """metrics.csv and timing.csv from what the iterations hold."""
-        import pandas
-
-        self.write_file(self.path / "metrics.csv", pandas.DataFrame(self.metrics(iterations)).to_csv(index=False))
-        rows = []
-        for t in iterations:
-            for sums in sorted(self.folder(t).glob(f"*/{CHECKSUMS}")):
-                record = json.loads(sums.read_text())
-                rows.append({"iteration": t, "stage": sums.parent.name, "seconds": record["seconds"], "tokens": record["tokens"]})
-        self.write_file(self.path / "timing.csv", pandas.DataFrame(rows).to_csv(index=False))
-
-
 class _Loop:
     """One iteration after the other; holds what all of them share."""
 
@@ -191,21 +79,41 @@ class _Loop:
         self.model, self.tokenizer, self.method = model, tokenizer, methods.get(profile.method)
         self.train_questions, self.eval_questions = train_questions, eval_questions
 
+    def _stage(self, *arguments, **options) -> Path:
+        return self.directory.stage(*arguments, tokens=_count_tokens, **options)
+
     def iteration(self, t: int) -> None:
         """Make M_t (t > 0), evaluate it, and let it make the pairs for M_{t+1}."""
         notes: dict = {}
         if t > 0:
-            self.directory.stage(t, "adapter", lambda: self._train(t), _save_adapter)
+            adapter = self._stage(t, "adapter", lambda: self._train(t), _save_adapter, of=self._trained_on(t))
+            if (log := adapter / "training_log.jsonl").exists():         # the copy that a reader looks for
+                self.directory.keep_file(self.directory.folder(t) / log.name, log.read_text())
         elif self.profile.start:
-            self.directory.stage(0, "adapter", lambda: find_adapter(self.profile), _copy_adapter)
+            self._stage(0, "adapter", lambda: find_adapter(self.profile), _copy_adapter)
         models.set_adapter(self.model, self._adapter(t))
-        self.directory.stage(t, "evaluation", lambda: self._evaluate(t), _save_evaluation)
+        self._stage(t, "evaluation", lambda: self._evaluate(t), _save_evaluation, of=self._evaluated(t))
         self._write_metrics(t, notes)               # also where there will be no pairs to go on with
         if t < self.profile.iterations and not self.method.train:
             graded = self._graded(t) if self.method.samples else None
-            self.directory.stage(t, "pairs", lambda: self._pairs(t, graded), _save_pairs)
+            self._stage(t, "pairs", lambda: self._pairs(t, graded), _save_pairs, of=(graded,) if graded else ())
             notes = json.loads((self.directory.folder(t) / "pairs" / "counts.json").read_text())
         self._report(t, self._write_metrics(t, notes), notes)
+
+    def _trained_on(self, t: int) -> tuple[Path, ...]:
+        """What M_t comes from: M_{t-1}, which is the reference, too, and its pairs."""
+        pairs = [] if self.method.train else range(0 if self.profile.keep_pairs else t - 1, t)
+        first = self._adapter(0) if self.profile.reference == "start" and t > 1 else None
+        folders = (*(self.directory.folder(i) / "pairs" for i in pairs), first, self._adapter(t - 1))
+        return tuple(folder for folder in folders if folder)
+
+    def _evaluated(self, t: int) -> tuple[Path, ...]:
+        return tuple(folder for folder in (self._adapter(t), self._adapter(t - 1) if t > 0 else None) if folder)
+
+    def _writer(self, t: int) -> tuple[Path, ...]:
+        """The model that writes the completions of iteration t; a method with a start of its own learns from those of M_0."""
+        adapter = None if self.method.start and t == 0 else self._adapter(t)
+        return (adapter,) if adapter else ()
 
     def _write_metrics(self, t: int, notes: dict) -> list[dict]:
         rows = self._metrics(t, notes)
@@ -226,15 +134,26 @@ class _Loop:
         start = t * n if self.profile.fresh_questions else 0
         return self.train_questions.select([i % available for i in range(start, start + n)])
 
+    def _in_blocks(self, t: int, name: str, of: tuple[Path, ...], questions: Dataset, completions: int, draw) -> list[Path]:
+        """`draw(some of the questions)`, each kept as soon as it is there, `completions` a question."""
+        size, kept = max(1, BLOCK // completions), self.directory.unfinished(t, name, of).name
+        return [self._stage(t, f"{kept}/block_{start:06d}", lambda: draw(_slice(questions, start, size)),      # noqa: B023
+                                     lambda data, folder: data.save_to_disk(str(folder)))
+                for start in range(0, len(questions), size)]
+
     def _sample(self, t: int) -> Dataset:
         p = self.profile
-        return sampling.sample(self.model, self.tokenizer, self._questions(t), self.task, n=p.n_samples,
-                               temperature=p.temperature_of(t), top_p=p.top_p, max_new_tokens=p.max_new_tokens,
-                               seed=self._seed(t, 1), batch_size=p.sampling_batch_size, progress=self.progress)
+        draw = functools.partial(
+            sampling.sample, self.model, self.tokenizer, task=self.task, n=p.n_samples, temperature=p.temperature_of(t),
+            top_p=p.top_p, max_new_tokens=p.max_new_tokens, seed=self._seed(t, 1), batch_size=p.sampling_batch_size,
+            progress=self.progress)
+        blocks = self._in_blocks(t, "samples", self._writer(t), self._questions(t), p.n_samples, draw)
+        return concatenate_datasets([load_from_disk(str(block)) for block in blocks])
 
     def _graded(self, t: int) -> Path:
-        folder = self.directory.stage(t, "samples", lambda: self._sample(t), _save_dataset)
-        return self.directory.stage(t, "graded", lambda: grading.grade(load_from_disk(str(folder)), self.task), _save_dataset)
+        folder = self._stage(t, "samples", lambda: self._sample(t), _save_dataset, of=self._writer(t))
+        return self._stage(t, "graded", lambda: grading.grade(load_from_disk(str(folder)), self.task), _save_dataset,
+                                    of=(folder,))
 
     def _pairs(self, t: int, graded: Path | None):
         p = self.profile
@@ -252,9 +171,8 @@ class _Loop:
                                        self._seed(t, 3), self.progress)
         else:
             result = self._train_on_pairs(t)
-        log = "\n".join(json.dumps(row) for row in result.log) + "\n"
-        self.directory.folder(t).mkdir(exist_ok=True)           # the pairs of M_{t-1} were written beside it
-        self.directory.write_file(self.directory.folder(t) / "training_log.jsonl", log)
+        for warning in result.warnings:
+            self.directory.warn(t, "training", warning)
         return result
 
     def _train_on_pairs(self, t: int) -> training.TrainingResult:
@@ -271,16 +189,22 @@ class _Loop:
             self.model, self.tokenizer, preferences, alpha=p.alpha, beta=p.beta, dpo_weight=p.dpo_weight,
             learning_rate=p.learning_rate, epochs=p.epochs, max_steps=p.max_steps, batch_size=p.batch_size,
             micro_batch_size=p.micro_batch_size, warmup_ratio=p.warmup_ratio, lr_scheduler=p.lr_scheduler,
-            max_grad_norm=p.max_grad_norm, nll_per=p.nll_per, seed=self._seed(t, 3), probe=probe, probe_every=p.probe_every or 10**9,
+            max_grad_norm=p.max_grad_norm, nll_per=p.nll_per, seed=self._seed(t, 3), probe=probe,
+            probe_every=p.probe_every or 10**9,
             gradient_checkpointing=p.gradient_checkpointing, optimizer=p.optimizer, progress=self.progress,
-            reference=reference, report_to=p.report_to, log_dir=self.directory.folder(t) / "logs" if p.report_to != "none" else None)
+            checkpoints=self.directory.unfinished(t, "adapter", self._trained_on(t)), reference=reference,
+            report_to=p.report_to, log_dir=self.directory.folder(t) / "logs" if p.report_to != "none" else None)
 
     def _evaluate(self, t: int):
         p = self.profile
         k = p.eval_samples_ends if t in (0, p.iterations) else p.eval_samples
-        result = evaluation.evaluate(self.model, self.tokenizer, self.eval_questions, self.task, k=k,
-                                     temperature=p.eval_temperature, max_new_tokens=p.max_new_tokens,
-                                     seed=self._seed(0, 4), batch_size=p.sampling_batch_size, progress=self.progress)
+        draw = functools.partial(
+            evaluation.answers, self.model, self.tokenizer, task=self.task, k=k, temperature=p.eval_temperature,
+            max_new_tokens=p.max_new_tokens, seed=self._seed(0, 4), batch_size=p.sampling_batch_size, progress=self.progress)
+        blocks = [load_from_disk(str(block)) for block in
+                  self._in_blocks(t, "evaluation", self._evaluated(t), self.eval_questions, k + 1, draw)]
+        greedy, sampled = (concatenate_datasets([block[name] for block in blocks]) for name in ("greedy", "sampled"))
+        result = evaluation.Evaluation(Dataset.from_list(evaluation.score(greedy, sampled, k, self.eval_questions)), greedy, sampled)
         extra = self._compare_with_previous(t) if t > 0 else []
         return result, extra
 
@@ -323,10 +247,30 @@ class _Loop:
             line += (f", winners' log-probability per token {value['chosen_logp_per_token_before']:.3f} -> "
                      f"{value['chosen_logp_per_token']:.3f}")
         tqdm.write(line)
+        for warning in self._running_off(t, value):
+            tqdm.write(f"     warning: {warning}")
+            self.directory.warn(t, "evaluation", warning)
         if notes:
             tqdm.write(f"     {notes['pairs']} pairs from {notes['used']} of {notes['questions']} questions "
                        f"({notes['all_right']} all right, {notes['all_wrong']} all wrong, {notes['duplicates']} duplicate "
                        f"completions, {notes['over_long']} over-long pairs left out)")
+
+
+    def _running_off(self, t: int, value: dict) -> list[str]:
+        """What M_t's own answers warn of, beside those of M_{t-1}."""
+        if t == 0:
+            return []
+        before = {row["metric"]: row["value"] for row in self.directory.metrics([t - 1])}
+        found = []
+        if value["truncated_rate"] > max(2 * before["truncated_rate"], 0.1):
+            found.append(f"length is running off: {value['truncated_rate']:.0%} of the completions of M_{t} do not end, of M_{t - 1} "
+                         f"{before['truncated_rate']:.0%}")
+        if value["sampled"] < before["sampled"] - 0.05:
+            found.append(f"accuracy fell: sampled {before['sampled']:.1%} -> {value['sampled']:.1%}. Go back to M_{t - 1}, and lower "
+                         "--learning-rate or raise --alpha")
+        if value["kl_to_previous"] > KL_WARNING:
+            found.append(f"a long step: KL to M_{t - 1} is {value['kl_to_previous']:.1f} nats a completion")
+        return found
 
 
 def find_adapter(p: Profile) -> Path:
@@ -334,7 +278,7 @@ def find_adapter(p: Profile) -> Path:
     folder = Path(p.start).expanduser()
     if (folder / "profile.json").is_file():
         folder = folder / f"iteration_{load_profile(folder).iterations}" / "adapter"
-        if not _is_sound(folder):
+        if not checksums.read(folder):
             raise UserError(f"{folder} is missing or damaged. Finish that run first: `python -m irpo_utils run` with its --out.")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -377,7 +321,7 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
         raise UserError(f"--k must be at least 1 and --iterations from 0 to {p.iterations}, the last of {run}.")
     for t in wanted:
         folder = Path(run) / f"iteration_{t}" / "adapter" if t > 0 or p.start else None
-        if folder and not _is_sound(folder):
+        if folder and not checksums.read(folder):
             raise UserError(f"{folder} is missing or damaged. Finish the run first: `python -m irpo_utils run` with its --out.")
         models.set_adapter(model, folder)
         results[t] = evaluation.evaluate(model, tokenizer, questions, chosen, k=k, temperature=p.eval_temperature,
@@ -438,52 +382,29 @@ def accuracy_per_question(run: str | Path, t: int, metric: str) -> list[float]:
     return [sum(values) / len(values) for values in by_question.values()]
 
 
-def environment() -> dict:
-    """Versions, hardware and commit, to stand beside every result."""
-    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "numpy")
-    versions = {name: _version(name) for name in names}
-    gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"command": _command(), "python": platform.python_version(), "versions": versions, "system": platform.system(),
-            "processor": _processor(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpu,
-            "world_size": int(os.environ.get("WORLD_SIZE", "1")), "commit": _commit()}
-
-
-def _command() -> str:
-    """The command line of this process, without the place where Python or the package lies."""
-    program = Path(sys.argv[0])
-    name = "python -m irpo_utils" if program.name == "__main__.py" else f"python {program.name}"
-    return " ".join([name, *sys.argv[1:]])
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, with "+" where files were changed since."""
-    def git(*words):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=10)
-    try:
-        head, status = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "") if head.returncode == 0 else None
-
-
 def _first(data: Dataset, n: int | None) -> Dataset:
     return data if n is None else data.select(range(min(n, len(data))))
+
+
+def _digest(questions: Dataset) -> str:
+    """One number for what is asked and what is right."""
+    rows = zip(questions["id"], questions["question"], questions["answer"])
+    return checksums.of_text(json.dumps(sorted(rows)))
+
+
+def _count_tokens(content) -> int | None:
+    """Tokens sampled or trained on, for timing.csv."""
+    if isinstance(content, training.TrainingResult):
+        return content.summary["tokens"]
+    if isinstance(content, Dataset) and "n_tokens" in content.column_names and "correct" not in content.column_names:
+        return sum(content["n_tokens"])
+    if isinstance(content, tuple) and hasattr(content[0], "sampled"):
+        return sum(content[0].sampled["n_tokens"]) + sum(content[0].greedy["n_tokens"])
+    return None
+
+
+def _slice(data: Dataset, start: int, size: int) -> Dataset:
+    return data.select(range(start, min(start + size, len(data))))
 
 
 def _save_dataset(data: Dataset, folder: Path) -> None:
@@ -508,6 +429,7 @@ def _save_adapter(result: training.TrainingResult, folder: Path) -> None:
         summary = {**summary, "probe_pairs": result.probe_pairs, "probe_start": -probe[0]["nll_chosen"],
                    "probe_end": -probe[-1]["nll_chosen"]}
     (folder / "probe_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in probe))
+    (folder / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.log))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
@@ -522,33 +444,3 @@ def _save_evaluation(content, folder: Path) -> None:
     data = DatasetDict({"greedy": result.greedy, "sampled": result.sampled}).remove_columns(["prompt", "prompt_ids"])
     data.save_to_disk(str(folder))
     (folder / "metrics.json").write_text(json.dumps(list(result.metrics) + extra, indent=0) + "\n")
-
-
-def _count_tokens(content) -> int | None:
-    """Tokens sampled or trained on, for timing.csv."""
-    if isinstance(content, training.TrainingResult):
-        return content.summary["tokens"]
-    if isinstance(content, Dataset) and "n_tokens" in content.column_names and "correct" not in content.column_names:
-        return sum(content["n_tokens"])
-    if isinstance(content, tuple) and hasattr(content[0], "sampled"):
-        return sum(content[0].sampled["n_tokens"]) + sum(content[0].greedy["n_tokens"])
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_sound(place: Path) -> bool:
-    """Every file that was written is there, unchanged."""
-    try:
-        sums = json.loads((place / CHECKSUMS).read_text())["sha256"]
-        return all(_sha256(place / name) == value for name, value in sums.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _disk_error(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} could not be written ({getattr(error, 'strerror', None) or error}). Nothing half-written "
-                     "was left; free some space or choose another --out, and run the same command again: it goes on where it stood.")

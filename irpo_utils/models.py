@@ -7,6 +7,7 @@ is never merged into the 4-bit weights, which would round it away; M_0 is the ba
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -241,6 +242,21 @@ def _convert_smollm2() -> Path:
     tokenizer.save_pretrained(partial)
     os.replace(partial, folder)
     return folder
+
+
+def fingerprint(model: PeftModel) -> str | None:
+    """What tells this base from another of the same name: the hub's commit, or a hash over the ends of the files in a folder."""
+    base = model.get_base_model()
+    folder = Path(find(base.name_or_path))
+    if not folder.is_dir():
+        return base.config._commit_hash
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read() + str(path.stat().st_size).encode())
+    return digest.hexdigest()
 
 
 def load_tokenizer(path: str, pad_token: str | None = None) -> PreTrainedTokenizerBase:

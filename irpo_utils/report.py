@@ -71,7 +71,8 @@ def _with_more(rows, path: Path):
     """The metrics of a run, with those that only a study looks at."""
     more = []
     if (path / "stopped.json").exists():
-        more.append({"iteration": json.loads((path / "stopped.json").read_text())["iteration"], "metric": "stopped", "value": 1.0, "n": 1})
+        stopped = json.loads((path / "stopped.json").read_text())
+        more.append({"iteration": stopped["iteration"], "metric": "stopped", "value": 1.0, "n": 1})
     for folder in sorted(path.glob("iteration_*/pairs")):
         share, n = _one_step_apart(folder)
         if n:
@@ -111,8 +112,10 @@ def means(folder: Path, trials: list):
                     continue
                 value, low, high = evaluation.seed_and_question_interval(list(own.values()))
                 row = {"method": trial.method, "factor": trial.factor, "level": trial.level, "iteration": t + trial.after,
-                       "metric": metric, "value": value, "low": low, "high": high, "n": len(next(iter(own.values()))), "seeds": len(own)}
-                other = _accuracies(folder / trial.against, t, metric) if trial.against in by_name and trial.against != trial.name else {}
+                       "metric": metric, "value": value, "low": low, "high": high, "n": len(next(iter(own.values()))),
+                       "seeds": len(own)}
+                compared = trial.against in by_name and trial.against != trial.name
+                other = _accuracies(folder / trial.against, t, metric) if compared else {}
                 if shared := sorted(set(own) & set(other)):
                     gain = [[a - b for a, b in zip(own[seed], other[seed], strict=True)] for seed in shared]
                     difference = evaluation.seed_and_question_interval(gain)

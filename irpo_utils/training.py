@@ -11,23 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import math
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from irpo_utils import UserError, models
+from irpo_utils import UserError, checksums, models
 
 
-OF_REFERENCE = ("loss_dpo", "margin", "accuracy")       # columns of the log that need a reference
+CHECKPOINT_SECONDS = 10.0       # between two checkpoints, at least
+CHECKPOINT_SHARE = 0.02         # of the time may go into writing them
+OF_REFERENCE = ("loss_dpo", "margin", "accuracy", "logratio_chosen")       # columns of the log that need a reference
 
 
 def dpo_nll_loss(logps_chosen, logps_rejected, ref_logps_chosen, ref_logps_rejected, n_tokens_chosen, *,
@@ -54,6 +60,7 @@ class TrainingResult:
     probe_log: Dataset | None = None
     probe_pairs: int = 0
     summary: dict = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, dpo_weight: float = 1.0,
@@ -61,7 +68,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
           micro_batch_size: int | None = None, warmup_ratio: float = 0.1, lr_scheduler: str = "cosine",
           max_grad_norm: float = 1.0, nll_per: str = "sequence", seed: int = 0, probe=None, probe_every: int = 10,
           gradient_checkpointing: bool = False, optimizer: str = "adamw_torch", progress: bool = True,
-          report_to: str = "none", log_dir=None, reference=None, share_prompt: bool | None = None) -> TrainingResult:
+          report_to: str = "none", log_dir=None, checkpoints: str | Path | None = None, reference=None,
+          share_prompt: bool | None = None) -> TrainingResult:
     """Train the adapter of `model` (M_t, from `models.load`) in place into M_{t+1}.
 
     preferences: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`); `batch_size` counts pairs.
@@ -72,6 +80,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     nll_per: "sequence" (the paper) or "token" (TRL's), for comparison.
     probe: a few fixed pairs whose log-probabilities are logged every `probe_every` steps, whatever is trained on.
     report_to: tensorboard, trackio, wandb; the files of TensorBoard lie in the folder `log_dir`, whose name the others take.
+    checkpoints: folder in which training keeps its state now and then; a call with the same arguments and that folder goes
+        on from the newest sound one, to the same weights. They are transformers' own, read without running code in them.
     reference: a pair of lists, log-probabilities of the chosen and rejected responses under another reference than M_t.
 
     share_prompt: one row per pair with the prompt computed once, or two rows; None: one row where the model allows it.
@@ -102,20 +112,29 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
             per_device_train_batch_size=micro, gradient_accumulation_steps=batch_size // micro,
             warmup_steps=warmup_ratio, lr_scheduler_type=lr_scheduler, max_grad_norm=max_grad_norm, optim=optimizer,
             weight_decay=0.0, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
-            save_strategy="no", report_to=report_to, disable_tqdm=True, max_length=None, dataloader_pin_memory=False,
+            save_strategy="no", save_total_limit=2, report_to=report_to, disable_tqdm=True, max_length=None,
+            dataloader_pin_memory=False,
             precompute_ref_log_probs=True, bf16=False, fp16=needs_loss_scaling(model), use_cpu=model.device.type == "cpu",
             gradient_checkpointing=gradient_checkpointing, train_sampling_strategy="group_by_length",
             length_column_name="length")
-        callbacks = [Watch(progress, 10 if config.fp16 else 0, "accuracy" if dpo_weight else "nll_chosen"),
-                     *([_Probe(probe, tokenizer, probe_every)] if probe is not None else [])]
+        watch = Watch(progress, 10 if config.fp16 else 0, "accuracy" if dpo_weight else "nll_chosen",
+                      lambda: trainer.save_batch(tokenizer))
+        probing = [_Probe(probe, tokenizer, probe_every)] if probe is not None else []
+        callbacks = [watch, *probing, *([_Keep(Path(checkpoints), watch, *probing)] if checkpoints else [])]
         with left_as_it_was(model):
             trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
-                                          nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks)
-            trainer.train()
+                                          nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks, checkpoints=checkpoints)
+            trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
     model.eval()
-    rows = callbacks[0].rows
-    probe_log = Dataset.from_list(callbacks[1].rows) if probe is not None else None
-    return TrainingResult(model, Dataset.from_list(rows), probe_log, len(probe) if probe is not None else 0, _summary(rows))
+    probe_log = Dataset.from_list(probing[0].rows) if probing else None
+    return TrainingResult(model, Dataset.from_list(watch.rows), probe_log, len(probe) if probing else 0, _summary(watch.rows),
+                          watch.warnings)
+
+
+def newest_checkpoint(folder: str | Path | None) -> str | None:
+    """The newest checkpoint in `folder` that was written whole and is unchanged; None where there is none."""
+    sound = [path for path in Path(folder).glob("checkpoint-*") if checksums.read(path)] if folder else []
+    return str(max(sound, key=lambda path: int(path.name.partition("-")[2]))) if sound else None
 
 
 def reference_logps(model, tokenizer, preferences) -> tuple[list[float], list[float]]:
@@ -181,7 +200,8 @@ class IterativeRPOTrainer(DPOTrainer):
 
     loss_is_scaled_for_ga = True        # compute_loss divides by the pairs of the whole batch itself
 
-    def __init__(self, model, config, data, tokenizer, *, alpha, dpo_weight, nll_per, share_prompt, callbacks):
+    def __init__(self, model, config, data, tokenizer, *, alpha, dpo_weight, nll_per, share_prompt, callbacks, checkpoints=None):
+        self.checkpoints = checkpoints
         self.alpha, self.dpo_weight, self.nll_per = alpha, dpo_weight, nll_per
         self.pad_id = tokenizer.pad_token_id
         self.share_prompt = models.can_share_prompt(model) if share_prompt is None else share_prompt
@@ -192,7 +212,23 @@ class IterativeRPOTrainer(DPOTrainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True       # what transformers before 5.19 reads instead
         self._batch_log: list[dict] = []
+        self._batch_inputs: list[dict] = []         # of the optimiser step in hand, to be saved where its numbers are not finite
         self._fits: int | None = None               # pairs at once, once memory has run out
+
+    def _get_output_dir(self, trial):
+        return str(self.checkpoints or self.args.output_dir)        # logs lie elsewhere
+
+    def _save_checkpoint(self, model, trial):
+        """A checkpoint is a help, no result: where the disk is full, training goes on without."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(Path(self.checkpoints) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            tqdm.write(f"No checkpoint could be written ({str(error).splitlines()[0]}): training goes on without.")
+
+    def _save(self, output_dir=None, state_dict=None):
+        # Without the last argument PEFT looks for the base on the hub, to see whether its vocabulary was changed.
+        self.model.save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset                              # already tokenised
@@ -263,11 +299,13 @@ class IterativeRPOTrainer(DPOTrainer):
             loss_nll = -logps_chosen / lengths.float().mean()        # equals the mean over all tokens of the batch
         losses = self.dpo_weight * loss_dpo + self.alpha * loss_nll if self.dpo_weight else self.alpha * loss_nll
         pairs = num_items_in_batch or len(losses)
+        self._batch_inputs.append(inputs | {"logps_chosen": logps_chosen.detach(), "logps_rejected": logps_rejected.detach()})
         margin = self.beta * ((logps_chosen - ref_chosen) - (logps_rejected - ref_rejected))
         with torch.no_grad():
             self._batch_log.append({name: self.accelerator.gather(value.detach().float()).sum().item() for name, value in {
                 "pairs": torch.ones_like(losses), "loss": losses, "loss_dpo": loss_dpo, "loss_nll": loss_nll,
-                "logps_chosen": logps_chosen, "logps_rejected": logps_rejected, "nll_chosen": -logps_chosen / lengths,
+                "logps_chosen": logps_chosen, "logps_rejected": logps_rejected, "logratio_chosen": logps_chosen - ref_chosen,
+                "nll_chosen": -logps_chosen / lengths,
                 "margin": margin, "accuracy": (margin > 0).float() + 0 * margin, "tokens": inputs["tokens"],
             }.items()})
         # Data-parallel training averages gradients over processes: the factor undoes that.
@@ -283,6 +321,22 @@ class IterativeRPOTrainer(DPOTrainer):
             kept = {key: value / pairs for key, value in total.items() if self.dpo_weight or key not in OF_REFERENCE}
             logs = {**kept, "grad_norm": float(logs["grad_norm"]), "learning_rate": logs["learning_rate"], "tokens": int(tokens)}
         super(DPOTrainer, self).log(logs, start_time)
+        self._batch_inputs.clear()
+
+    def save_batch(self, tokenizer) -> Path | None:
+        """The pairs of the step in hand as text with their numbers, for a look at what broke it."""
+        if not self.checkpoints:
+            return None
+        rows = []
+        for batch in self._batch_inputs:
+            texts = tokenizer.batch_decode([ids[ids != self.pad_id] for ids in batch["input_ids"]])
+            pairs = len(batch["ref_chosen"])
+            numbers = {name: batch[name].tolist() for name in ("ref_chosen", "ref_rejected", "logps_chosen", "logps_rejected")}
+            rows += [{"texts": texts[i::pairs], **{name: str(values[i]) for name, values in numbers.items()}} for i in range(pairs)]
+        path = Path(self.checkpoints) / "not_finite.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        return path
 
 
 def needs_loss_scaling(model) -> bool:
@@ -314,6 +368,21 @@ def _too_large(inputs, checkpoints: bool) -> str:
             "--micro-batch-size or --max-length, or a larger card, in another --out.")
 
 
+def collapse_signs(rows: list[dict], steps: int) -> list[str]:
+    """What the last ten rows of a training log say of a collapse in progress, once warm-up is over."""
+    last = rows[-10:]
+    if len(rows) < max(20, steps // 5) or "accuracy" not in last[0]:
+        return []
+    accuracy, ratio = (sum(row[name] for row in last) / len(last) for name in ("accuracy", "logratio_chosen"))
+    found = []
+    if accuracy < 0.5:
+        found.append(f"losers gain on winners: reward accuracy {accuracy:.2f} over ten steps")
+    if ratio < -1:
+        found.append(f"winners lose probability: {ratio:.1f} nats a response against M_t over ten steps. Lower --learning-rate, or "
+                     "raise --alpha")
+    return found
+
+
 class Watch(TrainerCallback):
     """Keeps the log rows, draws the bar, and stops a run whose numbers are no longer finite.
 
@@ -321,12 +390,14 @@ class Watch(TrainerCallback):
     the column beside the loss.
     """
 
-    def __init__(self, progress: bool, patience: int = 0, shown: str = "accuracy"):
+    def __init__(self, progress: bool, patience: int = 0, shown: str = "accuracy", save_batch=None):
         self.rows, self.progress, self.patience, self.shown, self.overflows = [], progress, patience, shown, 0
+        self.save_batch, self.warnings = save_batch, []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
-        self.bar = tqdm(total=state.max_steps, desc="training", unit="step", disable=not self.progress, leave=False)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=not self.progress,
+                        leave=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.shown not in logs:
@@ -338,11 +409,43 @@ class Watch(TrainerCallback):
         self.bar.set_postfix_str(f"loss={row['loss']:.3f}, {self.shown}={row[self.shown]:.2f}")
         self.overflows = 0 if math.isfinite(float(row["grad_norm"])) else self.overflows + 1
         if not math.isfinite(row["loss"]) or self.overflows > self.patience:
+            saved = self.save_batch() if self.save_batch else None
             raise UserError(f"Training stopped at step {state.global_step}: the loss is {row['loss']} and the gradient "
-                            f"norm {row['grad_norm']}. Lower --learning-rate, or train in a wider dtype.")
+                            f"norm {row['grad_norm']}. Lower --learning-rate, or train in a wider dtype."
+                            + (f" The pairs of that step are in {saved}." if saved else ""))
+        for warning in collapse_signs(self.rows, state.max_steps):
+            if warning.split(":")[0] not in {known.split(":")[0] for known in self.warnings}:
+                self.warnings.append(f"{warning} (step {state.global_step})")
+                tqdm.write(f"warning: {self.warnings[-1]}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+class _Keep(TrainerCallback):
+    """Asks for a checkpoint every now and then, adds to it what our own callbacks have seen, and takes that back up."""
+
+    def __init__(self, folder: Path, *callbacks):
+        self.folder, self.callbacks, self.saved, self.took = folder, callbacks, time.perf_counter(), 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            kept = self.folder / f"checkpoint-{state.global_step}" / "callbacks.json"
+            for callback, rows in zip(self.callbacks, json.loads(kept.read_text()), strict=True):
+                callback.rows[:] = rows
+            self.callbacks[0].started -= self.callbacks[0].rows[-1]["seconds"]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.asked = time.perf_counter()
+        control.should_save = self.asked - self.saved >= max(CHECKPOINT_SECONDS, self.took / CHECKPOINT_SHARE)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved, folder = time.perf_counter(), self.folder / f"checkpoint-{state.global_step}"
+        if not folder.exists():                     # it could not be written
+            return
+        (folder / "callbacks.json").write_text(json.dumps([callback.rows for callback in self.callbacks]))
+        checksums.write(folder, {"seconds": self.callbacks[0].rows[-1]["seconds"]})
+        self.took = time.perf_counter() - self.asked
 
 
 class _Probe(TrainerCallback):
@@ -363,7 +466,8 @@ class _Probe(TrainerCallback):
         model.train(training)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._measure(model, 0)
+        if not state.global_step:                   # otherwise it goes on from a checkpoint
+            self._measure(model, 0)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:

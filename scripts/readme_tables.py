@@ -120,12 +120,14 @@ def comparison() -> str:
         rate = record["rates"].get(study.LIKE.get(name, name))
         cells = [_interval(first.iloc[0]), _difference(first.iloc[0])] if len(first) else ["", ""]
         cells += [f"{_interval(end.iloc[0])} M{last}", _difference(end.iloc[0])] if last != 1 else ["", ""]
-        lines.append(f"| {methods.get(name).title} | {rate if last else '':} | " + " | ".join(cells) + f" | {_interval(sampled.iloc[0])} |")
+        cells += [_interval(sampled.iloc[0])]
+        lines.append(f"| {methods.get(name).title} | {rate if last else ''} | " + " | ".join(cells) + " |")
     zero = means[(means.method == "irpo") & (means.iteration == 0)].set_index("metric")
     lines.insert(2, f"| M0, zero-shot | | | | {_interval(zero.loc['greedy'])} M0 | | {_interval(zero.loc['sampled'])} |")
     seeds = sorted({int(n) for n in means.seeds})
-    lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {' or '.join(map(str, seeds))} seeds; differences "
-              "in points on the same questions and seeds. 95 % intervals over seeds and questions; in italics what is within noise. "
+    lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {' or '.join(map(str, seeds))} seed(s); "
+              "differences in points on the same questions and seeds. 95 % intervals over seeds and questions; in italics what is "
+              "within noise. "
               f"The rate of each method is the best of three on the validation split. {record['runs']} runs on "
               f"{', '.join(record['processors'])}. `{record['command']}`"]
     return "\n".join(lines)

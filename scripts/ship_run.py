@@ -79,7 +79,7 @@ def ship(run: Path, out: Path) -> int:
     with tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as folder:
         copy = Path(folder) / out.name
         copy_files(run, copy)
-        for sums in copy.rglob(iteration.CHECKSUMS):
+        for sums in copy.rglob(checksums.NAME):
             renew(sums)
         (copy / "README.md").write_text(describe(run))
         (copy / ".gitignore").write_text("cache-*\n")       # `datasets` writes such files beside what it reads
@@ -99,7 +99,7 @@ def check(run: Path) -> None:
     needed = [run / "metrics.csv", run / "timing.csv", run / f"iteration_{settings.iterations}" / "metrics.json"]
     if missing := [str(path) for path in needed if not path.exists()]:
         raise UserError(f"{run} is not finished: {', '.join(missing)} is missing. The command that made it goes on with it.")
-    damaged = [str(sums.parent) for sums in run.rglob(iteration.CHECKSUMS) if not iteration._is_sound(sums.parent)]
+    damaged = [str(sums.parent) for sums in run.rglob(checksums.NAME) if checksums.read(sums.parent) is None]
     if damaged:
         raise UserError(f"{', '.join(damaged)}: the checksums do not match. The command that made the run repairs it.")
 
@@ -140,7 +140,7 @@ def compress(file: Path) -> bytes:
 def renew(sums: Path) -> None:
     """Checksums of the files as they are shipped; the stage's seconds and tokens stay."""
     record = json.loads(sums.read_text())
-    record["sha256"] = {name: iteration._sha256(sums.parent / name) for name in record["sha256"]}
+    record["sha256"] = {name: checksums.of_file(sums.parent / name) for name in record["sha256"]}
     sums.write_text(json.dumps(record, indent=1))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,11 +124,11 @@ def test_killed_in_a_stage_and_started_again_it_ends_with_the_same_metrics(finis
 import os, signal
 from irpo_utils import iteration, profiles
 real = iteration.RunDirectory.stage
-def stage(self, t, name, make, save):
+def stage(self, t, name, make, save, **options):
     def save_half(content, folder):
         save(content, folder)
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, t, name, make, save_half if (t, name) == ({t}, {stage!r}) else save)
+    return real(self, t, name, make, save_half if (t, name) == ({t}, {stage!r}) else save, **options)
 iteration.RunDirectory.stage = stage
 iteration.run(profiles.get("smoke", **{SMOKE!r}), {str(out)!r}, progress=False)
 """
@@ -136,6 +137,94 @@ iteration.run(profiles.get("smoke", **{SMOKE!r}), {str(out)!r}, progress=False)
     assert not (out / f"iteration_{t}" / stage).exists()
     iteration.run(smoke(), out, progress=False)
     assert results(out) == results(finished)
+
+
+@pytest.mark.parametrize("stage, blocks", [("samples", 4), ("evaluation", 4)])
+def test_what_was_drawn_before_a_kill_is_not_drawn_again(tmp_path, monkeypatch, stage, blocks):
+    """Six questions a block; killed after the second of four, it goes on with the third and ends with the same numbers."""
+    monkeypatch.setattr(iteration, "BLOCK", {"samples": 24, "evaluation": 20}[stage])
+    whole = tmp_path / "whole"
+    settings = smoke(iterations=1)
+    iteration.run(settings, whole, progress=False)
+
+    class Killed(BaseException):
+        pass
+
+    drawn, killed = [], tmp_path / "killed"
+    name = {"samples": "sample", "evaluation": "answers"}[stage]
+    module = {"samples": iteration.sampling, "evaluation": iteration.evaluation}[stage]
+    real = getattr(module, name)
+
+    def counted(model, tokenizer, questions, *rest, **options):
+        if "batch_size" in options and len(questions) <= 6 and not rest:        # not what an evaluation draws itself
+            drawn.append(questions["id"][:])
+            if len(drawn) == 3 and not killed.joinpath("gone").exists():
+                raise Killed
+        return real(model, tokenizer, questions, *rest, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    with pytest.raises(Killed):
+        iteration.run(settings, killed, progress=False)
+    killed.joinpath("gone").touch()
+    before = len(drawn)
+    iteration.run(settings, killed, progress=False)
+    killed.joinpath("gone").unlink()
+    again = [ids for ids in drawn[before:]]
+    assert drawn[0] not in again[: blocks - 2] and drawn[1] not in again[: blocks - 2] and again[0] == drawn[2]
+    assert results(killed) == results(whole) and not list(killed.rglob("*unfinished*"))
+
+
+def test_an_artefact_made_from_another_one_is_made_again(finished, tmp_path, capsys):
+    """A sound adapter of another run in the place of M_1: nothing that was made with the old one may stand beside it."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(finished, out)
+    iteration.run(smoke(seed=1, iterations=1), other, progress=False)
+    shutil.rmtree(out / "iteration_1" / "adapter")
+    shutil.copytree(other / "iteration_1" / "adapter", out / "iteration_1" / "adapter")
+    iteration.run(smoke(), out, progress=False)
+    said = capsys.readouterr()
+    assert "iteration_1/adapter was made from another iteration_0/pairs" in said.out + said.err
+    assert results(out) == results(finished)
+    shutil.rmtree(out / "iteration_1" / "pairs")
+    shutil.copytree(finished / "iteration_0" / "pairs", out / "iteration_1" / "pairs")      # the pairs of another model
+    iteration.run(smoke(), out, progress=False)
+    assert results(out) == results(finished)
+
+
+def test_questions_that_changed_behind_their_name_are_refused(tmp_path):
+    rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(20) for b in range(20)]
+    file, out = tmp_path / "mine.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = smoke(task="jsonl", data=str(file), iterations=0)
+    iteration.run(settings, out, progress=False)
+    iteration.run(settings, out, progress=False)
+    rows[0]["answer"] = "7"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="questions of .* changed since it was begun.*--data"):
+        iteration.run(settings, out, progress=False)
+
+
+def test_another_model_behind_the_same_name_is_refused(tmp_path):
+    from irpo_utils import models
+
+    folder, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(models.SEED_MODEL, folder)
+    iteration.run(smoke(model=str(folder), iterations=0), out, progress=False)
+    weights = next(folder.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="model of .* changed since it was begun"):
+        iteration.run(smoke(model=str(folder), iterations=0), out, progress=False)
+
+
+def test_a_damaged_training_log_is_put_back(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    log = out / "iteration_1" / "training_log.jsonl"
+    log.write_text(log.read_text()[:-40])
+    iteration.run(smoke(), out, progress=False)
+    assert log.read_bytes() == (finished / "iteration_1" / "training_log.jsonl").read_bytes()
 
 
 def test_a_damaged_artefact_is_made_again_and_never_trusted(finished, tmp_path, capsys):
@@ -242,7 +331,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path
         m.setattr(DatasetDict, "save_to_disk", full)
         with pytest.raises(UserError, match="No space left on device.*goes on where it stood"):
             iteration.run(smoke(iterations=1), tmp_path / "out", progress=False)
-    assert not list((tmp_path / "out" / "iteration_0").iterdir())
+    assert not [file for file in (tmp_path / "out" / "iteration_0").rglob("*") if file.is_file()]
     iteration.run(smoke(iterations=1), tmp_path / "out", progress=False)
 
 

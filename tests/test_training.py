@@ -1,6 +1,7 @@
 """The loss against an independent implementation, the trainer against both, and QLoRA against its dequantised twin."""
 
 import copy
+import json
 import math
 
 import bitsandbytes as bnb
@@ -359,3 +360,73 @@ def test_a_logger_finds_the_training_in_the_folder_that_is_named(model, tokenize
     [events] = (tmp_path / "logs").rglob("events.out.tfevents.*")
     read = accumulator.EventAccumulator(str(events.parent)).Reload()
     assert [round(e.value, 5) for e in read.Scalars("train/loss_dpo")] == [round(x, 5) for x in result.log["loss_dpo"]]
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("options", [{}, {"epochs": 2.0, "dpo_weight": 0.0}, {"gradient_checkpointing": True, "micro_batch_size": 2}])
+def test_training_that_was_killed_goes_on_to_the_same_weights(preferences, tmp_path, monkeypatch, options):
+    """From the newest sound checkpoint: one that was damaged or half written is passed over."""
+    probe, settings = preferences.select(range(4)), dict(learning_rate=1e-3, batch_size=4, seed=3, progress=False, probe_every=2) | options
+
+    def trained(**more):
+        model, tokenizer = models.load("seed")
+        return training.train(model, tokenizer, preferences, probe=probe, **settings, **more)
+
+    whole = trained()
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECKPOINT_SHARE", 1e9)
+    steps, folder = len(whole.log), tmp_path / "unfinished"
+    kill_at, log = max(3, steps - 1), training.Watch.on_log
+
+    def dying(self, args, state, control, **kwargs):
+        log(self, args, state, control, **kwargs)
+        if state.global_step == kill_at:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training.Watch, "on_log", dying)
+        trained(checkpoints=folder)
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 2                                              # disk space does not grow
+    newest = training.newest_checkpoint(folder)
+    weights = next(path for path in (folder / newest).iterdir() if path.name == "adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert training.newest_checkpoint(folder) not in (None, newest)
+    again = trained(checkpoints=folder)
+    assert [row["step"] for row in again.log] == list(range(1, steps + 1))
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]      # noqa: E731
+    assert drop(again.log) == drop(whole.log) and drop(again.probe_log) == drop(whole.probe_log)
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_log_that_shows_a_collapse_is_named_and_a_healthy_one_is_not():
+    healthy = [{"accuracy": 0.8, "logratio_chosen": 0.5}] * 30
+    assert training.collapse_signs(healthy, 30) == []
+    falling = healthy + [{"accuracy": 0.9, "logratio_chosen": -3.0}] * 10
+    assert [text.split(":")[0] for text in training.collapse_signs(falling, 40)] == ["winners lose probability"]
+    losing = healthy + [{"accuracy": 0.3, "logratio_chosen": 0.5}] * 10
+    assert [text.split(":")[0] for text in training.collapse_signs(losing, 40)] == ["losers gain on winners"]
+    assert training.collapse_signs(falling[-10:], 400) == []                    # too early to tell
+    assert training.collapse_signs([{"nll_chosen": 1.0}] * 40, 40) == []        # SFT has no reference
+
+
+def test_numbers_that_are_not_finite_leave_the_batch_to_look_at(model, loaded, preferences, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "dpo_nll_loss", lambda chosen, *rest, **options: (chosen * float("nan"), chosen))
+    with pytest.raises(UserError, match="Training stopped at step 1.*The pairs of that step are in .*not_finite.json"):
+        training.train(model, loaded[1], preferences, batch_size=4, micro_batch_size=2, progress=False, checkpoints=tmp_path / "kept")
+    rows = json.loads((tmp_path / "kept" / "not_finite.json").read_text())
+    assert len(rows) == 4 and all("Question" in row["texts"][0] and "Final answer" in row["texts"][0] for row in rows)
+    assert all(float(row["logps_chosen"]) < 0 for row in rows)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(model, loaded, preferences, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    result = training.train(model, loaded[1], preferences, batch_size=4, progress=False, checkpoints=tmp_path / "kept")
+    said = capsys.readouterr()
+    assert "No checkpoint could be written ([Errno 28] No space left on device)" in said.out + said.err
+    assert len(result.log) == -(-len(preferences) // 4) and not list((tmp_path / "kept").glob("checkpoint-*"))
