@@ -415,7 +415,10 @@ def _finish(figure: TextFigure, title: str, panels: list[list[Line]], names=("",
 
 
 def _name_ends(axes, lines: list[Line]) -> None:
-    """Each line's name at its right end, moved apart where lines end close together."""
+    """Each line's name at its right end, moved apart where lines end close together.
+
+    Where lines end at different places, their names stand in a column beside the axes, each with a thin line to its end.
+    """
     low, high = axes.get_ylim()
     gap = (high - low) * 13 / (72 * 0.78 * axes.figure.get_figheight())       # one row of text, in units of the axis
     lines = sorted(lines, key=lambda line: line.y[-1])
@@ -424,8 +427,13 @@ def _name_ends(axes, lines: list[Line]) -> None:
         heights[i] = max(heights[i], heights[i - 1] + gap)
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], high if i == len(heights) - 1 else heights[i + 1] - gap)
+    ends = [line.x[-1] for line in lines]
+    column = axes.get_xlim()[1] if max(ends, default=0) > min(ends, default=0) else None
     for line, height in zip(lines, heights):
-        axes.annotate(line.label, (line.x[-1], height), xytext=(7, 0), textcoords="offset points", va="center",
+        if column is not None:
+            axes.plot([line.x[-1], column], [line.y[-1], height], color=line.colour, linewidth=0.6, label=f"_to {line.label}",
+                      clip_on=False, zorder=1)
+        axes.annotate(line.label, (line.x[-1] if column is None else column, height), xytext=(7, 0), textcoords="offset points", va="center",
                       fontsize=9, color=[0.6 * part for part in to_rgb(line.colour)], annotation_clip=False,
                       path_effects=[withStroke(linewidth=2.5, foreground=PAPER)])
 
