@@ -127,8 +127,8 @@ def comparison() -> str:
     seeds = sorted({int(n) for n in means.seeds})
     lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {' or '.join(map(str, seeds))} seed(s); "
               "differences in points on the same questions and seeds. 95 % intervals over seeds and questions; in italics what is "
-              "within noise. "
-              f"The rate of each method is the best of three on the validation split. {record['runs']} runs on "
+              "within noise" + (" (with one seed the interval is over questions alone)" if 1 in seeds else "")
+              + ". " f"The rate of each method is the best of three on the validation split. {record['runs']} runs on "
               f"{', '.join(record['processors'])}. `{record['command']}`"]
     return "\n".join(lines)
 
