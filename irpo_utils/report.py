@@ -39,13 +39,13 @@ def write_table(name: str, trials: list, folder: Path, out: Path, record: dict):
 
 def _record(folder: Path, record: dict) -> dict:
     """What made the runs of a study: they may be of several days and commits."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed_*/environment.json"))]
+    records = [json.loads((run / "environment.json").read_text()) for trial in sorted(folder.iterdir()) for run in finished(trial)]
     return {**record, "runs": len(records), "commits": sorted({each["commit"] or "" for each in records}),
             "processors": sorted({each["processor"] for each in records}), **iteration.environment()}
 
 
 def table(folder: Path, trials: list):
-    """All that the runs of a study have measured so far: the metrics table with `factor`, `level`, `tokens`, `seconds`.
+    """All that the finished runs of a study have measured: the metrics table with `factor`, `level`, `tokens`, `seconds`.
 
     `tokens` were sampled and `seconds` spent up to that iteration to make M_t: sampling, grading, pairing, training, but
     not its evaluation; for a trial that goes on from another run, since then. The metric `stopped` (1) marks an iteration
@@ -53,18 +53,27 @@ def table(folder: Path, trials: list):
     """
     parts = []
     for trial in trials:
-        for path in sorted((folder / trial.name).glob("seed_*")):
-            if (path / "metrics.csv").exists():
-                rows = _with_more(pandas.read_csv(path / "metrics.csv"), path)
-                cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(trial.method).train is not None)
-                rows = rows.assign(factor=trial.factor, level=trial.level, tokens=rows.iteration.map(cost.tokens),
-                                   seconds=rows.iteration.map(cost.seconds), iteration=rows.iteration + trial.after)
-                parts.append(rows)
+        for path in finished(folder / trial.name):
+            rows = _with_more(pandas.read_csv(path / "metrics.csv"), path)
+            cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(trial.method).train is not None)
+            rows = rows.assign(factor=trial.factor, level=trial.level, tokens=rows.iteration.map(cost.tokens),
+                               seconds=rows.iteration.map(cost.seconds), iteration=rows.iteration + trial.after)
+            parts.append(rows)
     result = pandas.concat(parts, ignore_index=True)
     if folder.name == "comparison":
         zero = result[(result.method == "irpo") & (result.iteration == 0)].assign(method="zero_shot")
         result = pandas.concat([zero, result], ignore_index=True)
     return result
+
+
+def finished(folder: Path) -> list[Path]:
+    """The runs of a trial that came to their end, by seed: half a run would be in some means and not in others."""
+    def is_over(path: Path) -> bool:
+        if (path / "stopped.json").exists():
+            return True
+        profile = path / "profile.json"
+        return profile.exists() and (path / f"iteration_{json.loads(profile.read_text())['iterations']}" / "metrics.json").exists()
+    return [path for path in sorted(folder.glob("seed_*")) if is_over(path)]
 
 
 def _with_more(rows, path: Path):
@@ -146,7 +155,7 @@ def paired(folder: Path, trials: list):
 @functools.cache
 def _accuracies(folder: Path, t: int, metric: str) -> dict[str, list[float]]:
     """Accuracy question by question of M_t, by seed."""
-    return {path.name: iteration.accuracy_per_question(path, t, metric) for path in sorted(folder.glob("seed_*"))
+    return {path.name: iteration.accuracy_per_question(path, t, metric) for path in finished(folder)
             if (path / f"iteration_{t}" / "evaluation" / "checksums.json").exists()}
 
 
