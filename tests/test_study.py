@@ -135,6 +135,7 @@ def test_a_study_that_was_killed_goes_on_where_it_stood(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert report.finished(out / "runs" / "comparison" / "irpo") == []            # half a run is in no table
     before = first.stat().st_mtime_ns
     table = study.study("comparison", out, out / "runs", seeds=1, only=["irpo"], small=True, progress=False)
     assert first.stat().st_mtime_ns == before and set(table[table.method == "irpo"].iteration) == {0, 1, 2}
