@@ -23,7 +23,7 @@ from pathlib import Path
 import pandas
 import pyarrow as pa
 
-from irpo_utils import UserError, iteration, profiles
+from irpo_utils import UserError, checksums, iteration, profiles
 from irpo_utils.profiles import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent
