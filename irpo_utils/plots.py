@@ -433,7 +433,8 @@ def _name_ends(axes, lines: list[Line]) -> None:
         if column is not None:
             axes.plot([line.x[-1], column], [line.y[-1], height], color=line.colour, linewidth=0.6, label=f"_to {line.label}",
                       clip_on=False, zorder=1)
-        axes.annotate(line.label, (line.x[-1] if column is None else column, height), xytext=(7, 0), textcoords="offset points", va="center",
+        axes.annotate(line.label, (line.x[-1] if column is None else column, height), xytext=(7, 0),
+                      textcoords="offset points", va="center",
                       fontsize=9, color=[0.6 * part for part in to_rgb(line.colour)], annotation_clip=False,
                       path_effects=[withStroke(linewidth=2.5, foreground=PAPER)])
 
