@@ -182,10 +182,13 @@ def _draw_comparison(result, average, folder: Path) -> dict:
     rivals = result.method.isin(("irpo", "iterative_dpo", "star", "self_consistency", "self_rewarding", "spin", "grpo", "shuffled"))
     shown, costs = _titled(shown), _titled(result[rivals & (result.metric == "greedy") & (result.iteration > 0)])
     spread = result[(result.method == "irpo") & result.metric.isin(("pass_at_k", "distinct_answers"))]
-    return {"comparison_dots": (plots.dot_plot(shown), shown),
-            "comparison_tokens": (plots.accuracy_against_tokens(costs), costs),
-            "comparison_seconds": (plots.accuracy_against_tokens(costs, x="seconds"), costs),
-            "comparison_diversity": (plots.diversity(spread), spread)}
+    drawn = {}
+    for title, rows, draw in (("dots", shown, plots.dot_plot), ("tokens", costs, plots.accuracy_against_tokens),
+                              ("seconds", costs, functools.partial(plots.accuracy_against_tokens, x="seconds")),
+                              ("diversity", spread, plots.diversity)):
+        if len(rows):                                   # a study of a few methods may have none of these
+            drawn[f"comparison_{title}"] = (draw(rows), rows)
+    return drawn
 
 
 def _titled(rows):
