@@ -138,7 +138,7 @@ class _Loop:
         """`draw(some of the questions)`, each kept as soon as it is there, `completions` a question."""
         size, kept = max(1, BLOCK // completions), self.directory.unfinished(t, name, of).name
         return [self._stage(t, f"{kept}/block_{start:06d}", lambda: draw(_slice(questions, start, size)),      # noqa: B023
-                                     lambda data, folder: data.save_to_disk(str(folder)))
+                            _save_dataset)
                 for start in range(0, len(questions), size)]
 
     def _sample(self, t: int) -> Dataset:
@@ -153,7 +153,7 @@ class _Loop:
     def _graded(self, t: int) -> Path:
         folder = self._stage(t, "samples", lambda: self._sample(t), _save_dataset, of=self._writer(t))
         return self._stage(t, "graded", lambda: grading.grade(load_from_disk(str(folder)), self.task), _save_dataset,
-                                    of=(folder,))
+                           of=(folder,))
 
     def _pairs(self, t: int, graded: Path | None):
         p = self.profile

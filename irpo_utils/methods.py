@@ -31,7 +31,8 @@ def by_majority(rows: list[dict], rng: random.Random) -> list[bool]:
 def by_own_likelihood(rows: list[dict], rng: random.Random) -> list[bool]:
     """Reward 1 for the half of the completions that the model itself finds likelier per token: its own judge."""
     scores = [row["logprob"] / row["n_tokens"] for row in rows]
-    return [score > sorted(scores)[(len(rows) - 1) // 2] for score in scores]
+    middle = sorted(scores)[(len(rows) - 1) // 2]
+    return [score > middle for score in scores]
 
 
 def by_luck(rows: list[dict], rng: random.Random) -> list[bool]:

@@ -66,13 +66,16 @@ def table(folder: Path, trials: list):
     return result
 
 
+def is_over(path: Path) -> bool:
+    """Whether a run has all its iterations, or has stopped because it could not go on."""
+    if (path / "stopped.json").exists():
+        return True
+    profile = path / "profile.json"
+    return profile.exists() and (path / f"iteration_{json.loads(profile.read_text())['iterations']}" / "metrics.json").exists()
+
+
 def finished(folder: Path) -> list[Path]:
     """The runs of a trial that came to their end, by seed: half a run would be in some means and not in others."""
-    def is_over(path: Path) -> bool:
-        if (path / "stopped.json").exists():
-            return True
-        profile = path / "profile.json"
-        return profile.exists() and (path / f"iteration_{json.loads(profile.read_text())['iterations']}" / "metrics.json").exists()
     return [path for path in sorted(folder.glob("seed_*")) if is_over(path)]
 
 

@@ -66,7 +66,7 @@ def tuning() -> list[Trial]:
 
 def comparison() -> list[Trial]:
     """The rows of the paper's tables and those beside them, each at the rate that the tuning found for it."""
-    return [Trial(name, against="irpo", seeds=3 if name == "grpo" else None)         # GRPO takes three times as long
+    return [Trial(name, against="irpo", seeds=3 if name == "grpo" else None)         # GRPO takes more than twice as long
             for name in methods.METHODS if not name.endswith("_lucky")]
 
 
@@ -230,9 +230,7 @@ def _done(path: Path) -> int:
 
 
 def _is_finished(path: Path, p: Profile) -> bool:
-    if _done(path) < p.iterations and not (path / "stopped.json").exists():
-        return False
-    return json.loads((path / "profile.json").read_text()) == dataclasses.asdict(p)
+    return report.is_over(path) and json.loads((path / "profile.json").read_text()) == dataclasses.asdict(p)
 
 
 def _is_ready(path: Path, p: Profile) -> bool:

@@ -30,7 +30,8 @@ from irpo_utils import checksums, iteration, profiles
 from irpo_utils.__main__ import calm_libraries
 
 COLUMNS = ("test", "tried", "held", "note")
-TIMES = ("environment.json", "timing.csv", checksums.NAME, ".lock", "state.json", "dataset_info.json")      # differ between equal runs
+TIMES = ("environment.json", "timing.csv", checksums.NAME, ".lock", "state.json", "dataset_info.json",
+         "accuracy_per_iteration.json")      # differ between equal runs
 SMALL = dict(iterations=1, n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=20, eval_samples=2, eval_samples_ends=2,
              learning_rate=1e-4)
 PACKAGE = str(Path(__file__).resolve().parent.parent)
@@ -46,8 +47,6 @@ def content(run: Path) -> dict[str, str]:
                 text = "\n".join(_without_seconds(line) for line in text.decode().splitlines())
             elif path.name == "summary.json":
                 text = _without_seconds(text)
-            elif path.name in ("accuracy_per_iteration.json",):
-                continue
             found[str(path.relative_to(run))] = checksums.of_text(text if isinstance(text, str) else text.hex())
     return found
 

@@ -529,9 +529,9 @@ assert len(against_irpo(1))
 # %% [markdown]
 # What to take from that. Once each method has its own rate, most of them end close together, at what M_0 could do before it became
 # hasty. After one iteration Iterative RPO is ahead of SFT on the winners and of DPO alone, as in the paper, though by little. At the
-# end it is not ahead of SFT on the winners, nor of GRPO; but it is far ahead of DPO without NLL, which rose like the others
-# for three iterations and then fell. Section 6 looks into that. The surprise is SFT on gold solutions: one iteration of it is
-# where the others arrive after two or three. Here M_0 hides its working, and the gold solutions show it in the very form that it
+# end it is not ahead of SFT on the winners, nor of GRPO; but it is far ahead of DPO without NLL, which kept up with the
+# others for three iterations and then fell. Section 6 looks into that. The surprise is SFT on gold solutions: one iteration of it is
+# where Iterative RPO arrives after two. Here M_0 hides its working, and the gold solutions show it in the very form that it
 # once learnt. And the controls do their work: with verdicts by lot the model gets worse, so it is the verdict that teaches;
 # four examples in the prompt, a form that this small model has never seen, ruin it.
 
@@ -754,7 +754,7 @@ spread.round(1).astype(object).fillna("")
 
 # %% [markdown]
 # At the same number of sampled tokens the methods with a gold verdict lie close together; those without one, the majority and the
-# own likelihood, need more iterations for nearly the same place. GRPO gets as much from its tokens, and takes several times as long
+# own likelihood, need more iterations for nearly the same place. GRPO gets as much from its tokens, and takes more than twice as long
 # here, since it draws its small batches one after the other. And narrowing costs little: most methods end at fewer than two
 # distinct answers in eight, and still solve more questions by one of eight samples than M_0 did. The exception is DPO without
 # NLL: when it falls, distinct answers grow again, and pass@k falls with accuracy. That is not variety, it is damage.
@@ -856,9 +856,9 @@ assert len(usual) <= len(labels)
 # ## 7 When do losers teach?
 #
 # Iterative RPO trains on pairs, STaR on the winners alone. Where the two end alike, the losers taught nothing that the
-# winners had not. When should they? We looked for cases in which a loser tells more: few samples, so that winners are rare;
+# winners had not. When should they? We thought of cases in which a loser may tell more: few samples, so that winners are rare;
 # a high temperature, so that losers are many; few questions, so that winners are soon learnt by heart; lucky winners, so that
-# winners are partly wrong; and late, from M_3 on, when winners and losers are both careful.
+# winners are partly wrong; and late, from M_3 on, when winners and losers are both careful. The file has those that were run.
 #
 # **Predict**: in which of these do pairs beat winners alone?
 
@@ -874,8 +874,8 @@ figure
 
 # %% [markdown]
 # There is one, and it is a large one: lucky winners. Where one wrong answer in four counts as right, many winners are blurted
-# numbers. Whoever trains on winners alone learns to blurt, and falls below M_0. But blurting is commoner still among the losers, so
-# that the *difference* between winners and losers points to the working all the same, and pairs go on rising. That is
+# numbers. Whoever trains on winners alone learns to blurt, and falls below M_0. But blurting is commoner still among the losers
+# (exercise: count it in the pairs of `irpo_lucky`, as section 11 counts lengths), so that the *difference* between winners and losers points to the working all the same, and pairs go on rising. That is
 # what losers are for: they say which part of the winners is not the reason for winning. Multiple choice is of this kind;
 # the paper counts about a quarter of lucky winners on ARC, where its pairs beat winners alone by five points. Late, when nearly
 # all that can be learnt is learnt, it is the other way round at this rate: pairs do harm (section 8 shows the same turn), and
@@ -962,7 +962,7 @@ material.round(2).astype(object).fillna("")
 # %% [markdown]
 # It does not end in a quiet plateau. Iterative RPO, which had stood still since its second iteration, turns in the sixth;
 # DPO without NLL turned in the fourth and goes up and down from there. In both the KL of a step, which had shrunk to a fraction of
-# a nat, grows again at the turn, and grew a little before; and the training that makes the fallen model lowers the
+# a nat, grows again at the turn, with Iterative RPO a little before; and the training that makes the fallen model lowers the
 # winners. Both numbers are printed together with the accuracy of that model, so they say that a step went wrong in time to go back to
 # the model before, but hardly earlier. Mind where the rate comes from: it was the best of three *after two iterations*. For
 # eight it is too high, once there is little left to learn but to tell near-equal calculations apart. The default profile, at a
@@ -976,7 +976,7 @@ material.round(2).astype(object).fillna("")
 # with the base on the same questions and seeds. The paper has none of these: it names the values that it tried for α and β, and
 # no results for them.
 #
-# **Predict** the three settings that matter most, and two that do not matter at all.
+# **Predict** which of the settings below matter, and which do not.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1000,7 +1000,7 @@ for row in clear.sort_values("difference").itertuples():
 assert len(ablations)
 
 # %% [markdown]
-# At this rate, where after two iterations nearly everything is learnt that can be, single settings matter little. That a setting
+# At this rate, where after two iterations nearly everything is learnt that can be, the settings that were run matter little. That a setting
 # does nothing near the ceiling says nothing about the climb, and little about another model. What would travel, if anything, is
 # what has a reason: which model is the reference, for instance, decides how far the model may go in all.
 #
