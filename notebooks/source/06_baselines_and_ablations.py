@@ -874,12 +874,23 @@ figure
 
 # %% [markdown]
 # There is one, and it is a large one: lucky winners. Where one wrong answer in four counts as right, many winners are blurted
-# numbers. Whoever trains on winners alone learns to blurt, and falls below M_0. But blurting is commoner still among the losers
-# (exercise: count it in the pairs of `irpo_lucky`, as section 11 counts lengths), so that the *difference* between winners and losers points to the working all the same, and pairs go on rising. That is
-# what losers are for: they say which part of the winners is not the reason for winning. Multiple choice is of this kind;
-# the paper counts about a quarter of lucky winners on ARC, where its pairs beat winners alone by five points. Late, when nearly
-# all that can be learnt is learnt, it is the other way round at this rate: pairs do harm (section 8 shows the same turn), and
-# winners alone do not. Neither explains the paper's gap on GSM8K, where most winners are right for the right reason.
+# numbers, and whoever trains on winners alone learns to blurt: it falls below M_0. Pairs go on rising. Why? Count the blurts
+# on both sides of such pairs, made from the completions of section 2:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+lucky = pairs_of("irpo_lucky", graded, asked, task, tokenizer)[0]
+blurted = {side: np.mean([len(text.strip().splitlines()) == 1 for text in lucky[side]]) for side in ("chosen", "rejected")}
+print(f"a number without working: {blurted['chosen']:.0%} of the winners, {blurted['rejected']:.0%} of the losers")
+assert all(0 <= share <= 1 for share in blurted.values())
+
+# %% [markdown]
+# Blurting is common among the winners, and commoner still among the losers, so that the *difference* between the two points to the
+# working all the same. That is what losers are for: they say which part of the winners is not the reason for winning. Multiple
+# choice is of this kind; the paper counts about a quarter of lucky winners on ARC, where its pairs beat winners alone by five
+# points. Late, when nearly all that can be learnt is learnt, it is the other way round at this rate: pairs do harm (section 8
+# shows the same turn), and winners alone do not. Neither explains the paper's gap on GSM8K, where most winners are right for the
+# right reason.
 
 # %% [markdown]
 # ## 8 Iterations five to eight
