@@ -26,6 +26,9 @@ CARDS = {
     "H200-141GB": (141, 989, 4800, True),
 }
 OVERVIEW = ("cpu", "T4-16GB", "RTX4090-24GB", "A100-80GB", "H200-141GB")
+# GB/s from a card to its neighbour, one way: NVLink where the cards have it, else PCIe. And to a card of another node.
+LINKS = {"T4": 16, "V100": 150, "L4": 32, "A10": 32, "RTX3090": 32, "RTX4090": 32, "A100": 300, "H100": 450, "H200": 450}
+NODE, BETWEEN_NODES = 8, 25     # cards of one node, and 200 Gbit/s of InfiniBand for each; assumed
 RESERVE = 0.05                  # share of the memory that stays free: the allocator cannot use every gap
 
 # What a GPU reaches of its data sheet with transformers, PEFT and bitsandbytes, nothing compiled. Not measured.
@@ -115,7 +118,10 @@ SHAPES = {
 
 @dataclass
 class Machine:
-    """`count` cards that share the questions, or a CPU with `count` cores; memory and speeds are those of one."""
+    """`count` cards that share the questions, or a CPU with `count` cores; memory and speeds are those of one.
+
+    `link`, `between`: bytes per second from one card to the next, one way, in its node and to another one.
+    """
 
     name: str
     count: int
@@ -125,6 +131,8 @@ class Machine:
     layer_seconds: float
     dtype: str                      # what `models.default_dtype` chooses there
     note: str
+    link: float = math.inf
+    between: float = math.inf
 
 
 @dataclass
@@ -141,8 +149,37 @@ class Stage:
 
 
 @dataclass
+class Sharing:
+    """Training on several cards in one way: peak bytes on a card, bytes that a card sends per optimiser step, hours."""
+
+    memory: float
+    sent: float
+    hours: float
+
+
+@dataclass
+class BreakEven:
+    """Whole copies of the model on `cards` (data parallel) against layers split over them (FSDP2).
+
+    `base`, `largest_base`: bytes of the frozen weights here, and at which whole copies no longer fit. `positions`: tokens of a
+    micro-batch here; from `hidden_from` on the split weights arrive while the products of the layer before are at work.
+    """
+
+    cards: int
+    copies: Sharing
+    split: Sharing
+    base: float
+    largest_base: float
+    positions: float
+    hidden_from: float
+
+
+@dataclass
 class Plan:
-    """What a run is expected to take; `total.memory` is the peak, `room` what one card has for it, both in bytes."""
+    """What a run is expected to take; `total.memory` is the peak, `room` what one card has for it, both in bytes.
+
+    `break_even` is there where several cards train.
+    """
 
     profile: Profile
     shape: Shape
@@ -151,6 +188,7 @@ class Plan:
     stages: list[Stage]
     total: Stage
     assumptions: list[str]
+    break_even: BreakEven | None = None
 
 
 def plan(profile: Profile, machine: str | None = None, price: float | None = None, must_fit: bool = True) -> Plan:
@@ -162,6 +200,9 @@ def plan(profile: Profile, machine: str | None = None, price: float | None = Non
         raise UserError(f"--price is {price}; it is what the whole machine costs an hour, 0 or more.")
     profile = methods.apply(profile)
     e = _Estimate(profile, find_shape(profile.model), find_machine(machine), task_size(profile))
+    if not e.on_cpu and profile.batch_size // e.ranks % e.micro:
+        raise UserError(f"batch_size = {profile.batch_size} is not a multiple of micro_batch_size = {e.micro} times {e.ranks} "
+                        "processes.")
     length, memory = min(e.size.completion, profile.max_new_tokens), e.memory()
     expected, most = e.work(length, PAIR_SHARE), e.work(profile.max_new_tokens, 1.0)
     stages = [Stage(name, memory[name], *(x[name][i] / unit for i, unit in enumerate((1, 3600)) for x in (expected, most)))
@@ -172,10 +213,30 @@ def plan(profile: Profile, machine: str | None = None, price: float | None = Non
         row.cost = None if price is None else price * row.hours
     made = Plan(profile, e.shape, e.machine, e.machine.memory * (1 - RESERVE), stages, total, [
         f"expected: {length} tokens a completion ({e.size.source}) and {PAIR_SHARE:.0%} of the possible pairs; at most: all",
-        e.machine.note])
+        e.machine.note + ("; the server's memory is counted on the same cards" if profile.sampler == "vllm" else "")],
+        break_even(profile, e.shape, e.machine, e.size))
     if must_fit:
         check(made)
     return made
+
+
+def break_even(profile: Profile, shape: Shape, machine: Machine, size: TaskSize) -> BreakEven | None:
+    """Training with whole copies of the model against layers split over the cards; None where one card trains.
+
+    Whole copies have to fit in all stages, and where a server writes the completions its part of the base grows, too.
+    """
+    copies, split = (_Estimate(dataclasses.replace(profile, shard=shard), shape, machine, size) for shard in (False, True))
+    if copies.on_cpu or copies.ranks == 1 or not profile.iterations:
+        return None
+    length = min(size.completion, profile.max_new_tokens)
+    both = [Sharing(e.memory()["training"], e.sent_per_step(), e.work(length, PAIR_SHARE)["training"][1] / 3600)
+            for e in (copies, split)]
+    gathered = split.gathered_bytes() / split.link / (2 + profile.gradient_checkpointing)       # per pass of all layers
+    slack = machine.memory * (1 - RESERVE) - max(copies.memory().values())
+    held = 1 + 1 / copies.served if profile.sampler == "vllm" else 1
+    return BreakEven(copies.ranks, *both, copies.base, copies.base + slack / held,
+                     copies.layer_bytes(size.prompt, min(length, copies.lengths()[1]))[0],
+                     gathered * machine.flops[copies.dtype] / 2 / (shape.linear + shape.head))
 
 
 def check(made: Plan) -> None:
@@ -183,7 +244,8 @@ def check(made: Plan) -> None:
     if made.total.memory <= made.room:
         return
     worst, changes = max(made.stages, key=lambda row: row.memory), what_fits(made)
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (changes or {}).items())
+    options = " ".join(f"--{name.replace('_', '-')} {str(value).lower() if value is True else value}"
+                       for name, value in (changes or {}).items())
     advice = f"It fits with {options}" if changes else "No setting makes it fit: take a smaller --model or larger cards"
     raise UserError(f"By estimate this run does not fit: {worst.name} needs {_gb(worst.memory)}, {made.machine.name} has room "
                     f"for {_gb(made.room)}, {_gb(worst.memory - made.room)} too little. {advice}. With --ignore-plan `run` goes "
@@ -193,7 +255,8 @@ def check(made: Plan) -> None:
 def what_fits(made: Plan) -> dict | None:
     """The mildest change of settings with which the run fits, a single one if that is enough; None if there is none."""
     p, size = made.profile, task_size(made.profile)
-    options = {"micro_batch_size": [n for n in _halves(p.micro_batch_size or p.batch_size) if p.batch_size % n == 0],
+    share = p.batch_size // (made.break_even.cards if made.break_even else 1)       # of a process
+    options = {"micro_batch_size": [n for n in _halves(min(p.micro_batch_size or share, share)) if share % n == 0],
                "sampling_batch_size": _halves(p.sampling_batch_size),
                "gradient_checkpointing": [True] * (not p.gradient_checkpointing), "quantize": [True] * (not p.quantize)}
 
@@ -207,7 +270,10 @@ def what_fits(made: Plan) -> dict | None:
         if fits(changes):
             break
     else:
-        return None
+        whole = "8bit" in p.optimizer or "paged" in p.optimizer
+        split = {"shard": True, "sampler": "vllm"} | ({"optimizer": "adamw_torch"} if whole else {})
+        can = made.break_even and not p.shard and not methods.get(p.method).train
+        return split if can and fits(split) else None
     for name in list(changes):                      # back to what it was, or to the mildest that is enough
         others = {key: value for key, value in changes.items() if key != name}
         changes = next(c for c in (others, *({**others, name: value} for value in options[name])) if fits(c))
@@ -231,28 +297,61 @@ class _Estimate:
         self.in_4_bits = self.p.quantize and not self.p.dequantize
         self.draws = methods.get(self.p.method).samples and self.p.iterations > 0
         self.multiplied_out = self.in_4_bits and 4 * s.linear <= 2**31          # in 16 bits at M_0 alone
-        self.micro = self.p.micro_batch_size or self.p.batch_size
         self.cache = s.layers * 2 * s.kv * self.bytes               # keys and values of one token
+        # Processes, one a card: they share the batch in equal parts, so that it may keep fewer busy than there are cards.
+        count, batch = self.machine.count, self.p.batch_size
+        self.ranks = 1 if self.on_cpu else max(n for n in range(1, min(count, batch) + 1) if batch % n == 0)
+        self.micro = min(self.p.micro_batch_size or batch, batch // self.ranks)
+        self.score_on = count if self.on_cpu else self.ranks
+        self.draw_on = count if self.p.sampler == "vllm" else self.score_on                 # a server takes all
+        self.link = min(self.machine.link, self.machine.between) if self.ranks > NODE else self.machine.link
+        self.base = s.linear * (NF4_BYTES if self.in_4_bits else self.bytes) + (s.parameters - s.linear) * self.bytes
+        self.parts = self.ranks if self.p.shard else 1              # of every weight, in training
+        self.served = min(NODE, self.machine.count) if not self.on_cpu else 1          # cards over which a server splits it
 
     def memory(self) -> dict[str, float]:
         """Peak bytes per stage on one card, for the longest prompts and completions.
 
         The base: NF4 or the compute dtype for the linear layers, the latter for embeddings and norms. On a CPU the pages
         of the model's file count as well. LoRA in fp32; in training its gradients in fp32, kept twice in case a step has to
-        be taken again, and Adam's two moments.
+        be taken again, and Adam's two moments. Split over cards, a card has its part of all that, and whole at a time two
+        layers (one at work, the next on its way), the embeddings and the head. A server that writes the completions is
+        taken to split the model over the cards of a node; it stays there, beside the model that is trained.
         """
         p, s = self.p, self.shape
-        # A base split over several cards would be divided by their number here; now each card holds all of it.
-        base = s.linear * (NF4_BYTES if self.in_4_bits else self.bytes) + (s.parameters - s.linear) * self.bytes
-        fixed = base + 4 * s.lora(p.lora_r) + (CPU_PROCESS + s.parameters * self.bytes if self.on_cpu else CUDA_CONTEXT)
+        adapter = 4 * s.lora(p.lora_r)
+        process = CPU_PROCESS + s.parameters * self.bytes if self.on_cpu else CUDA_CONTEXT
         layer = max(a * b for a, b in s.matrices) * self.bytes * self.in_4_bits     # unpacked while it is in use
         unpacked = s.linear * self.bytes if self.multiplied_out else layer
-        learning = (8 + (2 if "8bit" in p.optimizer else 8)) * s.lora(p.lora_r)
+        learning = (8 + (2 if "8bit" in p.optimizer else 8)) * s.lora(p.lora_r) / self.parts
         scoring = layer + self.scoring_bytes()
+        whole = (2 * (self.base + adapter - self.root) / s.layers + self.root) * (self.parts > 1)
+        fixed = process + (self.base + adapter) / self.parts + whole
+        drawing = self.decoding_bytes(p.n_samples)
         evaluating = max(self.decoding_bytes(k) for k in (1, p.eval_samples, p.eval_samples_ends))
-        return {"sampling": (fixed + unpacked + self.decoding_bytes(p.n_samples)) * self.draws,
+        if p.sampler == "vllm":
+            fixed += CUDA_CONTEXT + (self.base + adapter + max(drawing, evaluating)) / self.served + layer      # the server
+            drawing = evaluating = unpacked = 0
+        return {"sampling": (fixed + unpacked + drawing) * self.draws,
                 "training": (fixed + max(learning + layer + self.training_bytes(), scoring)) * (p.iterations > 0),
                 "evaluation": fixed + max(unpacked + evaluating, scoring)}
+
+    @property
+    def root(self) -> float:
+        """Bytes of what lies outside the layers: embeddings, head, last norm."""
+        return (self.shape.parameters - self.shape.linear) * self.bytes
+
+    def gathered_bytes(self) -> float:
+        """What a card receives per micro-batch where layers are split: the other cards' parts of every layer, once forward
+        and once backward, and once of what lies outside the layers."""
+        return (2 * (self.base + 4 * self.shape.lora(self.p.lora_r) - self.root) + self.root) * (self.ranks - 1) / self.ranks
+
+    def sent_per_step(self) -> float:
+        """Bytes that a card sends per optimiser step. In a ring a sum of gradients goes round twice, which is an all-reduce,
+        and once where every card needs its part alone, a reduce-scatter; put together again, weights go round once."""
+        micro_batches = self.p.batch_size / self.micro / self.ranks
+        gradients = 4 * self.shape.lora(self.p.lora_r) * (self.ranks - 1) / self.ranks
+        return micro_batches * (self.gathered_bytes() + gradients) if self.p.shard else 2 * gradients
 
     def rows(self, n: int) -> int:
         """Completions that one loop of `sampling` decodes at once, n of each prompt."""
@@ -320,19 +419,20 @@ class _Estimate:
         evaluation = [((last + 1) * n_eval + compared, 1)] + [
             (n_eval * k, k) for k in (p.eval_samples_ends if t in (0, last) else p.eval_samples for t in range(last + 1))]
         trained, seconds = self.training_work(pairs, length)
+        scored = compared * (size.prompt + length)
         return {"sampling": (drawn * length, self.decoding_seconds(drawn, p.n_samples, length)),
                 "training": (last * trained, last * seconds),
-                "evaluation": (sum(c for c, _ in evaluation) * length, self.forward_seconds(compared * (size.prompt + length))
+                "evaluation": (sum(c for c, _ in evaluation) * length, self.forward_seconds(scored, self.score_on)
                                + sum(self.decoding_seconds(c, k, length) for c, k in evaluation))}
 
     def decoding_seconds(self, completions: float, n: int, length: float) -> float:
         """Each prompt once; then steps of all rows: weights, the cache so far, and the layers' overhead."""
-        here, s, m = completions / self.machine.count, self.shape, self.machine
+        here, s, m = completions / self.draw_on, self.shape, self.machine
         rows = min(self.rows(n), max(1, here))
         cache = rows * (self.size.prompt + length / 2) * self.cache / m.bandwidth
         unpacked = not self.in_4_bits or self.multiplied_out and self.bytes == 4
         step = self.product_seconds(rows, unpacked) + cache + s.layers * m.layer_seconds
-        return here / rows * length * step + self.forward_seconds(completions / n * self.size.prompt)
+        return here / rows * length * step + self.forward_seconds(completions / n * self.size.prompt, self.draw_on)
 
     def training_work(self, pairs: float, length: float) -> tuple[float, float]:
         """(tokens, seconds) of one iteration, the reference's log-probabilities included.
@@ -345,10 +445,11 @@ class _Estimate:
         length, passes = min(length, self.lengths()[1]), 2 + p.gradient_checkpointing
         positions, layer = self.layer_bytes(self.size.prompt, length)
         step = passes * self.product_seconds(positions, not self.in_4_bits) + 3 * self.shape.layers * layer / m.bandwidth
-        # Cores share a micro-batch; cards share those of an optimiser step, which may be fewer than there are cards.
-        step = step / self.cores + 2 * passes * self.shape.layers * m.layer_seconds
-        seconds = shown / self.micro * step / min(m.count / self.cores, p.batch_size / self.micro)
-        reference = self.forward_seconds(2 * pairs * (self.size.prompt + length))
+        step = step / self.cores + 2 * passes * self.shape.layers * m.layer_seconds        # cores share a micro-batch
+        sent = self.sent_per_step() / self.link             # of split layers it comes while others are at work
+        each = p.batch_size / self.micro / self.ranks       # micro-batches of one card in a step
+        seconds = shown / p.batch_size * (max(each * step, sent) if p.shard else each * step + sent)
+        reference = self.forward_seconds(2 * pairs * (self.size.prompt + length), self.score_on)
         return shown * (self.size.prompt + 2 * length), seconds + reference
 
     def product_seconds(self, tokens: float, unpacked: bool) -> float:
@@ -360,9 +461,9 @@ class _Estimate:
         read = s.linear * (self.bytes if unpacked else NF4_BYTES + 2 * self.bytes) + s.head * self.bytes
         return max(read / m.bandwidth, 2 * (s.linear + s.head) * tokens / m.flops[self.dtype])
 
-    def forward_seconds(self, tokens: float) -> float:
-        """So many tokens through the model at once, all of it arithmetic, on all cards or cores."""
-        return 2 * self.shape.linear * tokens / self.machine.flops[self.dtype] / self.machine.count
+    def forward_seconds(self, tokens: float, cards: int) -> float:
+        """So many tokens through the model at once, all of it arithmetic, on so many cards or cores."""
+        return 2 * self.shape.linear * tokens / self.machine.flops[self.dtype] / cards
 
 
 def task_size(p: Profile) -> TaskSize:
@@ -424,11 +525,12 @@ def _gpu(name: str, count: int, memory: float) -> Machine:
     same = [key for key in CARDS if re.search(rf"\b{key.split('-')[0]}\b", name.replace("RTX ", "RTX"))]
     key = min(same, key=lambda key: abs(CARDS[key][0] - memory / 1e9), default=None)
     _, tflops, bandwidth, bf16 = CARDS[key or "T4-16GB"]
-    fast = tflops * 1e12 * GPU_FLOPS
+    fast, link = tflops * 1e12 * GPU_FLOPS, LINKS[(key or "T4-16GB").split("-")[0]]
     note = (f"assumed: the card reaches {GPU_FLOPS:.0%} of its FLOPs and {GPU_BANDWIDTH:.0%} of its bandwidth, a layer takes "
             f"{1e3 * GPU_LAYER:.0f} ms a step; not measured here" + ("" if key else f" ({name} is unknown: a T4's speed)"))
-    return Machine(name, count, memory, {"bfloat16": fast, "float16": fast, "float32": fast * FP32_SHARE},
-                   bandwidth * 1e9 * GPU_BANDWIDTH, GPU_LAYER, "bfloat16" if bf16 else "float16", note)
+    bandwidth, link, between = (1e9 * GPU_BANDWIDTH * x for x in (bandwidth, link, BETWEEN_NODES))
+    return Machine(name, count, memory, {"bfloat16": fast, "float16": fast, "float32": fast * FP32_SHARE}, bandwidth, GPU_LAYER,
+                   "bfloat16" if bf16 else "float16", note, link, between)
 
 
 def table(made: Plan) -> str:
@@ -443,7 +545,24 @@ def table(made: Plan) -> str:
         lines.append(f"{row.name:10}{_gb(row.memory):>12}{_count(row.tokens):>10}{_count(row.tokens_at_most):>10}"
                      f"{_time(row.hours):>10}{_time(row.hours_at_most):>10}" + (f"{row.cost:>10,.2f}" if priced else ""))
     hint = "" if priced else "; for the cost give --price PER_HOUR"
-    return "\n".join([*lines, made.assumptions[0], made.assumptions[1] + hint])
+    return "\n".join([*lines, made.assumptions[0], made.assumptions[1] + hint, *_shared(made)])
+
+
+def _shared(made: Plan) -> list[str]:
+    """The lines on how several cards can share training."""
+    b, m = made.break_even, made.machine
+    if b is None:
+        return []
+    link = min(m.link, m.between) if b.cards > NODE else m.link
+    busy = f"{m.count} cards" if b.cards == m.count else (
+        f"{b.cards} of {m.count} cards, as many processes as a batch of {made.profile.batch_size} has equal parts for (--batch-size)")
+    rows = [f"{name:26}{_gb(row.memory):>12}{_gb(row.sent):>16}{_time(row.hours):>10}" + "  does not fit" * (row.memory > made.room)
+            for name, row in (("whole copies", b.copies), ("split layers (--shard)", b.split))]
+    return ["", f"training on {busy}", f"{'':26}{'peak memory':>12}{'sent per step':>16}{'time':>10}", *rows,
+            f"break-even: whole copies fit with up to {_gb(max(0, b.largest_base))} of frozen weights (here {_gb(b.base)}); split "
+            f"layers cost no time from {b.hidden_from:,.0f} tokens per micro-batch on (here {b.positions:,.0f})",
+            f"assumed: {link / 1e9:,.0f} GB/s from card to card, {GPU_BANDWIDTH:.0%} of the data sheet's"
+            + f" ({NODE} cards a node, {BETWEEN_NODES} GB/s between nodes)" * (b.cards > NODE)]
 
 
 def overview(profiles: dict[str, Profile], machines=OVERVIEW) -> str:

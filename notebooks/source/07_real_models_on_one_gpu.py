@@ -289,7 +289,7 @@ from unittest import mock
 from irpo_utils import UserError
 
 refusal = OSError("401 Client Error: Cannot access gated repo")
-with mock.patch("transformers.AutoTokenizer.from_pretrained", side_effect=refusal):
+with mock.patch("transformers.AutoConfig.from_pretrained", side_effect=refusal):
     try:
         models.load_tokenizer("meta-llama/Llama-3.2-1B-Instruct")
     except UserError as error:
@@ -1298,5 +1298,5 @@ table.round(2)
 # 4. The machine goes away in minute 50 of a training that takes an hour. What is lost, and what do you type?
 # 5. Your test accuracy is that of $\hat W + \Delta$, and you upload the merged model. What is missing?
 #
-# **Next**: the [README](../README.md) has the results and the commands for runs of your own; [the log](../figures/LOG.md) says
-# what came out, failures included.
+# **Next**: [08 · Past one GPU](08_past_one_gpu.ipynb): what a second card can do, what it costs on the wire, and what happens when
+# it dies.
