@@ -4,8 +4,9 @@ r"""Put the graders to the test: real gold answers in many surface forms, wrong 
     IRPO_DATA=folder python scripts/check_graders.py --count 2000   # a quick look; --out for another folder
 
 Every answer is made from a real gold answer, so that the right verdict is known. Each is graded a second time by a
-reader written another way (`other_number`, `other_letter`, `other_latex`); where the two disagree, `note` says why,
-by the form that the answer was made in. The table is figures/grading.csv: `test`, `tried`, `held` (graded as expected,
+reader written another way (`other_number`, `other_letter`, `other_latex`), and a third time by the short rule that is most
+used elsewhere (`last_number`, `last_letter`, `same_text`); where ours and another disagree, `note` says why, by the form
+that the answer was made in. The table is figures/grading.csv: `test`, `tried`, `held` (graded as expected,
 or the disagreement is explained in `note`), `note`. figures/grading.json has the seed, versions and hardware, and
 examples of every kind of disagreement.
 """
@@ -146,6 +147,24 @@ def _plain_number(token: str) -> Fraction | None:
     return Fraction(int(digits), 10 ** len(decimals))
 
 
+def last_number(completion: str) -> Fraction | None:
+    """The rule of many harnesses: the last number in the text, in plain digits with commas."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", completion)
+    return Fraction(found[-1].replace(",", "")) if found else None
+
+
+def why_last_number(kind: str, completion: str) -> str | None:
+    """Why the last number is not what ours reads; None where there is no reason."""
+    text = completion.rpartition("Final answer:")[2]
+    if kind == "evasive":
+        return "takes the last number, whatever is said of it"
+    if re.search(r"[^\x00-\x7f]|frac|times|\d */ *\d|thousand|minus|negative|\{,\}|\\,", text):
+        return "knows plain digits with commas only, and no sign in words"
+    if len(re.findall(r"\d+", text.replace(",", "").replace(".", ""))) > 1:
+        return "takes the last of several numbers"
+    return None
+
+
 def number_answers(golds: list[Fraction], count: int, rng: random.Random):
     """(kind, form, completion, gold, whether it is right; None for evasive) of `count` answers."""
     for index in range(count):
@@ -172,9 +191,10 @@ def check_numbers(name: str, golds: list[Fraction], count: int, rng: random.Rand
     for kind, form, completion, gold in number_answers(golds, count, rng):
         read = task.extract(completion)
         other = other_number(completion)
-        right = task.is_correct(read, gold)
+        right, last = task.is_correct(read, gold), last_number(completion)
         tally.add(kind, form, completion, read is None if kind == "evasive" else right == (kind == "right"),
                   right == (other is not None and other == Fraction(gold)))
+        tally.compare(form, completion, right == (last == Fraction(gold)), why_last_number(kind, completion))
     return tally.rows()
 
 
@@ -231,6 +251,23 @@ def other_letter(completion: str, choices: list[str]) -> str | None:
     return name.upper() if words[0] in names or len(rest) == 0 else None
 
 
+def last_letter(completion: str) -> str | None:
+    """The rule of many harnesses: the last capital letter from A to E that stands alone."""
+    found = re.findall(r"\b([A-E])\b", completion)
+    return found[-1] if found else None
+
+
+def why_last_letter(kind: str, form: str, choices: list[str]) -> str | None:
+    """Why the last capital letter is not what ours reads; None where there is no reason."""
+    if kind == "evasive":
+        return "takes the last letter, whatever is said of it"
+    if form in ("small", "full-width", "place", "text"):
+        return "knows capital letters only, no options by their text or place"
+    if any(re.search(r"\b[A-E]\b", text) for text in choices):
+        return "takes a letter in the text of an option for an answer"
+    return None
+
+
 def letter_answers(rows: list[dict], count: int, rng: random.Random):
     """(kind, form, completion, row) of `count` answers."""
     for index in range(count):
@@ -255,7 +292,9 @@ def check_letters(count: int, rng: random.Random, examples: dict) -> list[dict]:
     for kind, form, completion, row in letter_answers(rows, count, rng):
         read, other = task.extract(completion, row), other_letter(completion, row["choices"])
         held = read is None if kind == "evasive" else (read == row["answer"]) == (kind == "right")
-        tally.add(kind, form, f"{completion}  {row['choices']}", held, (read == row["answer"]) == (other == row["answer"]))
+        shown, right = f"{completion}  {row['choices']}", read == row["answer"]
+        tally.add(kind, form, shown, held, right == (other == row["answer"]))
+        tally.compare(form, shown, right == (last_letter(completion) == row["answer"]), why_last_letter(kind, form, row["choices"]))
     return tally.rows()
 
 
@@ -461,6 +500,8 @@ def check_latex(golds: list[str], count: int, rng: random.Random, examples: dict
         else:
             theirs, form = abs(first - second) <= 1e-12 * abs(first), "decimals" if "." in one + two else "values"
         tally.add("pair", form, f"{one}  and  {two}", None, ours == theirs)
+        tally.compare(form, f"{one}  and  {two}", ours == same_text(one, two), "compares text: equal values, written otherwise"
+                      if ours else None)
     return tally.rows()
 
 
@@ -525,6 +566,7 @@ class Tally:
         self.task, self.why, self.examples = task, why, examples.setdefault(task, defaultdict(list))
         self.tried, self.held, self.failed = Counter(), Counter(), defaultdict(Counter)
         self.compared, self.differ, self.both = 0, Counter(), 0
+        self.by_rule, self.reasons = 0, Counter()
 
     def add(self, kind: str, form: str, shown: str, held: bool | None, agrees: bool | None) -> None:
         """One answer: whether it was graded as expected, and whether the second reader agrees (None: not asked)."""
@@ -540,6 +582,13 @@ class Tally:
                 self.differ[form] += 1
                 self.both += held is False
                 self._keep(f"second reader differs: {form}", shown)
+
+    def compare(self, form: str, shown: str, agrees: bool, why: str | None) -> None:
+        """Whether the short rule agrees, and if not, why."""
+        self.by_rule += 1
+        if not agrees:
+            self.reasons[why or f"NOT EXPLAINED: {form}"] += 1
+            self._keep(f"short rule differs: {why or 'NOT EXPLAINED'}", shown)
 
     def _keep(self, name: str, shown: str) -> None:
         if len(self.examples[name]) < 20:
@@ -557,15 +606,20 @@ class Tally:
         if note and self.task != "math":                # of pairs of MATH's answers the right verdict is not known
             note = f"Where they differ, ours is not as expected in {self.both}. {note}"
         held = self.compared - sum(count for form, count in differ if form not in self.why)
-        return [*rows, {"test": f"{self.task}: against a second reader", "tried": self.compared, "held": held, "note": note}]
+        rule = "; ".join(f"{'' if 'NOT' in why else 'it '}{why} ({count})" for why, count in self.reasons.most_common())
+        explained = self.by_rule - sum(count for why, count in self.reasons.items() if "NOT EXPLAINED" in why)
+        return [*rows, {"test": f"{self.task}: against a second reader", "tried": self.compared, "held": held, "note": note},
+                {"test": f"{self.task}: against the short rule of many harnesses", "tried": self.by_rule, "held": explained,
+                 "note": f"Where they differ: {rule}" if rule else ""}]
 
 
 def check(folder: Path, count: int, seed: int) -> tuple[list[dict], dict]:
     """(rows of the table, examples of what was not as expected or not agreed on)."""
     rng, examples = random.Random(seed), {}
     rows = []
-    for name in ("gsm8k", "svamp"):
-        answers = [raw for split in ("train", "validation", "test") for raw in tasks.get(name).load(split, str(folder))["answer"]]
+    for name in ("word_problems", "gsm8k", "svamp"):
+        data = None if name == "word_problems" else str(folder)         # those come with the repository
+        answers = [raw for split in ("train", "validation", "test") for raw in tasks.get(name).load(split, data)["answer"]]
         rows += check_numbers(name, [Fraction(answer) for answer in dict.fromkeys(answers)], count, rng, examples)
     rows += check_letters(count, rng, examples)
     rows += check_latex(math_golds(folder), count, rng, examples)

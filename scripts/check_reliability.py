@@ -4,9 +4,10 @@
     python scripts/check_reliability.py damage    # every file of a run directory with a byte flipped, and cut in half
     python scripts/check_reliability.py disk      # a disk that fills up (a small tmpfs) and a read-only mount; needs root
     python scripts/check_reliability.py long      # 20 iterations: memory, open files and threads
+    python scripts/check_reliability.py faults    # the tests that inject a fault, counted by what they break
 
 Each writes its rows into figures/reliability.csv (`test`, `tried`, `held`, `note`; other rows stay) and what made them
-into reliability.json; `long` also draws figures/long_run.*. `held` counts tries that ended as they should.
+into reliability.json; `long` also writes figures/long_run.csv. `held` counts tries that ended as they should.
 """
 
 from __future__ import annotations
@@ -34,6 +35,22 @@ TIMES = ("environment.json", "timing.csv", checksums.NAME, ".lock", "state.json"
          "accuracy_per_iteration.json")      # differ between equal runs
 SMALL = dict(iterations=1, n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=20, eval_samples=2, eval_samples_ends=2,
              learning_rate=1e-4)
+FAULTS = {      # what is broken: the tests that do so
+    "out of memory in sampling, training and scoring": ["test_sampling.py", "test_training.py", "test_models.py", "out_of_memory"],
+    "non-finite loss or gradients": ["test_training.py", "not_finite"],
+    "a reference, pairs or questions that are not those of the run": [
+        "test_training.py", "test_iteration.py", "test_contamination.py",
+        "reference_that_is_not or made_from_another or behind or refused"],
+    "a collapse is named": ["test_training.py", "collapse"],
+    "two runs on one directory": ["test_iteration.py", "two_runs or another_process"],
+    "a clock that is set back": ["test_iteration.py", "clock"],
+    "no network, a hub that does not answer, gated or absent models": ["test_hub.py", ""],
+    "Ctrl-C": ["test_cli.py", "ctrl_c"],
+    "one of two processes killed": ["test_processes.py", "dies"],
+    "hostile questions and completions": [
+        "test_hostile_input.py", "test_grading.py", "hostile or strange or escape or turn or ends or hundred_thousand or raise"],
+    "pickles, code of a model's own, truncated weights": ["test_models.py", "pickled or code_of_its_own or truncated"],
+}
 PACKAGE = str(Path(__file__).resolve().parent.parent)
 
 
@@ -204,6 +221,25 @@ def long(folder: Path, iterations: int) -> list[dict]:
                      f"open files {growth['files']:+.0f}, threads {growth['system_threads']:+.0f}; see long_run.csv"}]
 
 
+def faults(folder: Path) -> list[dict]:
+    """The tests that inject a fault, by what they break; `held` are those that passed."""
+    import xml.etree.ElementTree as xml
+
+    rows = []
+    for name, (*files, words) in FAULTS.items():
+        result = folder / "result.xml"
+        subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junit-xml={result}", "-k", words, *(f"tests/{f}" for f in files)],
+                       cwd=PACKAGE, capture_output=True)
+        cases = list(xml.parse(result).iter("testcase"))
+        skipped = [case for case in cases if case.find("skipped") is not None]
+        failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+        tried = len(cases) - len(skipped)
+        note = f"failed: {', '.join(failed)}" if failed else f"tests in {', '.join(files)}"
+        rows.append({"test": f"injected: {name}", "tried": tried, "held": tried - len(failed),
+                     "note": note + f"; {len(skipped)} skipped here" * bool(skipped)})
+    return rows
+
+
 def save(rows: list[dict], what: str, record: dict) -> None:
     """Put the rows into reliability.csv in the place of those of the same tests."""
     table, records = FIGURES / "reliability.csv", FIGURES / "reliability.json"
@@ -220,7 +256,7 @@ def save(rows: list[dict], what: str, record: dict) -> None:
 def main() -> None:
     global FIGURES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "damage", "disk", "long"))
+    parser.add_argument("what", choices=("kill", "damage", "disk", "long", "faults"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--iterations", type=int, default=20, help="of the long run")
     parser.add_argument("--small", action="store_true", help="kill a run of the profile smoke: for a look, or a test")
@@ -233,7 +269,7 @@ def main() -> None:
         folder = Path(name)
         rows = {"kill": lambda: kill(folder, options.kills, options.seed, profile="smoke" if options.small else "cpu"),
                 "damage": lambda: damage(folder, options.seed), "disk": lambda: disk(folder),
-                "long": lambda: long(folder, options.iterations)}[options.what]()
+                "long": lambda: long(folder, options.iterations), "faults": lambda: faults(folder)}[options.what]()
     save(rows, options.what, {"seed": options.seed, "seconds": round(time.perf_counter() - began), **iteration.environment()})
     for row in rows:
         print(f"{row['test']}: {row['held']} of {row['tried']}. {row['note']}")

