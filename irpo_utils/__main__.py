@@ -8,10 +8,14 @@ import difflib
 import errno
 import json
 import os
+import re
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
-from irpo_utils import UserError
+from irpo_utils import UserError, processes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,21 +25,54 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m irpo_utils", description="Iterative RPO, one command a task.")
     parser.add_argument("command", choices=commands, help="`COMMAND --help` lists the options")
     parsed = parser.parse_args(arguments[:1] or ["--help"])
+    before = signal.signal(signal.SIGTERM, _end)            # what a machine says before it is taken away
+    sys.unraisablehook, hook = _again, sys.unraisablehook
     try:
         commands[parsed.command](arguments[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _say(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
             raise
-        print(f"error: {error.filename or 'The output'} could not be written ({error.strerror}). Free some space or choose "
-              "another --out, and give the same command again.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped. What was finished is kept: the same command goes on where it stood.", file=sys.stderr)
-        return 130
+        return _say(f"{error.filename or 'The output'} could not be written ({error.strerror}). Free some space or choose "
+                    "another --out, and give the same command again.")
+    except RuntimeError as error:
+        if processes.count() == 1 or not re.search("connection|gloo|nccl|timed out|abort", str(error), re.IGNORECASE):
+            raise
+        return _say("Another process of this run has ended; if it could say why, that stands above. What was finished is kept: the "
+                    f"same command goes on where it stood, with any number of processes. ({str(error).splitlines()[0][:200]})")
+    except KeyboardInterrupt as interrupt:
+        if processes.speaks_last():
+            print("\nStopped. What was finished is kept: the same command goes on where it stood.", file=sys.stderr)
+        return 143 if isinstance(interrupt, _Ended) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
     return 0
+
+
+class _Ended(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C."""
+
+
+def _end(*_):
+    raise _Ended
+
+
+def _again(lost) -> None:
+    """Ctrl-C or SIGTERM that came while an object was being deleted, where Python drops what is raised: a moment later again."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    number = signal.SIGTERM if isinstance(lost.exc_value, _Ended) else signal.SIGINT
+    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+
+
+def _say(message: str) -> int:
+    """One paragraph on the screen and exit status 1; of several processes the first one speaks if it can."""
+    if not processes.speaks_last():
+        time.sleep(5)                               # who does ends all others once it has said the same
+    print(f"error: {message}", file=sys.stderr)
+    return 1
 
 
 def run(arguments: list[str]) -> None:

@@ -16,13 +16,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from tqdm.auto import tqdm
 
-from irpo_utils import UserError, checksums, contamination, evaluation, grading, methods, models, sampling, tasks, training
+from irpo_utils import (UserError, checksums, contamination, evaluation, grading, methods, models, processes, sampling, tasks,
+                        training, vllm_server)
 from irpo_utils.profiles import Profile
 from irpo_utils.run_directory import RunDirectory, environment       # noqa: F401 (`environment` is for who draws results)
 from irpo_utils.tasks.base import FewShot
@@ -40,11 +42,15 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     `iteration`, `split`, `metric`, `k`, `value`, `low`, `high`, `n`). Raises `UserError` for an `out` made with other
     settings or used by another process, and for what the stages refuse.
     """
-    profile = methods.apply(profile)
+    processes.wait()                                # joins them, where there are several
+    profile, progress = methods.apply(profile), progress and processes.is_first()
     task = tasks.get(profile.task)              # a mistake in task or data is found before anything is written
     train_questions = task.load("train", profile.data).shuffle(seed=profile.seed)
     eval_questions = _first(task.load(profile.eval_split, profile.data), profile.n_eval_questions)
     training.check_names(profile.lr_scheduler, profile.optimizer, profile.report_to)
+    check_shard(profile)
+    if not methods.get(profile.method).train:       # GRPO counts otherwise
+        training.pairs_at_once(profile.batch_size, profile.micro_batch_size)
     if examples := methods.get(profile.method).examples:
         task = FewShot(task, list(task.load("train", profile.data).select(range(examples))))
     overlap = contamination.check(train_questions, eval_questions, profile.allow_overlap)
@@ -62,13 +68,33 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
         loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, progress)
         for t in range(profile.iterations + 1):
             loop.iteration(t)
+        processes.wait()
         return directory.metrics(range(profile.iterations + 1))
 
 
 def load_model(p: Profile):
     """M_0 and its tokenizer as the profile asks for them."""
-    return models.load(p.model, quantize=p.quantize, dequantize=p.dequantize, dtype=p.dtype, lora_r=p.lora_r,
+    return models.load(p.model, quantize=p.quantize, dequantize=p.dequantize, shard=p.shard, dtype=p.dtype, lora_r=p.lora_r,
                        lora_alpha=p.lora_alpha, pad_token=p.pad_token)
+
+
+def check_shard(p: Profile) -> None:
+    """Raise `UserError` for what a model cannot do whose layers are split over processes."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError("accelerate is set to split models by itself (FSDP). Take a configuration for several GPUs without it, and "
+                        "--shard true.")
+    if not p.shard:
+        return
+    if processes.count() == 1:
+        raise UserError("--shard true splits the model over several processes, and there is one. Start them with `torchrun "
+                        "--nproc_per_node 8 -m irpo_utils run ...`, or leave it out.")
+    if p.sampler != "vllm" or methods.get(p.method).train:
+        raise UserError("A model that is split over processes can be trained and scored; token by token it would wait for all of them "
+                        "at every step. Let a server write the completions: --sampler vllm"
+                        + (f", and another --method than {p.method}." if methods.get(p.method).train else "."))
+    if "8bit" in p.optimizer or "paged" in p.optimizer:
+        raise UserError(f"--optimizer {p.optimizer} cannot keep its state in parts. Take --optimizer adamw_torch: split over the "
+                        "processes it is small anyway.")
 
 
 class _Loop:
@@ -78,6 +104,13 @@ class _Loop:
         self.profile, self.directory, self.task, self.progress = profile, directory, task, progress
         self.model, self.tokenizer, self.method = model, tokenizer, methods.get(profile.method)
         self.train_questions, self.eval_questions = train_questions, eval_questions
+        self.server = vllm_server.Server() if profile.sampler == "vllm" else None
+
+    def _become(self, adapter: Path | None) -> None:
+        """Turn the model, here and on the server, into the M_t of that adapter."""
+        models.set_adapter(self.model, adapter)
+        if self.server:
+            self.server.use(adapter)
 
     def _stage(self, *arguments, **options) -> Path:
         return self.directory.stage(*arguments, tokens=_count_tokens, **options)
@@ -91,7 +124,7 @@ class _Loop:
                 self.directory.keep_file(self.directory.folder(t) / log.name, log.read_text())
         elif self.profile.start:
             self._stage(0, "adapter", lambda: find_adapter(self.profile), _copy_adapter)
-        models.set_adapter(self.model, self._adapter(t))
+        self._become(self._adapter(t))
         self._stage(t, "evaluation", lambda: self._evaluate(t), _save_evaluation, of=self._evaluated(t))
         self._write_metrics(t, notes)               # also where there will be no pairs to go on with
         if t < self.profile.iterations and not self.method.train:
@@ -142,12 +175,13 @@ class _Loop:
                 for start in range(0, len(questions), size)]
 
     def _sample(self, t: int) -> Dataset:
-        p = self.profile
+        p, writer = self.profile, self._writer(t)
+        self._become(writer[0] if writer else None)
         draw = functools.partial(
             sampling.sample, self.model, self.tokenizer, task=self.task, n=p.n_samples, temperature=p.temperature_of(t),
             top_p=p.top_p, max_new_tokens=p.max_new_tokens, seed=self._seed(t, 1), batch_size=p.sampling_batch_size,
-            progress=self.progress)
-        blocks = self._in_blocks(t, "samples", self._writer(t), self._questions(t), p.n_samples, draw)
+            progress=self.progress, server=self.server)
+        blocks = self._in_blocks(t, "samples", writer, self._questions(t), p.n_samples, draw)
         return concatenate_datasets([load_from_disk(str(block)) for block in blocks])
 
     def _graded(self, t: int) -> Path:
@@ -200,7 +234,8 @@ class _Loop:
         k = p.eval_samples_ends if t in (0, p.iterations) else p.eval_samples
         draw = functools.partial(
             evaluation.answers, self.model, self.tokenizer, task=self.task, k=k, temperature=p.eval_temperature,
-            max_new_tokens=p.max_new_tokens, seed=self._seed(0, 4), batch_size=p.sampling_batch_size, progress=self.progress)
+            max_new_tokens=p.max_new_tokens, seed=self._seed(0, 4), batch_size=p.sampling_batch_size, progress=self.progress,
+            server=self.server)
         blocks = [load_from_disk(str(block)) for block in
                   self._in_blocks(t, "evaluation", self._evaluated(t), self.eval_questions, k + 1, draw)]
         greedy, sampled = (concatenate_datasets([block[name] for block in blocks]) for name in ("greedy", "sampled"))
@@ -217,11 +252,13 @@ class _Loop:
         questions = _first(self.eval_questions, KL_QUESTIONS)
         drawn = sampling.sample(self.model, self.tokenizer, questions, self.task, n=1, temperature=1.0,
                                 max_new_tokens=p.max_new_tokens, seed=self._seed(t, 5),
-                                batch_size=p.sampling_batch_size, progress=False)
+                                batch_size=p.sampling_batch_size, progress=False, server=self.server)
+        score = functools.partial(models.score, self.model, self.tokenizer, drawn["prompt_ids"], drawn["completion_ids"])
+        logprobs = score() if self.server else drawn["logprob"]         # a server's arithmetic is not quite ours
         models.set_adapter(self.model, self._adapter(t - 1))
-        before = models.score(self.model, self.tokenizer, drawn["prompt_ids"], drawn["completion_ids"])
+        before = score()
         models.set_adapter(self.model, self._adapter(t))
-        ratios = [now - then for now, then in zip(drawn["logprob"], before, strict=True)]
+        ratios = [now - then for now, then in zip(logprobs, before, strict=True)]
         summary = json.loads((self._adapter(t) / "summary.json").read_text())
         kl = {**evaluation.bootstrap_row("kl_to_previous", ratios), "k": 1}
         if "probe_start" not in summary:
@@ -239,6 +276,8 @@ class _Loop:
 
     def _report(self, t: int, rows: list[dict], notes: dict) -> None:
         """A few lines on the screen after every iteration."""
+        if not processes.is_first():
+            return
         value = {row["metric"]: row["value"] for row in rows}
         line = f"M_{t}: greedy {value['greedy']:.1%}, sampled {value['sampled']:.1%}"
         if t > 0:
@@ -314,7 +353,7 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
     p = load_profile(run)
     chosen, split = tasks.get(task or p.task), split or p.eval_split
     questions = chosen.load(split, data or (p.data if task in (None, p.task) else None))
-    model, tokenizer = load_model(p)
+    model, tokenizer = load_model(dataclasses.replace(p, shard=False))
     rows, results = [], {}
     wanted = iterations if iterations is not None else [0, p.iterations]
     if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
@@ -419,7 +458,7 @@ def _save_pairs(content, folder: Path) -> None:
 
 def _save_adapter(result: training.TrainingResult, folder: Path) -> None:
     # Without the last argument PEFT looks for the base on the hub, to see whether its vocabulary was changed.
-    result.model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    result.model.save_pretrained(str(folder), state_dict=result.adapter, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)          # a model card template that says nothing
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = sorted(config["target_modules"])      # a set: its order would differ from run to run

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from irpo_utils import UserError
+from irpo_utils import UserError, hub, processes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,8 +40,10 @@ HUB_NAMES = {
 
 
 def default_device() -> str:
-    """"cuda" where there is a GPU, otherwise "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """"cuda" where there is a GPU, the process's own where several share a run; otherwise "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if processes.count() == 1 else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -52,14 +55,15 @@ def default_dtype(device: str) -> torch.dtype:
 
 def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *, lora_r: int = 16,
          lora_alpha: int = 32, pad_token: str | None = None, device: str | None = None,
-         dtype: str | None = None, dequantize: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+         dtype: str | None = None, dequantize: bool = False, shard: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """M_t and its tokenizer: the base `name` with the adapter of M_t, or with a zero adapter where none is given.
 
     `name` is "seed" (shipped with this package), a key of `HUB_NAMES`, a hub name or a folder. With `quantize` the
     linear layers of the base are stored in NF4 with double quantisation. All linear layers get LoRA matrices of rank
     `lora_r` and scale `lora_alpha / lora_r`; they are trained in fp32 whatever the dtype of the base (`dtype`:
-    "float32", "bfloat16" or "float16", by default what the device is good at). `dequantize` unpacks the NF4 weights
-    once and for all: the same numbers in more memory, faster for small models on a CPU.
+    "float32", "bfloat16" or "float16", by default what the device is good at; a CPU that would have to imitate bf16 takes
+    fp32). `dequantize` unpacks the NF4 weights once and for all: the same numbers in more memory, faster for small models
+    on a CPU. `shard` splits every layer over the processes (see `shard_layers`).
     Raises `UserError` for a folder without model, tokenizer, pad token or chat template.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -70,14 +74,16 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
     tokenizer = load_tokenizer(path, pad_token)
     device = device or default_device()
     dtype = getattr(torch, dtype) if dtype else default_dtype(device)
+    if device == "cpu" and dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        dtype = torch.float32                       # without its instructions a product takes 6 to 30 times as long
     try:
         base = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False,
+            path, dtype=dtype, device_map="cpu" if shard else device, use_safetensors=True, trust_remote_code=False,
             attn_implementation=_register_attention() if device == "cpu" else "sdpa",
-            quantization_config=_nf4(dtype) if quantize else None)
+            quantization_config=_nf4(dtype, shard) if quantize else None)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_explain(path, error)) from error
-    if quantize and device == "cpu":
+    if quantize and (shard or device == "cpu"):
         _plain_cpu_kernels(base)
     if quantize and dequantize:
         _dequantize(base, dtype)
@@ -91,7 +97,28 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
     else:
         model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+    if shard:
+        shard_layers(model, device)
     return model.eval(), tokenizer
+
+
+def shard_layers(model: PeftModel, device: str) -> None:
+    """Let every process keep 1/n of each weight on its device, in place (FSDP2: `fully_shard`); base and adapter alike.
+
+    A layer is put together when it is computed and given back afterwards, so that a card holds its part and one whole
+    layer. All processes have to compute at the same time: the same number of forward passes each.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    processes.wait()                                # joins them
+    for layer in model.get_base_model().get_decoder().layers:       # one after the other: a card never holds all of them whole
+        fully_shard(layer.to(device))
+    fully_shard(model.to(device))
+
+
+def is_sharded(model) -> bool:
+    """Whether the weights are split over the processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
@@ -131,11 +158,12 @@ def _contiguous(module, inputs):
     return (inputs[0].contiguous(), *inputs[1:])
 
 
-def _nf4(dtype: torch.dtype):
+def _nf4(dtype: torch.dtype, shard: bool = False):
+    """NF4 with double quantisation. To be split, the packed bytes have to pass for numbers of a floating type."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype)
+                              bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if shard else torch.uint8)
 
 
 def _plain_cpu_kernels(base) -> None:
@@ -261,13 +289,16 @@ def fingerprint(model: PeftModel) -> str | None:
 
 def load_tokenizer(path: str, pad_token: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, checked: it must have a chat template, an EOS and a pad token."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    hub.limit_waiting()
     try:
+        if not Path(path).is_dir():                # one small file, before every file of a tokenizer is tried in turn
+            AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("test")
     except Exception as error:                     # what the library raises depends on the file that it met
-        if isinstance(error, OSError) and not Path(path).is_dir():
+        if isinstance(error, (OSError, ValueError)) and not Path(path).is_dir():
             raise UserError(_explain(path, error)) from error
         raise UserError(f"No tokenizer could be read from {path} ({_first_line(error)}). Save it beside the model with "
                         "`tokenizer.save_pretrained(folder)`.") from error
@@ -287,6 +318,17 @@ def load_tokenizer(path: str, pad_token: str | None = None) -> PreTrainedTokeniz
                         "to the model. Take the instruct version of the model, or set `tokenizer.chat_template` and "
                         "save the tokenizer again.")
     return tokenizer
+
+
+def plain_text(tokenizer, text: str) -> str:
+    """`text` with a blank put into each control token that stands in it (`<|im_end|>`, `</s>`, ...).
+
+    Read by the tokenizer as it is, a question with such a token could end the user's turn and begin another.
+    """
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
+    return text
 
 
 def _explain(path: str, error: Exception) -> str:
@@ -309,7 +351,7 @@ def _first_line(error: Exception) -> str:
 
 def set_adapter(model: PeftModel, folder: str | Path | None) -> None:
     """Turn the loaded model into another M_t by replacing the adapter's weights; None gives M_0. The base stays."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import load_peft_weights
 
     if folder is None:
         for name, parameter in model.named_parameters():
@@ -317,10 +359,29 @@ def set_adapter(model: PeftModel, folder: str | Path | None) -> None:
                 parameter.data.zero_()
         return
     weights = load_peft_weights(str(folder), device=str(model.device))
-    result = set_peft_model_state_dict(model, weights)
-    if result.unexpected_keys:
-        raise UserError(f"The adapter in {folder} does not belong to this model: it has weights such as "
-                        f"{result.unexpected_keys[0]} that the model lacks.")
+    parameters = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
+    strange = sorted(name for name in {*weights, *parameters}
+                     if name not in weights or name not in parameters or weights[name].shape != parameters[name].shape)
+    if strange:
+        raise UserError(f"The adapter in {folder} does not belong to this model: {strange[0]} is only in one of them, or of "
+                        "another shape.")
+    for name, parameter in parameters.items():
+        assign(parameter, weights[name])
+
+
+def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter this value, of its whole shape; where it is split, each process keeps its own part."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.data.copy_(value)
+
+
+def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of the adapter under the names that the model has for them, put together where they are split.
+
+    All processes have to call it.
+    """
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def merge(name: str, adapter: str | Path, folder: str | Path, dtype: str | None = None) -> Path:
@@ -443,9 +504,9 @@ def can_share_prompt(model) -> bool:
     return not getattr(config, "sliding_window", None) and "sliding_attention" not in (getattr(config, "layer_types", None) or [])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(model, tokenizer, prompts: list[list[int]], responses: list[list[int]], batch_size: int = 64) -> list[float]:
-    """Sum of log-probabilities of each response under the model, nats; rows are batched by length.
+    """Sum of log-probabilities of each response under the model, nats; rows are batched by length, processes share them.
 
     `batch_size` is a limit: with a large vocabulary fewer rows go together, so that their logits stay under a gigabyte, on
     a CPU under 64 MB, as larger pieces of memory are fetched anew from the system each time.
@@ -453,15 +514,17 @@ def score(model, tokenizer, prompts: list[list[int]], responses: list[list[int]]
     longest = max(map(len, responses), default=0) + 1
     logits = 2**24 if model.device.type == "cpu" else 2**28
     batch_size = max(1, min(batch_size, logits // (longest * model.config.get_text_config().vocab_size)))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    total = [0.0] * len(prompts)
+    mine = processes.share(list(range(len(prompts))))
+    # Processes with parts of one model go through it together: who has fewer rows scores the first one once more.
+    more = [0] * (-(-len(prompts) // processes.count()) - len(mine)) if is_sharded(model) else []
+    order, total = sorted(mine + more, key=lambda i: len(prompts[i]) + len(responses[i])), [0.0] * len(prompts)
     while order:
         rows = order[:batch_size]
         try:
             batch = pad_batch([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, model.device)
             scores = response_logps(model, batch).sum(-1).tolist()
         except RuntimeError as error:
-            if batch_size == 1 or not should_reduce_batch_size(error):
+            if batch_size == 1 or is_sharded(model) or not should_reduce_batch_size(error):
                 raise
             scores = None
         if scores is None:                          # out of memory: fewer rows from here on
@@ -471,4 +534,4 @@ def score(model, tokenizer, prompts: list[list[int]], responses: list[list[int]]
         for i, value in zip(rows, scores, strict=True):
             total[i] = value
         order = order[batch_size:]
-    return total
+    return processes.gather([total[i] for i in mine])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from irpo_utils import UserError
+from irpo_utils import UserError, models
 
 COUNTS = ("questions", "used", "all_right", "all_wrong", "duplicates", "empty", "repeated", "over_long", "gold_winners", "pairs")
 
@@ -69,8 +69,8 @@ def walk(n_winners: int, n_losers: int, k: int) -> list[tuple[int, int]]:
 
 def gold_completions(questions, tokenizer) -> list[dict]:
     """The gold solutions as completions that end in EOS, for `build_pairs(gold=...)`; questions without one are left out."""
-    return [{"id": row["id"], "completion": row["solution"],
-             "completion_ids": tokenizer(row["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]}
+    return [{"id": row["id"], "completion": row["solution"], "completion_ids":
+             tokenizer(models.plain_text(tokenizer, row["solution"]), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]}
             for row in questions if row.get("solution")]
 
 

@@ -10,7 +10,7 @@ from irpo_utils import UserError
 
 
 # What may change when a run is gone on with: no result depends on it beyond rounding.
-MAY_CHANGE = ("sampling_batch_size", "micro_batch_size", "gradient_checkpointing", "report_to")
+MAY_CHANGE = ("sampling_batch_size", "micro_batch_size", "gradient_checkpointing", "report_to", "shard")
 
 
 def _option(default: Any, text: str):
@@ -34,6 +34,7 @@ class Profile:
 
     quantize: bool = _option(True, "keep the base in 4 bits (NF4, double quantisation)")
     dequantize: bool = _option(False, "unpack the 4-bit weights once: same numbers, more memory, faster on a CPU")
+    shard: bool = _option(False, "split every layer over the processes of torchrun (FSDP2): for a model past one card")
     dtype: str | None = _option(None, "float32, bfloat16 or float16; none: what the device is good at")
     lora_r: int = _option(16, "rank of the LoRA matrices")
     lora_alpha: int = _option(32, "LoRA scale times rank")
@@ -46,6 +47,8 @@ class Profile:
     top_p: float = _option(1.0, "nucleus sampling mass")
     max_new_tokens: int = _option(80, "longest completion in tokens")
     sampling_batch_size: int = _option(256, "completions decoded at once; lower it when memory runs out")
+
+    sampler: str = _option("transformers", "who writes the completions: transformers, or vllm, a server at VLLM_URL")
 
     k_pairs: int = _option(4, "K: pairs per question")
     gold: bool = _option(False, "add the gold solution to the winners, as the paper does on GSM8K")
@@ -97,7 +100,8 @@ class Profile:
                  "seed": self.seed >= 0, "warmup_ratio": 0 <= self.warmup_ratio < 1, "max_grad_norm": self.max_grad_norm > 0,
                  "top_p": 0 < self.top_p <= 1, "max_steps": self.max_steps == -1 or self.max_steps > 0,
                  "eval_temperature": self.eval_temperature > 0, "nll_per": self.nll_per in ("sequence", "token"),
-                 "pairing": self.pairing in ("wrap_around", "random"), "reference": self.reference in ("previous", "start"),
+                 "pairing": self.pairing in ("wrap_around", "random"),
+                 "sampler": self.sampler in ("transformers", "vllm"), "reference": self.reference in ("previous", "start"),
                  "iterations": self.iterations >= 0}
         for name, good in sound.items():
             if not good:

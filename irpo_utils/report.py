@@ -3,67 +3,130 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import os
 from pathlib import Path
 
 import pandas
 from datasets import load_from_disk
 
-from irpo_utils import evaluation, iteration, methods, plots
+from irpo_utils import evaluation, methods, plots, run_directory
 
 FILES = {"tuning": "tuning_of_methods", "long": "eight_iterations"}      # the others are called like their study
+COST = ["factor", "level", "tokens", "seconds"]
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
-def write(name: str, trials: list, folder: Path, out: Path, record: dict):
-    """Write the tables and draw the figures of a study from the runs in `folder`; returns its table."""
-    result, average = write_table(name, trials, folder, out, record), means(folder, trials)
-    average.to_csv(out / f"{FILES.get(name, name)}_mean.csv", index=False)
-    if name == "comparison":
-        paired(folder, trials).to_csv(out / "comparison_paired.csv", index=False)
-    if name == "curves":
-        log_probabilities(folder).to_csv(out / "log_probabilities.csv", index=False)
-    if name in FIGURES:
-        for title, (figure, data) in FIGURES[name](result, average, folder).items():
-            plots.save(figure, out, title, data, _record(folder, record))
-    return result
+def file_of(name: str) -> str:
+    """What the files of a study in figures/ begin with."""
+    return FILES.get(name, name)
 
 
-def write_table(name: str, trials: list, folder: Path, out: Path, record: dict):
-    """The table of what has been measured so far, with what made it beside it."""
-    result, file = table(folder, trials), FILES.get(name, name)
-    out.mkdir(parents=True, exist_ok=True)
-    result.to_csv(out / f"{file}.csv", index=False)
-    (out / f"{file}.json").write_text(json.dumps(_record(folder, record), indent=1) + "\n")
-    return result
+def run_record(path: Path) -> dict:
+    """All that tables and figures need of a finished run, in a form that outlives its directory.
 
-
-def _record(folder: Path, record: dict) -> dict:
-    """What made the runs of a study: they may be of several days and commits."""
-    records = [json.loads((run / "environment.json").read_text()) for trial in sorted(folder.iterdir()) for run in finished(trial)]
-    return {**record, "runs": len(records), "commits": sorted({each["commit"] or "" for each in records}),
-            "processors": sorted({each["processor"] for each in records}), **iteration.environment()}
-
-
-def table(folder: Path, trials: list):
-    """All that the finished runs of a study have measured: the metrics table with `factor`, `level`, `tokens`, `seconds`.
+    `profile`, `environment`; `metrics`: the rows of metrics.csv with `tokens` and `seconds`, and those metrics that only a
+    study looks at; `answers`: for each iteration and question the number of right answers out of `k`, a digit each (base
+    36); `probe_log`: log-probabilities during training, where they were logged more often than at its ends.
 
     `tokens` were sampled and `seconds` spent up to that iteration to make M_t: sampling, grading, pairing, training, but
     not its evaluation; for a trial that goes on from another run, since then. The metric `stopped` (1) marks an iteration
     that could not be made, `one_step_apart` the share of pairs whose two sides differ in one line of working.
     """
-    parts = []
-    for trial in trials:
-        for path in finished(folder / trial.name):
-            rows = _with_more(pandas.read_csv(path / "metrics.csv"), path)
-            cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(trial.method).train is not None)
-            rows = rows.assign(factor=trial.factor, level=trial.level, tokens=rows.iteration.map(cost.tokens),
-                               seconds=rows.iteration.map(cost.seconds), iteration=rows.iteration + trial.after)
-            parts.append(rows)
+    profile = json.loads((path / "profile.json").read_text())
+    rows = _with_more(pandas.read_csv(path / "metrics.csv"), path)
+    cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(profile["method"]).train is not None)
+    rows = rows.assign(tokens=rows.iteration.map(cost.tokens), seconds=rows.iteration.map(cost.seconds))
+    probe = path / "iteration_1" / "adapter" / "probe_log.jsonl"
+    return {"profile": profile, "environment": json.loads((path / "environment.json").read_text()),
+            "metrics": json.loads(rows.to_json(orient="records", double_precision=15)),
+            "answers": {t: _answers(path, t) for t in range(profile["iterations"] + 1)
+                        if (path / f"iteration_{t}" / "evaluation" / "checksums.json").exists()},
+            "probe_log": [json.loads(line) for line in probe.read_text().splitlines()] if profile["probe_every"] else []}
+
+
+def _answers(path: Path, t: int) -> dict:
+    counted = {"k": 1}
+    for metric in ("greedy", "sampled"):
+        data = load_from_disk(str(path / f"iteration_{t}" / "evaluation"))[metric]
+        right = dict.fromkeys(data["id"], 0)
+        for question, correct in zip(data["id"], data["correct"]):
+            right[question] += correct
+        counted[metric] = "".join(DIGITS[n] for n in right.values())
+        counted["k"] = len(data) // len(right)
+    return counted
+
+
+def accuracies(record: dict, t: int, metric: str) -> list[float]:
+    """Share of right completions of M_t for each question of its evaluation; `metric` is greedy or sampled."""
+    answers = record["answers"][str(t)]
+    return [int(digit, 36) / (answers["k"] if metric == "sampled" else 1) for digit in answers[metric]]
+
+
+class Records:
+    """The finished runs of a study by (trial, seed), one line each in `out/STUDY_runs.jsonl`, written anew with each."""
+
+    def __init__(self, name: str, out: Path):
+        self.file = out / f"{file_of(name)}_runs.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.runs = {(row["trial"], row["seed"]): row for row in map(json.loads, lines)}
+
+    def add(self, trial: str, seed: int, record: dict) -> None:
+        """Keep a run; one of the same trial and seed that was made with other settings makes room."""
+        self.runs[trial, seed] = json.loads(json.dumps({"trial": trial, "seed": seed, **record}))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_name(f".{self.file.name}.partial")
+        partial.write_text("".join(json.dumps(self.runs[key]) + "\n" for key in sorted(self.runs)))
+        os.replace(partial, self.file)
+
+
+def write(name: str, trials: list, runs: dict, out: Path, record: dict):
+    """Write the tables and draw the figures of a study from its `runs` by (trial, seed); returns its table."""
+    result, average = write_table(name, trials, runs, out, record), means(trials, runs)
+    average.to_csv(out / f"{file_of(name)}_mean.csv", index=False)
+    if name == "comparison":
+        paired(trials, runs).to_csv(out / "comparison_paired.csv", index=False)
+    if name == "curves":
+        log_probabilities(runs).to_csv(out / "log_probabilities.csv", index=False)
+    if name in FIGURES:
+        for title, (figure, data) in FIGURES[name](result, average, runs).items():
+            plots.save(figure, out, title, data, _record(runs, record))
+    return result
+
+
+def write_table(name: str, trials: list, runs: dict, out: Path, record: dict):
+    """The table of what has been measured so far, with what made it beside it."""
+    result, file = table(name, trials, runs), file_of(name)
+    out.mkdir(parents=True, exist_ok=True)
+    result.to_csv(out / f"{file}.csv", index=False)
+    (out / f"{file}.json").write_text(json.dumps(_record(runs, record), indent=1) + "\n")
+    return result
+
+
+def _record(runs: dict, record: dict) -> dict:
+    """What made the runs of a study: they may be of several days, commits and machines."""
+    made = [run["environment"] for run in runs.values()]
+    return {**record, **run_directory.environment(), "runs": len(made), "commits": sorted({each["commit"] or "" for each in made}),
+            "processors": sorted({each["processor"] for each in made}),
+            "torch": sorted({each["versions"]["torch"] for each in made})}
+
+
+def table(name: str, trials: list, runs: dict):
+    """All that the runs of a study have measured: the metrics table with `factor`, `level`, `tokens`, `seconds` (see `run_record`)."""
+    parts = [pandas.DataFrame(run["metrics"]).assign(factor=trial.factor, level=trial.level)
+             .assign(iteration=lambda rows: rows.iteration + trial.after)                       # noqa: B023
+             for trial in trials for run in _of(trial.name, runs).values()]
     result = pandas.concat(parts, ignore_index=True)
-    if folder.name == "comparison":
+    if name == "comparison":
         zero = result[(result.method == "irpo") & (result.iteration == 0)].assign(method="zero_shot")
         result = pandas.concat([zero, result], ignore_index=True)
-    return result
+    return result[[column for column in result if column not in COST] + COST]
+
+
+def _of(name: str, runs: dict) -> dict[int, dict]:
+    """The runs of a trial by seed."""
+    return {seed: runs[trial, seed] for trial, seed in sorted(runs) if trial == name}
 
 
 def is_over(path: Path) -> bool:
@@ -72,11 +135,6 @@ def is_over(path: Path) -> bool:
         return True
     profile = path / "profile.json"
     return profile.exists() and (path / f"iteration_{json.loads(profile.read_text())['iterations']}" / "metrics.json").exists()
-
-
-def finished(folder: Path) -> list[Path]:
-    """The runs of a trial that came to their end, by seed: half a run would be in some means and not in others."""
-    return [path for path in sorted(folder.glob("seed_*")) if is_over(path)]
 
 
 def _with_more(rows, path: Path):
@@ -94,7 +152,6 @@ def _with_more(rows, path: Path):
     return rows
 
 
-@functools.cache
 def _one_step_apart(folder: Path) -> tuple[float, int]:
     """(share, number of pairs); no pairs where there are winners alone."""
     pairs = load_from_disk(str(folder))
@@ -108,7 +165,7 @@ def one_step_apart(chosen: str, rejected: str) -> bool:
     return len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
 
 
-def means(folder: Path, trials: list):
+def means(trials: list, runs: dict):
     """Accuracy of each trial and iteration over its seeds, and what it gains over the trial that it is set against.
 
     Columns `method`, `factor`, `level`, `iteration`, `metric`, `value`, `low`, `high`, `n` (questions), `seeds`, and with
@@ -117,33 +174,32 @@ def means(folder: Path, trials: list):
     """
     by_name, rows = {trial.name: trial for trial in trials}, []
     for trial in trials:
-        for t in range(9):
-            for metric in ("greedy", "sampled"):
-                own = _accuracies(folder / trial.name, t, metric)
-                if not own:
-                    continue
-                value, low, high = evaluation.seed_and_question_interval(list(own.values()))
-                row = {"method": trial.method, "factor": trial.factor, "level": trial.level, "iteration": t + trial.after,
-                       "metric": metric, "value": value, "low": low, "high": high, "n": len(next(iter(own.values()))),
-                       "seeds": len(own)}
-                compared = trial.against in by_name and trial.against != trial.name
-                other = _accuracies(folder / trial.against, t, metric) if compared else {}
-                if shared := sorted(set(own) & set(other)):
-                    gain = [[a - b for a, b in zip(own[seed], other[seed], strict=True)] for seed in shared]
-                    difference = evaluation.seed_and_question_interval(gain)
-                    row |= dict(zip(("against", "difference", "difference_low", "difference_high"), (trial.against, *difference)))
-                rows.append(row)
+        for t, metric in itertools.product(range(9), ("greedy", "sampled")):
+            own = _accuracies(trial.name, runs, t, metric)
+            if not own:
+                continue
+            value, low, high = evaluation.seed_and_question_interval(list(own.values()))
+            row = {"method": trial.method, "factor": trial.factor, "level": trial.level, "iteration": t + trial.after,
+                   "metric": metric, "value": value, "low": low, "high": high, "n": len(next(iter(own.values()))),
+                   "seeds": len(own)}
+            compared = trial.against in by_name and trial.against != trial.name
+            other = _accuracies(trial.against, runs, t, metric) if compared else {}
+            if shared := sorted(set(own) & set(other)):
+                gain = [[a - b for a, b in zip(own[seed], other[seed], strict=True)] for seed in shared]
+                difference = evaluation.seed_and_question_interval(gain)
+                row |= dict(zip(("against", "difference", "difference_low", "difference_high"), (trial.against, *difference)))
+            rows.append(row)
     return pandas.DataFrame(rows)
 
 
-def paired(folder: Path, trials: list):
+def paired(trials: list, runs: dict):
     """All methods against each other at the same iteration, and each against the iteration before and against M_0.
 
     Columns `method`, `iteration`, `against`, `against_iteration`, `difference` (what the first gains over the second, greedy),
     `low`, `high`, `n`, `seeds`; on the same questions and seeds, intervals as in `means`.
     """
-    cells = {(trial.method, t): accuracies for trial in trials for t in range(9)
-             if (accuracies := _accuracies(folder / trial.name, t, "greedy"))}
+    cells = {(trial.method, t): found for trial in trials for t in range(9)
+             if (found := _accuracies(trial.name, runs, t, "greedy"))}
     rows = []
     for (a, t), own in cells.items():
         for (b, u), other in cells.items():
@@ -155,17 +211,15 @@ def paired(folder: Path, trials: list):
     return pandas.DataFrame(rows, columns=names)
 
 
-@functools.cache
-def _accuracies(folder: Path, t: int, metric: str) -> dict[str, list[float]]:
+def _accuracies(name: str, runs: dict, t: int, metric: str) -> dict[int, list[float]]:
     """Accuracy question by question of M_t, by seed."""
-    return {path.name: iteration.accuracy_per_question(path, t, metric) for path in finished(folder)
-            if (path / f"iteration_{t}" / "evaluation" / "checksums.json").exists()}
+    return {seed: accuracies(run, t, metric) for seed, run in _of(name, runs).items() if str(t) in run["answers"]}
 
 
-def log_probabilities(folder: Path):
+def log_probabilities(runs: dict):
     """Log-probabilities of the same pairs of M_0 during training: `method`, `seed`, `step`, sums and per token by side."""
-    logs = [pandas.read_json(path, lines=True).assign(method=path.parts[-5], seed=int(path.parts[-4].rpartition("_")[2]))
-            for path in sorted(folder.glob("*/seed_*/iteration_1/adapter/probe_log.jsonl")) if path.stat().st_size]
+    logs = [pandas.DataFrame(run["probe_log"]).assign(method=run["profile"]["method"], seed=seed)
+            for (_, seed), run in sorted(runs.items()) if run["probe_log"]]
     return pandas.concat(logs, ignore_index=True)
 
 
@@ -178,7 +232,7 @@ def _cost(timing, samples_in_training: bool):
     return sums.reindex(range(int(timing.iteration.max()) + 1), fill_value=0).cumsum()
 
 
-def _draw_comparison(result, average, folder: Path) -> dict:
+def _draw_comparison(result, average, runs: dict) -> dict:
     last = result[result.method == "irpo"].iteration.max()
     shown = result[((result.metric == "greedy") & result.iteration.isin((0, 1, last)) & ((result.iteration > 0) | result.method.isin(
         ("zero_shot", "few_shot")))) | ((result.metric == "majority") & (result.k == 32) & (result.method == "irpo"))]
@@ -199,14 +253,14 @@ def _titled(rows):
     return rows.assign(method=[methods.METHODS[name].title if name in methods.METHODS else "M0, zero-shot" for name in rows.method])
 
 
-def _draw_stability(result, average, folder: Path) -> dict:
+def _draw_stability(result, average, runs: dict) -> dict:
     pairs = result[result.factor.str.startswith("alpha=") & (result.metric == "greedy")]
     pairs = pairs.assign(alpha=pairs.factor.str[6:].astype(float), learning_rate=pairs.level.astype(float))
     return {"stability_map": (plots.heat_map(pairs), pairs)}
 
 
-def _draw_curves(result, average, folder: Path) -> dict:
-    logs = log_probabilities(folder)
+def _draw_curves(result, average, runs: dict) -> dict:
+    logs = log_probabilities(runs)
     drawn = {}
     for title, names in (("log_probabilities_from_m0", ("irpo", "iterative_dpo", "star")),
                          ("log_probabilities_others", ("irpo_from_sft", "dpo_from_sft", "sft_gold"))):
@@ -217,7 +271,7 @@ def _draw_curves(result, average, folder: Path) -> dict:
     return drawn
 
 
-def _draw_differences(name: str, result, average, folder: Path) -> dict:
+def _draw_differences(name: str, result, average, runs: dict) -> dict:
     greedy = average[(average.metric == "greedy") & average.difference.notna()] if "difference" in average else average[:0]
     shown = greedy[greedy.iteration == greedy.groupby(["factor", "level"]).iteration.transform("max")]
     if shown.empty:
@@ -226,7 +280,7 @@ def _draw_differences(name: str, result, average, folder: Path) -> dict:
     return {f"{name}_differences": (plots.differences(shown, labels), shown)}
 
 
-def _draw_long(result, average, folder: Path) -> dict:
+def _draw_long(result, average, runs: dict) -> dict:
     lines = average[average.metric == "greedy"].assign(metric=average.method.map(lambda name: methods.get(name).title))
     return {"eight_iterations_greedy": (plots.sweep(lines, "iteration", "Iteration", "Right answers, greedy (%)"), lines)}
 

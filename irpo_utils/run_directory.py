@@ -6,6 +6,7 @@ stage whose artefact is there, sound, and made from what is there now, is not do
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from irpo_utils import UserError, checksums
+from irpo_utils import UserError, checksums, processes
 from irpo_utils.profiles import MAY_CHANGE, Profile
 
 
@@ -92,6 +93,8 @@ class RunDirectory:
         """One process at a time; the lock goes away with the process, also when it is killed."""
         from filelock import FileLock, Timeout
 
+        if not processes.is_first():
+            return contextlib.nullcontext()
         lock = FileLock(self.path / ".lock")
         try:
             return lock.acquire(timeout=0)
@@ -113,33 +116,50 @@ class RunDirectory:
     def stage(self, t: int, name: str, make, save, of: tuple[Path, ...] = (), tokens=lambda content: None) -> Path:
         """The folder of an artefact, made by `save(make(), folder)` unless it is there, sound, and made from `of` as they are."""
         place, kept, inputs = self.folder(t) / name, self.unfinished(t, name, of), self._digests(of)
+        if processes.from_first(lambda: self._is_there(place, inputs)):
+            return place
+        started = time.perf_counter() - _seconds_spent(kept)
+        content = make()
+        processes.wait()                            # others may still read what lies in `kept`
+        if processes.is_first():
+            self._keep(place, save, content, {"seconds": round(time.perf_counter() - started, 3), "tokens": tokens(content),
+                                              "inputs": inputs})
+        processes.wait()
+        return place
+
+    @staticmethod
+    def _is_there(place: Path, inputs: dict[str, str]) -> bool:
+        """Whether an artefact is sound and made from `inputs`; says so where there is one that is not."""
         record = checksums.read(place)
         if record and record.get("inputs", inputs) == inputs:
-            return place
+            return True
         if place.exists():
             other = [source for source in inputs if (record or {}).get("inputs", {}).get(source) != inputs[source]]
             tqdm.write(f"{place} was made from another {' and '.join(other)} than there is now, and is made again." if record else
                        f"{place} is damaged (its checksums do not match) and is made again.")
-        started = time.perf_counter() - _seconds_spent(kept)
-        content = make()
-        seconds = time.perf_counter() - started
+        return False
+
+    @staticmethod
+    def _keep(place: Path, save, content, record: dict) -> None:
+        """Write an artefact beside its place and move it in whole."""
         partial = place.with_name(f".{place.name}.partial")
         try:
             for leftover in (partial, place):
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             save(content, partial)
-            checksums.write(partial, {"seconds": round(seconds, 3), "tokens": tokens(content), "inputs": inputs})
+            checksums.write(partial, record)
             os.replace(partial, place)
             for folder in place.parent.glob(f".{place.name}.*unfinished"):
                 shutil.rmtree(folder, ignore_errors=True)
         except (OSError, SafetensorError) as error:         # safetensors reports a full disk in an error of its own
             shutil.rmtree(partial, ignore_errors=True)
             raise _disk_error(place, error) from error
-        return place
 
     def write_file(self, path: Path, text: str) -> None:
-        """Write a small file whole or not at all."""
+        """Write a small file whole or not at all; of several processes the first does."""
+        if not processes.is_first():
+            return
         try:
             self._write(path, text)
         except OSError as error:
@@ -167,12 +187,18 @@ class RunDirectory:
         """metrics.csv and timing.csv from what the iterations hold."""
         import pandas
 
+        if not processes.is_first():
+            return
+
         self.write_file(self.path / "metrics.csv", pandas.DataFrame(self.metrics(iterations)).to_csv(index=False))
         rows = []
         for t in iterations:
             for sums in sorted(self.folder(t).glob(f"*/{checksums.NAME}")):
-                record = json.loads(sums.read_text())
-                rows.append({"iteration": t, "stage": sums.parent.name, "seconds": record["seconds"], "tokens": record["tokens"]})
+                try:
+                    record = json.loads(sums.read_text())
+                    rows.append({"iteration": t, "stage": sums.parent.name, "seconds": record["seconds"], "tokens": record["tokens"]})
+                except (ValueError, KeyError, TypeError):
+                    continue                        # damaged: that stage is made again, and then this table
         self.write_file(self.path / "timing.csv", pandas.DataFrame(rows).to_csv(index=False))
 
 
@@ -183,7 +209,7 @@ def environment() -> dict:
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"command": _command(), "python": platform.python_version(), "versions": versions, "system": platform.system(),
             "processor": _processor(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpu,
-            "world_size": int(os.environ.get("WORLD_SIZE", "1")), "commit": _commit()}
+            "world_size": processes.count(), "commit": _commit()}
 
 
 def _command() -> str:

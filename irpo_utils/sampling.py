@@ -6,7 +6,8 @@ that waits (continuous batching, Yu et al. 2022), longest prompts first; when no
 values are written in place. And where numbers are in fp32, base and adapter are multiplied out into one matrix a layer.
 
 Every token is drawn with a uniform number of its own, fixed by (seed, question id, sample, position): a completion
-does not depend on which others shared its batch, so a run can be cut into chunks anywhere and gives the same samples.
+does not depend on which others shared its batch, so a run can be cut into chunks anywhere and gives the same samples;
+several processes share the questions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
-from irpo_utils import UserError, models
+from irpo_utils import UserError, models, processes
 
 FREE_SHARE = 1 / 8      # slots are filled anew, or dropped, once this share of them is free: both have a price
 PREFILL = 32            # prompts that go through the model at once, which takes more memory than a step of all rows
@@ -30,13 +31,14 @@ ROOM = 16               # columns that may be of no use any more before they are
 
 
 def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1.0, top_p: float = 1.0,
-           max_new_tokens: int = 256, seed: int = 0, batch_size: int = 256, progress: bool = True):
+           max_new_tokens: int = 256, seed: int = 0, batch_size: int = 256, progress: bool = True, server=None):
     """N completions per question: a `Dataset` of `len(questions) * n` rows in the order of the questions.
 
     Columns: `id`, `sample` (0..n-1), `prompt`, `completion`, `prompt_ids`, `completion_ids` (the very tokens, EOS only
     if it was sampled), `n_tokens`, `finished` (ended by EOS), `logprob` (sum over `completion_ids` under M_t at
     temperature 1, nats), `answer`, and `choices` if the questions have them.
-    `temperature` 0 is greedy; `batch_size` counts completions, not questions. Raises `UserError` for settings out of
+    `temperature` 0 is greedy; `batch_size` counts completions, not questions. `server`: a `vllm_server.Server` that
+    writes in the place of `model`, which may then be of no use but to name its context. Raises `UserError` for settings out of
     range, an empty data set, and a prompt that leaves no room in the model's context.
     """
     from datasets import Dataset
@@ -46,21 +48,24 @@ def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1
     prompt_ids = tokenizer(prompts, add_special_tokens=False).input_ids      # the template has its own BOS
     _check_context(model, prompt_ids, max_new_tokens)
 
-    questions, order = list(questions), sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
+    questions, mine = list(questions), processes.share(list(range(len(prompts))))
+    order = sorted(mine, key=lambda i: -len(prompt_ids[i]))
     rows: list[dict | None] = [None] * (len(prompts) * n)
-    bar = tqdm(total=len(rows), desc="sampling", unit="completion", disable=not progress, leave=False)
+    bar = tqdm(total=len(mine) * n, desc="sampling", unit="completion", disable=not progress, leave=False)
+
+    def keep(i: int, k: int, tokens: list[int], finished: bool, logprob: float) -> None:
+        bar.update(rows[i * n + k] is None)
+        rows[i * n + k] = {"id": questions[i]["id"], "sample": k, "prompt": prompts[i],
+                           "completion": tokenizer.decode(tokens, skip_special_tokens=True),
+                           "prompt_ids": prompt_ids[i], "completion_ids": tokens, "n_tokens": len(tokens),
+                           "finished": finished, "logprob": logprob, "answer": questions[i]["answer"],
+                           **({"choices": questions[i]["choices"]} if "choices" in questions[i] else {})}
 
     def collect(part: list[int], batch_size: int, stop) -> None:
         numbers = lambda j: _uniforms(seed, questions[part[j]]["id"], n, max_new_tokens)
         for j, k, tokens, finished, logprob in _decode(model, tokenizer, [prompt_ids[i] for i in part], n, temperature,
                                                        top_p, batch_size, numbers):
-            i, question = part[j], questions[part[j]]
-            bar.update(rows[i * n + k] is None)
-            rows[i * n + k] = {"id": question["id"], "sample": k, "prompt": prompts[i],
-                               "completion": tokenizer.decode(tokens, skip_special_tokens=True),
-                               "prompt_ids": prompt_ids[i], "completion_ids": tokens, "n_tokens": len(tokens),
-                               "finished": finished, "logprob": logprob, "answer": question["answer"],
-                               **({"choices": question["choices"]} if "choices" in question else {})}
+            keep(part[j], k, tokens, finished, logprob)
             if stop.is_set():
                 return
 
@@ -80,18 +85,26 @@ def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1
             tqdm.write(f"Out of memory: going on with {batch_size} completions at once (see --sampling-batch-size).")
             part = [i for i in part if None in rows[i * n : (i + 1) * n]]
 
-    with bar, models.multiplied_out(model):
-        _on_every_core(decode, order, batch_size, model.device.type)
-    return Dataset.from_list(rows)
+    with bar:
+        if server:
+            for j, drawn in server.complete([prompt_ids[i] for i in mine], [questions[i]["id"] for i in mine], n, temperature, top_p,
+                                            max_new_tokens, seed, models.end_tokens(model, tokenizer)):
+                for k, (tokens, finished, logprob) in enumerate(drawn):
+                    keep(mine[j], k, tokens, finished, logprob)
+        else:
+            with models.multiplied_out(model):
+                _on_every_core(decode, order, batch_size, model.device.type)
+    return Dataset.from_list(processes.gather([row for row in rows if row is not None]))
 
 
 def render_prompt(tokenizer, text: str) -> str:
-    """The user's turn in the model's chat template, up to where the answer begins.
+    """The user's turn in the model's chat template, up to where the answer begins; control tokens in `text` are disarmed.
 
     Two things that some templates would decide by themselves are fixed: the date (Llama 3.2 prints today's, so that the
     same run would differ tomorrow) and hidden thinking (Qwen3, whose answers would be cut off). Others ignore them.
     """
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
+    turn = {"role": "user", "content": models.plain_text(tokenizer, text)}
+    return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True,
                                          date_string="26 Jul 2024", enable_thinking=False)
 
 
@@ -186,7 +199,7 @@ def _on_every_core(decode, order: list[int], batch_size: int, device: str) -> No
     spend their time waiting for each other. On a GPU one loop."""
     cores = min(torch.get_num_threads() if device == "cpu" else 1, len(order))
     stop = threading.Event()
-    if cores == 1:
+    if cores <= 1:
         return decode(order, batch_size, stop)
 
     def on_one_core(part: list[int]) -> None:

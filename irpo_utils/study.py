@@ -8,8 +8,9 @@
     python -m irpo_utils study long           # iterations 5 to 8
     python -m irpo_utils study curves         # log-probabilities during training
 
-A study that was stopped goes on where it stood. What M_0 writes does not depend on the method: it is drawn once for
-each seed and shared by all runs whose settings of sampling agree.
+A study that was stopped goes on where it stood; what the tables need of a finished run is kept beside them, so that it
+can go on elsewhere, too. What M_0 writes does not depend on the method: it is drawn once for each seed and shared by all
+runs whose settings of sampling agree.
 """
 
 from __future__ import annotations
@@ -66,34 +67,43 @@ def tuning() -> list[Trial]:
 
 def comparison() -> list[Trial]:
     """The rows of the paper's tables and those beside them, each at the rate that the tuning found for it."""
-    return [Trial(name, against="irpo", seeds=3 if name == "grpo" else None)         # GRPO takes more than twice as long
+    beyond = ("grpo", "self_consistency", "self_rewarding", "spin")             # the paper: fewer seeds, to save hours
+    return [Trial(name, against="irpo", seeds=3 if name in beyond else None)
             for name in methods.METHODS if not name.endswith("_lucky")]
 
 
 def ablations() -> list[Trial]:
-    """One setting at a time, two iterations, at the rate of Iterative RPO; the default levels are one run, `irpo_base`."""
+    """One setting at a time, at the rate of Iterative RPO; the default levels are one run, `irpo_base`.
+
+    Two iterations on half of the questions: shorter, and not yet so near the ceiling that settings cannot differ.
+    """
     levels = {
         "alpha": (0.0, 0.25, 2.0, 5.0), "beta": (0.05, 0.5, 1.0), "n_samples": (4, 16), "k_pairs": (1, 8),
         "temperature": ([0.7], [1.3], [1.0, 1.3]), "reference": ("start",), "gold": (True,), "keep_pairs": (True,),
         "nll_per": ("token",), "pairing": ("random",), "fresh_questions": (True,), "deduplicate": (False,)}
-    return [Trial("irpo", {"iterations": 2}, "base")] + [
-        Trial("irpo", {name: level, "iterations": 2}, name, _show(level), against="irpo_base")
+    short = {"iterations": 2, "n_questions": 300}
+    return [Trial("irpo", short, "base")] + [
+        Trial("irpo", short | {name: level}, name, _show(level), against="irpo_base")
         for name, values in levels.items() for level in values]
 
 
 def stability() -> list[Trial]:
-    """Learning rate x alpha, and the winners alone, two iterations each: where does training survive its steps?"""
-    rates, alphas = (2e-5, 1e-4, 3e-4, 1e-3), (0.0, 0.25, 1.0, 5.0)
+    """Learning rate x alpha, and the winners alone, two iterations each: where does training survive its steps?
+
+    More seeds along the edge, between the rates where every alpha goes well and those where none but the largest does.
+    """
+    rates, alphas, edge = (2e-5, 1e-4, 3e-4, 1e-3), (0.0, 0.25, 1.0, 5.0), (1e-4, 3e-4)
+    seeds = {rate: None if rate in edge else 1 for rate in rates}
     trials = [Trial("irpo", {"learning_rate": rate, "alpha": alpha, "iterations": 2}, f"alpha={alpha:g}", f"{rate:g}",
-                    against=f"irpo_alpha=0_{rate:g}")
+                    against=f"irpo_alpha=0_{rate:g}", seeds=seeds[rate])
               for rate, alpha in itertools.product(rates, alphas)]
-    return trials + [Trial("star", {"learning_rate": rate, "iterations": 2}, "star", f"{rate:g}", against=f"irpo_alpha=1_{rate:g}")
-                     for rate in rates]
+    return trials + [Trial("star", {"learning_rate": rate, "iterations": 2}, "star", f"{rate:g}", against=f"irpo_alpha=1_{rate:g}",
+                           seeds=seeds[rate]) for rate in rates]
 
 
 def regimes() -> list[Trial]:
-    """Pairs and winners alone, two iterations each, where there may be more to learn from losers than usual."""
-    two = {"iterations": 2}
+    """Pairs and winners alone, two iterations on half of the questions, where there may be more to learn from losers than usual."""
+    two = {"iterations": 2, "n_questions": 300}
     cases = {"usual": two, "few samples": two | {"n_samples": 3}, "hot": two | {"temperature": [1.5]},
              "few questions": two | {"n_questions": 150}, "lucky": two, "late": two}
     trials = []
@@ -125,9 +135,11 @@ def study(name: str, out: str | Path = "figures", runs: str | Path = "runs/study
           only: list[str] | None = None, small: bool = False, progress: bool = True):
     """Run a study (a key of `STUDIES`) under the folder `runs`; writes its table into `out` and returns it.
 
-    `only` takes the trials whose method, factor or name is listed. `jobs` runs go on at a time, one core each. `small` is
-    for a look or a test: it shows that everything works, and nothing else. Raises `UserError` for unknown names, and
-    where the tuning that a study needs was not run before.
+    What tables and figures need of a finished run is kept in `out/STUDY_runs.jsonl`: a run that stands there with the
+    same settings is not made again, also where its directory is gone, on another machine say. `only` takes the trials
+    whose method, factor or name is listed. `jobs` runs go on at a time, one core each. `small` is for a look or a test:
+    it shows that everything works, and nothing else. Raises `UserError` for unknown names, and where the tuning that a
+    study needs was not run before.
     """
     if name not in STUDIES:
         raise UserError(f"There is no study {name!r}. The studies are {', '.join(STUDIES)}.")
@@ -135,20 +147,67 @@ def study(name: str, out: str | Path = "figures", runs: str | Path = "runs/study
     if not trials:
         raise UserError(f"No trial of the study {name} is called {' or '.join(only or [])}. There are "
                         f"{', '.join(t.name for t in STUDIES[name]())}.")
-    rates = {} if name in ("tuning", "stability") else tuned_rates(Path(out))
-    folder, count = Path(runs) / name, seeds or SEEDS[name]
-    work = {folder / t.name / f"seed_{seed}": settings(t, seed, rates, folder, small)
-            for seed in range(count) for t in trials if seed < (t.seeds or count)}
-    record = {"study": name, "rates": rates, "small": small}
-    for _ in _run_all(work, Path(runs), jobs, progress):
-        report.write_table(name, STUDIES[name](), folder, Path(out), record)
-    return report.write(name, STUDIES[name](), folder, Path(out), record)
+    runs, out, count = Path(runs), Path(out), seeds or SEEDS[name]
+    rates = {} if name in ("tuning", "stability") else tuned_rates(out)
+    wanted = {runs / name / t.name / f"seed_{seed}": settings(t, seed, rates, runs / name, small)
+              for seed in range(count) for t in trials if seed < (t.seeds or count)}
+    records, record = report.Records(name, out), {"study": name, "rates": rates, "small": small}
+    if small and any(run["profile"]["n_questions"] != SMALL["n_questions"] for run in records.runs.values()):
+        raise UserError(f"{records.file} holds runs of full size, which small ones would replace. Give another --out, with a copy of "
+                        "tuning_of_methods.csv in it.")
+    todo = {path: p for path, p in wanted.items() if not _is_kept(path, p, records, runs)}
+
+    def valid() -> dict:
+        """What was measured with the settings of today; a record of other settings is of no use."""
+        by_name = {t.name: t for t in STUDIES[name]()}
+        return {key: run for key, run in records.runs.items() if key[0] in by_name and
+                _same(run["profile"], _portable(settings(by_name[key[0]], key[1], rates, runs / name, small), runs))}
+
+    for path in _run_all(_with_starts(todo, rates, runs, small), runs, jobs, progress, len(wanted) - len(todo)):
+        if path in todo:
+            run = report.run_record(path)
+            records.add(path.parent.name, todo[path].seed, {**run, "profile": _portable(todo[path], runs)})
+            report.write_table(name, STUDIES[name](), valid(), out, record)
+    return report.write(name, STUDIES[name](), valid(), out, record)
+
+
+def _is_kept(path: Path, p: Profile, records: report.Records, runs: Path) -> bool:
+    kept = records.runs.get((path.parent.name, p.seed))
+    return kept is not None and _same(kept["profile"], _portable(p, runs))
+
+
+def _same(kept: dict, wanted: dict) -> bool:
+    """Whether these are the same settings; fields that came after a record was made have their defaults in it."""
+    try:
+        return dataclasses.asdict(Profile(**kept)) == wanted
+    except (TypeError, UserError):
+        return False
+
+
+def _portable(p: Profile, runs: Path) -> dict:
+    """The settings of a run, with what it begins with relative to the folder of all runs."""
+    inside = {name: str(Path(value).relative_to(runs)) for name in ("start", "probe") if (value := getattr(p, name))}
+    return json.loads(json.dumps(dataclasses.asdict(p) | inside))
+
+
+def _with_starts(work: dict[Path, Profile], rates: dict[str, float], runs: Path, small: bool) -> dict[Path, Profile]:
+    """The runs of `work`, and before them those that they begin with, where these are not there (any more)."""
+    first: dict[Path, Profile] = {}
+    for p in work.values():
+        for place in (p.start, p.probe):
+            run = Path(place).parents[1] if place else None
+            if run and not Path(place).exists() and run not in work:
+                trial = next(t for t in STUDIES[run.parts[-3]]() if t.name == run.parts[-2])
+                first[run] = settings(trial, p.seed, rates, runs / run.parts[-3], small)
+    return _with_starts(first, rates, runs, small) | work if first else work
 
 
 def settings(trial: Trial, seed: int, rates: dict[str, float], folder: Path, small: bool = False) -> Profile:
     """The profile of one run: the default one, then the method, then the trial."""
     method = methods.get(trial.method)
-    fields = dict(method=trial.method, seed=seed, eval_samples=8, eval_samples_ends=32 if trial.name == "irpo" else 8)
+    # Unpacked weights are the same numbers, faster on a CPU. Only Iterative RPO itself is asked for votes and pass@k.
+    fields = dict(method=trial.method, seed=seed, dequantize=True, eval_samples=8 if trial.name == "irpo" else 2,
+                  eval_samples_ends=32 if trial.name == "irpo" else 2)
     if rates:
         fields["learning_rate"] = rates[LIKE.get(trial.method, trial.method)]
     fields |= (SMALL if small else {}) | trial.settings
@@ -179,30 +238,34 @@ def tuned_rates(out: Path) -> dict[str, float]:
     return {method: float(rate) for method, rate in best.level.items()}
 
 
-def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool):
-    """All runs that are not finished, each as soon as what it starts from is there; yields after each."""
+def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool, done_before: int = 0):
+    """All runs, each as soon as what it starts from is there; yields the path of each that is finished."""
     from tqdm.auto import tqdm
 
-    waiting = [(path, p) for path, p in work.items() if not _is_finished(path, p)]
-    bar = tqdm(total=len(work), initial=len(work) - len(waiting), desc="runs", unit="run", disable=not progress)
-    # Processes of their own: one core each, and the memory of a run goes with it.
+    finished = [path for path, p in work.items() if _is_finished(path, p)]
+    yield from finished
+    waiting = [(path, p) for path, p in work.items() if path not in finished]
+    bar = tqdm(total=done_before + len(work), initial=done_before + len(finished), desc="runs", unit="run", disable=not progress)
+    # Processes of their own: one core each, and the memory of a run goes with it. The C library is asked to keep memory
+    # that was given back: fetching it anew for every tensor costs about a tenth of the time.
+    os.environ.update(MALLOC_TRIM_THRESHOLD_=str(2**32 - 1), MALLOC_MMAP_THRESHOLD_=str(2**25))
     with bar, ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=24) as pool:
         going: dict = {}
         while waiting or going:
-            ready = [item for item in waiting if _is_ready(*item)][: jobs - len(going)]
-            if not ready and not going:
-                raise UserError(f"{waiting[0][0]} begins with {waiting[0][1].start or waiting[0][1].probe}, which is not there "
-                                "and not among the trials of this call. Run the study without --only, and `study comparison` "
-                                "before those that go on from it.")
-            for path, p in ready:
+            for path, p in [item for item in waiting if _is_ready(*item)][: jobs - len(going)]:
                 waiting.remove((path, p))
                 share(path, p, runs)
                 going[pool.submit(_run_one, path, p, max(1, (os.cpu_count() or 1) // jobs))] = path
+            if not going:
+                path, p = waiting[0]
+                raise UserError(f"{path} begins with {p.start or p.probe}, and the run that should have made it stopped before: see "
+                                f"stopped.json in its directory. Everything else is done; name the others with --only.")
             for done in wait(going, return_when=FIRST_COMPLETED).done:
-                bar.set_postfix_str(f"{going[done].parent.name} {going.pop(done).name}")
-                bar.update(1)
                 done.result()
-                yield
+                path = going.pop(done)
+                bar.set_postfix_str(f"{path.parent.name} {path.name}")
+                bar.update(1)
+                yield path
 
 
 def _run_one(path: Path, p: Profile, threads: int) -> None:
@@ -234,11 +297,9 @@ def _is_finished(path: Path, p: Profile) -> bool:
 
 
 def _is_ready(path: Path, p: Profile) -> bool:
-    if p.probe and Path(p.probe) != path / "iteration_0" / "pairs" and not Path(p.probe).exists():
-        return False
-    # A method with a start of its own trains on the pairs of M_0 all the same, so these have to be there to be shared.
-    pairs = path.parents[1] / "irpo" / path.name / "iteration_0" / "pairs"
-    return not p.start or (Path(p.start).exists() and (pairs.exists() or not methods.get(p.method).start))
+    """Whether all is there that a run begins with."""
+    own_probe = path / "iteration_0" / "pairs"
+    return all(Path(place).exists() for place in (p.start, p.probe) if place and Path(place) != own_probe)
 
 
 def share(path: Path, p: Profile, runs: Path) -> None:

@@ -16,6 +16,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from irpo_utils import UserError, checksums, models
+from irpo_utils import UserError, checksums, models, processes
 
 
 CHECKPOINT_SECONDS = 10.0       # between two checkpoints, at least
@@ -61,6 +62,7 @@ class TrainingResult:
     probe_pairs: int = 0
     summary: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    adapter: dict | None = None     # its weights, put together where the model is split over processes
 
 
 def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, dpo_weight: float = 1.0,
@@ -81,7 +83,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     probe: a few fixed pairs whose log-probabilities are logged every `probe_every` steps, whatever is trained on.
     report_to: tensorboard, trackio, wandb; the files of TensorBoard lie in the folder `log_dir`, whose name the others take.
     checkpoints: folder in which training keeps its state now and then; a call with the same arguments and that folder goes
-        on from the newest sound one, to the same weights. They are transformers' own, read without running code in them.
+        on from the newest sound one, to the same weights. They are transformers' own, read without running code in them. A
+        model that is split over processes keeps none.
     reference: a pair of lists, log-probabilities of the chosen and rejected responses under another reference than M_t.
 
     share_prompt: one row per pair with the prompt computed once, or two rows; None: one row where the model allows it.
@@ -94,11 +97,10 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     """
     _check(preferences, alpha, dpo_weight, nll_per)
     check_names(lr_scheduler, optimizer, report_to)
-    micro = micro_batch_size or batch_size
-    if batch_size % micro:
-        raise UserError(f"batch_size = {batch_size} is not a multiple of micro_batch_size = {micro}.")
+    micro = pairs_at_once(batch_size, micro_batch_size)
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     _fresh_adapter(model, seed)
+    own_reference = dpo_weight > 0 and reference is None
     if dpo_weight == 0:                             # SFT knows no reference: scoring one would take a third of the time
         reference = ([math.nan] * len(preferences),) * 2
     chosen, rejected = reference or reference_logps(model.eval(), tokenizer, preferences)
@@ -109,7 +111,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
         config = DPOConfig(
             output_dir=str(log_dir or folder), run_name=str(log_dir) if log_dir else None, beta=beta,
             learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
-            per_device_train_batch_size=micro, gradient_accumulation_steps=batch_size // micro,
+            per_device_train_batch_size=micro, gradient_accumulation_steps=batch_size // (micro * processes.count()),
             warmup_steps=warmup_ratio, lr_scheduler_type=lr_scheduler, max_grad_norm=max_grad_norm, optim=optimizer,
             weight_decay=0.0, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
             save_strategy="no", save_total_limit=2, report_to=report_to, disable_tqdm=True, max_length=None,
@@ -118,23 +120,36 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
             gradient_checkpointing=gradient_checkpointing, train_sampling_strategy="group_by_length",
             length_column_name="length")
         watch = Watch(progress, 10 if config.fp16 else 0, "accuracy" if dpo_weight else "nll_chosen",
-                      lambda: trainer.save_batch(tokenizer))
+                      lambda: trainer.save_batch(tokenizer), own_reference and (1e-3 if model.dtype == torch.float32 else 0.05))
         probing = [_Probe(probe, tokenizer, probe_every)] if probe is not None else []
-        callbacks = [watch, *probing, *([_Keep(Path(checkpoints), watch, *probing)] if checkpoints else [])]
+        kept = None if models.is_sharded(model) else checkpoints       # of a split model there are none within a training
+        callbacks = [watch, *probing, *([_Keep(Path(kept), watch, *probing)] if kept else [])]
         with left_as_it_was(model):
             trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
                                           nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks, checkpoints=checkpoints)
-            trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
+            trainer.train(resume_from_checkpoint=processes.from_first(lambda: newest_checkpoint(kept)))
     model.eval()
     probe_log = Dataset.from_list(probing[0].rows) if probing else None
     return TrainingResult(model, Dataset.from_list(watch.rows), probe_log, len(probe) if probing else 0, _summary(watch.rows),
-                          watch.warnings)
+                          watch.warnings, models.whole_adapter(model))
 
 
 def newest_checkpoint(folder: str | Path | None) -> str | None:
     """The newest checkpoint in `folder` that was written whole and is unchanged; None where there is none."""
     sound = [path for path in Path(folder).glob("checkpoint-*") if checksums.read(path)] if folder else []
     return str(max(sound, key=lambda path: int(path.name.partition("-")[2]))) if sound else None
+
+
+def pairs_at_once(batch_size: int, micro_batch_size: int | None) -> int:
+    """Pairs in a forward pass of one process; all processes and passes together make one batch, however many they are."""
+    share, rest = divmod(batch_size, processes.count())
+    if rest:
+        raise UserError(f"batch_size = {batch_size} cannot be shared by {processes.count()} processes: it has to be a multiple.")
+    micro = min(micro_batch_size or share, share)
+    if share % micro:
+        raise UserError(f"batch_size = {batch_size} is not a multiple of micro_batch_size = {micro}"
+                        f"{f' times {processes.count()} processes' * (processes.count() > 1)}.")
+    return micro
 
 
 def reference_logps(model, tokenizer, preferences) -> tuple[list[float], list[float]]:
@@ -152,21 +167,21 @@ def reference_logps(model, tokenizer, preferences) -> tuple[list[float], list[fl
 
 @contextlib.contextmanager
 def adapter_as_it_was(model):
-    """Undo what TRL's trainers do to the adapter of a PEFT model when they are made, also where they fail half-way.
+    """Keep TRL's trainers from changing the adapter of a PEFT model when they are made.
 
-    They add a copy of it named "ref" (the reference is precomputed here, and the copy would break the next iteration) and
-    cast the adapter of a quantised model to bf16 (small steps would be rounded away).
+    They cast what is trained of a quantised model to bf16 (small steps would be rounded away), so nothing seems to be; and
+    they may add a copy named "ref" (the reference is precomputed here, and the copy would break the next iteration).
     """
-    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trained = _trained(model)
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
         if "ref" in model.peft_config:
             model.delete_adapter("ref")
-        for name, parameter in model.named_parameters():
-            if name in weights:
-                parameter.data = weights[name]
-                parameter.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
@@ -207,8 +222,11 @@ class IterativeRPOTrainer(DPOTrainer):
         self.share_prompt = models.can_share_prompt(model) if share_prompt is None else share_prompt
         self._checkpoints = config.gradient_checkpointing
         with adapter_as_it_was(model):
-            super().__init__(model=model, args=config, train_dataset=data, processing_class=tokenizer,
-                             data_collator=self._collate, callbacks=callbacks)
+            super().__init__(model=model, ref_model=_NoReference(model.config), args=config, train_dataset=data,
+                             processing_class=tokenizer, data_collator=self._collate, callbacks=callbacks)
+        if models.is_sharded(model):                # it adds up gradients by itself, and is where it should be
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True       # what transformers before 5.19 reads instead
         self._batch_log: list[dict] = []
@@ -253,9 +271,35 @@ class IterativeRPOTrainer(DPOTrainer):
         return batch
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Pairs in one optimiser step, over all micro-batches and processes."""
-        pairs = torch.tensor(sum(len(batch["ref_chosen"]) for batch in batch_samples), device=device)
-        return int(self.accelerator.gather(pairs).sum())
+        """Pairs in one optimiser step, over all micro-batches and processes.
+
+        At the end of an epoch accelerate repeats pairs until every process has as many. The repeated ones come last, and weigh
+        nothing: else a last batch that is not full would be another one for every number of processes.
+        """
+        n, batch_size = len(self.train_dataset), self._batch_size()
+        first = self.state.global_step % math.ceil(n / batch_size) * batch_size             # of this step, in the epoch
+        for i, batch in enumerate(batch_samples):
+            part = i * self.accelerator.num_processes + self.accelerator.process_index
+            place = first + part * self.args.per_device_train_batch_size + torch.arange(len(batch["ref_chosen"]), device=device)
+            batch["weight"] = (place < n).float()
+        return min(batch_size, n - first)
+
+    def _get_train_sampler(self, dataset=None):
+        """The parent's order by length; it asks for the pairs of a batch, which must not depend on the number of processes."""
+        passes = self.args.gradient_accumulation_steps
+        self.args.gradient_accumulation_steps = passes * self.accelerator.num_processes
+        try:
+            return _EpochByEpoch(super()._get_train_sampler(dataset), self._epoch, self.args.seed)
+        finally:
+            self.args.gradient_accumulation_steps = passes
+
+    def _batch_size(self) -> int:
+        """Pairs of an optimiser step over all micro-batches and processes."""
+        return (self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes)
+
+    def _epoch(self) -> int:
+        """The epoch that is under way, counted from 0, as the number of steps so far says."""
+        return self.state.global_step // math.ceil(len(self.train_dataset) / self._batch_size())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch; when memory runs out, again as two halves, and all that follow in the size that fitted.
@@ -293,23 +337,24 @@ class IterativeRPOTrainer(DPOTrainer):
         else:
             logps_chosen, logps_rejected = models.response_logps(model, inputs).sum(-1).chunk(2)
         ref_chosen, ref_rejected, lengths = inputs["ref_chosen"], inputs["ref_rejected"], inputs["n_tokens_chosen"]
+        weight = inputs.get("weight", torch.ones_like(ref_chosen))
         loss_dpo, loss_nll = dpo_nll_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, lengths,
                                           alpha=self.alpha, beta=self.beta)
         if self.nll_per == "token":
-            loss_nll = -logps_chosen / lengths.float().mean()        # equals the mean over all tokens of the batch
+            loss_nll = -logps_chosen / ((weight * lengths).sum() / weight.sum().clamp(min=1))    # a mean over all tokens of the batch
         losses = self.dpo_weight * loss_dpo + self.alpha * loss_nll if self.dpo_weight else self.alpha * loss_nll
         pairs = num_items_in_batch or len(losses)
         self._batch_inputs.append(inputs | {"logps_chosen": logps_chosen.detach(), "logps_rejected": logps_rejected.detach()})
         margin = self.beta * ((logps_chosen - ref_chosen) - (logps_rejected - ref_rejected))
         with torch.no_grad():
-            self._batch_log.append({name: self.accelerator.gather(value.detach().float()).sum().item() for name, value in {
+            self._batch_log.append({name: self.accelerator.gather(weight * value.detach()).sum().item() for name, value in {
                 "pairs": torch.ones_like(losses), "loss": losses, "loss_dpo": loss_dpo, "loss_nll": loss_nll,
                 "logps_chosen": logps_chosen, "logps_rejected": logps_rejected, "logratio_chosen": logps_chosen - ref_chosen,
                 "nll_chosen": -logps_chosen / lengths,
                 "margin": margin, "accuracy": (margin > 0).float() + 0 * margin, "tokens": inputs["tokens"],
             }.items()})
         # Data-parallel training averages gradients over processes: the factor undoes that.
-        return losses.sum() / pairs * self.accelerator.num_processes
+        return (weight * losses).sum() / pairs * self.accelerator.num_processes
 
     def log(self, logs, start_time=None):
         """One row per optimiser step: means over its pairs."""
@@ -337,6 +382,33 @@ class IterativeRPOTrainer(DPOTrainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1) + "\n")
         return path
+
+
+class _EpochByEpoch(torch.utils.data.Sampler):
+    """A sampler whose order depends on the seed and the epoch alone: also where training goes on in the middle of one.
+
+    The first epoch takes its order from the generator that the trainer has just seeded, which a resumed one has again;
+    the library would give it to the others, too.
+    """
+
+    def __init__(self, sampler, epoch: Callable[[], int], seed: int):
+        self.sampler, self.epoch, self.seed = sampler, epoch, seed
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        if self.epoch():
+            self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(self.sampler)
+
+
+class _NoReference(torch.nn.Module):
+    """Stands for the reference in TRL's trainer, which would otherwise make one from a copy of the adapter and hash all weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
 
 
 def needs_loss_scaling(model) -> bool:
@@ -384,15 +456,15 @@ def collapse_signs(rows: list[dict], steps: int) -> list[str]:
 
 
 class Watch(TrainerCallback):
-    """Keeps the log rows, draws the bar, and stops a run whose numbers are no longer finite.
+    """Keeps the log rows, draws the bar, and stops a run whose numbers are not finite or whose reference is not M_t.
 
     `patience`: gradients that may overflow in a row, as fp16's loss scaler looks for its scale by overflowing. `shown`:
-    the column beside the loss.
+    the column beside the loss. `ln2_within`: how far the first DPO term may be from ln 2, its value where both models are one.
     """
 
-    def __init__(self, progress: bool, patience: int = 0, shown: str = "accuracy", save_batch=None):
+    def __init__(self, progress: bool, patience: int = 0, shown: str = "accuracy", save_batch=None, ln2_within: float = 0):
         self.rows, self.progress, self.patience, self.shown, self.overflows = [], progress, patience, shown, 0
-        self.save_batch, self.warnings = save_batch, []
+        self.save_batch, self.ln2_within, self.warnings = save_batch, ln2_within, []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -413,6 +485,10 @@ class Watch(TrainerCallback):
             raise UserError(f"Training stopped at step {state.global_step}: the loss is {row['loss']} and the gradient "
                             f"norm {row['grad_norm']}. Lower --learning-rate, or train in a wider dtype."
                             + (f" The pairs of that step are in {saved}." if saved else ""))
+        if self.ln2_within and row["step"] == 1 and abs(row["loss_dpo"] - math.log(2)) > self.ln2_within:
+            raise UserError(f"The reference is not the model that training began with: the first DPO term is {row['loss_dpo']:.4f}, "
+                            "not ln 2 = 0.6931. A library changed the model between scoring and training: install the versions of "
+                            "requirements.lock, and see that nothing else uses the model meanwhile.")
         for warning in collapse_signs(self.rows, state.max_steps):
             if warning.split(":")[0] not in {known.split(":")[0] for known in self.warnings}:
                 self.warnings.append(f"{warning} (step {state.global_step})")
@@ -437,11 +513,13 @@ class _Keep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.asked = time.perf_counter()
-        control.should_save = self.asked - self.saved >= max(CHECKPOINT_SECONDS, self.took / CHECKPOINT_SHARE)
+        control.should_save = processes.from_first(
+            lambda: self.asked - self.saved >= max(CHECKPOINT_SECONDS, self.took / CHECKPOINT_SHARE))
 
     def on_save(self, args, state, control, **kwargs):
+        processes.wait()                            # each has written the state of its own random numbers
         self.saved, folder = time.perf_counter(), self.folder / f"checkpoint-{state.global_step}"
-        if not folder.exists():                     # it could not be written
+        if not folder.exists() or not processes.is_first():         # it could not be written, or is another's to write
             return
         (folder / "callbacks.json").write_text(json.dumps([callback.rows for callback in self.callbacks]))
         checksums.write(folder, {"seconds": self.callbacks[0].rows[-1]["seconds"]})
@@ -485,7 +563,7 @@ def _fresh_adapter(model, seed: int) -> None:
     for layer in layers:
         weight = layer.lora_A["default"].weight
         bound = 1 / math.sqrt(weight.shape[1])       # PEFT's own: Kaiming uniform with a = sqrt(5)
-        weight.data.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+        models.assign(weight, torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
 
 
 def _check(preferences, alpha, dpo_weight, nll_per) -> None:

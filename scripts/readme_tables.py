@@ -152,6 +152,26 @@ def growth() -> str:
     return "\n".join(lines)
 
 
+def reliability() -> str:
+    """What was broken on purpose, and how often the run held."""
+    table = pandas.read_csv(FIGURES / "reliability.csv")
+    records = json.loads((FIGURES / "reliability.json").read_text())
+    lines = ["| what was done | tried | held | |", "|---|---|---|---|"]
+    lines += [f"| {row.test} | {row.tried} | {row.held} | {row.note} |" for row in table.itertuples()]
+    record = next(iter(records.values()))
+    commands = " ".join(f"`python scripts/check_reliability.py {what}`" for what in records)
+    return "\n".join([*lines, "", f"On {record['cpus']} cores of an {record['processor']}. {commands}"])
+
+
+def matrix() -> str:
+    """On which versions the tests ran."""
+    table = pandas.read_csv(FIGURES / "test_matrix.csv", dtype=str, keep_default_na=False)
+    lines = ["| Python | libraries | tests | |", "|---|---|---|---|"]
+    lines += [f"| {row.python} | {row.libraries}: {row.versions} | {row.result}, {row.passed} passed, {row.failed} failed, "
+              f"{row.skipped} skipped | {row.date} |" for row in table.itertuples()]
+    return "\n".join(lines)
+
+
 def _interval(row) -> str:
     return f"{100 * row.value:.1f} ({100 * row.low:.1f}–{100 * row.high:.1f})"
 
@@ -159,7 +179,7 @@ def _interval(row) -> str:
 def fill(text: str) -> str:
     """README's text with every table block made anew."""
     for name, table in (("accuracy", accuracy), ("smollm2", smollm2), ("speed", speed), ("growth", growth),
-                        ("comparison", comparison)):
+                        ("comparison", comparison), ("reliability", reliability), ("matrix", matrix)):
         block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.S)
         text = block.sub(lambda match: f"{match[1]}{table()}\n{match[2]}", text)      # noqa: B023
     return text

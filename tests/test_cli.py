@@ -1,8 +1,11 @@
 """The command line as a user meets it: what goes wrong is one paragraph that says what to do, never a traceback."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pandas
 import pytest
@@ -178,3 +181,48 @@ def test_accuracy_table_shows_intervals():
     rows = [dict(iteration=0, metric="greedy", k=1, value=0.25, low=0.2, high=0.3),
             dict(iteration=0, metric="mean_tokens", k=1, value=9.5, low=9, high=10)]
     assert "25.0 (20.0-30.0)" in cli.accuracy_table(pandas.DataFrame(rows)) and "9.5" in cli.accuracy_table(pandas.DataFrame(rows))
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_while_an_object_is_deleted_is_not_lost(monkeypatch, capsys, number, status):
+    """Python drops what is raised there; the library that holds our tables has such objects."""
+    class Table:
+        def __del__(self):
+            signal.raise_signal(number)
+            time.sleep(0.01)
+
+    def busy(arguments):
+        Table()
+        time.sleep(20)
+        raise AssertionError("nobody heard it")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cli, "run", busy)
+    try:
+        assert cli.main(["run"]) == status
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err
+    assert said == "\nStopped. What was finished is kept: the same command goes on where it stood.\n"
+
+
+
+@pytest.mark.parametrize("until", ["iteration_0/graded", "iteration_1/adapter"])
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(run, tmp_path, until):
+    """The keyboard's signal goes to the whole process group, bars and all; what was finished is not done again."""
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "irpo_utils", "run", *[word for word in TINY if word != "--quiet"], "--out", str(out)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # whatever the shell did with it
+    before = {"iteration_0/graded": "iteration_0/samples", "iteration_1/adapter": "iteration_0/pairs"}[until]
+    deadline = time.monotonic() + 200
+    while process.poll() is None and not (out / before).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said, said[-2000:]
+    assert said.strip().splitlines()[-1] == "Stopped. What was finished is kept: the same command goes on where it stood."
+    kept = (out / before / "checksums.json").stat().st_mtime_ns
+    assert irpo("run", *TINY, "--out", out).returncode == 0
+    assert (out / before / "checksums.json").stat().st_mtime_ns == kept
+    assert (out / "metrics.csv").read_text() == (run[0] / "metrics.csv").read_text()

@@ -1,10 +1,16 @@
 """What only a CUDA GPU can show: QLoRA in bf16 and fp16, the paged optimiser, memory that truly runs out, estimates
 against the card. `make gpu-test`; skipped where there is none."""
 
+import contextlib
 import dataclasses
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pandas
@@ -12,7 +18,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from irpo_utils import iteration, models, profiles, sampling, tasks, training
+from irpo_utils import iteration, models, profiles, sampling, tasks, training, vllm_server
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 DEVICE = "cuda"
@@ -142,6 +148,69 @@ def test_the_estimate_of_memory_holds_on_the_card(tmp_path):
     iteration.run(profile, tmp_path / "run", progress=False)
     measured = torch.cuda.max_memory_reserved() / 1e9
     assert planning.plan(profile).total.memory / 1e9 == pytest.approx(measured, rel=0.5, abs=1.0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one card")
+@pytest.mark.parametrize("words", [(), ("sharded",)])
+def test_two_cards_take_the_same_steps_as_one(tmp_path, words):
+    """Over NCCL: whole copies of the model, and every layer split."""
+    from test_processes import trained
+
+    pairs = ROOT / "notebooks" / "shipped_run" / "iteration_0" / "pairs"
+    one, two = (trained(pairs, tmp_path / str(n), *(words if n == 2 else ()), processes=n) for n in (1, 2))
+    for a, b in zip(one[0], two[0], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=0.01)
+    assert all(torch.allclose(one[2][name], weight, rtol=0.05, atol=2e-3) for name, weight in two[2].items())
+
+
+@pytest.fixture(scope="module")
+def vllm_url():
+    """A vLLM server with SmolLM2-135M on this card; other tests keep what it leaves free."""
+    if shutil.which("vllm") is None:
+        pytest.skip("vLLM is not installed here (pip install vllm, best in an environment of its own that is on the PATH)")
+    folder = models.find("smollm2-135m")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        ["vllm", "serve", folder, "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "1024", "--enable-lora",
+         "--max-lora-rank", "16", "--enable-prefix-caching", "--gpu-memory-utilization", "0.3"],
+        env={**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}, start_new_session=True)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            assert server.poll() is None, "the vLLM server has ended"
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def test_vllm_writes_as_the_loaded_model_with_and_without_an_adapter(vllm_url, questions, task, tmp_path):
+    """Greedy answers agree for most questions (bf16 breaks ties otherwise), log-probabilities to a few hundredths a token."""
+    model, tokenizer = models.load("smollm2-135m", quantize=False, dtype="bfloat16")
+    server, settings = vllm_server.Server(vllm_url), dict(n=1, temperature=0.0, max_new_tokens=40, progress=False)
+    generator = torch.Generator().manual_seed(0)
+    for adapter in (None, tmp_path / "adapter"):
+        if adapter:
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+            model.save_pretrained(adapter, save_embedding_layers=False)
+        server.use(adapter)
+        theirs = sampling.sample(model, tokenizer, questions, task, server=server, **settings)
+        ours = sampling.sample(model, tokenizer, questions, task, **settings)
+        same = [a == b for a, b in zip(ours["completion_ids"], theirs["completion_ids"])]
+        assert sum(same) > 0.5 * len(same)
+        scores = models.score(model, tokenizer, theirs["prompt_ids"][:], theirs["completion_ids"][:])
+        for ours_logp, theirs_logp, length in zip(scores, theirs["logprob"], theirs["n_tokens"]):
+            assert abs(ours_logp - theirs_logp) / length < 0.1
+        if adapter is None:
+            before = theirs["completion"][:]
+    assert theirs["completion"][:] != before
 
 
 @pytest.mark.parametrize("notebook", sorted(path.name for path in (ROOT / "notebooks" / "solutions").glob("*.ipynb")))

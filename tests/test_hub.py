@@ -42,8 +42,8 @@ def hub():
     server.shutdown()
 
 
-def load(endpoint, cache) -> str:
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+def load(endpoint, cache, **more) -> str:
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", **more}
     environment.pop("HF_TOKEN", None)
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -64,4 +64,15 @@ def test_a_model_that_does_not_exist(hub, tmp_path):
 
 def test_no_network(tmp_path):
     said = load("http://127.0.0.1:9", tmp_path)
+    assert "Without network, give --model a local folder" in said
+
+
+def test_a_hub_that_does_not_answer(tmp_path):
+    """It takes the connection and says nothing: the load ends by itself, after the library's own time limit."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        kept = []
+        threading.Thread(target=lambda: [kept.append(server.accept()) for _ in range(64)], daemon=True).start()
+        said = load(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert "Without network, give --model a local folder" in said

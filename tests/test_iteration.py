@@ -240,6 +240,15 @@ def test_a_damaged_artefact_is_made_again_and_never_trusted(finished, tmp_path, 
     assert results(out) == results(finished)
 
 
+@pytest.mark.parametrize("stage", ["evaluation", "samples", "pairs"])
+@pytest.mark.parametrize("text", ['{"seconds": 1.0, "tok', "[]", '{"sha256": {}}'])
+def test_checksums_that_cannot_be_read_are_those_of_a_damaged_stage(finished, tmp_path, stage, text):
+    out = shutil.copytree(finished, tmp_path / "damaged")
+    (out / "iteration_0" / stage / "checksums.json").write_text(text)
+    iteration.run(smoke(), out, progress=False)
+    assert results(out) == results(finished)
+
+
 def test_other_settings_over_an_old_directory_are_refused_by_name(finished):
     with pytest.raises(UserError, match=r"alpha \(1.0 there, 2.0 now\).*seed"):
         iteration.run(smoke(alpha=2.0, seed=5), finished, progress=False)
@@ -264,6 +273,25 @@ def test_a_run_of_an_older_version_with_fewer_settings_is_gone_on_with(finished,
     before = results(out)
     iteration.run(smoke(), out, progress=False)
     assert results(out) == before
+
+
+def test_a_clock_that_is_set_back_changes_nothing(finished, tmp_path, monkeypatch):
+    """Every look at the clock is an hour before the last one, over a stop and a resumption; files get old dates as well."""
+    hours = iter(range(10**9))
+    out, settings = tmp_path / "run", smoke(iterations=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: 1.7e9 - 3600 * next(hours))
+        iteration.run(settings, out, progress=False)
+    for file in out.rglob("*"):
+        os.utime(file, (0, 0))
+    shutil.rmtree(out / "iteration_1" / "evaluation")
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: 1e9 - 3600 * next(hours))
+        iteration.run(settings, out, progress=False)
+    assert (pandas.read_csv(out / "timing.csv").seconds >= 0).all()
+    again = results(out)
+    same = [name for name in again if name.startswith(("iteration_0/samples", "iteration_0/pairs", "iteration_1/adapter"))]
+    assert len(same) > 3 and all(again[name] == results(finished)[name] for name in same)
 
 
 def test_a_start_from_sft_on_gold_solutions(finished, tmp_path):

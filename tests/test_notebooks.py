@@ -20,7 +20,7 @@ pytest.importorskip("nbval")
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("00_start_here", "01_sampling", "02_grading", "03_pairs", "04_dpo_nll_training", "05_iterations",
-         "06_baselines_and_ablations", "07_real_models_on_one_gpu")
+         "06_baselines_and_ablations", "07_real_models_on_one_gpu", "08_past_one_gpu")
 DEFAULTS = dict.fromkeys(NAMES, "cpu") | {"07_real_models_on_one_gpu": "smollm2-135m-cpu"}      # profiles
 MACHINE = re.compile(r"(?<![\w.])/(?:home|root|Users|work|workspace|tmp|mnt|opt|srv|var|private)/|\b[A-Z]:\\")
 CELL_SECONDS = 900          # far more than any cell takes with the smoke profile, also on a busy machine

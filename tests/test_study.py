@@ -1,7 +1,10 @@
 """A study over methods and seeds: what is shared, what is kept, what ends up in the table."""
 
+import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +14,7 @@ import pandas
 import pytest
 from datasets import load_from_disk
 
-from irpo_utils import UserError, methods, profiles, report, study
+from irpo_utils import UserError, iteration, methods, profiles, report, study
 
 ROWS = [("irpo", 2e-5, 0.5), ("irpo", 1e-4, 0.8), ("irpo", 3e-4, 0.8), ("iterative_dpo", 2e-5, 0.4), ("star", 3e-4, 0.6)]
 
@@ -135,7 +138,7 @@ def test_a_study_that_was_killed_goes_on_where_it_stood(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert report.finished(out / "runs" / "comparison" / "irpo") == []            # half a run is in no table
+    assert not (out / "comparison_runs.jsonl").exists()                  # half a run is in no table
     before = first.stat().st_mtime_ns
     table = study.study("comparison", out, out / "runs", seeds=1, only=["irpo"], small=True, progress=False)
     assert first.stat().st_mtime_ns == before and set(table[table.method == "irpo"].iteration) == {0, 1, 2}
@@ -159,6 +162,49 @@ def test_unknown_names(tmp_path, name, only, message):
         study.study(name, tmp_path, tmp_path / "runs", only=only, progress=False)
 
 
-def test_what_starts_from_a_run_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="not among the trials of this call"):
-        study.study("comparison", tuned(tmp_path), tmp_path / "runs", seeds=1, only=["dpo_from_sft"], small=True, progress=False)
+def test_a_study_goes_on_where_the_run_directories_are_gone(finished, tmp_path):
+    """On another machine with figures/ alone: what was measured stays, and what a new run begins with is made again."""
+    out = tmp_path / "figures"
+    shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("runs"))
+    text = (out / "comparison_runs.jsonl").read_text()                      # as before a field was added: its default counts
+    (out / "comparison_runs.jsonl").write_text(text.replace('"sampler": "transformers", ', ""))
+    before = [json.loads(line) for line in (out / "comparison_runs.jsonl").read_text().splitlines()]
+    table = study.study("comparison", out, tmp_path / "runs", seeds=1, only=["irpo", "irpo_from_sft"], small=True, progress=False)
+    made = {path.name for path in (tmp_path / "runs" / "comparison").iterdir()}
+    assert made == {"star", "irpo_from_sft"}                                 # the second begins with M_1 of the first
+    assert set(table.method) == {"zero_shot", "irpo", "star", "dpo_from_sft", "few_shot", "irpo_from_sft"}
+    after = [json.loads(line) for line in (out / "comparison_runs.jsonl").read_text().splitlines()]
+    assert [run for run in after if run["trial"] != "irpo_from_sft"] == before
+
+
+def test_a_method_with_a_start_of_its_own_learns_from_what_m0_wrote(finished, tmp_path):
+    """Also where nobody has drawn it before: not from what its start writes."""
+    out, _ = finished
+    p = iteration.load_profile(out / "runs/comparison/dpo_from_sft/seed_0")
+    iteration.run(dataclasses.replace(p, iterations=1), tmp_path / "alone", progress=False)
+    drawn = [load_from_disk(str(folder / "iteration_0/samples"))["completion"][:]
+             for folder in (tmp_path / "alone", out / "runs/comparison/irpo/seed_0")]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_record_of_other_settings_is_no_result(finished, tmp_path):
+    out = tmp_path / "figures"
+    shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("runs"))
+    lines = (out / "comparison_runs.jsonl").read_text().replace('"trial": "star", "seed": 0, "profile": {', '"trial": "star", "seed": 0, "profile": {"lora_r": 4, ')
+    (out / "comparison_runs.jsonl").write_text(re.sub('("lora_r": 4, .*?)"lora_r": 16', r'\1"lora_r": 4', lines))
+    text = (out / "comparison_runs.jsonl").read_text()
+    (out / "comparison_runs.jsonl").write_text(text.replace('"n_questions": 24', '"n_questions": 600'))
+    with pytest.raises(UserError, match="runs of full size.*--out"):        # nor does a small run take the place of a full one
+        study.study("comparison", out, tmp_path / "runs", only=["irpo"], small=True, progress=False)
+    (out / "comparison_runs.jsonl").write_text(text)
+    table = study.study("comparison", out, tmp_path / "runs", seeds=1, only=["irpo"], small=True, progress=False)
+    assert set(table.method) == {"zero_shot", "irpo", "dpo_from_sft", "few_shot"} and not (tmp_path / "runs").exists()
+
+
+def test_answers_are_kept_question_by_question(finished):
+    out, table = finished
+    kept = report.Records("comparison", out).runs["irpo", 0]
+    for metric in ("greedy", "sampled"):
+        for t in (0, 1, 2):
+            each = iteration.accuracy_per_question(out / "runs/comparison/irpo/seed_0", t, metric)
+            assert report.accuracies(kept, t, metric) == pytest.approx(each)

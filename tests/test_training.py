@@ -366,7 +366,8 @@ class Killed(BaseException):
     """What nothing catches."""
 
 
-@pytest.mark.parametrize("options", [{}, {"epochs": 2.0, "dpo_weight": 0.0}, {"gradient_checkpointing": True, "micro_batch_size": 2}])
+@pytest.mark.parametrize("options", [{}, {"epochs": 2.0, "dpo_weight": 0.0}, {"epochs": 3.0, "batch_size": 3},
+                                     {"gradient_checkpointing": True, "micro_batch_size": 2}])
 def test_training_that_was_killed_goes_on_to_the_same_weights(preferences, tmp_path, monkeypatch, options):
     """From the newest sound checkpoint: one that was damaged or half written is passed over."""
     probe, settings = preferences.select(range(4)), dict(learning_rate=1e-3, batch_size=4, seed=3, progress=False, probe_every=2) | options
@@ -421,6 +422,23 @@ def test_numbers_that_are_not_finite_leave_the_batch_to_look_at(model, loaded, p
     rows = json.loads((tmp_path / "kept" / "not_finite.json").read_text())
     assert len(rows) == 4 and all("Question" in row["texts"][0] and "Final answer" in row["texts"][0] for row in rows)
     assert all(float(row["logps_chosen"]) < 0 for row in rows)
+
+
+def test_a_reference_that_is_not_the_model_at_the_start_is_refused(model, tokenizer, preferences, monkeypatch):
+    real = training.reference_logps
+
+    def of_another(*arguments):
+        chosen, rejected = real(*arguments)
+        return [value + 0.1 * (i + 1) for i, value in enumerate(chosen)], rejected
+
+    monkeypatch.setattr(training, "reference_logps", of_another)
+    with pytest.raises(UserError, match="reference is not the model.*not ln 2"):
+        training.train(model, tokenizer, preferences, progress=False)
+    models.set_adapter(model, None)
+    given = of_another(model, tokenizer, preferences)
+    assert len(training.train(model, tokenizer, preferences, reference=given, progress=False).log)       # another one on purpose
+    models.set_adapter(model, None)
+    assert len(training.train(model, tokenizer, preferences, dpo_weight=0, progress=False).log)             # none at all
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_training(model, loaded, preferences, tmp_path, monkeypatch, capsys):
