@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> None:
 
     try:
         planned = planning.plan(profile, price=options.price, must_fit=False)
-        if not options.quiet:
+        if not options.quiet and processes.is_first():
             print(f"{planning.table(planned)}\n", flush=True)
         planning.check(planned)
     except UserError as error:
@@ -95,6 +95,8 @@ def run(arguments: list[str]) -> None:
     import pandas
 
     metrics = pandas.DataFrame(iteration.run(profile, options.out, progress=not options.quiet))
+    if not processes.is_first():
+        return
     figure = plots.accuracy_per_iteration(metrics)
     record = {"command": _command("run", arguments), "seed": profile.seed, **iteration.environment()}
     plots.save(figure, options.out, "accuracy_per_iteration", metrics, record)

@@ -119,6 +119,7 @@ def test_processes_that_share_a_split_model_run_through_with_it(served, tmp_path
          "smoke", "--quiet", *settings, "--sampler", "vllm", "--shard", "true", "--out", str(tmp_path / "run")],
         capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_URL": url})
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Figure: ") == 1 and (tmp_path / "run" / "accuracy_per_iteration.png").exists()    # one writes, one speaks
     rows = {(row["iteration"], row["metric"]): row for row in csv.DictReader((tmp_path / "run" / "metrics.csv").open())}
     value = {metric: float(row["value"]) for (t, metric), row in rows.items() if t == "1"}
     assert value["chosen_logp_per_token"] > value["chosen_logp_per_token_before"] and value["kl_to_previous"] > 0
