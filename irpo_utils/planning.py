@@ -63,6 +63,7 @@ class TaskSize:
 # Prompts as SmolLM2's tokenizer cuts them, those of word_problems as the seed model's does.
 TASKS = {
     "word_problems": TaskSize(58, 90, 27, 2400, 500, 500, "measured with the seed model"),
+    "word_choices": TaskSize(58, 90, 27, 2400, 500, 500, "as of word_problems"),
     "gsm8k": TaskSize(131, 265, 200, 6473, 1000, 1319),
     "svamp": TaskSize(113, 146, 114, 700, 100, 200, "measured with SmolLM2-135M, cut off at 128"),
     "arc_challenge": TaskSize(140, 260, 150, 946, 166, 1172),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas
 from datasets import load_from_disk
 
-from irpo_utils import evaluation, methods, plots, run_directory
+from irpo_utils import evaluation, methods, plots, run_directory, tasks
 
 FILES = {"tuning": "tuning_of_methods", "long": "eight_iterations"}      # the others are called like their study
 COST = ["factor", "level", "tokens", "seconds"]
@@ -28,7 +28,7 @@ def run_record(path: Path) -> dict:
 
     `profile`, `environment`; `metrics`: the rows of metrics.csv with `tokens` and `seconds`, and those metrics that only a
     study looks at; `answers`: for each iteration and question the number of right answers out of `k`, a digit each (base
-    36); `probe_log`: log-probabilities during training, where they were logged more often than at its ends.
+    36), and as `solved` whether the greedy answer was no luck, where the task can tell (`word_choices`); `probe_log`: log-probabilities during training, where they were logged more often than at its ends.
 
     `tokens` were sampled and `seconds` spent up to that iteration to make M_t: sampling, grading, pairing, training, but
     not its evaluation; for a trial that goes on from another run, since then. The metric `stopped` (1) marks an iteration
@@ -41,25 +41,27 @@ def run_record(path: Path) -> dict:
     probe = path / "iteration_1" / "adapter" / "probe_log.jsonl"
     return {"profile": profile, "environment": json.loads((path / "environment.json").read_text()),
             "metrics": json.loads(rows.to_json(orient="records", double_precision=15)),
-            "answers": {t: _answers(path, t) for t in range(profile["iterations"] + 1)
+            "answers": {t: _answers(path, t, tasks.get(profile["task"])) for t in range(profile["iterations"] + 1)
                         if (path / f"iteration_{t}" / "evaluation" / "checksums.json").exists()},
             "probe_log": [json.loads(line) for line in probe.read_text().splitlines()] if profile["probe_every"] else []}
 
 
-def _answers(path: Path, t: int) -> dict:
+def _answers(path: Path, t: int, task) -> dict:
     counted = {"k": 1}
     for metric in ("greedy", "sampled"):
         data = load_from_disk(str(path / f"iteration_{t}" / "evaluation"))[metric]
         right = dict.fromkeys(data["id"], 0)
         for question, correct in zip(data["id"], data["correct"]):
             right[question] += correct
+        if metric == "greedy" and hasattr(task, "solved"):
+            counted["solved"] = "".join(str(int(row["finished"] and task.solved(row["completion"], row))) for row in data)
         counted[metric] = "".join(DIGITS[n] for n in right.values())
         counted["k"] = len(data) // len(right)
     return counted
 
 
 def accuracies(record: dict, t: int, metric: str) -> list[float]:
-    """Share of right completions of M_t for each question of its evaluation; `metric` is greedy or sampled."""
+    """Share of right completions of M_t for each question of its evaluation; `metric` is greedy, sampled or solved."""
     answers = record["answers"][str(t)]
     return [int(digit, 36) / (answers["k"] if metric == "sampled" else 1) for digit in answers[metric]]
 
@@ -174,7 +176,7 @@ def means(trials: list, runs: dict):
     """
     by_name, rows = {trial.name: trial for trial in trials}, []
     for trial in trials:
-        for t, metric in itertools.product(range(9), ("greedy", "sampled")):
+        for t, metric in itertools.product(range(9), ("greedy", "sampled", "solved")):
             own = _accuracies(trial.name, runs, t, metric)
             if not own:
                 continue
@@ -213,7 +215,8 @@ def paired(trials: list, runs: dict):
 
 def _accuracies(name: str, runs: dict, t: int, metric: str) -> dict[int, list[float]]:
     """Accuracy question by question of M_t, by seed."""
-    return {seed: accuracies(run, t, metric) for seed, run in _of(name, runs).items() if str(t) in run["answers"]}
+    return {seed: accuracies(run, t, metric) for seed, run in _of(name, runs).items()
+            if metric in run["answers"].get(str(t), ())}
 
 
 def log_probabilities(runs: dict):

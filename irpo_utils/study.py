@@ -105,7 +105,8 @@ def regimes() -> list[Trial]:
     """Pairs and winners alone, two iterations on half of the questions, where there may be more to learn from losers than usual."""
     two = {"iterations": 2, "n_questions": 300}
     cases = {"usual": two, "few samples": two | {"n_samples": 3}, "hot": two | {"temperature": [1.5]},
-             "few questions": two | {"n_questions": 150}, "lucky": two, "late": two}
+             "few questions": two | {"n_questions": 150}, "lucky": two, "late": two,
+             "choices": two | {"task": "word_choices"}}
     trials = []
     for name, changes in cases.items():
         suffix, after = "_lucky" if name == "lucky" else "", 3 if name == "late" else 0

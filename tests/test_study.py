@@ -14,7 +14,7 @@ import pandas
 import pytest
 from datasets import load_from_disk
 
-from irpo_utils import UserError, iteration, methods, profiles, report, study
+from irpo_utils import UserError, iteration, methods, profiles, report, study, tasks
 
 ROWS = [("irpo", 2e-5, 0.5), ("irpo", 1e-4, 0.8), ("irpo", 3e-4, 0.8), ("iterative_dpo", 2e-5, 0.4), ("star", 3e-4, 0.6)]
 
@@ -208,3 +208,15 @@ def test_answers_are_kept_question_by_question(finished):
         for t in (0, 1, 2):
             each = iteration.accuracy_per_question(out / "runs/comparison/irpo/seed_0", t, metric)
             assert report.accuracies(kept, t, metric) == pytest.approx(each)
+
+
+def test_luck_in_multiple_choice_is_told_from_knowledge(finished, tmp_path):
+    """`solved` counts the right numbers, of which the right letters are at least as many."""
+    shutil.copy(finished[0] / "tuning_of_methods.csv", tmp_path)
+    study.study("regimes", tmp_path, tmp_path / "runs", seeds=1, only=["irpo_choices"], small=True, progress=False)
+    kept = report.Records("regimes", tmp_path).runs["irpo_choices", 0]
+    greedy = load_from_disk(str(tmp_path / "runs/regimes/irpo_choices/seed_0/iteration_2/evaluation"))["greedy"]
+    numbers = {row["id"]: row["answer"] for row in tasks.get("word_problems").load("test")}
+    solved = [row["completion"].rstrip().endswith(f"Final answer: {numbers[row['id']]}") for row in greedy]
+    assert report.accuracies(kept, 2, "solved") == solved and sum(solved) <= sum(greedy["correct"])
+    assert set(pandas.read_csv(tmp_path / "regimes_mean.csv").metric) == {"greedy", "sampled", "solved"}

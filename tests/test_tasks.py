@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from irpo_utils import UserError, tasks
-from irpo_utils.tasks import files, gsm8k, jsonl, math, word_problems
+from irpo_utils import UserError, grading, tasks
+from irpo_utils.tasks import files, gsm8k, jsonl, math, word_choices, word_problems
 
 SPLITS = ("train", "validation", "test")
 REPOSITORY = Path(__file__).parents[1]
@@ -103,6 +103,33 @@ def test_corpus_of_the_seed_model_has_no_question_and_no_held_out_skeleton_of_a_
 
 def test_word_problems_prompt_is_the_one_m0_was_trained_with():
     assert word_problems.TASK.prompt({"question": "How many?"}) == "Question: How many?\nSolution:"
+
+
+# --- the same with four options ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_word_choices_are_the_word_problems_with_four_options_one_of_which_is_right(splits, split):
+    rows = word_choices.TASK.load(split)
+    assert rows["question"][:] == [row["question"] for row in splits[split]]
+    for row, same in zip(rows, splits[split], strict=True):
+        values = [int(choice) for choice in row["choices"]]
+        assert len(values) == 4 and values == sorted(values) and values[0] > 0 and len(set(values)) == 4
+        assert row["choices"]["ABCD".index(row["answer"])] == same["answer"]
+        assert word_choices.TASK.extract(row["solution"], row) == row["answer"] and word_choices.TASK.solved(row["solution"], row)
+        assert all(word_choices.nearest(str(value), row["choices"]) for value in range(1, 600, 7))          # no whole number in doubt
+    assert all(0.2 < rows["answer"][:].count(letter) / len(rows) < 0.3 for letter in "ABCD")
+    assert word_choices.TASK.load(split)["choices"][:] == rows["choices"][:]
+
+
+def test_the_option_nearest_to_a_number_is_ticked_and_a_lucky_one_is_not_solved():
+    from datasets import Dataset
+
+    said = {"41": "A", "59": "B", "74": "B", "90": "B", "91": "C", "-5": "A", "9,999": "D", "57.5": None, "many": None, "B": None}
+    samples = Dataset.from_list([{"completion": f"Final answer: {text}", "answer": "B", "finished": True,
+                                  "choices": ["41", "74", "107", "140"]} for text in said])
+    graded = grading.grade(samples, word_choices.TASK)
+    assert graded["extracted"][:] == [*said.values()] and graded["correct"][:] == [name == "B" for name in said.values()]
+    assert [word_choices.TASK.solved(row["completion"], row) for row in samples] == [text == "74" for text in said]
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
