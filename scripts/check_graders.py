@@ -165,6 +165,14 @@ def why_last_number(kind: str, completion: str) -> str | None:
     return None
 
 
+def dressed(value: Fraction, rng: random.Random) -> tuple[str, str]:
+    """(form, text) of a number in some spelling, with something around it."""
+    spelling, text = rng.choice([*spellings(value).items()])
+    form = rng.choice([*COMMITTED])
+    text = COMMITTED[form].format(text)
+    return form if form in WHY_NUMBERS else spelling if spelling in WHY_NUMBERS else f"{form}, {spelling}", text
+
+
 def number_answers(golds: list[Fraction], count: int, rng: random.Random):
     """(kind, form, completion, gold, whether it is right; None for evasive) of `count` answers."""
     for index in range(count):
@@ -178,10 +186,7 @@ def number_answers(golds: list[Fraction], count: int, rng: random.Random):
             form = rng.choice([*EVASIVE])
             text = EVASIVE[form].format(numbers.show(abs(gold)), numbers.show(abs(gold) + 1))
         else:
-            spelling, text = rng.choice([*spellings(value).items()])
-            form = rng.choice([*COMMITTED])
-            text = COMMITTED[form].format(text)
-            form = form if form in WHY_NUMBERS else spelling if spelling in WHY_NUMBERS else f"{form}, {spelling}"
+            form, text = dressed(value, rng)
         yield kind, form, f"3 + 4 = 7\nFinal answer: {text}", numbers.show(abs(gold) if kind == "evasive" else gold)
 
 
@@ -196,6 +201,42 @@ def check_numbers(name: str, golds: list[Fraction], count: int, rng: random.Rand
                   right == (other is not None and other == Fraction(gold)))
         tally.compare(form, completion, right == (last == Fraction(gold)), why_last_number(kind, completion))
     return tally.rows()
+
+
+# --- the nearest option --------------------------------------------------------------------------------------------
+
+def check_nearest(count: int, rng: random.Random, examples: dict) -> list[dict]:
+    """The rows of word_choices: an option's number, right or wrong, and what lies within half a step of it, in all the forms."""
+    task, tally = tasks.get("word_choices"), Tally("word_choices", WHY_NUMBERS, examples)
+    rows = [row for split in ("train", "validation", "test") for row in task.load(split)]
+    for index in range(count):
+        row, kind = rows[index % len(rows)], rng.choices([*SHARES], [*SHARES.values()])[0]
+        values = [Fraction(choice) for choice in row["choices"]]
+        place = "ABCD".index(row["answer"])
+        if kind == "wrong":
+            place = rng.choice([other for other in range(4) if other != place])
+        near = (values[1] - values[0]) * Fraction(rng.randint(-49, 49), 100)
+        text, form = numbers.show(values[place]), rng.choice([*EVASIVE])
+        if kind == "evasive":
+            text = EVASIVE[form].format(text, numbers.show(values[place] + 1))
+        else:
+            form, text = dressed(values[place] + rng.choice((0, near)), rng)
+        completion = f"3 + 4 = 7\nFinal answer: {text}"
+        read, other, last = task.extract(completion, row), other_number(completion), last_number(completion)
+        right = read == row["answer"]
+        tally.add(kind, form, f"{completion}  {row['choices']}", read is None if kind == "evasive" else right == (kind == "right"),
+                  right == (_nearest(other, values) == "ABCD".index(row["answer"])))
+        tally.compare(form, completion, right == (_nearest(last, values) == "ABCD".index(row["answer"])),
+                      why_last_number(kind, completion))
+    return tally.rows()
+
+
+def _nearest(value: Fraction | None, values: list[Fraction]) -> int | None:
+    """The place of the option nearest to a number, found by sorting."""
+    if value is None:
+        return None
+    (first, place), (second, _), *_ = sorted((abs(value - option), place) for place, option in enumerate(values))
+    return place if first < second else None
 
 
 # --- letters -------------------------------------------------------------------------------------------------------
@@ -280,6 +321,8 @@ def letter_answers(rows: list[dict], count: int, rng: random.Random):
         if any(text[:1].isdigit() for text in row["choices"]):          # then a number is no name of a place
             forms = {form: text for form, text in forms.items() if "{4}" not in text}
         form, place, place_of_other = rng.choice([*forms]), letters.index(name), letters.index(other)
+        if form == "text" and row["choices"][place].strip() in letters:     # its text is another option's letter, and letters win
+            form = "bare"
         text = forms[form].format(name, name.lower(), row["choices"][place], chr(ord(name) + 0xFEE0), place + 1, other,
                                   other.lower(), row["choices"][place_of_other], place_of_other + 1)
         yield kind, form, f"A is not it, nor is D.\nFinal answer: {text}", row
@@ -484,7 +527,9 @@ def check_latex(golds: list[str], count: int, rng: random.Random, examples: dict
         if not same_text(wrong, gold) and math_task.canonical(wrong) != math_task.canonical(gold):
             add("wrong", "neighbour", f"Final answer: ${wrong}$", gold, False)
         gold, form = golds[index % len(golds)], rng.choice([*LATEX_EVASIVE])
-        if gold == "0" or "text" in gold or "_" in gold:        # 0 million is 0
+        if re.search(r"(?:^|=)\s*0$", gold) or "text" in gold or "_" in gold:     # 0 million is 0, also in "x = 0"
+            form = "or"
+        if form == "turned" and other_latex(gold) == -0.5:      # turned, it is itself
             form = "or"
         add("evasive", form, LATEX_EVASIVE[form].format(gold, neighbour(gold)), gold, False)
         one, two = rng.choice(golds), rng.choice(golds)
@@ -621,6 +666,7 @@ def check(folder: Path, count: int, seed: int) -> tuple[list[dict], dict]:
         data = None if name == "word_problems" else str(folder)         # those come with the repository
         answers = [raw for split in ("train", "validation", "test") for raw in tasks.get(name).load(split, data)["answer"]]
         rows += check_numbers(name, [Fraction(answer) for answer in dict.fromkeys(answers)], count, rng, examples)
+    rows += check_nearest(count, random.Random(seed), examples)
     rows += check_letters(count, rng, examples)
     rows += check_latex(math_golds(folder), count, rng, examples)
     return rows + check_hostile(count, rng), examples
