@@ -182,7 +182,8 @@ def disk(folder: Path) -> list[dict]:
         clear = failed.returncode == 1 and "Traceback" not in failed.stderr and "read-only" in failed.stderr.lower()
     finally:
         subprocess.run(["umount", str(place)], check=True)
-    return rows + [{"test": "a read-only folder", "tried": 1, "held": int(clear), "note": failed.stderr.strip()[-200:]}]
+    return rows + [{"test": "a read-only folder", "tried": 1, "held": int(clear),
+                    "note": failed.stderr.strip()[-400:].replace(f"{place}/", "")}]
 
 
 def _short(words: list[str]) -> subprocess.CompletedProcess:

@@ -158,9 +158,9 @@ def reliability() -> str:
     records = json.loads((FIGURES / "reliability.json").read_text())
     lines = ["| what was done | tried | held | |", "|---|---|---|---|"]
     lines += [f"| {row.test} | {row.tried} | {row.held} | {row.note} |" for row in table.itertuples()]
-    record = next(iter(records.values()))
+    machines = dict.fromkeys(f"{record['cpus']} cores of {record['processor']}" for record in records.values())
     commands = " ".join(f"`python scripts/check_reliability.py {what}`" for what in records)
-    return "\n".join([*lines, "", f"On {record['cpus']} cores of an {record['processor']}. {commands}"])
+    return "\n".join([*lines, "", f"On {' and on '.join(machines)}. {commands}"])
 
 
 def matrix() -> str:
