@@ -134,8 +134,9 @@ def evaluate(arguments: list[str]) -> None:
     calm_libraries()
     from irpo_utils import iteration
 
-    print(iteration.evaluate_run(options.run, options.task, options.data, options.split, options.iterations, options.k,
-                                 options.out))
+    text = iteration.evaluate_run(options.run, options.task, options.data, options.split, options.iterations, options.k, options.out)
+    if processes.is_first():
+        print(text)
 
 
 def plot(arguments: list[str]) -> None:

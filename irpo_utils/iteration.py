@@ -364,12 +364,14 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
             raise UserError(f"{folder} is missing or damaged. Finish the run first: `python -m irpo_utils run` with its --out.")
         models.set_adapter(model, folder)
         results[t] = evaluation.evaluate(model, tokenizer, questions, chosen, k=k, temperature=p.eval_temperature,
-                                         max_new_tokens=p.max_new_tokens, seed=p.seed, batch_size=p.sampling_batch_size)
+                                         max_new_tokens=p.max_new_tokens, seed=p.seed, batch_size=p.sampling_batch_size,
+                                         progress=processes.is_first())
         rows += [{"method": p.method, "seed": p.seed, "iteration": t, "split": split, **row} for row in results[t].metrics]
     table = pandas.DataFrame(rows)
     folder = Path(out) if out else Path(run) / "evaluations"
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{chosen.name}_{split}.csv", index=False)
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_csv(folder / f"{chosen.name}_{split}.csv", index=False)
     text = table.to_string(index=False)
     if len(results) > 1:
         first, last = list(results)[0], list(results)[-1]

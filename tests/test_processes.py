@@ -121,6 +121,9 @@ def test_a_run_of_two_processes_is_the_run_of_one(alone, tmp_path):
     assert not list(out.rglob("*unfinished*")) and not list(out.rglob("*.partial"))
     one, two = (pandas.read_csv(run / "metrics.csv").query("metric == 'greedy'").set_index("iteration") for run in (alone, out))
     assert one.value[0] == two.value[0] and one.low[1] <= two.value[1] <= one.high[1]
+    again = launch("-m", "irpo_utils", "evaluate", out, "--k", "1", "--iterations", "1")         # the same for what is evaluated again
+    assert again.returncode == 0 and again.stdout.count("split") == 1, again.stderr[-3000:]
+    assert (out / "evaluations" / "word_problems_test.csv").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
