@@ -37,6 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _say(f"{error.filename or 'The output'} could not be written ({error.strerror}). Free some space or choose "
                     "another --out, and give the same command again.")
     except RuntimeError as error:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        if should_reduce_batch_size(error):
+            return _say(f"Out of memory ({str(error).splitlines()[0][:200]}). What was finished is kept: the same command goes on with a "
+                        "smaller --sampling-batch-size or --micro-batch-size, with --gradient-checkpointing true, or on a larger card. "
+                        "`python -m irpo_utils plan` says what a run needs.")
         if processes.count() == 1 or not re.search("connection|gloo|nccl|timed out|abort", str(error), re.IGNORECASE):
             raise
         return _say("Another process of this run has ended; if it could say why, that stands above. What was finished is kept: the "
@@ -130,11 +136,14 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--iterations", type=int, nargs="+", help="which M_t (default: the first and the last)")
     parser.add_argument("--k", type=int, default=32, help="completions per question (default 32)")
     parser.add_argument("--out", help="folder for the metrics table (default: RUN/evaluations)")
+    parser.add_argument("--allow-overlap", choices=("true", "false"), default="false",
+                        help="go on although these are questions that the run was trained on")
     options = parser.parse_args(arguments)
     calm_libraries()
     from irpo_utils import iteration
 
-    text = iteration.evaluate_run(options.run, options.task, options.data, options.split, options.iterations, options.k, options.out)
+    text = iteration.evaluate_run(options.run, options.task, options.data, options.split, options.iterations, options.k, options.out,
+                                  options.allow_overlap == "true")
     if processes.is_first():
         print(text)
 

@@ -21,17 +21,19 @@ import shutil
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from irpo_utils import (UserError, checksums, contamination, evaluation, grading, methods, models, processes, sampling, tasks,
                         training, vllm_server)
-from irpo_utils.profiles import Profile
-from irpo_utils.run_directory import RunDirectory, environment       # noqa: F401 (`environment` is for who draws results)
+from irpo_utils.profiles import EVALUATION, PAIRING, SAMPLING, TRAINING, Profile
+from irpo_utils.run_directory import RunDirectory, environment, is_whole       # noqa: F401 (`environment` is for who draws results)
 from irpo_utils.tasks.base import FewShot
 
 KL_QUESTIONS = 256          # completions for the KL to M_{t-1}: one per question, drawn at temperature 1
 PROBE_PAIRS = 128           # pairs whose winners are scored before and after training
 KL_WARNING = 4.0            # nats per completion: no run of figures/stability.csv that went on rising had more
+SERVER_APART = 0.3          # nats per token; a base in bf16 there and in NF4 here is well below
 BLOCK = 2400                # completions that are kept at a time: a kill costs one block at most
 
 
@@ -63,9 +65,10 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
         if progress:
             tqdm.write(contamination.describe(overlap))
         model, tokenizer = load_model(profile)
-        directory.check_inputs({"model": models.fingerprint(model), "training questions": _digest(train_questions),
-                                "evaluation questions": _digest(eval_questions)})
-        loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, progress)
+        inputs = {"model": models.fingerprint(model), "training questions": _digest(train_questions),
+                  "evaluation questions": _digest(eval_questions)}
+        directory.check_inputs(inputs)
+        loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, inputs, progress)
         for t in range(profile.iterations + 1):
             loop.iteration(t)
         processes.wait()
@@ -100,8 +103,8 @@ def check_shard(p: Profile) -> None:
 class _Loop:
     """One iteration after the other; holds what all of them share."""
 
-    def __init__(self, profile, directory, task, model, tokenizer, train_questions, eval_questions, progress):
-        self.profile, self.directory, self.task, self.progress = profile, directory, task, progress
+    def __init__(self, profile, directory, task, model, tokenizer, train_questions, eval_questions, inputs, progress):
+        self.profile, self.directory, self.task, self.inputs, self.progress = profile, directory, task, inputs, progress
         self.model, self.tokenizer, self.method = model, tokenizer, methods.get(profile.method)
         self.train_questions, self.eval_questions = train_questions, eval_questions
         self.server = vllm_server.Server() if profile.sampler == "vllm" else None
@@ -115,21 +118,29 @@ class _Loop:
     def _stage(self, *arguments, **options) -> Path:
         return self.directory.stage(*arguments, tokens=_count_tokens, **options)
 
+    def _settings(self, names: tuple[str, ...], questions: str, **more) -> dict:
+        """What an artefact depends on beside the folders that it is made from, for its record."""
+        fields = {name: getattr(self.profile, name) for name in names}
+        return fields | more | {name: self.inputs[name] for name in ("model", questions)}
+
     def iteration(self, t: int) -> None:
         """Make M_t (t > 0), evaluate it, and let it make the pairs for M_{t+1}."""
         notes: dict = {}
         if t > 0:
-            adapter = self._stage(t, "adapter", lambda: self._train(t), _save_adapter, of=self._trained_on(t))
+            adapter = self._stage(t, "adapter", lambda: self._train(t), _save_adapter, of=self._trained_on(t),
+                                  settings=self._settings(TRAINING, "training questions"))
             if (log := adapter / "training_log.jsonl").exists():         # the copy that a reader looks for
                 self.directory.keep_file(self.directory.folder(t) / log.name, log.read_text())
         elif self.profile.start:
             self._stage(0, "adapter", lambda: find_adapter(self.profile), _copy_adapter)
         self._become(self._adapter(t))
-        self._stage(t, "evaluation", lambda: self._evaluate(t), _save_evaluation, of=self._evaluated(t))
+        self._stage(t, "evaluation", lambda: self._evaluate(t), _save_evaluation, of=self._evaluated(t), settings=self._settings(
+            EVALUATION, "evaluation questions", k=self._eval_samples(t), examples=self.method.examples))
         self._write_metrics(t, notes)               # also where there will be no pairs to go on with
         if t < self.profile.iterations and not self.method.train:
             graded = self._graded(t) if self.method.samples else None
-            self._stage(t, "pairs", lambda: self._pairs(t, graded), _save_pairs, of=(graded,) if graded else ())
+            self._stage(t, "pairs", lambda: self._pairs(t, graded), _save_pairs, of=(graded,) if graded else (),
+                        settings=self._settings(PAIRING, "training questions"))
             notes = json.loads((self.directory.folder(t) / "pairs" / "counts.json").read_text())
         self._report(t, self._write_metrics(t, notes), notes)
 
@@ -185,7 +196,8 @@ class _Loop:
         return concatenate_datasets([load_from_disk(str(block)) for block in blocks])
 
     def _graded(self, t: int) -> Path:
-        folder = self._stage(t, "samples", lambda: self._sample(t), _save_dataset, of=self._writer(t))
+        settings = self._settings(SAMPLING, "training questions", temperature=self.profile.temperature_of(t))
+        folder = self._stage(t, "samples", lambda: self._sample(t), _save_dataset, of=self._writer(t), settings=settings)
         return self._stage(t, "graded", lambda: grading.grade(load_from_disk(str(folder)), self.task), _save_dataset,
                            of=(folder,))
 
@@ -201,13 +213,9 @@ class _Loop:
     def _train(self, t: int) -> training.TrainingResult:
         models.set_adapter(self.model, self._adapter(t - 1))
         if self.method.train:
-            result = self.method.train(self.model, self.tokenizer, self._questions(t - 1), self.task, self.profile,
-                                       self._seed(t, 3), self.progress)
-        else:
-            result = self._train_on_pairs(t)
-        for warning in result.warnings:
-            self.directory.warn(t, "training", warning)
-        return result
+            return self.method.train(self.model, self.tokenizer, self._questions(t - 1), self.task, self.profile,
+                                     self._seed(t, 3), self.progress)
+        return self._train_on_pairs(t)
 
     def _train_on_pairs(self, t: int) -> training.TrainingResult:
         p = self.profile
@@ -226,12 +234,14 @@ class _Loop:
             max_grad_norm=p.max_grad_norm, nll_per=p.nll_per, seed=self._seed(t, 3), probe=probe,
             probe_every=p.probe_every or 10**9,
             gradient_checkpointing=p.gradient_checkpointing, optimizer=p.optimizer, progress=self.progress,
-            checkpoints=self.directory.unfinished(t, "adapter", self._trained_on(t)), reference=reference,
+            checkpoints=self.directory.unfinished(t, "adapter", self._trained_on(t)), reference=reference, warn=functools.partial(self.directory.warn, t, "training"),
             report_to=p.report_to, log_dir=self.directory.folder(t) / "logs" if p.report_to != "none" else None)
 
+    def _eval_samples(self, t: int) -> int:
+        return self.profile.eval_samples_ends if t in (0, self.profile.iterations) else self.profile.eval_samples
+
     def _evaluate(self, t: int):
-        p = self.profile
-        k = p.eval_samples_ends if t in (0, p.iterations) else p.eval_samples
+        p, k = self.profile, self._eval_samples(t)
         draw = functools.partial(
             evaluation.answers, self.model, self.tokenizer, task=self.task, k=k, temperature=p.eval_temperature,
             max_new_tokens=p.max_new_tokens, seed=self._seed(0, 4), batch_size=p.sampling_batch_size, progress=self.progress,
@@ -239,9 +249,20 @@ class _Loop:
         blocks = [load_from_disk(str(block)) for block in
                   self._in_blocks(t, "evaluation", self._evaluated(t), self.eval_questions, k + 1, draw)]
         greedy, sampled = (concatenate_datasets([block[name] for block in blocks]) for name in ("greedy", "sampled"))
+        if self.server:
+            self._check_server(_first(greedy, 16))
         result = evaluation.Evaluation(Dataset.from_list(evaluation.score(greedy, sampled, k, self.eval_questions)), greedy, sampled)
         extra = self._compare_with_previous(t) if t > 0 else []
         return result, extra
+
+    def _check_server(self, written: Dataset) -> None:
+        """The server has to write with this very model: its log-probabilities are ours, up to rounding and 4 bits."""
+        ours = models.score(self.model, self.tokenizer, written["prompt_ids"], written["completion_ids"])
+        apart = [abs(a - b) / max(1, n) for a, b, n in zip(ours, written["logprob"], written["n_tokens"], strict=True)]
+        if sum(apart) / len(apart) > SERVER_APART:
+            raise UserError(f"The server at {self.server.url} does not write with {self.profile.model} and the adapter of this run: its "
+                            f"log-probabilities are {sum(apart) / len(apart):.2f} nats a token from ours. Serve the same base there, "
+                            "with its default --logprobs-mode.")
 
     def _compare_with_previous(self, t: int) -> list[dict]:
         """The two warning numbers: KL(M_t || M_{t-1}) per completion, and the winners' log-probability per token.
@@ -301,9 +322,10 @@ class _Loop:
             return []
         before = {row["metric"]: row["value"] for row in self.directory.metrics([t - 1])}
         found = []
-        if value["truncated_rate"] > max(2 * before["truncated_rate"], 0.1):
+        cut = before["truncated_rate"]
+        if value["truncated_rate"] > min(max(2 * cut, 0.1), (1 + cut) / 2):
             found.append(f"length is running off: {value['truncated_rate']:.0%} of the completions of M_{t} do not end, of M_{t - 1} "
-                         f"{before['truncated_rate']:.0%}")
+                         f"{cut:.0%}")
         if value["sampled"] < before["sampled"] - 0.05:
             found.append(f"accuracy fell: sampled {before['sampled']:.1%} -> {value['sampled']:.1%}. Go back to M_{t - 1}, and lower "
                          "--learning-rate or raise --alpha")
@@ -319,11 +341,17 @@ def find_adapter(p: Profile) -> Path:
         folder = folder / f"iteration_{load_profile(folder).iterations}" / "adapter"
         if not checksums.read(folder):
             raise UserError(f"{folder} is missing or damaged. Finish that run first: `python -m irpo_utils run` with its --out.")
+    if (folder / checksums.NAME).exists() and not checksums.read(folder):
+        raise UserError(f"{folder} is damaged: its checksums do not match. Run the command that made it again, or give another --start.")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--start {p.start} is neither an adapter folder nor a run directory: {folder}/adapter_config.json is "
-                        "missing or unreadable.") from error
+        with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+            names = list(weights.keys())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--start {p.start} is neither an adapter folder nor a run directory: adapter_config.json or "
+                        f"adapter_model.safetensors is missing in {folder}, or unreadable ({error}).") from error
+    if not any("lora_" in name for name in names):
+        raise UserError(f"{folder}/adapter_model.safetensors holds no LoRA weights. Give another --start.")
     for name, there, now in (("model", config.get("base_model_name_or_path"), p.model), ("lora_r", config.get("r"), p.lora_r),
                              ("lora_alpha", config.get("lora_alpha"), p.lora_alpha)):
         if there != now:
@@ -343,16 +371,20 @@ def load_profile(run: str | Path) -> Profile:
 
 
 def evaluate_run(run: str | Path, task: str | None = None, data: str | None = None, split: str | None = None,
-                 iterations: list[int] | None = None, k: int = 32, out: str | Path | None = None) -> str:
+                 iterations: list[int] | None = None, k: int = 32, out: str | Path | None = None, allow_overlap: bool = False) -> str:
     """Evaluate M_t of a run again, perhaps on another task; writes a metrics table and returns it as text.
 
     The text ends with a paired comparison of the first and the last iteration asked for, on the same questions.
+    Raises `UserError` where these are questions that the run was trained on, unless `allow_overlap`.
     """
     import pandas
 
     p = load_profile(run)
     chosen, split = tasks.get(task or p.task), split or p.eval_split
     questions = chosen.load(split, data or (p.data if task in (None, p.task) else None))
+    overlap = contamination.check(tasks.get(p.task).load("train", p.data), questions, allow_overlap or p.allow_overlap)
+    if processes.is_first():
+        tqdm.write(contamination.describe(overlap))
     model, tokenizer = load_model(dataclasses.replace(p, shard=False))
     rows, results = [], {}
     wanted = iterations if iterations is not None else [0, p.iterations]
@@ -392,8 +424,9 @@ def collect(runs: list[str | Path]):
     for run, profile in zip(runs, profiles):
         if dataclasses.replace(profile, seed=0) != dataclasses.replace(profiles[0], seed=0):
             raise UserError(f"{run} and {runs[0]} differ in more than their seed, so that they cannot be drawn as one curve.")
-        if not (Path(run) / f"iteration_{profile.iterations}" / "metrics.json").exists():
-            raise UserError(f"{run} is not finished. Run it again with the same --out: it goes on where it stood.")
+        if not is_whole(Path(run)):
+            raise UserError(f"{run} is not finished, or something in it is damaged. Run it again with the same --out: it goes on where "
+                            "it stood, and makes anew what is damaged.")
         tables.append(pandas.DataFrame(RunDirectory(run, profile).metrics(range(profile.iterations + 1))))
     means = []
     for t in range(profiles[0].iterations + 1):
@@ -428,9 +461,8 @@ def _first(data: Dataset, n: int | None) -> Dataset:
 
 
 def _digest(questions: Dataset) -> str:
-    """One number for what is asked and what is right."""
-    rows = zip(questions["id"], questions["question"], questions["answer"])
-    return checksums.of_text(json.dumps(sorted(rows)))
+    """One number for the questions with all that belongs to them, in any order."""
+    return checksums.of_text(json.dumps(sorted(json.dumps(row, sort_keys=True) for row in questions)))
 
 
 def _count_tokens(content) -> int | None:

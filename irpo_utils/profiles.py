@@ -10,6 +10,16 @@ from irpo_utils import UserError
 
 
 # What may change when a run is gone on with: no result depends on it beyond rounding.
+# What the artefacts of each stage depend on, beside the model, the questions and what the stage works on.
+SAMPLING = ("task", "seed", "quantize", "dequantize", "dtype", "pad_token", "n_questions", "fresh_questions", "n_samples", "top_p",
+            "max_new_tokens", "sampler")
+EVALUATION = ("task", "seed", "quantize", "dequantize", "dtype", "pad_token", "max_new_tokens", "eval_split", "n_eval_questions",
+              "eval_temperature", "sampler")
+PAIRING = ("task", "method", "seed", "k_pairs", "gold", "deduplicate", "pairing", "max_length", "max_pairs")
+TRAINING = ("task", "method", "seed", "quantize", "dequantize", "dtype", "pad_token", "lora_r", "lora_alpha", "n_questions",
+            "fresh_questions", "n_samples", "temperature", "max_new_tokens", "keep_pairs", "alpha", "beta", "dpo_weight", "reference",
+            "nll_per", "learning_rate", "epochs", "max_steps", "batch_size", "warmup_ratio", "lr_scheduler", "max_grad_norm",
+            "optimizer")
 MAY_CHANGE = ("sampling_batch_size", "micro_batch_size", "gradient_checkpointing", "report_to", "shard")
 
 

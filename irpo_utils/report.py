@@ -132,11 +132,8 @@ def _of(name: str, runs: dict) -> dict[int, dict]:
 
 
 def is_over(path: Path) -> bool:
-    """Whether a run has all its iterations, or has stopped because it could not go on."""
-    if (path / "stopped.json").exists():
-        return True
-    profile = path / "profile.json"
-    return profile.exists() and (path / f"iteration_{json.loads(profile.read_text())['iterations']}" / "metrics.json").exists()
+    """Whether a run has all its iterations, whole, or has stopped because it could not go on."""
+    return (path / "stopped.json").exists() or run_directory.is_whole(path)
 
 
 def _with_more(rows, path: Path):

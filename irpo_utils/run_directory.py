@@ -26,6 +26,9 @@ from irpo_utils import UserError, checksums, processes
 from irpo_utils.profiles import MAY_CHANGE, Profile
 
 
+SETTINGS = "settings"       # among the inputs in an artefact's record, beside the folders that it was made from
+
+
 class RunDirectory:
     """Paths, checksums and resumption; knows nothing of what the artefacts mean."""
 
@@ -84,7 +87,7 @@ class RunDirectory:
     def warn(self, t: int, stage: str, text: str) -> None:
         """A line in iteration_t/warnings.jsonl, once."""
         path, line = self.folder(t) / "warnings.jsonl", json.dumps({"stage": stage, "warning": text}) + "\n"
-        lines = path.read_text() if path.exists() else ""
+        lines = path.read_text(errors="replace") if path.exists() else ""
         if line not in lines:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.write_file(path, lines + line)
@@ -113,9 +116,16 @@ class RunDirectory:
     def _digests(self, of: tuple[Path, ...]) -> dict[str, str]:
         return {str(folder.relative_to(self.path)): checksums.digest(folder) for folder in of}
 
-    def stage(self, t: int, name: str, make, save, of: tuple[Path, ...] = (), tokens=lambda content: None) -> Path:
-        """The folder of an artefact, made by `save(make(), folder)` unless it is there, sound, and made from `of` as they are."""
+    def stage(self, t: int, name: str, make, save, of: tuple[Path, ...] = (), settings: dict | None = None,
+              tokens=lambda content: None) -> Path:
+        """The folder of an artefact, made by `save(make(), folder)` unless it is there, sound, and made from `of` as they are.
+
+        `settings`: all else that the artefact depends on. It is in its record, so that one from the directory of another run is
+        not taken for this run's.
+        """
         place, kept, inputs = self.folder(t) / name, self.unfinished(t, name, of), self._digests(of)
+        if settings:
+            inputs[SETTINGS] = checksums.of_text(json.dumps(settings, sort_keys=True))
         if processes.from_first(lambda: self._is_there(place, inputs)):
             return place
         started = time.perf_counter() - _seconds_spent(kept)
@@ -131,10 +141,11 @@ class RunDirectory:
     def _is_there(place: Path, inputs: dict[str, str]) -> bool:
         """Whether an artefact is sound and made from `inputs`; says so where there is one that is not."""
         record = checksums.read(place)
-        if record and record.get("inputs", inputs) == inputs:
+        known = (record or {}).get("inputs", inputs)            # records of earlier versions have no settings, or no inputs at all
+        if record and {SETTINGS: inputs.get(SETTINGS), **known} == {SETTINGS: None, **inputs}:
             return True
         if place.exists():
-            other = [source for source in inputs if (record or {}).get("inputs", {}).get(source) != inputs[source]]
+            other = ["set of settings" if name == SETTINGS else name for name in inputs if known.get(name, "") != inputs[name]]
             tqdm.write(f"{place} was made from another {' and '.join(other)} than there is now, and is made again." if record else
                        f"{place} is damaged (its checksums do not match) and is made again.")
         return False
@@ -200,6 +211,25 @@ class RunDirectory:
                 except (ValueError, KeyError, TypeError):
                     continue                        # damaged: that stage is made again, and then this table
         self.write_file(self.path / "timing.csv", pandas.DataFrame(rows).to_csv(index=False))
+
+
+def is_whole(run: Path) -> bool:
+    """Whether a run has all its iterations, sound, made from one another as they are now, and in its table."""
+    import pandas
+
+    try:
+        iterations = range(json.loads((run / "profile.json").read_text())["iterations"] + 1)
+        for t in iterations:
+            json.loads((run / f"iteration_{t}" / "metrics.json").read_text())
+        listed = set(pandas.read_csv(run / "metrics.csv").iteration)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    needed = {run / f"iteration_{t}" / name for t in iterations for name in ("evaluation", "adapter") if t > 0 or name == "evaluation"}
+    records = {folder: checksums.read(folder) for folder in needed | {sums.parent for sums in run.glob(f"iteration_*/*/{checksums.NAME}")}}
+    sources = {source: value for record in records.values() for source, value in (record or {}).get("inputs", {}).items()}
+    sources.pop(SETTINGS, None)
+    return listed == set(iterations) and all(records.values()) and all(
+        checksums.digest(run / source) == value for source, value in sources.items())
 
 
 def environment() -> dict:

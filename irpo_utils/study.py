@@ -27,13 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from irpo_utils import UserError, methods, profiles, report
-from irpo_utils.profiles import Profile
+from irpo_utils.profiles import EVALUATION, SAMPLING, Profile
 
-# What the completions of M_0, and its evaluation, depend on.
-SAMPLING = ("task", "model", "data", "seed", "quantize", "dequantize", "dtype", "pad_token", "n_questions", "fresh_questions",
-            "n_samples", "top_p", "max_new_tokens")
-EVALUATION = ("task", "model", "data", "seed", "quantize", "dequantize", "dtype", "pad_token", "max_new_tokens", "eval_split",
-              "n_eval_questions", "eval_temperature")
 RATES = (2e-5, 1e-4, 3e-4)                  # the search budget of every method: three learning rates, one seed each
 TUNED = ("irpo", "iterative_dpo", "star", "sft_gold", "shuffled", "self_consistency", "self_rewarding", "spin", "grpo")
 LIKE = {"irpo_2x": "irpo", "irpo_from_sft": "irpo", "dpo_from_sft": "iterative_dpo", "star_2x": "star", "few_shot": "irpo",
@@ -325,7 +320,7 @@ def share(path: Path, p: Profile, runs: Path) -> None:
 
 
 def _agree(p: Profile, q: Profile, names: tuple[str, ...]) -> bool:
-    return all(getattr(p, name) == getattr(q, name) for name in names)
+    return all(getattr(p, name) == getattr(q, name) for name in ("model", "data", *names))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -71,7 +71,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
           max_grad_norm: float = 1.0, nll_per: str = "sequence", seed: int = 0, probe=None, probe_every: int = 10,
           gradient_checkpointing: bool = False, optimizer: str = "adamw_torch", progress: bool = True,
           report_to: str = "none", log_dir=None, checkpoints: str | Path | None = None, reference=None,
-          share_prompt: bool | None = None) -> TrainingResult:
+          share_prompt: bool | None = None, warn: Callable = lambda warning: None) -> TrainingResult:
     """Train the adapter of `model` (M_t, from `models.load`) in place into M_{t+1}.
 
     preferences: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`); `batch_size` counts pairs.
@@ -86,7 +86,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
         on from the newest sound one, to the same weights. They are transformers' own, read without running code in them. A
         model that is split over processes keeps none.
     reference: a pair of lists, log-probabilities of the chosen and rejected responses under another reference than M_t.
-
+    warn: called with a line for every sign of a collapse, at the step that shows it (see `collapse_signs`).
     share_prompt: one row per pair with the prompt computed once, or two rows; None: one row where the model allows it.
 
     Log columns: `step`, `loss`, `loss_dpo`, `loss_nll`, `logps_chosen`, `logps_rejected` (mean sums, nats), `nll_chosen`
@@ -114,13 +114,13 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
             per_device_train_batch_size=micro, gradient_accumulation_steps=batch_size // (micro * processes.count()),
             warmup_steps=warmup_ratio, lr_scheduler_type=lr_scheduler, max_grad_norm=max_grad_norm, optim=optimizer,
             weight_decay=0.0, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
-            save_strategy="no", save_total_limit=2, report_to=report_to, disable_tqdm=True, max_length=None,
+            save_strategy="no", report_to=report_to, disable_tqdm=True, max_length=None,
             dataloader_pin_memory=False,
             precompute_ref_log_probs=True, bf16=False, fp16=needs_loss_scaling(model), use_cpu=model.device.type == "cpu",
             gradient_checkpointing=gradient_checkpointing, train_sampling_strategy="group_by_length",
             length_column_name="length")
         watch = Watch(progress, 10 if config.fp16 else 0, "accuracy" if dpo_weight else "nll_chosen",
-                      lambda: trainer.save_batch(tokenizer), own_reference and (1e-3 if model.dtype == torch.float32 else 0.05))
+                      lambda: trainer.save_batch(tokenizer), own_reference and (1e-3 if model.dtype == torch.float32 else 0.05), warn)
         probing = [_Probe(probe, tokenizer, probe_every)] if probe is not None else []
         kept = None if models.is_sharded(model) else checkpoints       # of a split model there are none within a training
         callbacks = [watch, *probing, *([_Keep(Path(kept), watch, *probing)] if kept else [])]
@@ -137,7 +137,11 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
 def newest_checkpoint(folder: str | Path | None) -> str | None:
     """The newest checkpoint in `folder` that was written whole and is unchanged; None where there is none."""
     sound = [path for path in Path(folder).glob("checkpoint-*") if checksums.read(path)] if folder else []
-    return str(max(sound, key=lambda path: int(path.name.partition("-")[2]))) if sound else None
+    return str(max(sound, key=_step_of)) if sound else None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def pairs_at_once(batch_size: int, micro_batch_size: int | None) -> int:
@@ -434,10 +438,11 @@ def _halves(batch: dict) -> list[dict]:
 
 
 def _too_large(inputs, checkpoints: bool) -> str:
-    advice = "" if checkpoints else "--gradient-checkpointing true, "
-    return (f"Out of memory in training with one micro-batch of {len(inputs['ref_chosen'])} pairs, "
-            f"{inputs['input_ids'].shape[1]} columns wide. Nothing finished is lost. Go on with {advice}a smaller "
-            "--micro-batch-size or --max-length, or a larger card, in another --out.")
+    pairs = len(inputs["ref_chosen"])
+    advice = [*["--gradient-checkpointing true"] * (not checkpoints), *["a smaller --micro-batch-size"] * (pairs > 1), "a larger card"]
+    return (f"Out of memory in training with one micro-batch of {pairs} pair{'s' * (pairs > 1)}, {inputs['input_ids'].shape[1]} columns "
+            f"wide. Nothing finished is lost: the same command goes on with {', '.join(advice[:-1])}{' or ' * (len(advice) > 1)}"
+            f"{advice[-1]}. A smaller --max-length would do, too, but is another run and needs another --out.")
 
 
 def collapse_signs(rows: list[dict], steps: int) -> list[str]:
@@ -460,11 +465,13 @@ class Watch(TrainerCallback):
 
     `patience`: gradients that may overflow in a row, as fp16's loss scaler looks for its scale by overflowing. `shown`:
     the column beside the loss. `ln2_within`: how far the first DPO term may be from ln 2, its value where both models are one.
+    `warn` is told of every sign of a collapse as soon as it shows.
     """
 
-    def __init__(self, progress: bool, patience: int = 0, shown: str = "accuracy", save_batch=None, ln2_within: float = 0):
+    def __init__(self, progress: bool, patience: int = 0, shown: str = "accuracy", save_batch=None, ln2_within: float = 0,
+                 warn=lambda warning: None):
         self.rows, self.progress, self.patience, self.shown, self.overflows = [], progress, patience, shown, 0
-        self.save_batch, self.ln2_within, self.warnings = save_batch, ln2_within, []
+        self.save_batch, self.ln2_within, self.warn, self.warnings = save_batch, ln2_within, warn, []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -485,14 +492,23 @@ class Watch(TrainerCallback):
             raise UserError(f"Training stopped at step {state.global_step}: the loss is {row['loss']} and the gradient "
                             f"norm {row['grad_norm']}. Lower --learning-rate, or train in a wider dtype."
                             + (f" The pairs of that step are in {saved}." if saved else ""))
-        if self.ln2_within and row["step"] == 1 and abs(row["loss_dpo"] - math.log(2)) > self.ln2_within:
+        # A margin of m nats moves the term by about beta m / 2, so that this is the same limit for beta = 0.1.
+        if self.ln2_within and row["step"] == 1 and (abs(row["loss_dpo"] - math.log(2)) > self.ln2_within
+                                                     or abs(row["logratio_chosen"]) > 20 * self.ln2_within):
             raise UserError(f"The reference is not the model that training began with: the first DPO term is {row['loss_dpo']:.4f}, "
-                            "not ln 2 = 0.6931. A library changed the model between scoring and training: install the versions of "
-                            "requirements.lock, and see that nothing else uses the model meanwhile.")
-        for warning in collapse_signs(self.rows, state.max_steps):
-            if warning.split(":")[0] not in {known.split(":")[0] for known in self.warnings}:
-                self.warnings.append(f"{warning} (step {state.global_step})")
-                tqdm.write(f"warning: {self.warnings[-1]}")
+                            f"not ln 2 = 0.6931, or the winners' log-ratio {row['logratio_chosen']:.4f}, not 0. A library changed the "
+                            "model between scoring and training: install the versions of requirements.lock, and see that nothing else "
+                            "uses the model meanwhile.")
+        for warning in self.notice(self.rows, state.max_steps):
+            tqdm.write(f"warning: {warning}")
+            self.warn(warning)
+
+    def notice(self, rows: list[dict], steps: int) -> list[str]:
+        """The signs of a collapse in `rows` that are new, noted with their step."""
+        known = {warning.split(":")[0] for warning in self.warnings}
+        new = [f"{sign} (step {rows[-1]['step']})" for sign in collapse_signs(rows, steps) if sign.split(":")[0] not in known]
+        self.warnings += new
+        return new
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -509,7 +525,10 @@ class _Keep(TrainerCallback):
             kept = self.folder / f"checkpoint-{state.global_step}" / "callbacks.json"
             for callback, rows in zip(self.callbacks, json.loads(kept.read_text()), strict=True):
                 callback.rows[:] = rows
-            self.callbacks[0].started -= self.callbacks[0].rows[-1]["seconds"]
+            watch = self.callbacks[0]
+            watch.started -= watch.rows[-1]["seconds"]
+            for end in range(1, len(watch.rows) + 1):           # what it has warned of before
+                watch.notice(watch.rows[:end], state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.asked = time.perf_counter()
@@ -523,6 +542,9 @@ class _Keep(TrainerCallback):
             return
         (folder / "callbacks.json").write_text(json.dumps([callback.rows for callback in self.callbacks]))
         checksums.write(folder, {"seconds": self.callbacks[0].rows[-1]["seconds"]})
+        older = [step for path in self.folder.glob("checkpoint-*") if (step := _step_of(path)) <= state.global_step]
+        for step in sorted(older)[:-2]:             # by their steps: the library goes by dates, and a clock may be set back
+            shutil.rmtree(self.folder / f"checkpoint-{step}", ignore_errors=True)
         self.took = time.perf_counter() - self.asked
 
 

@@ -694,6 +694,8 @@ def main() -> None:
     (options.out / "grading.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for row in rows:
         print(f"{row['held']:>7} of {row['tried']:>7}  {row['test']}")
+    if any(row["held"] != row["tried"] for row in rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -89,12 +89,12 @@ def kill(folder: Path, kills: int, seed: int, **settings) -> list[dict]:
     if start(command(whole, **settings), log).wait():
         sys.exit(f"error: the unbroken run failed, see {log.name}")
     took, done, lost, places = time.perf_counter() - began, 0, 0.0, []
-    shortest = 8.0                                  # to import and load, and at least something more
+    shortest = 8.0              # to import and load, and at least something more; then so much that all kills fall into the run
     began = time.perf_counter()
     while True:
         process = start(command(broken, **settings), log)
         try:
-            status = process.wait(timeout=None if done >= kills else rng.uniform(shortest, shortest + took / 8))
+            status = process.wait(timeout=None if done >= kills else rng.uniform(shortest, shortest + 2 * took / (kills + 10)))
             if status:
                 sys.exit(f"error: the broken run failed with status {status} after {done} kills, see {log.name}")
             break
@@ -112,7 +112,9 @@ def kill(folder: Path, kills: int, seed: int, **settings) -> list[dict]:
     note = (f"{len(a)} files equal to the unbroken run's; killed {where}; {took:.0f} s unbroken, "
             f"{lost / max(1, done):.0f} s more for each kill"
             if not differing and not left else f"differing: {differing[:5]}; left over: {left[:5]}")
-    return [{"test": "SIGKILL at random moments, then resumed", "tried": done, "held": 0 if differing or left else done, "note": note}]
+    if done < kills:
+        note += f"; the run ended before kill {kills}"
+    return [{"test": "SIGKILL at random moments, then resumed", "tried": kills, "held": 0 if differing or left else done, "note": note}]
 
 
 def _where(run: Path) -> str:
@@ -229,12 +231,15 @@ def faults(folder: Path) -> list[dict]:
     rows = []
     for name, (*files, words) in FAULTS.items():
         result = folder / "result.xml"
+        result.unlink(missing_ok=True)
         subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junit-xml={result}", "-k", words, *(f"tests/{f}" for f in files)],
                        cwd=PACKAGE, capture_output=True)
         cases = list(xml.parse(result).iter("testcase"))
         skipped = [case for case in cases if case.find("skipped") is not None]
         failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
         tried = len(cases) - len(skipped)
+        if not tried:
+            sys.exit(f"error: no test ran for {name!r}: {words!r} in {', '.join(files)}")
         note = f"failed: {', '.join(failed)}" if failed else f"tests in {', '.join(files)}"
         rows.append({"test": f"injected: {name}", "tried": tried, "held": tried - len(failed),
                      "note": note + f"; {len(skipped)} skipped here" * bool(skipped)})

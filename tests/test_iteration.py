@@ -14,7 +14,7 @@ import pandas
 import pytest
 from datasets import load_from_disk
 
-from irpo_utils import UserError, iteration, profiles
+from irpo_utils import UserError, iteration, profiles, report, run_directory, tasks
 
 STAGES = ("evaluation", "samples", "graded", "pairs")
 SMOKE = dict(n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=20, eval_samples=2, eval_samples_ends=3,
@@ -191,6 +191,20 @@ def test_an_artefact_made_from_another_one_is_made_again(finished, tmp_path, cap
     assert results(out) == results(finished)
 
 
+def test_an_artefact_of_other_settings_is_made_again(finished, tmp_path, capsys):
+    """Put there by hand: samples of another seed, and an adapter that another NLL weight made of the very same pairs."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    iteration.run(smoke(seed=1, iterations=1), tmp_path / "samples", progress=False)
+    iteration.run(smoke(alpha=3.0, iterations=1), tmp_path / "adapter", progress=False)
+    for name, t in (("samples", 0), ("adapter", 1)):
+        shutil.rmtree(out / f"iteration_{t}" / name)
+        shutil.copytree(tmp_path / name / f"iteration_{t}" / name, out / f"iteration_{t}" / name)
+    iteration.run(smoke(), out, progress=False)
+    said = "".join(capsys.readouterr())
+    assert all(f"{name} was made from another set of settings than there is now" in said for name in ("samples", "adapter"))
+    assert results(out) == results(finished)
+
+
 def test_questions_that_changed_behind_their_name_are_refused(tmp_path):
     rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(20) for b in range(20)]
     file, out = tmp_path / "mine.jsonl", tmp_path / "run"
@@ -210,12 +224,14 @@ def test_another_model_behind_the_same_name_is_refused(tmp_path):
     folder, out = tmp_path / "model", tmp_path / "run"
     shutil.copytree(models.SEED_MODEL, folder)
     iteration.run(smoke(model=str(folder), iterations=0), out, progress=False)
-    weights = next(folder.glob("*.safetensors"))
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(UserError, match="model of .* changed since it was begun"):
-        iteration.run(smoke(model=str(folder), iterations=0), out, progress=False)
+    weights, template = next(folder.glob("*.safetensors")), next(folder.glob("*.jinja"))
+    for file, change in ((weights, lambda: flip(weights)), (template, lambda: template.write_text(template.read_text() + " "))):
+        before = file.read_bytes()
+        change()
+        with pytest.raises(UserError, match="model of .* changed since it was begun"):
+            iteration.run(smoke(model=str(folder), iterations=0), out, progress=False)
+        file.write_bytes(before)
+    iteration.run(smoke(model=str(folder), iterations=0), out, progress=False)
 
 
 def test_a_damaged_training_log_is_put_back(finished, tmp_path):
@@ -327,6 +343,23 @@ def test_a_start_or_method_that_cannot_be(finished, tmp_path, changes, message):
     changes = {key: value.format(run=finished) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(UserError, match=message):
         iteration.run(smoke(**changes), tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda folder: flip(folder / "adapter_model.safetensors"), "damaged: its checksums do not match"),
+    (lambda folder: ((folder / "checksums.json").unlink(), flip_start(folder / "adapter_model.safetensors")), "unreadable"),
+    (lambda folder: ((folder / "checksums.json").unlink(), (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")),
+     "adapter_model.safetensors is missing")])
+def test_a_damaged_start_is_refused_before_anything_is_made(finished, tmp_path, damage, message):
+    folder = shutil.copytree(finished / "iteration_2" / "adapter", tmp_path / "adapter")
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        iteration.run(smoke(start=str(folder), iterations=1), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "iteration_0").exists()
+
+
+def flip_start(file: Path) -> None:
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
 
 
 def test_sft_needs_gold_solutions(tmp_path):
@@ -441,10 +474,64 @@ def test_collect_joins_seeds_and_refuses_other_settings(finished, tmp_path):
         iteration.collect([finished, tmp_path / "two"])
 
 
+def flip(file: Path) -> None:
+    """Change one byte in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda run: flip(run / "iteration_2/evaluation/greedy/data-00000-of-00001.arrow"),
+    lambda run: shutil.rmtree(run / "iteration_1/adapter"),                                     # it was about to be made again
+    lambda run: (run / "iteration_2/metrics.json").write_text("["),
+    lambda run: (run / "metrics.csv").write_text("".join((run / "metrics.csv").read_text().splitlines(True)[:20])),
+    lambda run: shutil.copytree(run / "iteration_2/adapter", run / "iteration_1/adapter", dirs_exist_ok=True)])
+def test_a_run_that_is_not_whole_is_not_drawn_and_no_result(finished, tmp_path, damage):
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert report.is_over(run)
+    damage(run)
+    assert not report.is_over(run)
+    with pytest.raises(UserError, match="not finished, or something in it is damaged.*same --out"):
+        iteration.collect([run])
+
+
+def test_lengths_that_run_off_are_named(finished):
+    loop = iteration._Loop.__new__(iteration._Loop)
+    loop.directory = run_directory.RunDirectory(finished, smoke())
+    before = {row["metric"]: row["value"] for row in loop.directory.metrics([0])}
+    now = {**before, "kl_to_previous": 0.1, "truncated_rate": 0.9, "sampled": before["sampled"] - 0.1}
+    named = loop._running_off(1, now)
+    assert len(named) == 2 and "length is running off: 90% of the completions of M_1" in named[0] and "accuracy fell" in named[1]
+    assert loop._running_off(1, {**now, **before, "kl_to_previous": 9.0})[0].startswith("a long step: KL to M_0 is 9.0")
+    assert loop._running_off(1, {**before, "kl_to_previous": 0.1}) == [] == loop._running_off(0, now)
+
+
+def test_a_collapse_is_on_the_screen_and_in_the_run_directory(tmp_path, capsys):
+    iteration.run(smoke(iterations=1, learning_rate=1e-2, alpha=0.0, batch_size=1), tmp_path / "run", progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "run/iteration_1/warnings.jsonl").read_text().splitlines()]
+    assert {"training", "evaluation"} == {row["stage"] for row in rows}
+    assert any(row["warning"].startswith("winners lose probability") for row in rows)
+    said = "".join(capsys.readouterr())
+    assert all(row["warning"] in said for row in rows)
+
+
 def test_evaluate_run_again_with_more_samples(finished):
     text = iteration.evaluate_run(finished, split="validation", k=4)
     table = pandas.read_csv(finished / "evaluations" / "word_problems_validation.csv")
     assert set(table.iteration) == {0, 2} and "greedy" in text and "M_2 against M_0" in text
+
+
+def test_evaluating_on_training_questions_is_refused_unless_allowed(finished, tmp_path):
+    with pytest.raises(UserError, match="2400 of 2400 evaluation questions are training questions"):
+        iteration.evaluate_run(finished, split="train")
+    memory = tmp_path / "memory.jsonl"
+    rows = tasks.get("word_problems").load("train").select(range(3))
+    memory.write_text("".join(json.dumps({"question": row["question"], "answer": row["answer"]}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="are training questions"):
+        iteration.evaluate_run(finished, "jsonl", str(memory), "train")
+    text = iteration.evaluate_run(finished, "jsonl", str(memory), "train", [0], 1, tmp_path / "out", allow_overlap=True)
+    assert "greedy" in text
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(profiles.Profile)])

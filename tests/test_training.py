@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import os
+import re
 
 import bitsandbytes as bnb
 import numpy as np
@@ -339,7 +341,8 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(model, tokeniz
 
 def test_out_of_memory_with_one_pair_says_what_to_lower(model, tokenizer, preferences, monkeypatch):
     out_of_memory_above(monkeypatch, 0)
-    with pytest.raises(UserError, match="one micro-batch of 1 pairs.*--gradient-checkpointing true.*--max-length"):
+    with pytest.raises(UserError, match="micro-batch of 1 pair,.*the same command goes on with --gradient-checkpointing true or a "
+                                        "larger card.*--max-length"):
         training.train(model, tokenizer, preferences, batch_size=4, progress=False)
 
 
@@ -367,7 +370,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("options", [{}, {"epochs": 2.0, "dpo_weight": 0.0}, {"epochs": 3.0, "batch_size": 3},
-                                     {"gradient_checkpointing": True, "micro_batch_size": 2}])
+                                     {"gradient_checkpointing": True, "micro_batch_size": 2},
+                                     {"epochs": 9.0, "learning_rate": 1e-2, "alpha": 0.0}])
 def test_training_that_was_killed_goes_on_to_the_same_weights(preferences, tmp_path, monkeypatch, options):
     """From the newest sound checkpoint: one that was damaged or half written is passed over."""
     probe, settings = preferences.select(range(4)), dict(learning_rate=1e-3, batch_size=4, seed=3, progress=False, probe_every=2) | options
@@ -384,6 +388,8 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(preferences, tmp_p
 
     def dying(self, args, state, control, **kwargs):
         log(self, args, state, control, **kwargs)
+        for path in folder.glob("checkpoint-*"):                        # a clock that is set back an hour at every step
+            os.utime(path, (1.7e9 - 3600 * int(path.name.partition("-")[2]),) * 2)
         if state.global_step == kill_at:
             raise Killed
 
@@ -391,7 +397,7 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(preferences, tmp_p
         patch.setattr(training.Watch, "on_log", dying)
         trained(checkpoints=folder)
     names = sorted(path.name for path in folder.iterdir())
-    assert len(names) == 2                                              # disk space does not grow
+    assert sorted(names) == sorted(f"checkpoint-{kill_at - i}" for i in (1, 2))       # the newest; disk space does not grow
     newest = training.newest_checkpoint(folder)
     weights = next(path for path in (folder / newest).iterdir() if path.name == "adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -400,6 +406,7 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(preferences, tmp_p
     assert [row["step"] for row in again.log] == list(range(1, steps + 1))
     drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]      # noqa: E731
     assert drop(again.log) == drop(whole.log) and drop(again.probe_log) == drop(whole.probe_log)
+    assert again.warnings == whole.warnings and bool(whole.warnings) == (settings["learning_rate"] > 1e-3)
     for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -413,6 +420,23 @@ def test_a_log_that_shows_a_collapse_is_named_and_a_healthy_one_is_not():
     assert [text.split(":")[0] for text in training.collapse_signs(losing, 40)] == ["losers gain on winners"]
     assert training.collapse_signs(falling[-10:], 400) == []                    # too early to tell
     assert training.collapse_signs([{"nll_chosen": 1.0}] * 40, 40) == []        # SFT has no reference
+
+
+def test_a_collapse_is_named_while_it_happens(model, tokenizer, preferences, capsys):
+    """At the step that shows it, not at the end, which a collapse may not reach."""
+    told = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(warning):
+        told.append(warning)
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        training.train(model, tokenizer, preferences, learning_rate=1e-2, alpha=0.0, epochs=30.0, batch_size=4, progress=False, warn=stop)
+    step = int(re.search(r"\(step (\d+)\)", told[0])[1])
+    assert "winners lose probability" in told[0] and 18 <= step < 60 and told[0] in "".join(capsys.readouterr())
 
 
 def test_numbers_that_are_not_finite_leave_the_batch_to_look_at(model, loaded, preferences, tmp_path, monkeypatch):
@@ -433,6 +457,10 @@ def test_a_reference_that_is_not_the_model_at_the_start_is_refused(model, tokeni
 
     monkeypatch.setattr(training, "reference_logps", of_another)
     with pytest.raises(UserError, match="reference is not the model.*not ln 2"):
+        training.train(model, tokenizer, preferences, progress=False)
+    models.set_adapter(model, None)
+    monkeypatch.setattr(training, "reference_logps", lambda *arguments: [[value + 1 for value in side] for side in real(*arguments)])
+    with pytest.raises(UserError, match="winners' log-ratio -1.0"):         # off by as much on both sides: the loss does not show it
         training.train(model, tokenizer, preferences, progress=False)
     models.set_adapter(model, None)
     given = of_another(model, tokenizer, preferences)

@@ -58,8 +58,8 @@ class WordChoices(Task):
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
         """The letter of the option of `row["choices"]` nearest to the number after the last "Final answer:", or None."""
-        number = NUMBERS.extract(completion)
-        return None if number is None else nearest(number, (row or {})["choices"])
+        number, choices = NUMBERS.extract(completion), (row or {}).get("choices")
+        return nearest(number, choices) if number is not None and choices else None
 
     def is_correct(self, extracted: str | None, answer: str) -> bool:
         """The same letter."""
