@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         from accelerate.utils.memory import should_reduce_batch_size
 
         if should_reduce_batch_size(error):
-            return _say(f"Out of memory ({str(error).splitlines()[0][:200]}). What was finished is kept: the same command goes on with a "
-                        "smaller --sampling-batch-size or --micro-batch-size, with --gradient-checkpointing true, or on a larger card. "
-                        "`python -m irpo_utils plan` says what a run needs.")
+            return _say(f"Out of memory ({str(error).splitlines()[0][:200]}). What was finished is kept: the same command goes on "
+                        "with a smaller --sampling-batch-size or --micro-batch-size, with --gradient-checkpointing true, or on a "
+                        "larger card. `python -m irpo_utils plan` says what a run needs.")
         if processes.count() == 1 or not re.search("connection|gloo|nccl|timed out|abort", str(error), re.IGNORECASE):
             raise
         return _say("Another process of this run has ended; if it could say why, that stands above. What was finished is kept: the "

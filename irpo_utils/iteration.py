@@ -234,7 +234,8 @@ class _Loop:
             max_grad_norm=p.max_grad_norm, nll_per=p.nll_per, seed=self._seed(t, 3), probe=probe,
             probe_every=p.probe_every or 10**9,
             gradient_checkpointing=p.gradient_checkpointing, optimizer=p.optimizer, progress=self.progress,
-            checkpoints=self.directory.unfinished(t, "adapter", self._trained_on(t)), reference=reference, warn=functools.partial(self.directory.warn, t, "training"),
+            checkpoints=self.directory.unfinished(t, "adapter", self._trained_on(t)), reference=reference,
+            warn=functools.partial(self.directory.warn, t, "training"),
             report_to=p.report_to, log_dir=self.directory.folder(t) / "logs" if p.report_to != "none" else None)
 
     def _eval_samples(self, t: int) -> int:
@@ -260,9 +261,9 @@ class _Loop:
         ours = models.score(self.model, self.tokenizer, written["prompt_ids"], written["completion_ids"])
         apart = [abs(a - b) / max(1, n) for a, b, n in zip(ours, written["logprob"], written["n_tokens"], strict=True)]
         if sum(apart) / len(apart) > SERVER_APART:
-            raise UserError(f"The server at {self.server.url} does not write with {self.profile.model} and the adapter of this run: its "
-                            f"log-probabilities are {sum(apart) / len(apart):.2f} nats a token from ours. Serve the same base there, "
-                            "with its default --logprobs-mode.")
+            raise UserError(f"The server at {self.server.url} does not write with {self.profile.model} and the adapter of this run: "
+                            f"its log-probabilities are {sum(apart) / len(apart):.2f} nats a token from ours. Serve the same base "
+                            "there, with its default --logprobs-mode.")
 
     def _compare_with_previous(self, t: int) -> list[dict]:
         """The two warning numbers: KL(M_t || M_{t-1}) per completion, and the winners' log-probability per token.
@@ -342,7 +343,8 @@ def find_adapter(p: Profile) -> Path:
         if not checksums.read(folder):
             raise UserError(f"{folder} is missing or damaged. Finish that run first: `python -m irpo_utils run` with its --out.")
     if (folder / checksums.NAME).exists() and not checksums.read(folder):
-        raise UserError(f"{folder} is damaged: its checksums do not match. Run the command that made it again, or give another --start.")
+        raise UserError(f"{folder} is damaged: its checksums do not match. Run the command that made it again, or give another "
+                        "--start.")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
@@ -425,8 +427,8 @@ def collect(runs: list[str | Path]):
         if dataclasses.replace(profile, seed=0) != dataclasses.replace(profiles[0], seed=0):
             raise UserError(f"{run} and {runs[0]} differ in more than their seed, so that they cannot be drawn as one curve.")
         if not is_whole(Path(run)):
-            raise UserError(f"{run} is not finished, or something in it is damaged. Run it again with the same --out: it goes on where "
-                            "it stood, and makes anew what is damaged.")
+            raise UserError(f"{run} is not finished, or something in it is damaged. Run it again with the same --out: it goes on "
+                            "where it stood, and makes anew what is damaged.")
         tables.append(pandas.DataFrame(RunDirectory(run, profile).metrics(range(profile.iterations + 1))))
     means = []
     for t in range(profiles[0].iterations + 1):

@@ -38,7 +38,7 @@ class Profile:
     model: str = _option("seed", "short name, hub name or folder of M_0")
     method: str = _option("irpo", "what the model is trained on: an entry of irpo_utils/methods.py, e.g. irpo or sft_gold")
     start: str | None = _option(None, "adapter folder or finished run to begin with as M_0; none: the model as it is")
-    data: str | None = _option(None, "local folder or file with the questions; otherwise the hub (word_problems and word_choices need none)")
+    data: str | None = _option(None, "local folder or file with the questions; otherwise the hub (the word_ tasks need none)")
     seed: int = _option(0, "seed of the choice of questions, of sampling and of training")
     iterations: int = _option(4, "T: how often to sample, grade, pair and train")
 

@@ -28,7 +28,8 @@ def run_record(path: Path) -> dict:
 
     `profile`, `environment`; `metrics`: the rows of metrics.csv with `tokens` and `seconds`, and those metrics that only a
     study looks at; `answers`: for each iteration and question the number of right answers out of `k`, a digit each (base
-    36), and as `solved` whether the greedy answer was no luck, where the task can tell (`word_choices`); `probe_log`: log-probabilities during training, where they were logged more often than at its ends.
+    36), and as `solved` whether the greedy answer was no luck, where the task can tell (`word_choices`); `probe_log`:
+    log-probabilities during training, where they were logged more often than at its ends.
 
     `tokens` were sampled and `seconds` spent up to that iteration to make M_t: sampling, grading, pairing, training, but
     not its evaluation; for a trial that goes on from another run, since then. The metric `stopped` (1) marks an iteration

@@ -224,8 +224,10 @@ def is_whole(run: Path) -> bool:
         listed = set(pandas.read_csv(run / "metrics.csv").iteration)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    needed = {run / f"iteration_{t}" / name for t in iterations for name in ("evaluation", "adapter") if t > 0 or name == "evaluation"}
-    records = {folder: checksums.read(folder) for folder in needed | {sums.parent for sums in run.glob(f"iteration_*/*/{checksums.NAME}")}}
+    names = ("evaluation", "adapter")
+    needed = {run / f"iteration_{t}" / name for t in iterations for name in names[:1 + (t > 0)]}        # M_0 may have no adapter
+    others = {sums.parent for sums in run.glob(f"iteration_*/*/{checksums.NAME}")}
+    records = {folder: checksums.read(folder) for folder in needed | others}
     sources = {source: value for record in records.values() for source, value in (record or {}).get("inputs", {}).items()}
     sources.pop(SETTINGS, None)
     return listed == set(iterations) and all(records.values()) and all(

@@ -438,11 +438,15 @@ def _halves(batch: dict) -> list[dict]:
 
 
 def _too_large(inputs, checkpoints: bool) -> str:
-    pairs = len(inputs["ref_chosen"])
-    advice = [*["--gradient-checkpointing true"] * (not checkpoints), *["a smaller --micro-batch-size"] * (pairs > 1), "a larger card"]
-    return (f"Out of memory in training with one micro-batch of {pairs} pair{'s' * (pairs > 1)}, {inputs['input_ids'].shape[1]} columns "
-            f"wide. Nothing finished is lost: the same command goes on with {', '.join(advice[:-1])}{' or ' * (len(advice) > 1)}"
-            f"{advice[-1]}. A smaller --max-length would do, too, but is another run and needs another --out.")
+    pairs, columns = len(inputs["ref_chosen"]), inputs["input_ids"].shape[1]
+    advice = ["a larger card"]
+    if pairs > 1:
+        advice.insert(0, "a smaller --micro-batch-size")
+    if not checkpoints:
+        advice.insert(0, "--gradient-checkpointing true")
+    return (f"Out of memory in training with one micro-batch of {pairs} pair{'s' * (pairs > 1)}, {columns} columns wide. Nothing "
+            f"finished is lost: the same command goes on with {' or '.join(advice)}. A smaller --max-length would do, too, but is "
+            "another run and needs another --out.")
 
 
 def collapse_signs(rows: list[dict], steps: int) -> list[str]:

@@ -226,3 +226,19 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(run, tmp_path, until):
     assert irpo("run", *TINY, "--out", out).returncode == 0
     assert (out / before / "checksums.json").stat().st_mtime_ns == kept
     assert (out / "metrics.csv").read_text() == (run[0] / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("place", ["load", "score"])
+def test_out_of_memory_anywhere_is_one_paragraph(tmp_path, monkeypatch, capsys, place):
+    """Also where no smaller batch can help: loading the model, or scoring a single row."""
+    import torch
+
+    from irpo_utils import models
+
+    def fails(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(models, place, fails)
+    assert cli.main(["run", *TINY, "--out", str(tmp_path / "o")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: Out of memory (CUDA out of memory.") and "--micro-batch-size" in said and "irpo_utils plan" in said

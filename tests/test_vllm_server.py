@@ -109,6 +109,15 @@ def test_a_run_lets_the_server_write_with_the_adapter_of_each_iteration(served, 
     assert not here.exists()
 
 
+def test_a_server_that_writes_with_another_model_is_refused(served, tmp_path, monkeypatch):
+    """Same tokenizer, other weights: only its log-probabilities show it."""
+    monkeypatch.setenv("VLLM_URL", served[1])
+    read = vllm_server.Server._read
+    monkeypatch.setattr(vllm_server.Server, "_read", lambda *arguments: (*(found := read(*arguments))[:2], found[2] - len(found[0])))
+    with pytest.raises(UserError, match=r"does not write with seed.*are 1\.\d+ nats a token from ours"):
+        iteration.run(profiles.get("smoke", sampler="vllm", **SMALL), tmp_path / "run", progress=False)
+
+
 def test_processes_that_share_a_split_model_run_through_with_it(served, tmp_path):
     """`--shard true`: the server writes, the parts are scored and trained together, and the adapter is whole again."""
     _, url = served
