@@ -273,11 +273,12 @@ def _draw_curves(result, average, runs: dict) -> dict:
 
 
 def _draw_differences(name: str, result, average, runs: dict) -> dict:
-    greedy = average[(average.metric == "greedy") & average.difference.notna()] if "difference" in average else average[:0]
-    shown = greedy[greedy.iteration == greedy.groupby(["factor", "level"]).iteration.transform("max")]
+    compared = average[average.metric.isin(("greedy", "solved")) & average.difference.notna()] if "difference" in average else average[:0]
+    shown = compared[compared.iteration == compared.groupby(["factor", "level"]).iteration.transform("max")]
     if shown.empty:
         return {}
-    labels = [" ".join(word for word in (row.factor.replace("_", " "), row.level) if word) for row in shown.itertuples()]
+    labels = [" ".join(word for word in (row.factor.replace("_", " "), row.level, "(number)" * (row.metric == "solved")) if word)
+              for row in shown.itertuples()]
     return {f"{name}_differences": (plots.differences(shown, labels), shown)}
 
 
