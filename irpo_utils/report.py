@@ -273,7 +273,9 @@ def _draw_curves(result, average, runs: dict) -> dict:
 
 
 def _draw_differences(name: str, result, average, runs: dict) -> dict:
-    compared = average[average.metric.isin(("greedy", "solved")) & average.difference.notna()] if "difference" in average else average[:0]
+    if "difference" not in average:
+        return {}
+    compared = average[average.metric.isin(("greedy", "solved")) & average.difference.notna() & (average.method != "star")]
     shown = compared[compared.iteration == compared.groupby(["factor", "level"]).iteration.transform("max")]
     if shown.empty:
         return {}
