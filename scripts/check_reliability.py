@@ -89,12 +89,13 @@ def kill(folder: Path, kills: int, seed: int, **settings) -> list[dict]:
     if start(command(whole, **settings), log).wait():
         sys.exit(f"error: the unbroken run failed, see {log.name}")
     took, done, lost, places = time.perf_counter() - began, 0, 0.0, []
-    shortest = 8.0              # to import and load, and at least something more; then so much that all kills fall into the run
+    shortest = 8.0                                  # to import and load, and at least something more
     began = time.perf_counter()
     while True:
         process = start(command(broken, **settings), log)
+        longest = shortest + 2 * _left(broken, whole) / (kills - done + 3)          # so that they spread over all that is left
         try:
-            status = process.wait(timeout=None if done >= kills else rng.uniform(shortest, shortest + 2 * took / (kills + 10)))
+            status = process.wait(timeout=None if done >= kills else rng.uniform(shortest, longest))
             if status:
                 sys.exit(f"error: the broken run failed with status {status} after {done} kills, see {log.name}")
             break
@@ -116,6 +117,13 @@ def kill(folder: Path, kills: int, seed: int, **settings) -> list[dict]:
         note += f"; the run ended before kill {kills}"
     held = 0 if differing or left else done
     return [{"test": "SIGKILL at random moments, then resumed", "tried": kills, "held": held, "note": note}]
+
+
+def _left(run: Path, whole: Path) -> float:
+    """Seconds of the stages of `whole` that are not finished in `run`."""
+    with (whole / "timing.csv").open() as file:
+        return sum(float(row["seconds"]) for row in csv.DictReader(file)
+                   if not (run / f"iteration_{row['iteration']}" / row["stage"]).exists())
 
 
 def _where(run: Path) -> str:

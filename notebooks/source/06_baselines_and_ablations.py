@@ -875,15 +875,16 @@ regimes = final(read("regimes_mean").query("method != 'star'"))
 regimes["factor"] = regimes.factor.replace("choices", "choices, letters")
 figure = plots.differences(regimes, [label(row, row.factor) for row in regimes.itertuples()])
 for row in regimes.itertuples():
-    print(f"{row.factor:14} pairs {100 * row.value:.1f} %, {word(row.difference_low, row.difference_high)}"
+    print(f"{row.factor:16} pairs {100 * row.value:.1f} %, {word(row.difference_low, row.difference_high)}"
           f" ({100 * row.difference:+.1f}; {row.seeds} seeds, {row.n} questions)")
 assert len(regimes)
 figure
 
 # %% [markdown]
-# There is one, and it is a large one: lucky winners. Where one wrong answer in four counts as right, many winners are blurted
-# numbers, and whoever trains on winners alone learns to blurt: it falls below M_0. Pairs go on rising. Why? Count the blurts
-# on both sides of such pairs, made from the completions of section 2:
+# There is one kind, and there they pay much: where winners are lucky, by our rule or in a multiple-choice test. Take the rule first.
+# Where one wrong answer in four counts as right, many winners are blurted numbers, and whoever trains on winners alone learns to
+# blurt: it falls below M_0. Pairs go on rising. Why? Count the blurts on both sides of such pairs, made from the completions of
+# section 2:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
