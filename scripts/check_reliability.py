@@ -36,7 +36,8 @@ TIMES = ("environment.json", "timing.csv", checksums.NAME, ".lock", "state.json"
 SMALL = dict(iterations=1, n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=20, eval_samples=2, eval_samples_ends=2,
              learning_rate=1e-4)
 FAULTS = {      # what is broken: the tests that do so
-    "out of memory in sampling, training and scoring": ["test_sampling.py", "test_training.py", "test_models.py", "test_cli.py", "out_of_memory"],
+    "out of memory in sampling, training and scoring": [
+        "test_sampling.py", "test_training.py", "test_models.py", "test_cli.py", "out_of_memory"],
     "non-finite loss or gradients": ["test_training.py", "not_finite"],
     "a reference, pairs or questions that are not those of the run": [
         "test_training.py", "test_iteration.py", "test_contamination.py", "test_vllm_server.py",

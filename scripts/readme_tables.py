@@ -124,7 +124,8 @@ def comparison() -> str:
         cells += [_interval(sampled.iloc[0])]
         lines.append(f"| {methods.get(name).title} | {int(rows.seeds.max())} | {rate if last else ''} | " + " | ".join(cells) + " |")
     zero = means[(means.method == "irpo") & (means.iteration == 0)].set_index("metric")
-    lines.insert(2, f"| M0, zero-shot | {int(zero.seeds.max())} | | | | {_interval(zero.loc['greedy'])} M0 | | {_interval(zero.loc['sampled'])} |")
+    lines.insert(2, f"| M0, zero-shot | {int(zero.seeds.max())} | | | | {_interval(zero.loc['greedy'])} M0 | | "
+                    f"{_interval(zero.loc['sampled'])} |")
     runs, last = report.Records("comparison", FIGURES).runs, means[means.method == "irpo"].iteration.max()
     same = statistics.mean(statistics.mean(report.accuracies(runs["irpo", seed], last, "greedy")) for seed in range(3))
     lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over seeds; differences in points on the same "
