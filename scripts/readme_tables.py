@@ -170,8 +170,9 @@ def matrix() -> str:
     """On which versions the tests ran."""
     table = pandas.read_csv(FIGURES / "test_matrix.csv", dtype=str, keep_default_na=False)
     lines = ["| Python | libraries | tests | |", "|---|---|---|---|"]
-    lines += [f"| {row.python} | {row.libraries}: {row.versions} | {row.result}, {row.passed} passed, {row.failed} failed, "
-              f"{row.skipped} skipped | {row.date} |" for row in table.itertuples()]
+    for row in table.itertuples():
+        counts = f", {row.passed} passed, {row.failed} failed, {row.skipped} skipped" if row.passed else ""
+        lines.append(f"| {row.python} | {row.libraries}: {row.versions} | {row.result}{counts} | {row.date} |")
     return "\n".join(lines)
 
 

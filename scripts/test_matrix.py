@@ -6,8 +6,8 @@
 Environments are made by uv (`pip install uv`) in a temporary folder. "newest" is requirements.lock; "oldest" is the lowest
 version that pyproject.toml allows of each direct dependency, but for torch, which stays as in the lock (older builds of it
 are several gigabytes each). Writes figures/test_matrix.csv (columns `python`, `libraries`, `result`, `passed`, `failed`,
-`skipped`, `seconds`, `versions`, `date`); interpreters that are not there are marked `untested`, and rows that were not
-run this time stay as they were.
+`skipped`, `seconds`, `versions`, `date`); interpreters that are not there and combinations that were never run are marked
+`untested`, and rows that were not run this time stay as they were.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def save(rows: list[dict]) -> None:
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows((old | known)[key] for key in combinations() if key in old | known)
+        never = {"result": "untested", "versions": "not run"}
+        writer.writerows((old | known).get((python, libraries), {"python": python, "libraries": libraries, **never})
+                         for python, libraries in combinations())
 
 
 def main() -> None:
