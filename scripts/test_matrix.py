@@ -7,7 +7,8 @@ Environments are made by uv (`pip install uv`) in a temporary folder. "newest" i
 version that pyproject.toml allows of each direct dependency, but for torch, which stays as in the lock (older builds of it
 are several gigabytes each). Writes figures/test_matrix.csv (columns `python`, `libraries`, `result`, `passed`, `failed`,
 `skipped`, `seconds`, `versions`, `date`); interpreters that are not there and combinations that were never run are marked
-`untested`, and rows that were not run this time stay as they were.
+`untested`, and rows that were not run this time stay as they were. `--tests` runs some files again, after a mend say, and adds a row
+of its own for them.
 """
 
 from __future__ import annotations
@@ -71,31 +72,34 @@ def test(folder: Path, options: list[str]) -> dict:
 
 def save(rows: list[dict]) -> None:
     old = {(row["python"], row["libraries"]): row for row in csv.DictReader(TABLE.open())} if TABLE.exists() else {}
-    known = {(row["python"], row["libraries"]): row for row in rows}
+    known = old | {(row["python"], row["libraries"]): row for row in rows}
+    whole = combinations()
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         never = {"result": "untested", "versions": "not run"}
-        writer.writerows((old | known).get((python, libraries), {"python": python, "libraries": libraries, **never})
-                         for python, libraries in combinations())
+        writer.writerows(known.get((python, libraries), {"python": python, "libraries": libraries, **never}) for python, libraries in whole)
+        writer.writerows(row for key, row in known.items() if key not in whole)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-notebooks", action="store_true", help="without the tests that execute notebooks")
     parser.add_argument("--only", nargs="+", metavar="PYTHON-LIBRARIES", help="e.g. 3.12-newest 3.11-oldest")
+    parser.add_argument("--tests", nargs="+", metavar="FILE", help="these test files alone")
     options = parser.parse_args()
     uv = [shutil.which("uv")] if shutil.which("uv") else [sys.executable, "-m", "uv"]
     rows = []
     for python, libraries in combinations():
         if options.only and f"{python}-{libraries}" not in options.only:
             continue
-        row = {"python": python, "libraries": libraries, "date": datetime.date.today().isoformat()}
+        alone = f", {' and '.join(options.tests)} alone" if options.tests else ""
+        row = {"python": python, "libraries": libraries + alone, "date": datetime.date.today().isoformat()}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "environment"
             try:
                 install(uv, folder, python, libraries)
-                row |= test(folder, SLOW if options.no_notebooks else [])
+                row |= test(folder, options.tests or (SLOW if options.no_notebooks else []))
             except subprocess.CalledProcessError as error:
                 row |= {"result": "untested", "versions": " ".join(error.stderr.split())[-200:]}
         rows.append(row)
