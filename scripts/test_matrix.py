@@ -78,7 +78,8 @@ def save(rows: list[dict]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         never = {"result": "untested", "versions": "not run"}
-        writer.writerows(known.get((python, libraries), {"python": python, "libraries": libraries, **never}) for python, libraries in whole)
+        writer.writerows(known.get((python, libraries), {"python": python, "libraries": libraries, **never})
+                         for python, libraries in whole)
         writer.writerows(row for key, row in known.items() if key not in whole)
 
 
