@@ -26,9 +26,13 @@ def speaks_last() -> bool:
         return is_first()
     import psutil
 
-    others = psutil.Process(os.getppid()).children()
-    alive = [other for other in others if other.status() != psutil.STATUS_ZOMBIE]
-    return not any(other.environ().get("RANK") == "0" for other in alive)
+    for other in psutil.Process(os.getppid()).children():
+        try:
+            if other.status() != psutil.STATUS_ZOMBIE and other.environ().get("RANK") == "0":
+                return False
+        except psutil.Error:                        # it went away meanwhile
+            continue
+    return True
 
 
 def _state():
