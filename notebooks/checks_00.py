@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pandas as pd
 
-UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+from checks_common import call
 
 
 def shares(function) -> str:
     """Exercise 0.1: `function(timing)` gives the share of all seconds by stage."""
     timing = pd.DataFrame({"iteration": [0, 0, 1, 1, 1], "stage": ["samples", "evaluation", "samples", "adapter", "evaluation"],
                            "seconds": [10.0, 40.0, 30.0, 60.0, 60.0], "tokens": [100.0, 400.0, 300.0, 100.0, 100.0]})
-    value, message = _call(function, timing)
+    value, message = call(function, timing)
     if message:
         return message
     try:
@@ -47,7 +47,7 @@ def shares(function) -> str:
 def sampling_hours(function) -> str:
     """Exercise 0.2: hours of sampling from counts and tokens per second."""
     questions, samples, tokens, iterations, rate = 7500, 30, 200, 4, 5000
-    value, message = _call(function, questions, samples, tokens, iterations, rate)
+    value, message = call(function, questions, samples, tokens, iterations, rate)
     if message:
         return message
     right = questions * samples * tokens * iterations / rate / 3600
@@ -64,7 +64,7 @@ def sampling_hours(function) -> str:
         "You turned the ratio round: hours are tokens divided by tokens per second, not the reverse.": 1 / (right * 3600) / 3600,
     }
     if _same(value, right):
-        other, message = _call(function, 10, 2, 36, 1, 1)
+        other, message = call(function, 10, 2, 36, 1, 1)
         if message or not _same(other, 0.2):
             return (f"It fits one case, but 10 questions with 2 samples of 36 tokens at 1 token per second take 0.2 hours and you "
                     f"get {other}. Are there numbers in your function that should be arguments?")
@@ -95,7 +95,7 @@ def iterative_rpo(function) -> str:
         trained.append((model, pairs, reference))
         return f"M_{len(trained)}"
 
-    value, message = _call(function, "M_0", ["q1", "q2"], 3, sample, grade, pair, train)
+    value, message = call(function, "M_0", ["q1", "q2"], 3, sample, grade, pair, train)
     if message:
         return message
     return _wrong_part(sampled, trained) or _wrong_result(value, trained) or (
@@ -139,21 +139,6 @@ def _wrong_result(value, trained: list) -> str | None:
     if isinstance(value, (list, tuple)) and list(value) == expected[1:]:
         return "The loop is as it should be, but M_0 is missing at the beginning of the list."
     return f"The loop is as it should be, but it should return {expected}; yours returns {value!r}."
-
-
-def _call(function, *arguments):
-    """(result, None), or (None, message) where there is nothing to look at."""
-    if function is None or function is ...:
-        return None, UNSOLVED
-    if not callable(function):
-        return None, f"Give the check your function itself, without calling it; it got a {type(function).__name__}."
-    try:
-        value = function(*arguments)
-    except NotImplementedError:
-        return None, UNSOLVED
-    except Exception as error:                          # noqa: BLE001   whatever a student's code raises is told
-        return None, f"Your function raised {type(error).__name__}: {error}"
-    return (None, UNSOLVED) if value is None or value is ... else (value, None)
 
 
 def _same(a, b) -> bool:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+from checks_common import call
 
 
 def with_temperature(function) -> str:
@@ -139,7 +139,7 @@ def choose(function) -> str:
     """Exercise 1.5: the temperature with the most questions that have a winner and a loser."""
     n = 4
     counts = {0.3: [4, 4, 4, 4, 4, 0], 0.7: [3, 4, 4, 1, 3, 4], 1.0: [1, 2, 1, 1, 4, 0], 1.3: [4, 4, 4, 0, 0, 0], 2.0: [0, 0, 1, 0, 0, 0]}
-    value, message = _call(function, counts, n)
+    value, message = call(function, counts, n)
     if message:
         return message
     mistakes = {
@@ -166,23 +166,8 @@ def choose(function) -> str:
     return "Right: at this temperature the most questions have a winner and a loser."
 
 
-def _call(function, *arguments):
-    """(result, None), or (None, message) where there is nothing to look at."""
-    if function is None or function is ...:
-        return None, UNSOLVED
-    if not callable(function):
-        return None, f"Give the check your function itself, without calling it; it got a {type(function).__name__}."
-    try:
-        value = function(*arguments)
-    except NotImplementedError:
-        return None, UNSOLVED
-    except Exception as error:                          # noqa: BLE001   whatever a student's code raises is told
-        return None, f"Your function raised {type(error).__name__}: {error}"
-    return (None, UNSOLVED) if value is None or value is ... else (value, None)
-
-
 def _number(function, *arguments):
-    value, message = _call(function, *arguments)
+    value, message = call(function, *arguments)
     if message:
         return None, message
     try:
@@ -192,7 +177,7 @@ def _number(function, *arguments):
 
 
 def _numbers(function, length, *arguments):
-    value, message = _call(function, *arguments)
+    value, message = call(function, *arguments)
     if message:
         return None, message
     try:

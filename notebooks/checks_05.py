@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+from checks_common import call, number
 
 
 def pairs_of_each_model(function) -> str:
@@ -22,7 +22,7 @@ def pairs_of_each_model(function) -> str:
             (run / f"iteration_{t}" / "pairs").mkdir(parents=True)
             (run / f"iteration_{t}" / "pairs" / "counts.json").write_text(json.dumps({"questions": questions, "used": used, "pairs": pairs}))
         (run / f"iteration_{len(made)}").mkdir()
-        value, message = _call(function, run)
+        value, message = call(function, run)
     if message:
         if "FileNotFoundError" in message or "No such file" in message:
             return ("A file that your function wants is not there. The run of this check has 3 iterations, as its profile.json says, and "
@@ -54,7 +54,7 @@ def pairs_of_each_model(function) -> str:
 def mcnemar_p(function) -> str:
     """Exercise 5.2: exact two-sided McNemar p value of two lists of 0 and 1."""
     a, b = _answers(only_a=2, only_b=9, both=5, neither=4)
-    value, message = _number(function, a, b)
+    value, message = number(function, a, b)
     if message:
         return message
     right = 2 * _tail(11, 2)
@@ -91,7 +91,7 @@ def _mcnemar_corners(function) -> str | None:
             (dict(only_a=9, only_b=2, both=5, neither=4), 2 * _tail(11, 2), "with a and b exchanged. It must not matter which is the better one"),
             (dict(only_a=3, only_b=3, both=2, neither=2), 1.0, "where both sides are equal, 3 and 3: doubling exceeds 1, so cut it at 1"),
             (dict(only_a=0, only_b=0, both=3, neither=2), 1.0, "without any discordant question: there is no evidence, so p is 1")):
-        value, message = _number(function, *_answers(**sizes))
+        value, message = number(function, *_answers(**sizes))
         if message or not _close(value, right):
             got = message or f"it gives {value:.4g} instead of {right:.4g}"
             return f"It fits the first case, but not {text}. ({got.rstrip('.')}.)"
@@ -102,7 +102,7 @@ def estimate_kl(function) -> str:
     """Exercise 5.3: (estimate, standard error) from log-probabilities of samples of the new model."""
     now = np.array([-3.0, -5.5, -2.0, -8.0, -4.0, -3.5, -6.0, -2.5])
     before = np.array([-3.5, -5.0, -3.5, -9.0, -4.5, -5.0, -5.75, -3.0])
-    value, message = _call(function, now.tolist(), before.tolist())
+    value, message = call(function, now.tolist(), before.tolist())
     if message:
         return message
     try:
@@ -160,7 +160,7 @@ def keep(function) -> str:
     }
     values = {}
     for name, table in cases.items():
-        values[name], message = _number(function, table)
+        values[name], message = number(function, table)
         if message:
             return message if message.startswith("Not solved") else f"Where {name}: {message[0].lower()}{message[1:]}"
     right = {name: _keep(table) for name, table in cases.items()}
@@ -216,32 +216,6 @@ def _chi2(x: float) -> float:
 def _two_proportions(a: int, b: int, n: int) -> float:
     p = (a + b) / (2 * n)
     return math.erfc(abs(a - b) / n / math.sqrt(2 * p * (1 - p) / n) / math.sqrt(2))
-
-
-def _call(function, *arguments):
-    """(result, None), or (None, message) where there is nothing to look at."""
-    if function is None or function is ...:
-        return None, UNSOLVED
-    if not callable(function):
-        return None, f"Give the check your function itself, without calling it; it got a {type(function).__name__}."
-    try:
-        value = function(*arguments)
-    except NotImplementedError:
-        return None, UNSOLVED
-    except Exception as error:                          # noqa: BLE001   whatever a student's code raises is told
-        return None, f"Your function raised {type(error).__name__}: {error}"
-    return (None, UNSOLVED) if value is None or value is ... else (value, None)
-
-
-def _number(function, *arguments):
-    """The same for a function that should return one number."""
-    value, message = _call(function, *arguments)
-    if message:
-        return None, message
-    try:
-        return float(value), None
-    except (TypeError, ValueError):
-        return None, f"Your function returned a {type(value).__name__}; it should return one number."
 
 
 def _close(a, b) -> bool:

@@ -10,7 +10,8 @@ import numpy as np
 
 from irpo_utils import evaluation, methods
 
-UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+from checks_common import UNSOLVED, call
+
 VOTES = {
     "a clear majority": ["7", "9", "7", "7"],
     "a majority that is none of more than half": ["7", "9", "7", "8", "6"],
@@ -27,7 +28,7 @@ def majority_verdict(function) -> str:
     """Exercise 6.1: `function(answers)` -> True for the completions with the most frequent answer."""
     values = {}
     for name, answers in VOTES.items():
-        value, message = _call(function, list(answers))
+        value, message = call(function, list(answers))
         if message:
             return message if message.startswith("Not solved") else f"With {name}, {answers}: {message[0].lower()}{message[1:]}"
         values[name] = value
@@ -70,7 +71,7 @@ def paired(function) -> str:
     """Exercise 6.2: (difference, low, high, word) of two matrices of seeds and questions."""
     cases, values = _matrices(), {}
     for name, (a, b) in cases.items():
-        value, message = _call(function, a.tolist(), b.tolist())
+        value, message = call(function, a.tolist(), b.tolist())
         if message:
             return message if message.startswith("Not solved") else f"With {name}: {message[0].lower()}{message[1:]}"
         values[name], message = _four(value)
@@ -127,7 +128,7 @@ def clear_majority_method(entry) -> str:
     values = {}
     for name, answers in CLEAR_VOTES.items():
         for gold in ("5", "7", "none"):
-            value, message = _call(entry.verdict, _rows(answers, gold), random.Random(0))
+            value, message = call(entry.verdict, _rows(answers, gold), random.Random(0))
             if message:
                 return (message if message.startswith("Not solved") else
                         f"With {name}, {answers}: {message[0].lower()}{message[1:]}").replace("Your function", "Your verdict")
@@ -305,18 +306,3 @@ def _near(value, right) -> bool:
     """Whether two intervals agree but for the luck of resampling."""
     width = max(abs(right[2] - right[1]), 1e-9)
     return abs(value[0] - right[0]) < 1e-6 * max(1, abs(right[0])) and all(abs(x - y) < 0.08 * width for x, y in zip(value[1:], right[1:]))
-
-
-def _call(function, *arguments):
-    """(result, None), or (None, message) where there is nothing to look at."""
-    if function is None or function is ...:
-        return None, UNSOLVED
-    if not callable(function):
-        return None, f"Give the check your function itself, without calling it; it got a {type(function).__name__}."
-    try:
-        value = function(*arguments)
-    except NotImplementedError:
-        return None, UNSOLVED
-    except Exception as error:                          # noqa: BLE001   whatever a student's code raises is told
-        return None, f"Your function raised {type(error).__name__}: {error}"
-    return (None, UNSOLVED) if value is None or value is ... else (value, None)

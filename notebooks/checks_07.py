@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+from checks_common import UNSOLVED, call, number
 
 # layers, heads, kv_heads, head_dim, rows, columns, bytes of a number
 CACHES = {"Llama-3.1-8B, 160 completions of 665 positions in 16 bits": (32, 32, 8, 128, 160, 665, 2),
@@ -17,7 +17,7 @@ def kv_cache_bytes(function) -> str:
     """Exercise 7.1: bytes of keys and values."""
     values = {}
     for name, case in CACHES.items():
-        values[name], message = _number(function, *case)
+        values[name], message = number(function, *case)
         if message:
             return message
     right = {name: _cache(*case) for name, case in CACHES.items()}
@@ -64,7 +64,7 @@ TEST = [{"id": "same numbers", "question": "Ann has 12 apples and eats 5. How ma
 
 def renumbered_twins(function) -> str:
     """Exercise 7.2: ids of test rows that equal a training question but for the numbers."""
-    value, message = _call(function, [dict(row) for row in TRAIN], [dict(row) for row in TEST])
+    value, message = call(function, [dict(row) for row in TRAIN], [dict(row) for row in TEST])
     if message:
         return message
     if isinstance(value, (bool, int, float, str)):
@@ -137,7 +137,7 @@ def minutes_lost(function) -> str:
     """Exercise 7.3: minutes since the last stage that was finished."""
     values = {}
     for name, minute in KILLED.items():
-        values[name], message = _number(function, list(STAGES), minute)
+        values[name], message = number(function, list(STAGES), minute)
         if message == UNSOLVED and values and len(values) > 1:
             return f"Killed {name}, your function returns nothing. Is there a `return` for the case that no stage is under way?"
         if message:
@@ -185,32 +185,6 @@ def _stage(minute: float) -> tuple[str, float]:
 
 def _cache(layers, heads, kv_heads, head_dim, rows, columns, bytes_per_number):
     return 2 * layers * kv_heads * head_dim * rows * columns * bytes_per_number
-
-
-def _call(function, *arguments):
-    """(result, None), or (None, message) where there is nothing to look at."""
-    if function is None or function is ...:
-        return None, UNSOLVED
-    if not callable(function):
-        return None, f"Give the check your function itself, without calling it; it got a {type(function).__name__}."
-    try:
-        value = function(*arguments)
-    except NotImplementedError:
-        return None, UNSOLVED
-    except Exception as error:                          # noqa: BLE001   whatever a student's code raises is told
-        return None, f"Your function raised {type(error).__name__}: {error}"
-    return (None, UNSOLVED) if value is None or value is ... else (value, None)
-
-
-def _number(function, *arguments):
-    """The same for a function that should return one number."""
-    value, message = _call(function, *arguments)
-    if message:
-        return None, message
-    try:
-        return float(value), None
-    except (TypeError, ValueError):
-        return None, f"Your function returned a {type(value).__name__}; it should return one number."
 
 
 def _close(a, b) -> bool:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+from checks_common import call, number
 
 SHARES = [(7, 3), (6, 3), (2, 4), (11, 4), (5, 1)]          # items, processes
 
@@ -17,7 +17,7 @@ def share(function) -> str:
     for n, count in SHARES:
         for rank in range(count):
             items = [f"q{i}" for i in range(n)]
-            value, message = _call(function, items, rank, count)
+            value, message = call(function, items, rank, count)
             if message:
                 return message
             if isinstance(value, (str, bytes, dict, int, float)):
@@ -82,7 +82,7 @@ def combine(function) -> str:
     """Exercise 8.2: the gradient of the mean over all items from those of the parts' means."""
     values = {}
     for name, (gradients, counts) in PARTS.items():
-        value, message = _call(function, [torch.tensor(gradient) for gradient in gradients], list(counts))
+        value, message = call(function, [torch.tensor(gradient) for gradient in gradients], list(counts))
         if message:
             return message
         try:
@@ -146,7 +146,7 @@ def sent_when_split(function) -> str:
     """Exercise 8.3: bytes that a card sends per optimiser step where layers are split."""
     values = {}
     for name, case in SPLITS.items():
-        values[name], message = _number(function, *case)
+        values[name], message = number(function, *case)
         if message:
             return message
     strategies = [
@@ -180,32 +180,6 @@ def sent_when_split(function) -> str:
             return text
     name = next(name for name, case in SPLITS.items() if not _close(values[name], strategies[0][1](*case)))
     return f"For {name}, {SPLITS[name][:3]} bytes, it should be {strategies[0][1](*SPLITS[name]):,.0f}; yours gives {values[name]:,.0f}."
-
-
-def _call(function, *arguments):
-    """(result, None), or (None, message) where there is nothing to look at."""
-    if function is None or function is ...:
-        return None, UNSOLVED
-    if not callable(function):
-        return None, f"Give the check your function itself, without calling it; it got a {type(function).__name__}."
-    try:
-        value = function(*arguments)
-    except NotImplementedError:
-        return None, UNSOLVED
-    except Exception as error:                          # noqa: BLE001   whatever a student's code raises is told
-        return None, f"Your function raised {type(error).__name__}: {error}"
-    return (None, UNSOLVED) if value is None or value is ... else (value, None)
-
-
-def _number(function, *arguments):
-    """The same for a function that should return one number."""
-    value, message = _call(function, *arguments)
-    if message:
-        return None, message
-    try:
-        return float(value), None
-    except (TypeError, ValueError):
-        return None, f"Your function returned a {type(value).__name__}; it should return one number."
 
 
 def _close(a, b) -> bool:

@@ -1,14 +1,10 @@
 """The checks of notebook 00 accept the solution, and tell a typical wrong answer what is wrong with it."""
 
-import importlib.util
-import sys
-from pathlib import Path
 
 import pandas as pd
+import exercises
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "scripts")]
 pytest.importorskip("jupytext")
 
 import checks_00 as checks                                  # noqa: E402
@@ -16,14 +12,7 @@ import checks_00 as checks                                  # noqa: E402
 
 def solution(name: str, solved: bool = True):
     """The function of that name as the notebook's source defines it, solved or as a stub."""
-    spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "scripts" / "make_notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cells = module.view((ROOT / "notebooks" / "source" / "00_start_here.py").read_text(), solved).cells
-    [cell] = [cell for cell in cells if cell.cell_type == "code" and f"def {name}(" in cell.source]
-    scope: dict = {}
-    exec(cell.source, scope)
-    return scope[name]
+    return exercises.defined("00_start_here", name, solved)
 
 
 EXERCISES = ("shares", "sampling_hours", "iterative_rpo")

@@ -1,15 +1,11 @@
 """The checks of notebook 04 accept the solution, and tell a typical wrong answer what is wrong with it."""
 
-import importlib.util
-import sys
-from pathlib import Path
 
+import exercises
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "scripts")]
 pytest.importorskip("jupytext")
 
 import checks_04 as checks                                  # noqa: E402
@@ -17,14 +13,7 @@ import checks_04 as checks                                  # noqa: E402
 
 def solution(name: str, solved: bool = True):
     """The function of that name as the notebook's source defines it, solved or as a stub."""
-    spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "scripts" / "make_notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cells = module.view((ROOT / "notebooks" / "source" / "04_dpo_nll_training.py").read_text(), solved).cells
-    [cell] = [cell for cell in cells if cell.cell_type == "code" and f"def {name}(" in cell.source]
-    scope: dict = {"torch": torch}
-    exec(cell.source, scope)
-    return scope[name]
+    return exercises.defined("04_dpo_nll_training", name, solved, torch=torch)
 
 
 EXERCISES = {"loss": "my_loss", "gradient_rejected": "gradient_rejected", "batch_nll": "batch_nll", "lora_parameters": "lora_parameters"}

@@ -1,16 +1,13 @@
 """The checks of notebook 05 accept the solution, and tell a typical wrong answer what is wrong with it."""
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
+import exercises
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "scripts")]
 pytest.importorskip("jupytext")
 
 import checks_05 as checks                                  # noqa: E402
@@ -18,14 +15,7 @@ import checks_05 as checks                                  # noqa: E402
 
 def solution(name: str, solved: bool = True):
     """The function of that name as the notebook's source defines it, solved or as a stub."""
-    spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "scripts" / "make_notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cells = module.view((ROOT / "notebooks" / "source" / "05_iterations.py").read_text(), solved).cells
-    [cell] = [cell for cell in cells if cell.cell_type == "code" and f"def {name}(" in cell.source]
-    scope: dict = {"json": json, "math": math, "np": np, "Path": Path}
-    exec(cell.source, scope)
-    return scope[name]
+    return exercises.defined("05_iterations", name, solved, json=json, math=math, np=np, Path=Path)
 
 
 EXERCISES = ("pairs_of_each_model", "mcnemar_p", "estimate_kl", "keep")

@@ -1,17 +1,13 @@
 """The checks of notebook 06 accept the solution, and tell a typical wrong answer what is wrong with it."""
 
-import importlib.util
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
+import exercises
 import pytest
 
 from irpo_utils import evaluation, methods
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "scripts")]
 pytest.importorskip("jupytext")
 
 import checks_06 as checks                                  # noqa: E402
@@ -19,14 +15,7 @@ import checks_06 as checks                                  # noqa: E402
 
 def solution(name: str, begins: str, solved: bool = True):
     """What the exercise's cell of the notebook's source defines under that name, solved or as a stub."""
-    spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "scripts" / "make_notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cells = module.view((ROOT / "notebooks" / "source" / "06_baselines_and_ablations.py").read_text(), solved).cells
-    [cell] = [cell for cell in cells if cell.cell_type == "code" and begins in cell.source]
-    scope: dict = {"np": np, "Counter": Counter, "evaluation": evaluation, "methods": methods}
-    exec(cell.source, scope)
-    return scope[name]
+    return exercises.defined("06_baselines_and_ablations", name, solved, begins, np=np, Counter=Counter, evaluation=evaluation, methods=methods)
 
 
 EXERCISES = {"majority_verdict": ("majority_verdict", "def majority_verdict("), "paired": ("paired", "def paired("),

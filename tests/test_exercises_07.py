@@ -1,35 +1,24 @@
 """The checks of notebook 07 accept the solution, and tell a typical wrong answer what is wrong with it; its questions are sound."""
 
 import ast
-import importlib.util
 import json
 import operator
 import re
-import sys
 from pathlib import Path
 
+import exercises
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "scripts")]
 pytest.importorskip("jupytext")
 
 import checks_07 as checks                                  # noqa: E402
 from irpo_utils import grading, tasks                       # noqa: E402
 
-SOURCE = ROOT / "notebooks" / "source" / "07_real_models_on_one_gpu.py"
-
 
 def solution(name: str, solved: bool = True):
     """The function of that name as the notebook's source defines it, solved or as a stub."""
-    spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "scripts" / "make_notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cells = module.view(SOURCE.read_text(), solved).cells
-    [cell] = [cell for cell in cells if cell.cell_type == "code" and f"def {name}(" in cell.source]
-    scope: dict = {"re": re}
-    exec(cell.source, scope)
-    return scope[name]
+    return exercises.defined("07_real_models_on_one_gpu", name, solved, re=re)
 
 
 EXERCISES = ("kv_cache_bytes", "renumbered_twins", "minutes_lost")

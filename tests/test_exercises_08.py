@@ -1,32 +1,22 @@
 """The checks of notebook 08 accept the solution, and tell a typical wrong answer what is wrong with it."""
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
 
+import exercises
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "scripts")]
 pytest.importorskip("jupytext")
 
 import checks_08 as checks                                  # noqa: E402
 
-SOURCE = ROOT / "notebooks" / "source" / "08_past_one_gpu.py"
 EXERCISES = ("share", "combine", "sent_when_split")
 
 
 def solution(name: str, solved: bool = True):
     """The function of that name as the notebook's source defines it, solved or as a stub."""
-    spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "scripts" / "make_notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cells = module.view(SOURCE.read_text(), solved).cells
-    [cell] = [cell for cell in cells if cell.cell_type == "code" and cell.source.startswith(f"def {name}(")]
-    scope: dict = {}
-    exec(cell.source, scope)
-    return scope[name]
+    return exercises.defined("08_past_one_gpu", name, solved)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
