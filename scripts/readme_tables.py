@@ -171,8 +171,8 @@ def matrix() -> str:
     table = pandas.read_csv(FIGURES / "test_matrix.csv", dtype=str, keep_default_na=False)
     lines = ["| Python | libraries | tests | |", "|---|---|---|---|"]
     for row in table.itertuples():
-        counts = f", {row.passed} passed, {row.failed} failed, {row.skipped} skipped" if row.passed else ""
-        lines.append(f"| {row.python} | {row.libraries}: {row.versions} | {row.result}{counts} | {row.date} |")
+        counts = f"{row.passed} passed, {row.failed} failed, {row.skipped} skipped" if row.passed else row.result
+        lines.append(f"| {row.python} | {row.libraries}: {row.versions} | {counts} | {row.date} |")
     return "\n".join(lines)
 
 

@@ -242,3 +242,14 @@ def test_out_of_memory_anywhere_is_one_paragraph(tmp_path, monkeypatch, capsys, 
     assert cli.main(["run", *TINY, "--out", str(tmp_path / "o")]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: Out of memory (CUDA out of memory.") and "--micro-batch-size" in said and "irpo_utils plan" in said
+
+
+def test_an_interrupt_while_an_error_is_reported_still_ends_in_one_message(tmp_path, monkeypatch, capsys):
+    """As a launcher does that ends the other processes while one waits whether it has to speak."""
+    def interrupted(message):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(cli, "_say", interrupted)
+    assert cli.main(["run", *TINY, "--task", "crosswords", "--out", str(tmp_path / "o")]) == 143
+    assert capsys.readouterr().err.strip() == "Stopped. What was finished is kept: the same command goes on where it stood."

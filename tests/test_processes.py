@@ -198,3 +198,25 @@ def test_what_goes_over_the_wire_is_what_the_plan_says(tmp_path):
         return 2 * (e.sent_per_step() + again / 2 * 2 * shard)
     assert copies == pytest.approx(planned(False), rel=0.1)
     assert split == pytest.approx(planned(True), rel=0.1)
+
+
+def test_the_second_process_speaks_where_the_first_is_gone_or_goes_at_that_moment(monkeypatch):
+    class Other:
+        def __init__(self, rank):
+            self.rank = rank
+
+        def status(self):
+            if self.rank is None:
+                raise psutil.NoSuchProcess(1)
+            return psutil.STATUS_RUNNING
+
+        def environ(self):
+            return {"RANK": self.rank}
+
+    from irpo_utils import processes
+
+    for others, speaks in (([], True), ([Other(None)], True), ([Other("0")], False), ([Other("1"), Other(None)], True)):
+        monkeypatch.setattr(psutil.Process, "children", lambda self, others=others: others)
+        for rank, expected in (("0", True), ("1", speaks), ("2", False)):
+            monkeypatch.setenv("RANK", rank)
+            assert processes.speaks_last() == expected, (rank, [other.rank for other in others])
