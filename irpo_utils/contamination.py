@@ -10,10 +10,10 @@ What a model saw before it came here no such check can find. See notebook 07 for
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass, field
 
 from irpo_utils import UserError
+from irpo_utils.tasks.files import normalise
 
 N_GRAM = 13                 # words
 SHOWN, KEPT = 3, 20         # examples in an error message, and on record
@@ -35,11 +35,11 @@ def find(train, evaluation) -> Overlap:
     """The overlap of two sets of questions (rows with `id` and `question`)."""
     train, evaluation = list(train), list(evaluation)
     exact = {_squeezed(row["question"]) for row in train}
-    same = {normal_form(row["question"]): row["id"] for row in train}
+    same = {normalise(row["question"]): row["id"] for row in train}
     grams = {gram for row in train for gram in n_grams(row["question"])}
     overlap, forms = Overlap(len(evaluation)), set()
     for row in evaluation:
-        form = normal_form(row["question"])
+        form = normalise(row["question"])
         forms.add(form)
         overlap.exact += _squeezed(row["question"]) in exact
         overlap.n_gram += any(gram in grams for gram in n_grams(row["question"]))
@@ -47,7 +47,7 @@ def find(train, evaluation) -> Overlap:
             overlap.normalised += 1
             if len(overlap.examples) < KEPT:
                 overlap.examples.append({"train": same[form], "evaluation": row["id"], "question": row["question"]})
-    overlap.train_rows = sum(normal_form(row["question"]) in forms for row in train)
+    overlap.train_rows = sum(normalise(row["question"]) in forms for row in train)
     return overlap
 
 
@@ -69,17 +69,6 @@ def describe(overlap: Overlap) -> str:
     if overlap.normalised:
         line = f"{overlap.normalised} of {overlap.questions} evaluation questions ARE training questions, as allowed; {line}"
     return line + f" ({overlap.n_gram / max(1, overlap.questions):.1%})."
-
-
-def normal_form(question: str) -> str:
-    """Letters, digits and signs of operation, case folded: x-1 is not x+1, but "$x^{2}$." is "x^2".
-
-    >>> normal_form("What is  $x^{2} - 1$?"), normal_form("what is x^2-1")
-    ('whatisx^2-1', 'whatisx^2-1')
-    """
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", unicodedata.normalize("NFKC", question))
-    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})", "", text)                  # one-half is "one half", a - b stays
-    return re.sub(r"[^\w+\-*/^=<>!|]+|_", "", text).casefold() or _squeezed(question)
 
 
 def n_grams(question: str, n: int = N_GRAM) -> list[tuple[str, ...]]:

@@ -67,7 +67,7 @@ TASKS = {
     "gsm8k": TaskSize(131, 265, 200, 6473, 1000, 1319),
     "svamp": TaskSize(113, 146, 114, 700, 100, 200, "measured with SmolLM2-135M, cut off at 128"),
     "arc_challenge": TaskSize(140, 260, 150, 946, 166, 1172),
-    "math": TaskSize(704, 1991, 300, 4734, 835, 5000),
+    "math": TaskSize(704, 1991, 300, 4739, 836, 5000),
     "jsonl": TaskSize(130, 300, 200, 800, 100, 100),
 }
 

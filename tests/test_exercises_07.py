@@ -167,10 +167,10 @@ def test_every_answer_follows_from_the_question_by_arithmetic(row):
 
 
 def test_questions_are_sixty_or_so_different_ones_that_the_grader_reads():
-    from irpo_utils import contamination
+    from irpo_utils.tasks import files
 
     assert 55 <= len(QUESTIONS) <= 70 and len({row["id"] for row in QUESTIONS}) == len(QUESTIONS)
-    assert len({contamination.normal_form(re.sub(r"\d+", "#", row["question"])) for row in QUESTIONS}) == len(QUESTIONS)
+    assert len({files.normalise(re.sub(r"\d+", "#", row["question"])) for row in QUESTIONS}) == len(QUESTIONS)
     task = tasks.get("jsonl")
     for row in QUESTIONS:
         completion = {"completion": row["solution"], "answer": row["answer"], "finished": True}

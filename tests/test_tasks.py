@@ -156,7 +156,7 @@ def test_importing_all_tasks_is_light():
 
 
 SIZES = {"gsm8k": (6473, 1000, 1319), "svamp": (700, 100, 200), "arc_challenge": (946, 166, 1172),
-         "math": (4734, 835, 5000)}
+         "math": (4739, 836, 5000)}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -363,6 +363,13 @@ def test_one_file_is_split_by_a_hash_that_ignores_order_case_and_punctuation(tmp
     assert [round(len(first[s]), -2) for s in SPLITS] == [800, 100, 100]
     for split in SPLITS:
         assert {normalised(q) for q in first[split]} == {normalised(q) for q in second[split]}
+
+
+def test_questions_that_differ_in_a_sign_or_a_blank_are_all_kept(tmp_path):
+    rows = [{"question": f"What is {a}{sign}{b}?", "answer": a} for a in range(1, 21) for b in range(1, 21) for sign in "+-*"]
+    rows += [{"question": f"Sort {numbers}.", "answer": 1} for numbers in ("1 23", "12 3", "1 2 3")]
+    path = write(tmp_path / "a.jsonl", *rows, {"question": "what is 1 + 1", "answer": 2})       # the last one is a repetition
+    assert sum(len(jsonl.TASK.load(split, str(path))) for split in SPLITS) == len(rows)
 
 
 def test_optional_fields_travel_and_choices_become_letters(tmp_path):

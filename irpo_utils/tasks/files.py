@@ -2,7 +2,7 @@
 
 From the hub by default, or from a folder of JSONL files with the hub's columns: `data=` or, for all tasks at once, the
 environment variable IRPO_DATA (then IRPO_DATA/<task>). Every row is checked as it is read. No question is in two
-splits, and none of training or validation in the test set, whatever the source.
+splits (what a folder of one's own, for `jsonl`, has in two files is left there, and `contamination` refuses it).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
@@ -26,8 +27,17 @@ HELD_OUT_SHARE = 0.15       # of train for validation, where a source has no val
 
 
 def normalise(question: str) -> str:
-    """Letters and digits only, case folded: questions that are equal in this form count as the same question."""
-    return re.sub(r"[\W_]+", "", question).casefold() or "".join(question.split())
+    """Letters, digits and signs of operation, case folded: questions that are equal in this form are the same question.
+
+    x-1 is not x+1, and "1 23" is not "12 3", but "$x^{2}$." is "x^2".
+
+    >>> normalise("What is  $x^{2} - 1$?"), normalise("what is x^2-1")
+    ('whatisx^2-1', 'whatisx^2-1')
+    """
+    text = re.sub(r"\\(?:left|right)(?![a-z])", "", unicodedata.normalize("NFKC", question))
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})", "", text)                  # one-half is "one half", a - b stays
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "~", text)                           # two numbers stay two
+    return re.sub(r"[^\w+\-*/^=<>!|~]+|_", "", text).casefold() or "".join(question.split())
 
 
 def without(rows: list[dict], *others: list[dict]) -> list[dict]:

@@ -6,7 +6,8 @@ One line:
 
 `answer` is a number, a short text, or with `choices` (a list of two to five texts) a letter or one of the texts;
 `solution` (a worked solution for SFT or as an extra winner) and `id` are optional. One file is split 80/10/10 by a hash
-of the normalised question, so that a question stays in its split when others are added; repetitions are dropped.
+of the normalised question, so that a question stays in its split when others are added. Repetitions within a
+file are dropped; where two files of a folder share questions, `contamination` refuses the run.
 """
 
 from __future__ import annotations

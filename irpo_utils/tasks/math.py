@@ -68,14 +68,14 @@ HEADER = ("Your task is to answer the last question below. Give step by step rea
           '"Final answer: ..."\n\n')
 # Our solutions of four problems of the training split, found by the start of the hash of the normalised question.
 EXAMPLES = {
-    "b6267e3ceb100368": r"As $\frac{1}{25} = 5^{-2}$, the exponents must agree: $2n + 1 = -2$. So $2n = -3$ and "
+    "818b61877c9b6e4c": r"As $\frac{1}{25} = 5^{-2}$, the exponents must agree: $2n + 1 = -2$. So $2n = -3$ and "
                         r"$n = \boxed{-\frac{3}{2}}$.",
     "1a8eaad33bd5066e": r"The arrangement is fixed by the places of the three X. There are $\binom{5}{3} = 10$ ways to "
                         r"choose them, all equally likely, and one of them reads XOXOX. The probability is "
                         r"$\boxed{\frac{1}{10}}$.",
     "28de1bcdc7f65d48": r"From $\frac{4}{3} \pi r^3 = 36 \pi$ we get $r^3 = 27$, so $r = 3$. The surface area is "
                         r"$4 \pi r^2 = 4 \pi \cdot 9 = \boxed{36\pi}$.",
-    "b93d883d34aa20c9": r"We have $x = \rho \sin \phi \cos \theta = 4 \cdot 1 \cdot \frac{1}{2} = 2$, "
+    "9ff63d501b016959": r"We have $x = \rho \sin \phi \cos \theta = 4 \cdot 1 \cdot \frac{1}{2} = 2$, "
                         r"$y = \rho \sin \phi \sin \theta = 4 \cdot 1 \cdot \left( -\frac{\sqrt{3}}{2} \right) = "
                         r"-2 \sqrt{3}$ and $z = \rho \cos \phi = 0$. The point is $\boxed{(2, -2 \sqrt{3}, 0)}$."}
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
