@@ -30,6 +30,7 @@ from irpo_utils.evaluation import t_quantile
 BLUE, ORANGE, GREEN, PINK, SKY, BROWN, GREY = CYCLE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6A00", "#5F5F5F")
 INK, PAPER = "#000000", "#FFFFFF"
+LOW = 40        # %: an axis to 100 would leave most of the figure empty below this
 NAMES = {"majority": "majority of {k}", "pass_at_k": "pass@{k}", "distinct_answers": "among {k}",
          "mean_tokens": "sampled", "greedy_mean_tokens": "greedy"}
 
@@ -77,13 +78,16 @@ def accuracy_per_iteration(metrics: pd.DataFrame, intervals: pd.DataFrame | None
     """Greedy, majority (if all iterations have it at one k) and sampled accuracy of M_0..M_T: mean with 95 % interval,
     single seeds thin.
 
-    `intervals`: means with `low` and `high` by `metric` and `iteration`, in place of `summarise`'s wider ones.
+    `intervals`: means with `low` and `high` by `metric` and `iteration`, in place of `summarise`'s wider ones. The axis goes
+    to 100 %, or a little above the data where these stay under `LOW`.
     """
     figure, axes = _figure(6.6, 4.2)
     lines = [_line(axes, metrics, m, colour, intervals) for m, colour in
              (("greedy", BLUE), ("majority", GREEN), ("sampled", ORANGE)) if m != "majority" or _shared_ks(metrics, m)]
     of = f"{metrics.loc[metrics.metric == 'greedy', 'n'].max():.0f} questions" if "n" in metrics else "questions"
     _iterations(axes, f"Right answers (% of {of})", percent=True)
+    if axes.dataLim.y1 < LOW:
+        axes.set_ylim(0, 1.25 * axes.dataLim.y1)
     return _finish(figure, f"Right answers per iteration (% of {of})", [lines])
 
 

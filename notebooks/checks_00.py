@@ -69,7 +69,7 @@ def sampling_hours(function) -> str:
             return (f"It fits one case, but 10 questions with 2 samples of 36 tokens at 1 token per second take 0.2 hours and you "
                     f"get {other}. Are there numbers in your function that should be arguments?")
         return (f"Right: with {questions:,} questions, {samples} samples of {tokens} tokens, {iterations} iterations and {rate:,} tokens per "
-                f"second it is {right:.0f} hours. Sampling is where the money goes in the paper's setting.")
+                f"second it is {right:.0f} hours.")
     for message, wrong in mistakes.items():
         if _same(value, wrong):
             return message

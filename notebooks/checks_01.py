@@ -163,6 +163,10 @@ def choose(function) -> str:
     if message or other != 0.5:
         return ("Almost: for another table, {0.5: [2, 2, 0], 1.0: [2, 0, 0]} with n = 3, it should be 0.5. Does your function use "
                 "its own arguments?")
+    other, message = _number(function, {0.5: [5, 5, 0], 1.0: [1, 1, 1]}, 10)
+    if message or other != 1.0:
+        return ("Almost: for {0.5: [5, 5, 0], 1.0: [1, 1, 1]} with n = 10 it should be 1.0. Do you count the pairs that could be made? A "
+                "question counts once, whether one of its samples is right or five.")
     return "Right: at this temperature the most questions have a winner and a loser."
 
 

@@ -28,6 +28,7 @@ def extract_number(function) -> str:
         ("3-8=-5\nFinal answer: -5", -5, {5: "The minus is lost."}),
         ("Final answer: 12 or 13", None, {12: "Of two different numbers you took the first. That rewards hedging: return None.",
                                           13: "Of two different numbers you took the last. That rewards hedging: return None."}),
+        ("Final answer: 12 or 13 or 12", None, {12: "The first and the last number agree, but one between them does not: look at all."}),
         ("Final answer: 12 = 12.0", 12, {None: "12 and 12.0 are one number written twice: compare numbers, not texts."}),
         ("We need 5 more.\nThe answer is 42.", None, {
             42: "There is no \"Final answer:\" in the text, so there is no answer.", 5: whole_text,
@@ -37,6 +38,8 @@ def extract_number(function) -> str:
         ("Final answer: 42\n\nThis took 3 steps.", 42, {
             None: "You read on after the line of the answer: it ends at the line break.",
             3: "You took the last number of the text; the answer ends at its line break."}),
+        ("Final answer: 12,13", None, {
+            1213: "That comma stands between two numbers: only one that three digits follow stands between thousands."}),
     ]
     results = []
     for completion, expected, wrong in cases:
@@ -79,8 +82,9 @@ def fooled(completion, naive) -> str:
     if extracted == "42":
         return ("The naive grader reads 42, but so does a reader: the final answer of your completion *is* 42. That is a true "
                 "positive. Make the final answer another one.")
-    if extracted is None and not re.search("final answer", completion, re.IGNORECASE) and re.fullmatch(r"\W*(?:is|:|=)?\W*42\W*", line):
-        return ("The naive grader reads 42, but so does a reader: there is only the marker missing, and no other answer is "
+    read = re.sub(r"\bnot \d\S*", "", line)           # "42 (not 41)" says 42
+    if extracted is None and set(re.findall(r"\d+(?:[.,/]\d+)*", read)) == {"42"} and not HEDGES.search(read):
+        return ("The naive grader reads 42, but so does a reader: the form is not the one that was asked for, but no other answer is "
                 "given. Make the completion say something else than 42.")
     said = f"its final answer is {extracted}" if extracted else "it commits to no single number"
     return f"Right: the naive grader reads 42, but {said}."

@@ -156,6 +156,7 @@ def keep(function) -> str:
         "accuracy falls, and significantly so": _table((0.3, 0.6, 0.4), (0.001, 0.001), ((-0.1, -0.05), (-0.06, -0.03))),
         "the first step is not sound already": _table((0.3, 0.31, 0.6), (0.8, 0.001), ((-0.1, -0.05), (-0.06, -0.03))),
         "the winners stay where they were, which is no fall": _table((0.3, 0.5, 0.7), (0.001, 0.001), ((-0.1, -0.1), (-0.1, -0.1))),
+        "the winners rise, though from a lower start than they had reached": _table((0.3, 0.5, 0.7), (0.001, 0.001), ((-0.1, -0.03), (-0.08, -0.05))),
         "M_0 is all there is": _table((0.3,), (), ()),
     }
     values = {}
@@ -174,6 +175,7 @@ def keep(function) -> str:
         ("You look for the last sound step. An unsound one before it has to end the walk.", lambda t: max([i for i in range(1, len(t)) if _sound(t, i)], default=0)),
         ("You count sound steps. Stop at the first one that is not.", lambda t: sum(_sound(t, i) for i in range(1, len(t)))),
         ("You do not look at the winners' log-probability: a step that lowers it is not sound, even if accuracy rose.", lambda t: _keep(t, logp=False)),
+        ("You compare the winners with those of the iteration before. These are other pairs: compare before and after of the same t.", _along),
         ("You do not look at p: a gain that may be luck is not sound.", lambda t: _keep(t, p=False)),
         ("You look at p, but not at the direction: a significant *fall* is not sound.", lambda t: _keep(t, rise=False)),
         ("Where the winners' log-probability stays equal it has not fallen: that is sound.", lambda t: _keep(t, strict=True)),
@@ -194,6 +196,13 @@ def _sound(table, t, rise=True, p=True, logp=True, strict=False) -> bool:
     row = table[t]
     fell = row["logp_after"] <= row["logp_before"] if strict else row["logp_after"] < row["logp_before"]
     return (not rise or row["greedy"] > table[t - 1]["greedy"]) and (not p or row["p"] < 0.05) and not (logp and fell)
+
+
+def _along(table) -> int:
+    """`keep` with the winners after each training compared along the line, over different pairs."""
+    rows = [{**row, "logp_before": before["logp_after"]} if before and before["logp_after"] is not None else row
+            for row, before in zip(table, [None, *table])]
+    return _keep(rows)
 
 
 def _keep(table, **rules) -> int:

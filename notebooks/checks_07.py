@@ -144,7 +144,7 @@ def minutes_lost(function) -> str:
             return message
     right = {name: _lost(minute) for name, minute in KILLED.items()}
     if all(_close(values[name], right[name]) for name in right):
-        return "Right: what was finished is kept. The longest stage is the most that you can lose."
+        return "Right: what was finished is kept. The longest of them is the most that can be lost."
     total = sum(minutes for _, minutes in STAGES)
     strategies = [
         ("You count everything since the start of the run. Stages that were finished are kept.", lambda m: m),

@@ -138,6 +138,8 @@ def test_pass_at_k_by_enumeration_is_right():
     (lambda counts, n: max(counts), "need a winner as well"),
     (lambda counts, n: max(sum(0 < c < n for c in counts[t]) for t in counts), "return the temperature"),
     (lambda counts, n: 1.0, "its own arguments"),
+    (lambda counts, n: max(counts, key=lambda T: sum(c * (n - c) for c in counts[T])), "counts once"),
+    (lambda counts, n: max(counts, key=lambda T: sum(min(c, n - c) for c in counts[T])), "counts once"),
     (lambda counts, n: "warm", "Return one temperature"),
 ])
 def test_choose_names_the_mistake(wrong, words):

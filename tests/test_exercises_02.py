@@ -72,7 +72,9 @@ def one(found):
     (lambda text: one(set(re.findall(r"[\d.,-]*\d", last_line(text)))), "return a Fraction"),
     (lambda text: (number(last_line(text)) or [None])[0], "took the first. That rewards hedging"),
     (lambda text: (number(last_line(text)) or [None])[-1], "took the last. That rewards hedging"),
-    (lambda text: (number(last_line(text)) or [0])[0] if last_line(text) != "12 or 13" else None, "0 would be an answer"),
+    (lambda text: (found := number(last_line(text))) and found[0] if len({*number(last_line(text))[::len(number(last_line(text))) - 1 or 1]}) == 1 else None, "one between them"),
+    (lambda text: one({Fraction(n.replace(",", "")) for n in re.findall(r"-?[\d,]*\d(?:\.\d+)?", last_line(text))}), "three digits follow"),
+    (lambda text: (number(last_line(text)) or [0])[0] if " or " not in last_line(text) else None, "0 would be an answer"),
     (lambda text: one({abs(n) for n in number(last_line(text))}), "minus is lost"),
     (lambda text: one({Fraction(n) for n in re.findall(r"-?\d+", last_line(text))}), "comma"),
     (lambda text: float(last_line(text)), "raised ValueError"),
@@ -87,7 +89,9 @@ def test_a_float_will_do():
 
 
 @pytest.mark.parametrize("attempt, words", [
-    ("Final answer: 42", "so does a reader"), ("The answer is 42.", "so does a reader"),
+    ("Final answer: 42", "so does a reader"), ("The answer is 42.", "so does a reader"), ("The answer is 42", "so does a reader"),
+    ("The answer is 42 eggs.", "so does a reader"), ("Answer: 42 dollars", "so does a reader"),
+    ("So the answer is 42, as computed.", "so does a reader"), ("Final answer: 42 (not 41)", "so does a reader"),
     ("Final answer: 41", "it reads 41"), ("42", "it reads None"), (42, "Write a completion"),
 ])
 def test_completions_that_fool_nobody(attempt, words):

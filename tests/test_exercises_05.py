@@ -120,6 +120,8 @@ def walk(table, **rules):
     (lambda t: max([i for i in range(1, len(t)) if sound(t, i)], default=0), "last sound step"),
     (lambda t: sum(sound(t, i) for i in range(1, len(t))), "count sound steps"),
     (lambda t: walk(t, logp=False), "do not look at the winners"),
+    (lambda t: next((i - 1 for i in range(1, len(t)) if not sound(t, i, logp=False) or t[i]["logp_after"] <
+                     (t[i - 1]["logp_after"] if i > 1 else t[i]["logp_before"])), len(t) - 1), "iteration before"),
     (lambda t: walk(t, p=False), "do not look at p"),
     (lambda t: walk(t, rise=False), "not at the direction"),
     (lambda t: 1, "keep M_"),

@@ -56,8 +56,9 @@ assert models.default_device() in ("cpu", "cuda")
 #
 # A language model can often solve a problem that it usually gets wrong. Ask it thirty times and some of the answers are
 # right. Iterative RPO ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)) lets the model learn from those: its own
-# right answers are the good examples, its own wrong answers the bad ones. Nobody writes a solution or ranks anything.
-# All it takes is questions whose final answer is known.
+# right answers are the good examples, its own wrong answers the bad ones. Nobody ranks anything, and nobody has to write a solution:
+# all it takes is questions whose final answer is known. (Where worked solutions exist, as in GSM8K, the paper puts them among the
+# good examples, too; see notebook 03.)
 
 # %% [markdown]
 # ```

@@ -155,11 +155,11 @@ assert profile.model != "seed" or count_right(dressed) > count_right(bare)
 # ## 2 One step: the distribution of the next token
 #
 # The model maps the prompt to one number for each token of its vocabulary, a [logit](../docs/glossary.md#logit). The softmax makes
-# them probabilities. Take the longest question we have, the one that needs its working most.
+# them probabilities. Take the question with the most steps, the one that needs its working most; of those the longest.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-longest = max(questions, key=lambda row: len(row["question"]))
+longest = max(questions, key=lambda row: (row.get("steps", 0), len(row["question"])))    # not every task counts steps
 prompt_ids = tokenizer(sampling.render_prompt(tokenizer, task.prompt(longest)), add_special_tokens=False,
                        return_tensors="pt").input_ids.to(model.device)
 with torch.inference_mode():
@@ -178,6 +178,7 @@ top = probabilities.topk(6)
 for p, token in zip(top.values.tolist(), top.indices.tolist()):
     print(f"{p:8.4f}  {tokenizer.decode([token])!r}")
 assert abs(probabilities.sum().item() - 1) < 1e-4
+assert profile.model != "seed" or tokenizer.decode([top.indices[0].item()]) == "Final"
 
 # %% [markdown]
 # With the seed model it is `Final`, as in "Final answer: ...": M_0 is about to blurt out a number, on the very question
@@ -739,7 +740,7 @@ metrics = pd.read_csv(run / "metrics.csv")
 curves = metrics[(metrics.metric == "pass_at_k") & metrics.iteration.isin([0, last])].copy()
 curves["metric"] = [f"M_{t}" for t in curves.iteration]
 assert curves.value.between(0, 1).all()
-plots.sweep(curves, "k", "k, samples per question")
+plots.sweep(curves, "k", "k, samples per question", "pass@k (%)")
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -752,9 +753,23 @@ assert before.is_monotonic_increasing and after.is_monotonic_increasing
 
 # %% [markdown]
 # The gap narrows as k grows: much of what the last model finds at the first try, M_0 finds once in many. Where it does not close,
-# beware of the conclusion that training taught something new. The seed model was made so that it *can* work out every one of
-# these questions ([its card](../docs/model_card_seed.md)); on long ones the careful way is just so rare that even the
-# largest k above misses it. A curve of pass@k ends where the samples end, and that is not where the ability ends.
+# beware of the conclusion that training taught something new. How often does M_0 go the careful way at all, with an equation for
+# every step, and where does that lead?
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+if "steps" in questions.column_names:
+    by_steps = grading.grade(samples, task).to_pandas()[["id", "completion", "correct"]].merge(questions.to_pandas()[["id", "steps"]])
+    by_steps["careful"] = by_steps.completion.str.count("=") >= by_steps.steps
+    for steps, group in by_steps.groupby("steps"):
+        print(f"{steps} steps: careful in {100 * group.careful.mean():4.1f} % of the samples; right in "
+              f"{100 * group.correct[group.careful].mean():3.0f} % of these and {100 * group.correct[~group.careful].mean():.0f} % of the others")
+    assert len(by_steps) == len(samples)
+
+# %% [markdown]
+# On long questions the careful way is rare and often slips, and without it hardly anything is right. Both chances multiply, so that
+# even the largest k above misses what M_0 could do. A curve of pass@k ends where the samples end, and that is not where the
+# ability ends.
 #
 # With k in the hundreds, [Yue et al. 2025](https://arxiv.org/abs/2504.13837) saw the curves of large models trained by
 # reinforcement learning meet those of their base models, and then cross: at large k the base model wins. The paper that
@@ -824,7 +839,8 @@ plots.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
 
 # %% [markdown]
 # Cold: the N samples agree, so some questions have no loser, and others no winner. Hot: hardly anything is right. The best place lies between. The
-# bands are 95 % intervals over questions; where they overlap, the choice is a matter of taste.
+# bands are 95 % intervals over questions; where they overlap widely, these questions do not decide. (Where they overlap a little, a
+# comparison question by question may still do so: notebook [05](05_iterations.ipynb).)
 #
 # As training goes on the model gets better, and the balance moves. **Predict**: for the *last* model, does the best temperature lie
 # lower or higher?

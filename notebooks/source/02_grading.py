@@ -343,8 +343,8 @@ print(by_form.sort_values("count", ascending=False, kind="stable").to_string())
 # Most of them are right answers in a form that was not asked for. Which kind of error does more harm? Follow each into
 # the pairs:
 #
-# - a *false negative* turns a right completion into a loser. The same text may be a winner in the next sample, so
-#   the model is pushed away from the odd form at least as much as from the answer;
+# - a *false negative* turns a right completion into a loser. The same answer, in the form that was asked for, is a winner in
+#   the next sample, so the model is pushed away from the odd form at least as much as from the answer;
 # - a *false positive* turns a wrong completion into a winner. Nothing pushes back, and the next model makes more of it.
 #
 # That is why the package is strict in doubt. It is a choice, and others choose otherwise: graders for *evaluation* are
@@ -461,7 +461,7 @@ print(f"pairs with a lucky winner: {guessed[used].mean():.3f}")
 # drop out: among 30 guesses some are right and some are wrong, almost surely. And every question that stays gives K pairs,
 # however few its winners. So pairing *concentrates* luck.
 #
-# **Predict**: would a better model have fewer lucky pairs, or more? And what if you drew more samples?
+# **Predict**: would a model that is surer of what it knows have fewer lucky pairs, or more? And what if you drew more samples?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -473,13 +473,14 @@ for right_if_known in (0.8, 0.9, 0.97, 0.99):
         guessed, winners = simulate(known, right_if_known, options, n)
         used = (winners > 0) & (winners < n)
         table.append({"metric": f"right if known: {right_if_known}", "n": n, "value": guessed[used].mean()})
-figure = plots.sweep(pd.DataFrame(table), "n", "Samples per question N")
+figure = plots.sweep(pd.DataFrame(table), "n", "Samples per question N", "Pairs with a lucky winner (%)")
 assert all(0 < row["value"] < 1 for row in table)
 figure
 
 # %% [markdown]
 # The curves show the share of pairs with a lucky winner. The surer the model is of what it knows, the *more* of its pairs come
-# from questions that it guesses. More samples help, but slowly: a known question needs many before one goes wrong.
+# from questions that it guesses. More samples help, but slowly: a known question needs many before one goes wrong. A model that
+# knows *more* questions is another matter: it guesses fewer, and has fewer lucky pairs (exercise 2.3 lets you try).
 #
 # What else helps? More options; a higher temperature (the paper samples hotter in later iterations, so that enough
 # samples go wrong); asking for what cannot be guessed; or leaving out questions on which the samples look like guesses.
@@ -644,7 +645,7 @@ assert won.correct.all()
 #   [false negatives](../docs/glossary.md#false-negative), and they can be counted on labelled completions.
 # - False positives are taught to the next model, so a grader for training is strict in doubt.
 # - A truncated completion has no answer, whatever it seems to say.
-# - On multiple choice pairs hold far more lucky winners than winners do, and the better the model, the more.
+# - On multiple choice, far more of the pairs than of the winners are lucky, and the surer the model is of what it knows, the more.
 # - Where there are many ways to be wrong, right answers mostly have right working, though nobody looked at it.
 #
 # **What to try.** Add ten completions of your own model to the labelled set, with your verdict, and run section 5 again.
@@ -657,6 +658,6 @@ assert won.correct.all()
 # 2. Why are fractions compared exactly?
 # 3. A completion ends in "Final answer: 36" and was cut off at the token limit. What is its reward here, and why?
 # 4. Which does more harm in training, a false positive or a false negative?
-# 5. Why does a better model have *more* lucky pairs on multiple choice?
+# 5. Why does a model that is surer of what it knows have *more* lucky pairs on multiple choice?
 #
 # **Next**: [03 · Pairs](03_pairs.ipynb): which winner meets which loser, and what is left out.

@@ -253,7 +253,7 @@ assert list(zip(preferences["id"], preferences["chosen_sample"], preferences["re
 {name: number for name, number in counts.items() if number}
 
 # %% [markdown]
-# - `all_right`: no loser, so the pair has nobody to beat. The question has been learnt, or is too easy.
+# - `all_right`: no loser, so the winners have nobody to beat. The question has been learnt, or is too easy.
 # - `all_wrong`: no winner. The question is too hard for this model, or its answers cannot be read (see [02](02_grading.ipynb)).
 #
 # Both are simply dropped. The training set is what the model gets right *sometimes*.
@@ -449,7 +449,7 @@ from irpo_utils import plots
 
 curve = [{"metric": f"right with p = {p}", "n": n, "value": (1 - p) ** n + p ** n}
          for p in (0.02, 0.1, 0.5, 0.95) for n in (1, 2, 4, 8, 16, 30)]
-figure = plots.sweep(pd.DataFrame(curve), "n", "Samples per question N")
+figure = plots.sweep(pd.DataFrame(curve), "n", "Samples per question N", "Questions without a pair (%)")
 assert all(0 <= point["value"] <= 1 for point in curve)
 figure
 

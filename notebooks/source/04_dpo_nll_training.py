@@ -663,7 +663,7 @@ for name in SIZES:
     print(f"{full / qlora:8.1f}")
 
 # %% [markdown]
-# Norms and biases are left out, a thousandth at most. The last line tells why the paper needs many
+# Norms and biases are left out, about a thousandth at most. The last line tells why the paper needs many
 # [GPUs of 80 GB](https://arxiv.org/html/2404.19733v3#S3) for training, and why one such card could hold the same model
 # with QLoRA. What is *not* in the table: activations and logits, which grow with batch and length. `micro_batch_size` and
 # `gradient_checkpointing` lower those.
@@ -811,13 +811,17 @@ statements = [("DPO + NLL raises winners (figs. 2a, 3a)", moved["DPO + NLL", "ch
               ("SFT raises losers, too (fig. 2a)", moved["SFT", "rejected"], +1)]
 for text, nats, sign in statements:
     print(f"{text:40} {'agrees' if sign * nats > 0 else 'DISAGREES':10} {nats:+7.2f} nats")
+print("winners, start, highest (at step) and end:")
+for name, curve in curves.items():
+    chosen = curve["logps_chosen"]
+    print(f"  {name:10} {chosen.iloc[0]:6.2f} {chosen.max():6.2f} ({curve['step'][chosen.idxmax()]:3}) {chosen.iloc[-1]:6.2f}")
 assert moved["DPO + NLL", "chosen"] > moved["DPO + NLL", "rejected"] and moved["SFT", "chosen"] > 0
 
 # %% [markdown]
 # With the default profile all but one agree, and three remarks are due.
 #
 # **DPO alone** raises the winners *first*, and then lets them fall while the gap goes on growing: follow the curve and not
-# only its ends. With the profile's own, gentler learning rate one epoch ends before that turn. There DPO alone raises
+# only its ends. With the NLL term they turn as well, later and less, and end above their start. With the profile's own, gentler learning rate one epoch ends before that turn. There DPO alone raises
 # winners too, and the NLL term makes little difference. So the effect is real, and it depends on how far one goes.
 #
 # **Losers under SFT** disagree: here they fall. A reason may be the size of the numbers. Turn the log-probabilities into
@@ -850,7 +854,7 @@ print(len(held_out), "validation questions, greedy")
 assert all(len(correct) == len(held_out) for correct in right.values())
 
 # %% [markdown]
-# **SFT** is the third remark: the paper has it far behind, and here, after one round, it keeps up with the others or beats them.
+# **SFT** is the third remark: the paper has it far behind DPO + NLL, and here, after one round, it keeps up with the others or beats them.
 # Intervals of this width decide nothing between the three; a sharper, paired comparison comes in notebook
 # [05](05_iterations.ipynb). But look at what there is to imitate:
 
@@ -915,7 +919,7 @@ for alpha in (0.0, 1.0):
 # - TRL's `sft` term weighs winners by their length; Eq. 1 does not.
 # - NF4 is blocks, absmax and sixteen quantiles; LoRA is two thin matrices that begin as nothing; together they fit a large
 #   model on one card.
-# - Whether the NLL term matters depends on the data. Plot winners and losers of a fixed probe, and look.
+# - Whether the NLL term matters depends on the data and on how far one goes. Plot winners and losers of a fixed probe, and look.
 
 # %% [markdown]
 # **Try**

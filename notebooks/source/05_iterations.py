@@ -694,11 +694,12 @@ assert len(alarm) >= 2
 alarm.round(3)
 
 # %% [markdown]
-# The loss and the margin say *better and better*. The winners' log-probability says *stop* after a few steps. That is why the
+# The loss and the margin say *much better than at the start*. The winners' log-probability says *stop* after a few steps. That is why the
 # run logs it, and why loss and reward accuracy are no reason to trust a preference training.
 #
-# An honest word on how far one must go for this. At five times the profile's rate with the NLL term the run did *not* collapse, though we had
-# expected it ([the log](../figures/LOG.md)). A larger model on a harder task may be less patient.
+# An honest word on how far one must go for this. At five times the profile's rate with the NLL term one run of four iterations did *not*
+# collapse, though we had expected it ([the log](../figures/LOG.md)). With more seeds and more iterations such a rate does turn
+# ([notebook 06](06_baselines_and_ablations.ipynb), section 8), and a larger model on a harder task may be less patient.
 
 # %% [markdown]
 # ## 12 When to stop
@@ -712,6 +713,9 @@ alarm.round(3)
 # | answers are cut off at the token limit, or shrink to nothing | `truncated_rate`, `mean_tokens` |
 # | answers cannot be read | `no_answer_rate` |
 # | accuracy falls | `greedy`, too late |
+#
+# A sign is a reason to look, no verdict. [Notebook 06](06_baselines_and_ablations.ipynb), section 8, has runs in which the winners
+# fell a little in the very first step, which was also the best one.
 
 # %% [markdown]
 # And without a collapse: stop when a step's gain is no more than luck, or when no pairs are left to train on, since questions with only

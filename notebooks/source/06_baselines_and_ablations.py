@@ -415,7 +415,7 @@ assert "Iterative RPO" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# One line of the paper's table is about votes: 32 samples of M_0 (70.7) do worse than one greedy answer of M_1 (73.1). Here:
+# One comparison in the paper's table is about votes: 32 samples of M_0 (70.7) do worse than one greedy answer of M_1 (73.1). Here:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -530,11 +530,12 @@ assert len(against_irpo(1))
 # %% [markdown]
 # What to take from that. Once each method has its own rate, most of them end close together, at what M_0 could do before it became
 # hasty. After one iteration Iterative RPO is clearly ahead of SFT on the winners, as in the paper, and level with DPO without NLL,
-# which in the paper is far behind. Then the picture turns. SFT on the winners and GRPO rise further and stay up; Iterative RPO
-# stands still, and in its fourth iteration one seed of five falls, which makes its interval so wide; DPO without NLL
+# which in the paper is far behind. Then the picture turns. SFT on the winners rises further and stays up; Iterative RPO rises a little
+# for three iterations, and in its fourth one seed of five falls, which makes its interval so wide; DPO without NLL
 # falls in nearly all of them. Section 6 looks into that. Mind the seeds, in brackets above: a method with three is set against the
-# same three of Iterative RPO, and the one that falls is not among them. So "worse" after four iterations holds for those three,
-# and their lines are not to be set beside those of the methods with five. The surprise is SFT on gold solutions, ahead of Iterative
+# same three of Iterative RPO, and the one that falls is not among them; on these GRPO and Iterative RPO rise alike. So what the list
+# says of a method with three, after four iterations, holds for those three, and their lines are not to be set beside those of the methods
+# with five. The surprise is SFT on gold solutions, ahead of Iterative
 # RPO after one iteration and of all but GRPO and SPIN, where it is within noise: M_0 hides its working, and the gold solutions show it in the very form that it
 # once learnt. And the controls do their work: with verdicts by lot the model gets worse, so it is the verdict that teaches;
 # four examples in the prompt, a form that this small model has never seen, ruin it.
@@ -684,7 +685,9 @@ assert len(moved)
 moved.round(2)
 
 # %% [markdown]
-# Only in part. From M_0 the winners rise with the NLL term *and* without, at the rates that the tuning chose. From SFT on the winners,
+# Only in part. From M_0 the winners rise with the NLL term *and* without, at the rates that the tuning chose. (These are sums over an
+# answer, as in the paper. Without the term short winners gain and long ones lose, so that the mean *per token*, which section 8 watches,
+# falls by a fiftieth in the same training.) From SFT on the winners,
 # where they stand high already, they fall a little with both, and lower without it. And SFT pushes the losers *down* here. The
 # reason is the kind of pair: early losers are mostly blurted numbers, which part from the winners at the first token, so that
 # what raises the one lowers the other. In the paper winners and losers are both chains of thought that share most of their
@@ -768,8 +771,8 @@ spread.rename(index=TITLE).round(1)
 # place; DPO without NLL, which is falling by then, is below even them. GRPO gets as much from its tokens, and takes longer
 # here, since it draws its small batches one after the other. And narrowing costs little. The second sample adds more at M_1 than at
 # M_0, and then less with most methods, because the first is right more often, while both together solve more. The exceptions are
-# SPIN and, much more so, DPO without NLL: as it falls, the second sample adds as much as before, and both together solve less. That
-# is not variety, it is damage.
+# SPIN, Iterative RPO in its last iteration, where one seed falls, and, much more so, DPO without NLL: as it falls, the second sample
+# adds as much as before, and both together solve less. That is not variety, it is damage.
 
 # %% [markdown]
 # ## 6 When does the NLL term matter?
@@ -848,8 +851,8 @@ print(f"The term helps from rate {helps.min():g} on." if len(helps) else "At non
 assert len(usual) <= len(labels)
 
 # %% [markdown]
-# At the lower two rates no difference between with and without the term was seen after two iterations; two seeds at 1e-4 and one at
-# 2e-5 could not show one of less than about five points. Then there is an edge. At 3e-4 DPO alone gets not half as far in one
+# At 1e-4 no difference between with and without the term was seen after two iterations, and two seeds could not show one of less than about
+# five points; at 2e-5 the largest α is a little ahead in the one seed, whose interval is over questions alone. Then there is an edge. At 3e-4 DPO alone gets not half as far in one
 # iteration as at 1e-4, and has lost that again, to about M_0, after two. The more of the term, the later and the slower the fall; with the largest α it hardly shows, and SFT on the winners, which is what remains of the loss as α grows, has
 # no edge on this map at all. The KL of the first step says it in time: for DPO alone it is several times as large on the far side of
 # the edge as on the near side. And the edge is not only one of rates. In the comparison DPO without NLL
@@ -1068,7 +1071,8 @@ material.round(2).astype(object).fillna("")
 # are easy to tell, and one good training lifts it. Winners alone stay where they are, at a KL per step that goes on shrinking. With
 # pairs that KL had shrunk to a fraction of a nat, too, and grows again about the turn. Of the two signs the KL came with the turn or
 # after it, so that it tells in time to go back to the model before, and no earlier. The fall of the winners came before the turn in
-# four of six runs, by one to three iterations, but it came in a run that did not turn as well, so it is a reason to look and no proof.
+# four of six runs, by one to three iterations. But in two of the four it came in the first step, which took the model to nearly its
+# best, and it came in a run that did not turn as well. So it is a reason to look and no proof.
 #
 # Mind where the rate comes from: it was the best of three *after two iterations*. For eight it is too high, once there is little left
 # to learn but to tell near-equal calculations apart. The default profile, at a fifth of it, rises through all of its four
@@ -1078,8 +1082,8 @@ material.round(2).astype(object).fillna("")
 # ## 9 Ablations: one setting at a time
 #
 # The base run is Iterative RPO at its tuned rate, two iterations on 300 questions, half of those of section 3. Each dot below changes one setting of it, and is compared
-# with the base on the same questions and seeds. The paper has none of these: it names the values that it tried for α and β, and
-# no results for them.
+# with the base on the same questions and seeds. The paper has two of these, after one iteration: without the NLL term, and twice the
+# data. Of α and β it names the values that it tried, and no results for them.
 #
 # **Predict** which of the settings below matter, and which do not.
 
@@ -1173,7 +1177,7 @@ tested.round(3)
 # What may you say after this? That M_1 of a method is better than M_0, if its interval says so: that effect is large. About the
 # order of the methods such a run says little, for three reasons. The intervals are over questions alone, for *this* training:
 # with one seed nothing is known about the next one, and "significant" would be a sentence about these adapters, not about
-# methods. The rates were tuned for runs with many more steps, so that a method with a high rate has a head start here. And an
+# methods. The rates were tuned for two iterations and batches of 16, and here it is one with batches of four. And an
 # interval of no width, where two models got the very same questions right, is no certainty: the bootstrap cannot draw what it has
 # not seen. Compare with the figures of section 3, and with the number of seeds behind them.
 

@@ -161,7 +161,7 @@ for (name, what), row in table.iterrows():
     assert 0.7 < by_hand / stage.memory < 1.05
 
 # %% [markdown]
-# By hand it is less, by up to a quarter. What we left out: one block's activations in full and a weight matrix while it is
+# By hand it is less, by up to a fifth. What we left out: one block's activations in full and a weight matrix while it is
 # unpacked; 32 prompts that go through the model together at the beginning; a second copy of one block's cache while rows are
 # moved; and where it fits into two gigabytes, the whole base unpacked for sampling from M_0. Neither count knows the gaps
 # between tensors that an allocator cannot use: the module leaves 5 % of the card for them.
@@ -621,9 +621,9 @@ else:
 assert low <= high
 
 # %% [markdown]
-# If that interval holds zero, the model does not prefer the questions that it was more likely trained on: it has seen both or
-# neither, or too seldom to tell. For a model of this size, with so few questions, that is as much as can be said. Run it on
-# yours.
+# If that interval holds zero, no preference for the questions that it was more likely trained on has been shown: the model has seen
+# both or neither, or too seldom to tell. One as large as the upper end is not ruled out. For a model of this size, with so few
+# questions, that is as much as can be said. Run it on yours.
 
 # %% [markdown]
 # ## 4 A run, small and whole
@@ -785,14 +785,15 @@ assert "--sampling-batch-size" in said
 # | both | `--max-new-tokens` | longer answers are cut off, and wrong: another result |
 # | all | a smaller model, or a larger card | |
 #
-# The first three may be changed in the middle of a run; so may where the log goes. Whatever else changes makes it another run,
-# which needs another `--out`:
+# The first three may be changed in the middle of a run; so may where the log goes, and whether several cards share the model
+# ([notebook 08](08_past_one_gpu.ipynb)). Whatever else changes makes it another run, which needs another `--out`:
 
 # %%
 print(profiles.MAY_CHANGE)
 
 # %% [markdown]
-# **bf16 or fp16?** Both have 16 bits. fp16 spends ten of them on digits and five on the exponent, bf16 seven and eight.
+# **bf16 or fp16?** Both have 16 bits. fp16 spends ten of them on binary digits and five on the exponent, bf16 seven and eight. (One more
+# digit, the leading 1, is not stored.)
 
 # %%
 for dtype in (torch.float16, torch.bfloat16):
@@ -869,8 +870,8 @@ assert len(watch) == len(watched)
 watch.round(3).astype(object).fillna("")
 
 # %% [markdown]
-# With the default profile the KL is well over a nat in one iteration: that is the high rate of a demonstration, and would be a
-# warning in a real run.
+# With the default profile the KL is well over a nat in one iteration. A first step may be that long, since M_0 has most to change; the
+# same in a later iteration would be the warning.
 
 # %% [markdown]
 # ## 7 Machines that are taken away
@@ -892,10 +893,13 @@ assert again == rows and finished == {path: path.stat().st_mtime for path in out
 # %% [markdown]
 # Nothing was made anew; the seconds went into loading the model.
 #
-# **What is lost at most** is the stage under way, since a stage is kept when it is finished. So the longest stage is the
-# measure of an interruption. On a machine that is taken away every hour, a stage of two hours never ends. Then make stages
-# shorter: `--n-questions` and `--n-eval-questions` cut sampling and evaluation, `--max-pairs` the training. From the plan, per
-# iteration:
+# **What is lost at most?** A finished stage is kept. Within a stage, sampling and evaluation keep a block of some two thousand
+# completions as soon as it is there, and training keeps checkpoints, as often as fits into a fiftieth of its time. So an
+# interruption costs one block, or the steps since the last checkpoint: minutes. (Exceptions: GRPO, and a model that is trained in
+# parts, as in notebook 08, keep nothing inside the training.)
+#
+# That is worth its code. A program that keeps whole stages only may lose nearly all of its longest one, and on a machine that is taken
+# away every hour, a stage of two hours never ends. How long would that be? From the plan, per iteration:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -910,8 +914,8 @@ for name, card in (("qwen2.5-0.5b", "RTX4090-24GB"), ("llama-3.1-8b", "A100-80GB
 #
 # **Goal**: know what an interruption costs. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# `minutes_lost(stages, killed_at)` takes the stages of a run in their order, as pairs of a name and its minutes, and the minute
-# at which the machine was taken away. Return the minutes of work that have to be done again. (Loading the model does not
+# Take such a program, one that keeps whole stages only. `minutes_lost(stages, killed_at)` takes the stages of its run in their order, as
+# pairs of a name and its minutes, and the minute at which the machine was taken away. Return the minutes of work that have to be done again. (Loading the model does not
 # count.)
 #
 # <details><summary>Hint</summary>
@@ -938,7 +942,8 @@ def minutes_lost(stages, killed_at):
 print(checks_07.minutes_lost(minutes_lost))
 
 # %% [markdown]
-# The worked solution is in [solutions/07_real_models_on_one_gpu.ipynb](solutions/07_real_models_on_one_gpu.ipynb).
+# The worked solution is in [solutions/07_real_models_on_one_gpu.ipynb](solutions/07_real_models_on_one_gpu.ipynb). With blocks and
+# checkpoints the function is the same: put them in the place of the stages.
 
 # %% [markdown]
 # ### Bring it home, and shut the door
@@ -1088,6 +1093,9 @@ assert "nats" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
+# Nothing warns here: the KL of a step is largest at first and gets smaller, and each training raises its winners.
+
+# %% [markdown]
 # ### What larger models reach
 #
 # **None of the following was measured here**, and each has its own questions, prompt and way of grading. Do not compare levels
@@ -1149,7 +1157,7 @@ assert rounding > trained > 0
 #    writes, and what everyone gets who loads your adapter on the base from the hub. *It is not the model that you measured*:
 #    $\Delta$ was learnt beside $\hat W$.
 #
-# And how many bits? $W$ itself is stored in bf16, which has eight binary digits, so its neighbours lie 0.4 to 0.8 % apart.
+# And how many bits? $W$ itself is stored in bf16, which has eight binary digits (seven stored), so its neighbours lie 0.4 to 0.8 % apart.
 # **Predict**: how much of $\Delta$ arrives if the sum is rounded to NF4, to bf16, to fp16 (eleven digits), or to 32 bits?
 # Measured as the [cosine](../docs/glossary.md#cosine) between the change that was meant and the one that came out.
 
@@ -1228,7 +1236,7 @@ table.round(2)
 
 # %% [markdown]
 # The control hardly moves. The original weights with our adapter move more than M_0 does: for a model of this size the rounding
-# to four bits is the larger change, and six steps are a small one. In larger models both differ; measure. For a real run,
+# to four bits is the larger change, and six steps are a small one. In another model, after another training, either may be the larger: measure. For a real run,
 # evaluate the merged folder on the test set with the run's own settings (`models.load("merged", quantize=False)` and
 # `evaluation.evaluate`, as in [notebook 05](05_iterations.ipynb)), and report the number of the model that you hand on, not
 # that of its sibling.
@@ -1279,7 +1287,8 @@ table.round(2)
 # - Compare the cost of the run and not the price of the hour; run a small part first and scale from `timing.csv`.
 # - Three nets compare two files. What a model has read before is a matter of probes, and a probe is worth as much as its
 #   control.
-# - When memory runs out, batches are halved and no number changes. What is lost with the machine is one stage at most.
+# - When memory runs out, batches are halved and no number changes. What is lost with the machine is one block of completions, or the steps
+#   since the last checkpoint.
 # - $W + \Delta$ is not $\hat W + \Delta$, and in few bits it is not even $W + \Delta$. Evaluate what you hand on.
 
 # %% [markdown]
