@@ -92,8 +92,9 @@ def run(arguments: list[str]) -> None:
     """Iterative RPO with a profile; every field of the profile is an option."""
     profile, options = _parse_profile(arguments)
     calm_libraries()
-    from irpo_utils import planning
+    from irpo_utils import methods, planning
 
+    profile = methods.doubled(profile)
     try:
         planned = planning.plan(profile, price=options.price, must_fit=False)
         if not options.quiet and processes.is_first():
@@ -120,7 +121,7 @@ def plan(arguments: list[str]) -> None:
     """Memory, tokens, hours and cost of a run before it is made; without --profile of all profiles."""
     profile, options = _parse_profile(arguments, "plan")
     calm_libraries()
-    from irpo_utils import planning, profiles
+    from irpo_utils import methods, planning, profiles
 
     if profile is None:
         if options.price is not None:
@@ -128,7 +129,7 @@ def plan(arguments: list[str]) -> None:
         each = {name: _parse_profile([*arguments, "--profile", name], "plan")[0] for name in profiles.PROFILES}
         print(planning.overview(each, [options.gpus] if options.gpus else planning.OVERVIEW))
         return
-    planned = planning.plan(profile, options.gpus, options.price, must_fit=False)
+    planned = planning.plan(methods.doubled(profile), options.gpus, options.price, must_fit=False)
     print(planning.table(planned))
     planning.check(planned)
 

@@ -92,7 +92,9 @@ def paired_difference(correct_a, correct_b, seed: int = 0) -> tuple[float, float
 
 
 def seed_and_question_interval(matrix, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high) of `matrix[seed, question]`: resamples seeds and questions, for what a new run would show.
+    """(mean, low, high) of `matrix[seed, question]`: resamples both, for the mean over all seeds and all questions.
+
+    A single new run scatters more than that mean.
 
     All seeds answer the same questions, so a resample takes the same questions for each of its seeds. Give the matrix
     of differences to compare two methods. With one seed the interval holds for that seed only.
@@ -119,6 +121,14 @@ def bootstrap_row(metric: str, values, k: int = 1, seed: int = 0) -> dict:
     return {"metric": metric, "k": k, "value": value, "low": low, "high": high, "n": len(values)}
 
 
+def share_row(metric: str, values, k: int = 1) -> dict:
+    """`bootstrap_row` of shares; where all are 0 or all 1, which gives a bootstrap nothing to draw, Wilson's interval."""
+    row = bootstrap_row(metric, values, k)
+    if row["low"] == row["high"] and row["value"] in (0, 1):
+        row["low"], row["high"] = wilson_interval(int(sum(values)), len(values))
+    return row
+
+
 def proportion_row(metric: str, correct) -> dict:
     """One row of the metrics table from right or wrong per question."""
     right, n = int(sum(correct)), len(correct)
@@ -142,17 +152,18 @@ def score(graded_greedy: Dataset, graded_sampled: Dataset, k: int, questions: Da
     single, many = {i: rows[0] for i, rows in greedy.items()}, [sampled[i] for i in greedy]
     rows = [proportion_row("greedy", [row["correct"] for row in single.values()]),
             bootstrap_row("greedy_mean_tokens", [row["n_tokens"] for row in single.values()]),
-            bootstrap_row("greedy_truncated_rate", [not row["finished"] for row in single.values()])]
-    for metric, of in (("sampled", lambda row: row["correct"]), ("mean_tokens", lambda row: row["n_tokens"]),
-                       ("truncated_rate", lambda row: not row["finished"]),
-                       ("no_answer_rate", lambda row: row["extracted"] is None)):
-        rows.append(bootstrap_row(metric, [np.mean([of(row) for row in group]) for group in many]))
-    for metric, count in (("majority", _majority), ("distinct_answers", _distinct)):
+            proportion_row("greedy_truncated_rate", [not row["finished"] for row in single.values()])]
+    for metric, of, as_row in (("sampled", lambda row: row["correct"], share_row),
+                               ("mean_tokens", lambda row: row["n_tokens"], bootstrap_row),
+                               ("truncated_rate", lambda row: not row["finished"], share_row),
+                               ("no_answer_rate", lambda row: row["extracted"] is None, share_row)):
+        rows.append(as_row(metric, [np.mean([of(row) for row in group]) for group in many]))
+    for metric, count, as_row in (("majority", _majority, share_row), ("distinct_answers", _distinct, bootstrap_row)):
         for size in sorted({min(COMMON_K, k), k}):
-            rows.append(bootstrap_row(metric, [_mean_of_blocks(count, group, size) for group in many], size))
+            rows.append(as_row(metric, [_mean_of_blocks(count, group, size) for group in many], size))
     right = [sum(row["correct"] for row in group) for group in many]
     for size in sorted({2**i for i in range(k.bit_length())} | {k}):
-        rows.append(bootstrap_row("pass_at_k", [pass_at_k(k, c, size) for c in right], size))
+        rows.append(share_row("pass_at_k", [pass_at_k(k, c, size) for c in right], size))
     return rows + _by_kind(single, questions or [])
 
 

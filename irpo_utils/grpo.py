@@ -1,12 +1,14 @@
 """GRPO (Shao et al. 2024, arXiv 2402.03300) by TRL's own trainer, beside the methods that learn from pairs.
 
-One iteration is one pass over the same questions with the same N: as many completions as Iterative RPO draws, but every
-batch of them comes from the model as it is by then, is rewarded, learnt from once and thrown away.
+One iteration is one pass over the same questions with the same N: about as many completions as Iterative RPO draws (TRL
+leaves out a last batch that is not full), but every batch of them comes from the model as it is by then, is rewarded,
+learnt from once and thrown away.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 import warnings
 
@@ -21,7 +23,9 @@ def train(model, tokenizer, questions, task, p: Profile, seed: int, progress: bo
     """Train the adapter of `model` in place by one pass of GRPO over the questions, rewards from `grading`.
 
     `p.batch_size` counts questions in an optimiser step, each with `p.n_samples` completions, drawn by
-    `sampling.sample`. No KL term and TRL's default normalisation. Log columns: `step`, `loss`, `reward` (mean),
+    `sampling.sample` at the first temperature of the profile; `p.micro_batch_size`, in pairs, is two completions each in a
+    forward pass, and no result depends on it. No KL term; advantages are divided by the standard deviation of their group; the loss is a mean over all tokens of
+    the batch (where Shao et al. take one per completion first). Log columns: `step`, `loss`, `reward` (mean),
     `grad_norm`, `learning_rate`, `tokens` (sampled), `seconds`.
     """
     from trl import GRPOConfig, GRPOTrainer
@@ -42,11 +46,14 @@ def train(model, tokenizer, questions, task, p: Profile, seed: int, progress: bo
         return {"prompt_ids": graded["prompt_ids"][:], "completion_ids": graded["completion_ids"][:], "logprobs": None,
                 "correct": graded["correct"][:]}
 
+    in_a_step = min(p.batch_size, len(by_prompt)) * p.n_samples
+    at_once = math.gcd(in_a_step, 2 * p.micro_batch_size) if p.micro_batch_size else in_a_step
     with tempfile.TemporaryDirectory() as folder, training.left_as_it_was(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # that rollout functions are new
         config = GRPOConfig(
             output_dir=folder, learning_rate=p.learning_rate, num_train_epochs=1, num_generations=p.n_samples, beta=0.0,
-            per_device_train_batch_size=min(p.batch_size, len(by_prompt)) * p.n_samples, gradient_accumulation_steps=1,
+            loss_type="dapo", scale_rewards="group",
+            per_device_train_batch_size=at_once, gradient_accumulation_steps=in_a_step // at_once,
             max_completion_length=p.max_new_tokens, temperature=p.temperature_of(0), top_p=p.top_p, warmup_steps=p.warmup_ratio,
             lr_scheduler_type=p.lr_scheduler, max_grad_norm=p.max_grad_norm, optim=p.optimizer, weight_decay=0.0, seed=seed,
             data_seed=seed, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False, fp16=False,

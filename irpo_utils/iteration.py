@@ -51,10 +51,10 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     eval_questions = _first(task.load(profile.eval_split, profile.data), profile.n_eval_questions)
     training.check_names(profile.lr_scheduler, profile.optimizer, profile.report_to)
     check_shard(profile)
+    methods.check_start(profile)
     if not methods.get(profile.method).train:       # GRPO counts otherwise
         training.pairs_at_once(profile.batch_size, profile.micro_batch_size)
-    if examples := methods.get(profile.method).examples:
-        task = FewShot(task, list(task.load("train", profile.data).select(range(examples))))
+    task = _as_asked(profile, task)
     overlap = contamination.check(train_questions, eval_questions, profile.allow_overlap)
     directory = RunDirectory(out, profile)
     with directory.lock():
@@ -207,7 +207,8 @@ class _Loop:
                                                 self.tokenizer, p, self._seed(t, 2), self.method.verdict)
         if p.max_pairs is not None and len(preferences) > p.max_pairs:
             preferences = preferences.shuffle(seed=self._seed(t, 2)).select(range(p.max_pairs))
-            counts["pairs"] = len(preferences)
+            counts |= {"pairs": len(preferences), "used": len(set(preferences["id"])),
+                       "gold_winners": preferences["chosen_sample"][:].count(-1)}
         return preferences, counts
 
     def _train(self, t: int) -> training.TrainingResult:
@@ -282,7 +283,7 @@ class _Loop:
         models.set_adapter(self.model, self._adapter(t))
         ratios = [now - then for now, then in zip(logprobs, before, strict=True)]
         summary = json.loads((self._adapter(t) / "summary.json").read_text())
-        kl = {**evaluation.bootstrap_row("kl_to_previous", ratios), "k": 1}
+        kl = evaluation.bootstrap_row("kl_to_previous", ratios)
         if "probe_start" not in summary:
             return [kl]
         return [kl,
@@ -362,6 +363,12 @@ def find_adapter(p: Profile) -> Path:
     return folder
 
 
+def _as_asked(profile: Profile, task):
+    """The task as the profile's method asks its questions: as it is, or with worked examples before each."""
+    examples = methods.get(profile.method).examples
+    return FewShot(task, list(task.load("train", profile.data).select(range(examples)))) if examples else task
+
+
 def load_profile(run: str | Path) -> Profile:
     """The settings of a run directory."""
     path = Path(run) / "profile.json"
@@ -383,13 +390,15 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
 
     p = load_profile(run)
     chosen, split = tasks.get(task or p.task), split or p.eval_split
-    questions = chosen.load(split, data or (p.data if task in (None, p.task) else None))
+    data = data or (p.data if task in (None, p.task) else None)
+    questions = chosen.load(split, data)
+    chosen = _as_asked(dataclasses.replace(p, data=data), chosen)
     overlap = contamination.check(tasks.get(p.task).load("train", p.data), questions, allow_overlap or p.allow_overlap)
     if processes.is_first():
         tqdm.write(contamination.describe(overlap))
     model, tokenizer = load_model(dataclasses.replace(p, shard=False))
     rows, results = [], {}
-    wanted = iterations if iterations is not None else [0, p.iterations]
+    wanted = iterations if iterations is not None else sorted({0, p.iterations})
     if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
         raise UserError(f"--k must be at least 1 and --iterations from 0 to {p.iterations}, the last of {run}.")
     for t in wanted:

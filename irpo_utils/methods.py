@@ -90,7 +90,7 @@ class Method:
     """One row of the comparison.
 
     `settings` are fields of the profile that the method fixes. `start` names the method whose M_1 it begins with, on the
-    pairs of M_0. `twice` doubles K, as the paper's "2x data". `examples` worked examples go before every question.
+    pairs of M_0. `twice` doubles K, as the paper's "2x data" (see `doubled`). `examples` worked examples go before every question.
     """
 
     title: str
@@ -114,14 +114,16 @@ METHODS: dict[str, Method] = {
     "irpo_from_sft": Method("Iterative RPO from SFT on chosen", PAPER, start="star"),
     "iterative_dpo": Method("DPO without NLL", f"{PAPER}; Xu et al. 2023, arXiv 2312.16682", NO_NLL),
     "dpo_from_sft": Method("DPO from SFT on chosen", PAPER, {**NO_NLL, **ONCE}, start="star"),
-    "star": Method("SFT on chosen (STaR)", f"{PAPER}; Zelikman et al. 2022, arXiv 2203.14465", WINNERS),
+    # After the papers named, and not their whole methods: see notebook 06. STaR trains M_0 anew in each iteration, and shows the
+    # model the answer where it fails; ScPO weighs pairs by their votes; SPIN has no NLL term, which `alpha` of the run adds here.
+    "star": Method("SFT on chosen (STaR)", f"{PAPER}; after Zelikman et al. 2022, arXiv 2203.14465", WINNERS),
     "star_2x": Method("SFT on chosen, twice the data", PAPER, {**WINNERS, **ONCE}, twice=True),
     "sft_gold": Method("SFT on gold solutions", PAPER, {**WINNERS, **ONCE}, build=gold_alone, samples=False),
     "shuffled": Method("Verdicts by lot", "control", verdict=by_lot),
     "few_shot": Method("M0 with four examples", "Wei et al. 2022, arXiv 2201.11903", {"iterations": 0}, examples=4),
-    "self_consistency": Method("Majority as reward", "Prasad et al. 2024, arXiv 2411.04109", verdict=by_majority),
+    "self_consistency": Method("Majority as reward", "after Prasad et al. 2024, arXiv 2411.04109", verdict=by_majority),
     "self_rewarding": Method("Own likelihood as reward", "after Yuan et al. 2024, arXiv 2401.10020", verdict=by_own_likelihood),
-    "spin": Method("Gold against sampled (SPIN)", "Chen et al. 2024, arXiv 2401.01335", {"gold": True}, verdict=never),
+    "spin": Method("Gold against sampled (SPIN)", "after Chen et al. 2024, arXiv 2401.01335", {"gold": True}, verdict=never),
     "grpo": Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo),
     "irpo_lucky": Method("Iterative RPO, lucky winners", "control", verdict=by_luck),
     "star_lucky": Method("SFT on chosen, lucky winners", "control", WINNERS, verdict=by_luck),
@@ -136,5 +138,17 @@ def get(name: str) -> Method:
 
 
 def apply(profile: Profile) -> Profile:
-    """The profile with the settings that its method fixes."""
+    """The profile with the settings that its method fixes. (Not `doubled`: a profile may come here more than once.)"""
     return dataclasses.replace(profile, **get(profile.method).settings)
+
+
+def doubled(profile: Profile) -> Profile:
+    """The profile with twice the pairs per question, where that is what its method is about."""
+    return dataclasses.replace(profile, k_pairs=2 * profile.k_pairs) if get(profile.method).twice else profile
+
+
+def check_start(profile: Profile) -> None:
+    """Raises `UserError` where a method that begins with another one's M_1 is not told where that is."""
+    if (first := get(profile.method).start) and not profile.start:
+        raise UserError(f"The method {profile.method} begins with M_1 of the method {first}. Make that first: run with --method "
+                        f"{first} --iterations 1 --out DIR; then add --start DIR/iteration_1/adapter here.")

@@ -201,7 +201,7 @@ def plan(profile: Profile, machine: str | None = None, price: float | None = Non
         raise UserError(f"--price is {price}; it is what the whole machine costs an hour, 0 or more.")
     profile = methods.apply(profile)
     e = _Estimate(profile, find_shape(profile.model), find_machine(machine), task_size(profile))
-    if not e.on_cpu and profile.batch_size // e.ranks % e.micro:
+    if not (e.on_cpu or e.online) and profile.batch_size // e.ranks % e.micro:
         raise UserError(f"batch_size = {profile.batch_size} is not a multiple of micro_batch_size = {e.micro} times {e.ranks} "
                         "processes.")
     length, memory = min(e.size.completion, profile.max_new_tokens), e.memory()
@@ -257,6 +257,7 @@ def what_fits(made: Plan) -> dict | None:
     """The mildest change of settings with which the run fits, a single one if that is enough; None if there is none."""
     p, size = made.profile, task_size(made.profile)
     share = p.batch_size // (made.break_even.cards if made.break_even else 1)       # of a process
+    share *= p.n_samples // 2 if methods.get(p.method).train else 1
     options = {"micro_batch_size": [n for n in _halves(min(p.micro_batch_size or share, share)) if share % n == 0],
                "sampling_batch_size": _halves(p.sampling_batch_size),
                "gradient_checkpointing": [True] * (not p.gradient_checkpointing), "quantize": [True] * (not p.quantize)}
@@ -296,13 +297,18 @@ class _Estimate:
         self.dtype = self.p.dtype or self.machine.dtype
         self.bytes = 4 if self.dtype == "float32" else 2
         self.in_4_bits = self.p.quantize and not self.p.dequantize
-        self.draws = methods.get(self.p.method).samples and self.p.iterations > 0
+        self.online = methods.get(self.p.method).train is not None     # GRPO: learns from each completion once, without a reference
+        self.draws = (methods.get(self.p.method).samples or self.online) and self.p.iterations > 0
         self.multiplied_out = self.in_4_bits and 4 * s.linear <= 2**31          # in 16 bits at M_0 alone
         self.cache = s.layers * 2 * s.kv * self.bytes               # keys and values of one token
         # Processes, one a card: they share the batch in equal parts, so that it may keep fewer busy than there are cards.
         count, batch = self.machine.count, self.p.batch_size
         self.ranks = 1 if self.on_cpu else max(n for n in range(1, min(count, batch) + 1) if batch % n == 0)
         self.micro = min(self.p.micro_batch_size or batch, batch // self.ranks)
+        self.batch = batch                                          # pairs in a step
+        if self.online:                                             # two completions each: see `grpo.train`
+            self.batch = batch * self.p.n_samples / 2
+            self.micro = self.p.micro_batch_size or self.batch / self.ranks
         self.score_on = count if self.on_cpu else self.ranks
         self.draw_on = count if self.p.sampler == "vllm" else self.score_on                 # a server takes all
         self.link = min(self.machine.link, self.machine.between) if self.ranks > NODE else self.machine.link
@@ -394,7 +400,8 @@ class _Estimate:
         queries, keys, values and output of the attention; gate, its silu and up. On a CPU the attention weights, too.
         """
         s, d = self.shape, self.bytes
-        rows, length = (self.micro, prompt + 2 * new) if s.shares_prompt else (2 * self.micro, prompt + new)
+        in_one = s.shares_prompt and not self.online                    # a pair in one row
+        rows, length = (self.micro, prompt + 2 * new) if in_one else (2 * self.micro, prompt + new)
         inputs = 2 * s.hidden + s.intermediate if d == 4 else 5 * s.hidden + s.query + s.intermediate
         weights = 9 * rows * s.heads * length**2 * self.on_cpu          # softmax, the same after dropout of 0, a mask
         rest = rows * length * (4 * (2 * s.hidden + inputs) + d * (4 * s.query + 3 * s.intermediate))
@@ -416,6 +423,7 @@ class _Estimate:
         n_eval = min(p.n_eval_questions or available, available)
         drawn = last * n * p.n_samples * self.draws
         pairs = min(n * p.k_pairs * share if self.draws else n, p.max_pairs or math.inf)        # else one gold pair each
+        pairs = n * p.n_samples / 2 if self.online else pairs
         compared = last * min(KL_QUESTIONS, n_eval)                 # for the KL: drawn, then scored
         evaluation = [((last + 1) * n_eval + compared, 1)] + [
             (n_eval * k, k) for k in (p.eval_samples_ends if t in (0, last) else p.eval_samples for t in range(last + 1))]
@@ -442,16 +450,16 @@ class _Estimate:
         its own), with checkpointing forward again. Kept activations are written, read, and their gradients written.
         """
         p, m = self.p, self.machine
-        shown = p.max_steps * p.batch_size if p.max_steps > 0 else pairs * p.epochs
+        shown = pairs if self.online else p.max_steps * self.batch if p.max_steps > 0 else pairs * p.epochs
         length, passes = min(length, self.lengths()[1]), 2 + p.gradient_checkpointing
         positions, layer = self.layer_bytes(self.size.prompt, length)
         step = passes * self.product_seconds(positions, not self.in_4_bits) + 3 * self.shape.layers * layer / m.bandwidth
         step = step / self.cores + 2 * passes * self.shape.layers * m.layer_seconds        # cores share a micro-batch
         sent = self.sent_per_step() / self.link             # of split layers it comes while others are at work
-        each = p.batch_size / self.micro / self.ranks       # micro-batches of one card in a step
-        seconds = shown / p.batch_size * (max(each * step, sent) if p.shard else each * step + sent)
-        reference = self.forward_seconds(2 * pairs * (self.size.prompt + length), self.score_on)
-        return shown * (self.size.prompt + 2 * length), seconds + reference
+        each = self.batch / self.micro / self.ranks         # micro-batches of one card in a step
+        seconds = shown / self.batch * (max(each * step, sent) if p.shard else each * step + sent)
+        reference = self.forward_seconds(2 * pairs * (self.size.prompt + length), self.score_on) * (not self.online)
+        return shown * ((1 + self.online) * self.size.prompt + 2 * length), seconds + reference
 
     def product_seconds(self, tokens: float, unpacked: bool) -> float:
         """All matrix products for so many tokens on one card or core: the roofline.

@@ -9,7 +9,6 @@ from typing import Any
 from irpo_utils import UserError
 
 
-# What may change when a run is gone on with: no result depends on it beyond rounding.
 # What the artefacts of each stage depend on, beside the model, the questions and what the stage works on.
 SAMPLING = ("task", "seed", "quantize", "dequantize", "dtype", "pad_token", "n_questions", "fresh_questions", "n_samples", "top_p",
             "max_new_tokens", "sampler")
@@ -20,6 +19,7 @@ TRAINING = ("task", "method", "seed", "quantize", "dequantize", "dtype", "pad_to
             "fresh_questions", "n_samples", "temperature", "max_new_tokens", "keep_pairs", "alpha", "beta", "dpo_weight", "reference",
             "nll_per", "learning_rate", "epochs", "max_steps", "batch_size", "warmup_ratio", "lr_scheduler", "max_grad_norm",
             "optimizer")
+# What may change when a run is gone on with: no result depends on it beyond rounding (of micro_batch_size with nll_per=sequence).
 MAY_CHANGE = ("sampling_batch_size", "micro_batch_size", "gradient_checkpointing", "report_to", "shard")
 
 
@@ -75,7 +75,7 @@ class Profile:
     nll_per: str = _option("sequence", "normalise the NLL per sequence (the paper) or per token")
     learning_rate: float = _option(2e-5, "peak learning rate of AdamW")
     epochs: float = _option(1.0, "passes over the pairs")
-    max_steps: int = _option(-1, "stop after this many optimiser steps; -1: no limit")
+    max_steps: int = _option(-1, "train for exactly this many optimiser steps, whatever epochs says; -1: for the epochs")
     batch_size: int = _option(16, "pairs per optimiser step")
     micro_batch_size: int | None = _option(None, "pairs per forward pass; lower it when memory runs out")
     warmup_ratio: float = _option(0.1, "share of the steps in which the learning rate rises")
@@ -173,8 +173,9 @@ PROFILES: dict[str, Profile] = {
     "gemma-3-1b": _gpu("gemma-3-1b"),
     "llama-3.1-8b": _gpu("llama-3.1-8b", pad_token="<|finetune_right_pad_id|>", micro_batch_size=1,
                           sampling_batch_size=120),
-    # The protocol as published (section 3.1), for reading and for those who can: 5000 steps of
-    # 16. One thing differs: the paper trains all weights, this is QLoRA.
+    # The protocol as published (section 3.1), for reading and for those who can: 5000 steps of 16. What differs: the paper
+    # trains all weights, this is QLoRA; it takes the best checkpoint of at most 5000 steps by 1,000 held-out training
+    # questions, this the last one; and schedule and warm-up, on which it is silent, are ours.
     "paper": Profile(task="gsm8k", model="llama-2-70b-chat", quantize=True, pad_token="<unk>", n_questions=None,
                      n_samples=30, temperature=[0.8, 0.8, 1.3, 1.3], max_new_tokens=1024, k_pairs=10, gold=True,
                      deduplicate=False, max_length=2048, max_pairs=60_000, learning_rate=7e-7, max_steps=5000,

@@ -210,8 +210,6 @@ def settings(trial: Trial, seed: int, rates: dict[str, float], folder: Path, sma
     fields |= (SMALL if small else {}) | trial.settings
     if small:
         fields["iterations"] = min(2, fields["iterations"])
-    if method.twice:
-        fields["k_pairs"] = 2 * (fields.get("k_pairs") or Profile().k_pairs)
     if method.start:
         fields["start"] = str(folder / method.start / f"seed_{seed}" / "iteration_1" / "adapter")
     if trial.after:
@@ -219,7 +217,7 @@ def settings(trial: Trial, seed: int, rates: dict[str, float], folder: Path, sma
         fields["start"] = str(folder.parent / "comparison" / trial.like / f"seed_{seed}" / f"iteration_{t}" / "adapter")
     if fields.get("probe_every"):
         fields["probe"] = str(folder / "irpo" / f"seed_{seed}" / "iteration_0" / "pairs")
-    return methods.apply(profiles.get("cpu", **fields))
+    return methods.apply(methods.doubled(profiles.get("cpu", **fields)))
 
 
 def tuned_rates(out: Path) -> dict[str, float]:

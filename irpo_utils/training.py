@@ -78,8 +78,9 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     dpo_weight: weight of the DPO term; 0 with alpha 1 is SFT on the winners (STaR). alpha 0 is DPO.
     Pairs of similar length share a batch, and the batches of a stretch of training go from long to short: what the log
         shows from step to step is length as much as learning. To see learning, log a `probe`.
-    micro_batch_size: pairs per forward pass; loss and gradients do not depend on it.
-    nll_per: "sequence" (the paper) or "token" (TRL's), for comparison.
+    micro_batch_size: pairs per forward pass; loss and gradients do not depend on it, but for `nll_per` "token".
+    nll_per: "sequence" (the paper) or "token" (TRL's: a mean over all tokens of the micro-batch), for comparison.
+    max_steps: exactly so many, in place of `epochs`; -1 for `epochs`.
     probe: a few fixed pairs whose log-probabilities are logged every `probe_every` steps, whatever is trained on.
     report_to: tensorboard, trackio, wandb; the files of TensorBoard lie in the folder `log_dir`, whose name the others take.
     checkpoints: folder in which training keeps its state now and then; a call with the same arguments and that folder goes
@@ -101,7 +102,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     _fresh_adapter(model, seed)
     own_reference = dpo_weight > 0 and reference is None
-    if dpo_weight == 0:                             # SFT knows no reference: scoring one would take a third of the time
+    if dpo_weight == 0:     # SFT knows no reference, and scoring one would take time. Losers still go along, for the log alone.
         reference = ([math.nan] * len(preferences),) * 2
     chosen, rejected = reference or reference_logps(model.eval(), tokenizer, preferences)
     lengths = [sum(len(row[c]) for c in columns) for row in preferences.select_columns(columns)]
@@ -308,8 +309,8 @@ class IterativeRPOTrainer(DPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch; when memory runs out, again as two halves, and all that follow in the size that fitted.
 
-        Nothing of the step is lost and no number changes: the loss is a sum over pairs, and the gradients of the
-        attempt that failed are taken back.
+        Nothing of the step is lost and, but for `nll_per` "token", no number changes: the loss is a sum over pairs, and the
+        gradients of the attempt that failed are taken back.
         """
         pairs = len(inputs["ref_chosen"])
         if self._fits and pairs > self._fits:
@@ -329,7 +330,8 @@ class IterativeRPOTrainer(DPOTrainer):
         clear_device_cache(garbage_collection=True)
         self._fits = pairs // 2
         tqdm.write(f"Out of memory with {pairs} pairs at once: going on with {self._fits} (--micro-batch-size {self._fits} "
-                   "would do so from the start). The loss is the same.")
+                   "would do so from the start). " +
+                   ("The loss is the same." if self.nll_per == "sequence" else "The mean over tokens is now one over these."))
         return self._in_halves(model, inputs, num_items_in_batch)
 
     def _in_halves(self, model, inputs, num_items_in_batch):
@@ -345,7 +347,7 @@ class IterativeRPOTrainer(DPOTrainer):
         loss_dpo, loss_nll = dpo_nll_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, lengths,
                                           alpha=self.alpha, beta=self.beta)
         if self.nll_per == "token":
-            loss_nll = -logps_chosen / ((weight * lengths).sum() / weight.sum().clamp(min=1))    # a mean over all tokens of the batch
+            loss_nll = -logps_chosen / ((weight * lengths).sum() / weight.sum().clamp(min=1))    # a mean over all tokens of the micro-batch
         losses = self.dpo_weight * loss_dpo + self.alpha * loss_nll if self.dpo_weight else self.alpha * loss_nll
         pairs = num_items_in_batch or len(losses)
         self._batch_inputs.append(inputs | {"logps_chosen": logps_chosen.detach(), "logps_rejected": logps_rejected.detach()})

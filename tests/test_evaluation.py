@@ -137,7 +137,7 @@ def test_seed_and_question_interval_in_the_two_pure_cases():
 
 
 @pytest.mark.parametrize("seed_spread, question_spread", [(0.10, 0.0), (0.02, 0.35)])
-def test_seed_and_question_interval_covers_what_a_new_run_would_show(monkeypatch, seed_spread, question_spread):
+def test_seed_and_question_interval_covers_the_mean_over_all_runs(monkeypatch, seed_spread, question_spread):
     monkeypatch.setattr(evaluation, "RESAMPLES", 250)
     rng, hits = np.random.default_rng(5), []
     for i in range(250):
@@ -155,6 +155,15 @@ def test_seed_and_question_interval_stays_in_range_and_refuses_ragged_input():
     for wrong in ([], [[]], [[1, 0], [1]]):
         with pytest.raises(UserError, match="same questions"):
             evaluation.seed_and_question_interval(wrong)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_shares_that_are_all_equal_have_an_interval_all_the_same(value):
+    row = evaluation.share_row("pass_at_k", [float(value)] * 100, 4)
+    assert (row["low"], row["high"]) == pytest.approx(evaluation.wilson_interval(100 * value, 100)) and row["k"] == 4
+    assert row["high"] - row["low"] > 0.03
+    mixed = [0.0, 0.25, 0.5] * 30
+    assert evaluation.share_row("sampled", mixed) == evaluation.bootstrap_row("sampled", mixed)
 
 
 # ---------------------------------------------------------------- graded completions

@@ -456,7 +456,8 @@ def test_gold_winners_and_a_cap_on_pairs(tmp_path):
     iteration.run(smoke(gold=True, max_pairs=10, iterations=1), tmp_path / "gold", progress=False)
     pairs = load_from_disk(str(tmp_path / "gold/iteration_0/pairs"))
     counts = json.loads((tmp_path / "gold/iteration_0/pairs/counts.json").read_text())
-    assert len(pairs) == counts["pairs"] == 10 and counts["all_wrong"] == 0 and counts["gold_winners"] > 0
+    assert len(pairs) == counts["pairs"] == 10 and counts["all_wrong"] == 0
+    assert counts["used"] == len(set(pairs["id"])) and counts["gold_winners"] == pairs["chosen_sample"][:].count(-1) > 0
 
 
 def test_collect_joins_seeds_and_refuses_other_settings(finished, tmp_path):
@@ -514,6 +515,18 @@ def test_a_collapse_is_on_the_screen_and_in_the_run_directory(tmp_path, capsys):
     assert any(row["warning"].startswith("winners lose probability") for row in rows)
     said = "".join(capsys.readouterr())
     assert all(row["warning"] in said for row in rows)
+
+
+def test_evaluate_run_again_asks_as_the_run_did(tmp_path, monkeypatch):
+    import pandas
+
+    iteration.run(smoke(method="few_shot", n_eval_questions=None), tmp_path / "run", progress=False)
+    text = iteration.evaluate_run(tmp_path / "run", k=2)
+    again = pandas.read_csv(tmp_path / "run/evaluations/word_problems_test.csv").set_index(["metric", "k"]).value
+    first = pandas.read_csv(tmp_path / "run/metrics.csv").set_index(["metric", "k"]).value
+    for metric in ("greedy", "greedy_mean_tokens"):
+        assert again[metric, 1] == first[metric, 1]         # with the worked examples, and not zero-shot
+    assert again.index.is_unique and "against" not in text
 
 
 def test_evaluate_run_again_with_more_samples(finished):

@@ -66,6 +66,23 @@ def test_what_a_method_fixes_wins_over_the_profile():
     assert methods.apply(profiles.get("cpu", method="few_shot")).iterations == 0
 
 
+def test_twice_the_pairs_are_twice_those_of_the_profile_however_often_it_is_applied():
+    assert methods.doubled(profiles.get("cpu", method="irpo_2x", k_pairs=3)).k_pairs == 6
+    assert methods.doubled(profiles.get("cpu", method="irpo", k_pairs=3)).k_pairs == 3
+    once = methods.apply(methods.doubled(profiles.get("cpu", method="star_2x", k_pairs=3)))
+    assert methods.apply(once).k_pairs == once.k_pairs == 6
+
+
+@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.start])
+def test_a_method_that_begins_with_another_says_so(name, tmp_path):
+    from irpo_utils import iteration
+
+    with pytest.raises(UserError, match="begins with M_1 of the method star.*--method star.*--start"):
+        iteration.run(profiles.get("smoke", method=name), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    methods.check_start(profiles.get("smoke", method=name, start="runs/star"))
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_names_itself_its_source_and_fields_that_exist(name):
     method = methods.get(name)
@@ -139,3 +156,16 @@ def test_grpo_leaves_the_model_as_it_was():
     grpo.train(model, tokenizer, task.load("train").select(range(4)), task, profile, 0, progress=False)
     assert set(model.peft_config) == {"default"} and "forward" not in model.get_base_model().__dict__
     assert all(p.dtype.is_floating_point and p.element_size() == 4 for p in model.parameters() if p.requires_grad)
+
+
+def test_grpo_learns_the_same_in_smaller_micro_batches():
+    from irpo_utils import grpo
+
+    task, logs = tasks.get("word_problems"), {}
+    for micro in (None, 1):                             # 16 completions of a step at once, or two by two
+        model, tokenizer = models.load("seed")
+        profile = profiles.get("smoke", n_samples=4, batch_size=4, max_new_tokens=40, micro_batch_size=micro)
+        logs[micro] = grpo.train(model, tokenizer, task.load("train").select(range(12)), task, profile, 0, progress=False).log.to_pandas()
+    assert len(logs[1]) == 3 and logs[1].reward.max() > 0 and logs[1].loss.abs().max() > 1e-3
+    for name in ("loss", "reward", "grad_norm", "tokens"):
+        assert logs[1][name].to_list() == pytest.approx(logs[None][name].to_list(), rel=1e-3, abs=1e-5)

@@ -205,6 +205,15 @@ def test_what_is_not_done_takes_nothing():
     assert nothing["sampling"].tokens == nothing["training"].memory == 0 < nothing["evaluation"].hours
 
 
+def test_grpo_draws_as_much_and_learns_from_all_of_it_once():
+    ours, online = (stages(planning.plan(profiles.get("smollm2-360m", method=name), GPU, must_fit=False)) for name in ("irpo", "grpo"))
+    assert online["sampling"] == ours["sampling"] and online["evaluation"] == ours["evaluation"]
+    p, size = profiles.get("smollm2-360m"), planning.TASKS["gsm8k"]
+    completions = p.iterations * p.n_questions * p.n_samples
+    assert online["training"].tokens == completions * (size.prompt + min(size.completion, p.max_new_tokens))
+    assert memory(method="grpo", micro_batch_size=None)["training"] > 5 * memory(method="grpo", micro_batch_size=2)["training"]
+
+
 def test_what_is_possible_at_most_is_more_than_what_is_expected():
     for row in planning.plan(profiles.get("cpu"), "cpu").stages:
         assert row.tokens < row.tokens_at_most and row.hours < row.hours_at_most
