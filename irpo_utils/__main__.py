@@ -17,6 +17,8 @@ from pathlib import Path
 
 from irpo_utils import UserError, processes
 
+RESUMED = ("run", "study")      # commands that go on where they stood
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, and turn errors that a user can mend into one paragraph and exit status 1."""
@@ -32,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:                  # also one that came while another error was being reported
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # a launcher sends more than one
         if processes.speaks_last():
-            print("\nStopped. What was finished is kept: the same command goes on where it stood.", file=sys.stderr)
+            kept = ("What was finished is kept: the same command goes on where it stood." if parsed.command in RESUMED
+                    else "The same command begins anew.")
+            print(f"\nStopped. {kept}", file=sys.stderr)
         return 143 if isinstance(interrupt, _Ended) else 130
     finally:
         signal.signal(signal.SIGTERM, before)

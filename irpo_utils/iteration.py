@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -54,8 +55,12 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     methods.check_start(profile)
     if not methods.get(profile.method).train:       # GRPO counts otherwise
         training.pairs_at_once(profile.batch_size, profile.micro_batch_size)
+    elif profile.n_samples < 2:
+        raise UserError(f"--method {profile.method} compares the completions of a question: --n-samples has to be at least 2.")
+    if profile.probe and not (Path(profile.probe).expanduser() / "state.json").is_file() and not _is_own_probe(profile, out):
+        raise UserError(f"--probe {profile.probe} is no folder of pairs, such as RUN/iteration_0/pairs.")
     task = _as_asked(profile, task)
-    overlap = contamination.check(train_questions, eval_questions, profile.allow_overlap)
+    overlap = contamination.check([*train_questions, *_learnt_before(profile)], eval_questions, profile.allow_overlap)
     directory = RunDirectory(out, profile)
     with directory.lock():
         directory.check_profile()
@@ -64,7 +69,9 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
             find_adapter(profile)                   # a mistake is found before the model is loaded
         if progress:
             tqdm.write(contamination.describe(overlap))
-        model, tokenizer = load_model(profile)
+        model, tokenizer = load_model(profile, directory.inputs().get("model"))
+        for questions in (train_questions, eval_questions) if profile.iterations else (eval_questions,):
+            sampling.prompts_of(model, tokenizer, questions, task, profile.max_new_tokens)         # too long ones are found now
         inputs = {"model": models.fingerprint(model), "training questions": _digest(train_questions),
                   "evaluation questions": _digest(eval_questions)}
         directory.check_inputs(inputs)
@@ -75,10 +82,32 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
         return directory.metrics(range(profile.iterations + 1))
 
 
-def load_model(p: Profile):
-    """M_0 and its tokenizer as the profile asks for them."""
+def load_model(p: Profile, known: str | None = None):
+    """M_0 and its tokenizer as the profile asks for them; of a hub model the commit `known`, if it is one."""
+    commit = known if known and re.fullmatch("[0-9a-f]{40}", known) else None          # a folder's fingerprint is longer
     return models.load(p.model, quantize=p.quantize, dequantize=p.dequantize, shard=p.shard, dtype=p.dtype, lora_r=p.lora_r,
-                       lora_alpha=p.lora_alpha, pad_token=p.pad_token)
+                       lora_alpha=p.lora_alpha, pad_token=p.pad_token, revision=commit)
+
+
+def _is_own_probe(p: Profile, out: str | Path) -> bool:
+    """Whether the probe is the run's own first pairs, which it makes before it needs them."""
+    return Path(p.probe).expanduser().resolve() == (Path(out) / "iteration_0" / "pairs").resolve()
+
+
+def _learnt_before(p: Profile) -> list[dict]:
+    """The training questions of the runs that `p` starts from, as far as their directories and data are there."""
+    start = Path(p.start).expanduser().resolve() if p.start else None
+    run = next((place for place in (start, *start.parents[:2]) if (place / "profile.json").is_file()), None) if start else None
+    if not run:
+        return []
+    before = load_profile(run)
+    if (before.task, before.data) == (p.task, p.data):
+        return _learnt_before(before)
+    try:
+        return [*tasks.get(before.task).load("train", before.data), *_learnt_before(before)]
+    except UserError as error:
+        tqdm.write(f"What --start {p.start} was trained on could not be compared with the evaluation questions: {error}")
+        return []
 
 
 def check_shard(p: Profile) -> None:
@@ -181,7 +210,7 @@ class _Loop:
     def _in_blocks(self, t: int, name: str, of: tuple[Path, ...], questions: Dataset, completions: int, draw) -> list[Path]:
         """`draw(some of the questions)`, each kept as soon as it is there, `completions` a question."""
         size, kept = max(1, BLOCK // completions), self.directory.unfinished(t, name, of).name
-        return [self._stage(t, f"{kept}/block_{start:06d}", lambda: draw(_slice(questions, start, size)),      # noqa: B023
+        return [self._stage(t, f"{kept}/block_{start:06d}_of_{size}", lambda: draw(_slice(questions, start, size)),      # noqa: B023
                             _save_dataset)
                 for start in range(0, len(questions), size)]
 
@@ -355,6 +384,9 @@ def find_adapter(p: Profile) -> Path:
                         f"adapter_model.safetensors is missing in {folder}, or unreadable ({error}).") from error
     if not any("lora_" in name for name in names):
         raise UserError(f"{folder}/adapter_model.safetensors holds no LoRA weights. Give another --start.")
+    if beyond := [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if config.get(name)]:
+        raise UserError(f"The adapter in {folder} was made with {' and '.join(beyond)}, and would be another one here, where every "
+                        "matrix has the scale lora_alpha / lora_r. Give another --start.")
     for name, there, now in (("model", config.get("base_model_name_or_path"), p.model), ("lora_r", config.get("r"), p.lora_r),
                              ("lora_alpha", config.get("lora_alpha"), p.lora_alpha)):
         if there != now:
@@ -393,28 +425,32 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
     data = data or (p.data if task in (None, p.task) else None)
     questions = chosen.load(split, data)
     chosen = _as_asked(dataclasses.replace(p, data=data), chosen)
-    overlap = contamination.check(tasks.get(p.task).load("train", p.data), questions, allow_overlap or p.allow_overlap)
-    if processes.is_first():
-        tqdm.write(contamination.describe(overlap))
-    model, tokenizer = load_model(dataclasses.replace(p, shard=False))
-    rows, results = [], {}
     wanted = iterations if iterations is not None else sorted({0, p.iterations})
     if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
         raise UserError(f"--k must be at least 1 and --iterations from 0 to {p.iterations}, the last of {run}.")
-    for t in wanted:
-        folder = Path(run) / f"iteration_{t}" / "adapter" if t > 0 or p.start else None
-        if folder and not checksums.read(folder):
-            raise UserError(f"{folder} is missing or damaged. Finish the run first: `python -m irpo_utils run` with its --out.")
-        models.set_adapter(model, folder)
+    adapters = {t: Path(run) / f"iteration_{t}" / "adapter" if t > 0 or p.start else None for t in wanted}
+    for adapter in filter(None, adapters.values()):
+        if not checksums.read(adapter):
+            raise UserError(f"{adapter} is missing or damaged. Finish the run first: `python -m irpo_utils run` with its --out.")
+    learnt = [*tasks.get(p.task).load("train", p.data), *_learnt_before(p)]
+    overlap = contamination.check(learnt, questions, allow_overlap or p.allow_overlap)
+    if processes.is_first():
+        tqdm.write(contamination.describe(overlap))
+    known = RunDirectory(run, p).inputs().get("model")
+    model, tokenizer = load_model(dataclasses.replace(p, shard=False), known)
+    if known and models.fingerprint(model) not in (None, known):
+        raise UserError(f"The model behind {p.model} is not the one any more with which {run} was made. Put it back as it was.")
+    rows, results, folder = [], {}, Path(out) if out else Path(run) / "evaluations"
+    for t, adapter in adapters.items():
+        models.set_adapter(model, adapter)
         results[t] = evaluation.evaluate(model, tokenizer, questions, chosen, k=k, temperature=p.eval_temperature,
                                          max_new_tokens=p.max_new_tokens, seed=p.seed, batch_size=p.sampling_batch_size,
                                          progress=processes.is_first())
         rows += [{"method": p.method, "seed": p.seed, "iteration": t, "split": split, **row} for row in results[t].metrics]
-    table = pandas.DataFrame(rows)
-    folder = Path(out) if out else Path(run) / "evaluations"
-    if processes.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        table.to_csv(folder / f"{chosen.name}_{split}.csv", index=False)
+        table = pandas.DataFrame(rows)
+        if processes.is_first():                    # also after the first of several: what is there is not lost with the rest
+            folder.mkdir(parents=True, exist_ok=True)
+            table.to_csv(folder / f"{chosen.name}_{split}.csv", index=False)
     text = table.to_string(index=False)
     if len(results) > 1:
         first, last = list(results)[0], list(results)[-1]
@@ -435,6 +471,10 @@ def collect(runs: list[str | Path]):
     for run, profile in zip(runs, profiles):
         if dataclasses.replace(profile, seed=0) != dataclasses.replace(profiles[0], seed=0):
             raise UserError(f"{run} and {runs[0]} differ in more than their seed, so that they cannot be drawn as one curve.")
+        first, own = (RunDirectory(path, profile).inputs() for path in (runs[0], run))
+        for name, what in (("model", "another model"), ("evaluation questions", "other evaluation questions")):
+            if first.get(name) and own.get(name) and first[name] != own[name]:
+                raise UserError(f"{run} had {what} than {runs[0]}, so that they cannot be drawn as one curve.")
         if not is_whole(Path(run)):
             raise UserError(f"{run} is not finished, or something in it is damaged. Run it again with the same --out: it goes on "
                             "where it stood, and makes anew what is damaged.")
@@ -472,8 +512,8 @@ def _first(data: Dataset, n: int | None) -> Dataset:
 
 
 def _digest(questions: Dataset) -> str:
-    """One number for the questions with all that belongs to them, in any order."""
-    return checksums.of_text(json.dumps(sorted(json.dumps(row, sort_keys=True) for row in questions)))
+    """One number for the questions with all that belongs to them, in their order, on which the choice of some depends."""
+    return checksums.of_text(json.dumps([json.dumps(row, sort_keys=True) for row in questions]))
 
 
 def _count_tokens(content) -> int | None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,7 @@ def default_dtype(device: str) -> torch.dtype:
 
 def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *, lora_r: int = 16,
          lora_alpha: int = 32, pad_token: str | None = None, device: str | None = None,
-         dtype: str | None = None, dequantize: bool = False, shard: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+         dtype: str | None = None, dequantize: bool = False, shard: bool = False, revision: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """M_t and its tokenizer: the base `name` with the adapter of M_t, or with a zero adapter where none is given.
 
     `name` is "seed" (shipped with this package), a key of `HUB_NAMES`, a hub name or a folder. With `quantize` the
@@ -63,26 +64,32 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
     `lora_r` and scale `lora_alpha / lora_r`; they are trained in fp32 whatever the dtype of the base (`dtype`:
     "float32", "bfloat16" or "float16", by default what the device is good at; a CPU that would have to imitate bf16 takes
     fp32). `dequantize` unpacks the NF4 weights once and for all: the same numbers in more memory, faster for small models
-    on a CPU. `shard` splits every layer over the processes (see `shard_layers`).
-    Raises `UserError` for a folder without model, tokenizer, pad token or chat template.
+    on a CPU. `shard` splits every layer over the processes (see `shard_layers`). `revision`: a commit of the hub's.
+    Raises `UserError` for a folder without model, tokenizer, pad token or chat template, and for weights that are not all there.
     """
+    from accelerate.utils.memory import should_reduce_batch_size
     from peft import LoraConfig, PeftModel, get_peft_model
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     path = find(name)
-    tokenizer = load_tokenizer(path, pad_token)
+    tokenizer = load_tokenizer(path, pad_token, revision)
     device = device or default_device()
     dtype = getattr(torch, dtype) if dtype else default_dtype(device)
     if device == "cpu" and dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         dtype = torch.float32                       # without its instructions a product takes 6 to 30 times as long
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map="cpu" if shard else device, use_safetensors=True, trust_remote_code=False,
+        base, loaded = AutoModelForCausalLM.from_pretrained(
+            path, revision=None if Path(path).is_dir() else revision, output_loading_info=True, dtype=dtype, device_map="cpu" if shard else device, use_safetensors=True, trust_remote_code=False,
             attn_implementation=_register_attention() if device == "cpu" else "sdpa",
             quantization_config=_nf4(dtype, shard) if quantize else None)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError, AttributeError) as error:     # the last: a linear layer is missing
+        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+            raise
         raise UserError(_explain(path, error)) from error
+    if absent := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):      # the library fills them with random numbers
+        raise UserError(f"The model {path} lacks {len(absent)} of its weights ({', '.join(absent[:3])}{', ...' * (len(absent) > 3)}), or "
+                        "has them in another shape. Save it again with `save_pretrained`, or take another copy.")
     if quantize and (shard or device == "cpu"):
         _plain_cpu_kernels(base)
     if quantize and dequantize:
@@ -271,7 +278,12 @@ def _convert_smollm2() -> Path:
     partial = folder.with_suffix(f".partial{os.getpid()}")
     model.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    os.replace(partial, folder)
+    try:
+        os.replace(partial, folder)
+    except OSError:                                     # another process was first
+        if not (folder / "config.json").is_file():
+            raise
+        shutil.rmtree(partial)
     return folder
 
 
@@ -295,15 +307,15 @@ def fingerprint(model: PeftModel) -> str | None:
     return digest.hexdigest()
 
 
-def load_tokenizer(path: str, pad_token: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, pad_token: str | None = None, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, checked: it must have a chat template, an EOS and a pad token."""
     from transformers import AutoConfig, AutoTokenizer
 
     hub.limit_waiting()
     try:
         if not Path(path).is_dir():                # one small file, before every file of a tokenizer is tried in turn
-            AutoConfig.from_pretrained(path, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=None if Path(path).is_dir() else revision, trust_remote_code=False)
         tokenizer("test")
     except Exception as error:                     # what the library raises depends on the file that it met
         if isinstance(error, (OSError, ValueError)) and not Path(path).is_dir():

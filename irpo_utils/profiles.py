@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +106,7 @@ class Profile:
                      "probe_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1, or left out.")
-        sound = {"learning_rate": self.learning_rate > 0, "epochs": self.epochs > 0, "beta": self.beta > 0,
+        sound = {"learning_rate": self.learning_rate > 0, "epochs": 0 < self.epochs < math.inf, "beta": self.beta > 0,
                  "alpha": self.alpha >= 0, "dpo_weight": self.dpo_weight >= 0 and self.alpha + self.dpo_weight > 0,
                  "seed": self.seed >= 0, "warmup_ratio": 0 <= self.warmup_ratio < 1, "max_grad_norm": self.max_grad_norm > 0,
                  "top_p": 0 < self.top_p <= 1, "max_steps": self.max_steps == -1 or self.max_steps > 0,

@@ -26,6 +26,7 @@ from irpo_utils import UserError, checksums, processes
 from irpo_utils.profiles import MAY_CHANGE, Profile
 
 
+MACHINE = ("python", "versions", "system", "processor", "gpus", "world_size", "commit")     # what a run may be gone on with on another
 SETTINGS = "settings"       # among the inputs in an artefact's record, beside the folders that it was made from
 
 
@@ -62,21 +63,30 @@ class RunDirectory:
                             "give the same settings to go on with it.")
         if old != new:
             self.write_file(path, json.dumps(new, indent=1) + "\n")
+        path, now = self.path / "environment.json", environment()
         try:
-            json.loads((self.path / "environment.json").read_text())
+            record = json.loads(path.read_text())
         except (OSError, ValueError):
-            note = {"note": "the record of where this run was begun was lost; this is where it was gone on with"}
-            self.write_file(self.path / "environment.json", json.dumps({**environment(), **note}, indent=1) + "\n")
+            record = {**now, "note": "the record of where this run was begun was lost; this is where it was gone on with"}
+            self.write_file(path, json.dumps(record, indent=1) + "\n")
+        others = record.get("gone_on_with", [])
+        if all(any(one.get(name) != now[name] for name in MACHINE) for one in (record, *others)):
+            self.write_file(path, json.dumps(record | {"gone_on_with": [*others, now]}, indent=1) + "\n")
+
+    def inputs(self) -> dict[str, str | None]:
+        """What tells the model and the questions of this run from others of the same name, as far as that is known."""
+        path = self.path / "inputs.json"
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged, so that there is no telling whether model and questions are still the same. "
+                            "Put it back, remove it if you are sure, or choose another --out.") from error
 
     def check_inputs(self, inputs: dict[str, str | None]) -> None:
         """Write inputs.json, or refuse to go on with another model or other questions under the same name."""
-        path, old = self.path / "inputs.json", {}
-        if path.exists():
-            try:
-                old = json.loads(path.read_text())
-            except ValueError as error:
-                raise UserError(f"{path} is damaged, so that there is no telling whether model and questions are still the same. "
-                                "Put it back, remove it if you are sure, or choose another --out.") from error
+        path, old = self.path / "inputs.json", self.inputs()
         for name, value in inputs.items():
             if old.get(name) and value and old[name] != value:
                 raise UserError(f"The {name} of {self.path} changed since it was begun (what lies behind --model or --data is not "

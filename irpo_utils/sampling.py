@@ -13,6 +13,7 @@ several processes share the questions.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -39,14 +40,12 @@ def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1
     temperature 1, nats), `answer`, and `choices` if the questions have them.
     `temperature` 0 is greedy; `batch_size` counts completions, not questions. `server`: a `vllm_server.Server` that
     writes in the place of `model`, which may then be of no use but to name its context. Raises `UserError` for settings out of
-    range, an empty data set, and a prompt that leaves no room in the model's context.
+    range, an empty data set, a prompt that leaves no room in the model's context, and a model whose logits are not finite.
     """
     from datasets import Dataset
 
     _check(questions, n, temperature, top_p, max_new_tokens)
-    prompts = [render_prompt(tokenizer, task.prompt(row)) for row in questions]
-    prompt_ids = tokenizer(prompts, add_special_tokens=False).input_ids      # the template has its own BOS
-    _check_context(model, prompt_ids, max_new_tokens)
+    prompts, prompt_ids = prompts_of(model, tokenizer, questions, task, max_new_tokens)
 
     questions, mine = list(questions), processes.share(list(range(len(prompts))))
     order = sorted(mine, key=lambda i: -len(prompt_ids[i]))
@@ -54,6 +53,9 @@ def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1
     bar = tqdm(total=len(mine) * n, desc="sampling", unit="completion", disable=not progress, leave=False)
 
     def keep(i: int, k: int, tokens: list[int], finished: bool, logprob: float) -> None:
+        if not math.isfinite(logprob):
+            raise UserError("The model's logits are not finite, so that its completions mean nothing. Where they are computed in float16, "
+                            "give --dtype bfloat16 or float32; otherwise its weights are broken.")
         bar.update(rows[i * n + k] is None)
         rows[i * n + k] = {"id": questions[i]["id"], "sample": k, "prompt": prompts[i],
                            "completion": tokenizer.decode(tokens, skip_special_tokens=True),
@@ -97,6 +99,17 @@ def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1
     return Dataset.from_list(processes.gather([row for row in rows if row is not None]))
 
 
+def prompts_of(model, tokenizer, questions, task, max_new_tokens: int) -> tuple[list[str], list[list[int]]]:
+    """The questions' prompts as text and as tokens; `UserError` for one that leaves no room in the model's context."""
+    prompts = [render_prompt(tokenizer, task.prompt(row)) for row in questions]
+    ids = tokenizer(prompts, add_special_tokens=False).input_ids             # the template has its own BOS
+    context, longest = getattr(model.config.get_text_config(), "max_position_embeddings", None), max(map(len, ids))
+    if context is not None and longest + max_new_tokens > context:
+        raise UserError(f"The longest prompt has {longest} tokens; with {max_new_tokens} new ones it does not fit into "
+                        f"the model's context of {context}. Lower --max-new-tokens or leave out the longest questions.")
+    return prompts, ids
+
+
 def render_prompt(tokenizer, text: str) -> str:
     """The user's turn in the model's chat template, up to where the answer begins; control tokens in `text` are disarmed.
 
@@ -124,7 +137,8 @@ def next_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
     total = cumulative[:, -1:]
     # The first token whose cumulative mass exceeds the threshold, which rounding must not put on the last edge itself.
     threshold = torch.minimum(uniforms.unsqueeze(-1).to(total) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    # Where numbers are not finite the result lies outside; `sample` notices by the log-probability.
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
 
 class SlotLayer(DynamicLayer):
@@ -335,11 +349,3 @@ def _check(questions, n, temperature, top_p, max_new_tokens) -> None:
         if not sound:
             raise UserError(f"{name} = {value} is out of range: n and max_new_tokens are at least 1, temperature is 0 "
                             "(greedy) or more, top_p is above 0 and at most 1.")
-
-
-def _check_context(model, prompt_ids, max_new_tokens) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompt_ids))
-    if context is not None and longest + max_new_tokens > context:
-        raise UserError(f"The longest prompt has {longest} tokens; with {max_new_tokens} new ones it does not fit into "
-                        f"the model's context of {context}. Lower --max-new-tokens or leave out the longest questions.")

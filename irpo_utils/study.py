@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import shutil
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -228,7 +229,10 @@ def tuned_rates(out: Path) -> dict[str, float]:
         raise UserError(f"{out}/tuning_of_methods.csv is missing: run `python -m irpo_utils study tuning` first, which "
                         "chooses a learning rate for every method.")
     rows = pandas.read_csv(out / "tuning_of_methods.csv").query("metric == 'greedy'")
-    last = rows[rows.iteration == rows.groupby(["method", "level"]).iteration.transform("max")]
+    if absent := sorted({(name, rate) for name in TUNED for rate in RATES} - set(zip(rows.method, rows.level.astype(float)))):
+        raise UserError(f"{out}/tuning_of_methods.csv lacks {len(absent)} of its runs, such as {absent[0][0]} at {absent[0][1]:g}: let "
+                        "`python -m irpo_utils study tuning` end first.")
+    last = rows[rows.iteration == rows.groupby("method").iteration.transform("max")]       # a run that stopped before is not chosen
     best = last.sort_values(["value", "level"], ascending=[False, True]).groupby("method").first()
     return {method: float(rate) for method, rate in best.level.items()}
 
@@ -256,7 +260,11 @@ def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool, d
                 raise UserError(f"{path} begins with {p.start or p.probe}, and the run that should have made it stopped before: see "
                                 f"stopped.json in its directory. Everything else is done; name the others with --only.")
             for done in wait(going, return_when=FIRST_COMPLETED).done:
-                done.result()
+                try:
+                    done.result()
+                except BrokenProcessPool as error:
+                    raise UserError("The system ended a run, most often because memory ran out. What was finished is kept: the same command "
+                                    f"goes on, and with fewer --jobs than {jobs} it needs less.") from error
                 path = going.pop(done)
                 bar.set_postfix_str(f"{path.parent.name} {path.name}")
                 bar.update(1)

@@ -104,7 +104,7 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     own_reference = dpo_weight > 0 and reference is None
     if dpo_weight == 0:     # SFT knows no reference, and scoring one would take time. Losers still go along, for the log alone.
         reference = ([math.nan] * len(preferences),) * 2
-    chosen, rejected = reference or reference_logps(model.eval(), tokenizer, preferences)
+    chosen, rejected = reference or _kept_reference(checkpoints, lambda: reference_logps(model.eval(), tokenizer, preferences))
     lengths = [sum(len(row[c]) for c in columns) for row in preferences.select_columns(columns)]
     data = (preferences.select_columns(columns).add_column("ref_chosen_logps", chosen)
             .add_column("ref_rejected_logps", rejected).add_column("length", lengths))
@@ -133,6 +133,21 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     probe_log = Dataset.from_list(probing[0].rows) if probing else None
     return TrainingResult(model, Dataset.from_list(watch.rows), probe_log, len(probe) if probing else 0, _summary(watch.rows),
                           watch.warnings, models.whole_adapter(model))
+
+
+def _kept_reference(folder: str | Path | None, score: Callable) -> tuple[list[float], list[float]]:
+    """What `score()` gives, from `folder`/reference where it is there already: with a large model it takes half an hour."""
+    place = Path(folder) / "reference" if folder else None
+    there = processes.from_first(lambda: place and checksums.read(place) and json.loads((place / "logps.json").read_text()))
+    if there:
+        return tuple(there)
+    scored = score()
+    if place and processes.is_first():
+        with contextlib.suppress(OSError):          # a help, no result
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "logps.json").write_text(json.dumps(scored))
+            checksums.write(place, {})
+    return scored
 
 
 def newest_checkpoint(folder: str | Path | None) -> str | None:
@@ -546,8 +561,13 @@ class _Keep(TrainerCallback):
         self.saved, folder = time.perf_counter(), self.folder / f"checkpoint-{state.global_step}"
         if not folder.exists() or not processes.is_first():         # it could not be written, or is another's to write
             return
-        (folder / "callbacks.json").write_text(json.dumps([callback.rows for callback in self.callbacks]))
-        checksums.write(folder, {"seconds": self.callbacks[0].rows[-1]["seconds"]})
+        try:
+            (folder / "callbacks.json").write_text(json.dumps([callback.rows for callback in self.callbacks]))
+            checksums.write(folder, {"seconds": self.callbacks[0].rows[-1]["seconds"]})
+        except OSError as error:                    # a checkpoint is a help, no result
+            shutil.rmtree(folder, ignore_errors=True)
+            tqdm.write(f"No checkpoint could be written ({error.strerror}): training goes on without.")
+            return
         older = [step for path in self.folder.glob("checkpoint-*") if (step := _step_of(path)) <= state.global_step]
         for step in sorted(older)[:-2]:             # by their steps: the library goes by dates, and a clock may be set back
             shutil.rmtree(self.folder / f"checkpoint-{step}", ignore_errors=True)

@@ -24,6 +24,9 @@ from irpo_utils import UserError, checksums, processes
 
 AT_ONCE = 256           # questions under way: the server batches them as it likes
 SECONDS = 3600.0        # for one question; it may wait behind many others
+SOON = 60.0             # for everything else
+# What a server would otherwise take from the model's generation_config.json, and sample from another distribution.
+PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Server:
@@ -57,28 +60,34 @@ class Server:
             number = int.from_bytes(hashlib.blake2b(f"{seed}/{question}".encode(), digest_size=4).digest()) >> 1
             answer = self._ask("/v1/completions", {
                 "model": self.model, "prompt": prompt, "n": n, "temperature": temperature, "top_p": top_p, "seed": number,
-                "max_tokens": max_new_tokens, "stop_token_ids": ends, "logprobs": 0, "return_token_ids": True})
-            return [self._read(choice, ends) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+                "max_tokens": max_new_tokens, "stop_token_ids": ends, "logprobs": 0, "return_token_ids": True, **PLAIN}, SECONDS)
+            drawn = [self._read(choice, ends, max_new_tokens) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+            if len(drawn) != n:
+                raise UserError(f"The server at {self.url} gave {len(drawn)} completions where {n} were asked for.")
+            return drawn
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             yield from enumerate(pool.map(one, prompts, ids))
 
-    def _read(self, choice: dict, ends: list[int]) -> tuple[list[int], bool, float]:
+    def _read(self, choice: dict, ends: list[int], most: int) -> tuple[list[int], bool, float]:
         tokens, finished = choice.get("token_ids"), choice["finish_reason"] == "stop"
         if tokens is None:
             raise UserError(f"The server at {self.url} gives no token ids back, and pairs are trained on the very tokens that were "
                             "sampled: install vLLM 0.10.2 or newer there.")
+        if not finished and (choice["finish_reason"] != "length" or len(tokens) < most):
+            raise UserError(f"The server at {self.url} broke a completion off after {len(tokens)} tokens ({choice['finish_reason']}), "
+                            "which is neither an end nor the limit: see its log, and give the same command again.")
         if finished and (not tokens or tokens[-1] not in ends):
             raise UserError(f"The server at {self.url} ended a completion without one of the end tokens {ends}: take the same model "
                             "and tokenizer there as here.")
         return tokens, finished, float(sum(choice["logprobs"]["token_logprobs"]))
 
-    def _ask(self, path: str, content: dict | None = None):
+    def _ask(self, path: str, content: dict | None = None, seconds: float = SOON):
         """POST of JSON, or GET; the answer as JSON, or as text where it is none."""
         request = urllib.request.Request(self.url + path, None if content is None else json.dumps(content).encode(),
                                          {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            with urllib.request.urlopen(request, timeout=seconds) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:300]

@@ -94,7 +94,7 @@ def test_value_out_of_range(tmp_path):
 
 @pytest.mark.parametrize("option, value", [
     ("--learning-rate", "-1"), ("--lr-scheduler", "foo"), ("--optimizer", "foo"), ("--lora-r", "0"), ("--seed", "-1"),
-    ("--epochs", "0"), ("--max-pairs", "0"), ("--alpha", "-1"), ("--nll-per", "x"), ("--warmup-ratio", "1.5"),
+    ("--epochs", "0"), ("--epochs", "inf"), ("--max-pairs", "0"), ("--alpha", "-1"), ("--nll-per", "x"), ("--warmup-ratio", "1.5"),
     ("--n-samples", "abc"), ("--report-to", "no_such_logger"), ("--dtype", "int3"), ("--temperature", "0"),
 ])
 def test_a_value_that_cannot_work_is_refused_before_anything_is_done(option, value, tmp_path, capsys):

@@ -216,6 +216,75 @@ def test_questions_that_changed_behind_their_name_are_refused(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match="questions of .* changed since it was begun.*--data"):
         iteration.run(settings, out, progress=False)
+    rows[0]["answer"] = "0"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))       # which ones are taken depends on their order
+    with pytest.raises(UserError, match="questions of .* changed since it was begun.*--data"):
+        iteration.run(settings, out, progress=False)
+
+
+def test_a_prompt_that_is_too_long_is_found_before_anything_is_made(tmp_path):
+    rows = [{"question": f"What is {a} + {b}?" + " Really?" * (900 * (a == b == 7)), "answer": str(a + b)} for a in range(20) for b in range(20)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="longest prompt has .* does not fit"):
+        iteration.run(smoke(task="jsonl", data=str(file)), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "iteration_0").exists()
+
+
+def test_what_a_start_has_learnt_is_compared_with_the_evaluation_questions(finished, tmp_path):
+    """A run that started from another which was trained on its test questions would have an accuracy of its memory."""
+    test = list(tasks.get("word_problems").load("test").select(range(20)))
+    others = [{"question": f"What is {a} + 1?", "answer": str(a + 1), "solution": "x"} for a in range(20)]
+    for name, parts in {"first": (test, others, others[:5]), "second": (others, test[10:], test)}.items():
+        (tmp_path / name).mkdir()
+        for split, part in zip(("train", "validation", "test"), parts):
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps({k: row[k] for k in ("question", "answer", "solution")}) + "\n"
+                                                                    for row in part))
+    start = shutil.copytree(finished, tmp_path / "start")
+    profile = json.loads((start / "profile.json").read_text()) | {"task": "jsonl", "data": str(tmp_path / "first")}
+    (start / "profile.json").write_text(json.dumps(profile))
+    for place in (start, start / "iteration_1" / "adapter"):
+        with pytest.raises(UserError, match="20 of 20 evaluation questions are training questions"):
+            iteration.run(smoke(task="jsonl", data=str(tmp_path / "second"), start=str(place)), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_with_scales_of_its_own_is_refused(finished, tmp_path):
+    folder = shutil.copytree(finished / "iteration_2" / "adapter", tmp_path / "adapter")
+    (folder / "checksums.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, name in (({"use_rslora": True}, "use_rslora"), ({"alpha_pattern": {"q_proj": 64}}, "alpha_pattern")):
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=f"made with {name}"):
+            iteration.run(smoke(start=str(folder)), tmp_path / "run", progress=False)
+
+
+def test_a_probe_that_is_nowhere_is_found_at_once(tmp_path):
+    with pytest.raises(UserError, match="--probe .*nowhere is no folder of pairs"):
+        iteration.run(smoke(probe=str(tmp_path / "nowhere")), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_record_says_on_which_machines_a_run_was_made(finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "run")
+    iteration.run(smoke(), out, progress=False)
+    assert "gone_on_with" not in json.loads((out / "environment.json").read_text())      # the same one
+    here = run_directory.environment()
+    monkeypatch.setattr(run_directory, "environment", lambda: here | {"gpus": ["another card"]})
+    for _ in range(2):
+        iteration.run(smoke(), out, progress=False)
+    record = json.loads((out / "environment.json").read_text())
+    assert record["gpus"] == here["gpus"] and [other["gpus"] for other in record["gone_on_with"]] == [["another card"]]
+
+
+def test_a_hub_model_is_loaded_at_the_commit_that_the_run_was_begun_with(monkeypatch):
+    from irpo_utils import models
+
+    asked = []
+    monkeypatch.setattr(models, "load", lambda name, **options: asked.append(options["revision"]))
+    for known in (None, "a" * 40, "b" * 64):            # nothing known, a commit, a folder's fingerprint
+        iteration.load_model(smoke(), known)
+    assert asked == [None, "a" * 40, None]
 
 
 def test_another_model_behind_the_same_name_is_refused(tmp_path):
@@ -463,6 +532,11 @@ def test_gold_winners_and_a_cap_on_pairs(tmp_path):
 def test_collect_joins_seeds_and_refuses_other_settings(finished, tmp_path):
     iteration.run(smoke(seed=1), tmp_path / "one", progress=False)
     metrics, means, record = iteration.collect([finished, tmp_path / "one"])
+    other = shutil.copytree(tmp_path / "one", tmp_path / "other")
+    inputs = json.loads((other / "inputs.json").read_text())
+    (other / "inputs.json").write_text(json.dumps(inputs | {"evaluation questions": "0" * 64}))
+    with pytest.raises(UserError, match="other had other evaluation questions than"):
+        iteration.collect([finished, other])
     assert set(metrics.seed) == {0, 1} and set(means.iteration) == {0, 1, 2} and record["seeds"] == [0, 1]
     greedy = metrics[(metrics.metric == "greedy") & (metrics.iteration == 2)].value
     mean = means[(means.metric == "greedy") & (means.iteration == 2)].iloc[0]
@@ -527,6 +601,38 @@ def test_evaluate_run_again_asks_as_the_run_did(tmp_path, monkeypatch):
     for metric in ("greedy", "greedy_mean_tokens"):
         assert again[metric, 1] == first[metric, 1]         # with the worked examples, and not zero-shot
     assert again.index.is_unique and "against" not in text
+
+
+def test_evaluate_keeps_to_the_model_of_the_run_and_looks_for_everything_first(finished, tmp_path):
+    from irpo_utils import evaluation, models
+
+    folder, out = shutil.copytree(models.SEED_MODEL, tmp_path / "model"), tmp_path / "run"
+    iteration.run(smoke(model=str(folder), iterations=0), out, progress=False)
+    flip(next(folder.glob("*.safetensors")))
+    with pytest.raises(UserError, match="is not the one any more with which"):
+        iteration.evaluate_run(out, k=1)
+    half = shutil.copytree(finished, tmp_path / "half")
+    shutil.rmtree(half / "iteration_2" / "adapter")
+    with pytest.raises(UserError, match="iteration_2/adapter is missing or damaged"):
+        iteration.evaluate_run(half, split="validation", k=1, iterations=[0, 2])
+    assert not (half / "evaluations").exists()
+
+
+def test_evaluate_that_is_interrupted_leaves_what_it_has(finished, tmp_path, monkeypatch):
+    from irpo_utils import evaluation
+
+    evaluate, done = evaluation.evaluate, []
+
+    def interrupted(*arguments, **options):
+        if done:
+            raise KeyboardInterrupt
+        done.append(evaluate(*arguments, **options))
+        return done[0]
+
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        iteration.evaluate_run(finished, split="validation", k=1, out=tmp_path)
+    assert set(pandas.read_csv(tmp_path / "word_problems_validation.csv").iteration) == {0}
 
 
 def test_evaluate_run_again_with_more_samples(finished):

@@ -152,6 +152,21 @@ def test_truncated_weights(folder):
         models.load(str(folder))
 
 
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize("change, message", [
+    (lambda weights: {name: w for name, w in weights.items() if "layers.1.mlp" not in name}, "could not be loaded|lacks 3 of its weights"),
+    (lambda weights: {name: w for name, w in weights.items() if "norm" not in name}, r"lacks \d+ of its weights.*norm"),
+    (lambda weights: {f"_orig_mod.{name}": w for name, w in weights.items()}, "could not be loaded|lacks"),
+    (lambda weights: {name: w[:-8].contiguous() if "embed" in name else w for name, w in weights.items()}, "could not be loaded|another shape")])
+def test_weights_that_are_not_all_there(folder, quantize, change, message):
+    """The library would fill them with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        models.load(str(folder), quantize=quantize)
+
+
 def test_pickled_weights_are_refused(folder):
     from safetensors.torch import load_file
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -292,3 +292,12 @@ def test_out_of_memory_with_one_question_says_what_to_lower(loaded, questions, t
     monkeypatch.setattr(sampling, "next_tokens", next_tokens)
     with pytest.raises(UserError, match="4 completions of a single question.*--n-samples"):
         draw(loaded, questions, task, n=4, batch_size=16)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_numbers_are_not_finite_is_refused(questions, task, temperature):
+    model, tokenizer = models.load("seed")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = float("nan")
+    with pytest.raises(UserError, match="not finite.*--dtype"):
+        sampling.sample(model, tokenizer, questions, task, n=1, temperature=temperature, max_new_tokens=4, progress=False)

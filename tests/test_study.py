@@ -16,21 +16,29 @@ from datasets import load_from_disk
 
 from irpo_utils import UserError, iteration, methods, profiles, report, study, tasks
 
-ROWS = [("irpo", 2e-5, 0.5), ("irpo", 1e-4, 0.8), ("irpo", 3e-4, 0.8), ("iterative_dpo", 2e-5, 0.4), ("star", 3e-4, 0.6)]
+BEST = {"irpo": 1e-4, "iterative_dpo": 2e-5, "star": 3e-4}
 
 
-def tuned(folder):
+def tuned(folder, leave_out=lambda row: False):
     """A table as the tuning writes it, with an early iteration that would mislead."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"method": m, "level": rate, "iteration": t, "metric": "greedy", "value": value if t == 2 else 1 - value}
-            for m, rate, value in ROWS for t in (1, 2)]
-    pandas.DataFrame(rows).to_csv(folder / "tuning_of_methods.csv", index=False)
+    rows = []
+    for method in study.TUNED:
+        for rate in study.RATES:
+            value = 0.8 if rate == BEST.get(method, 2e-5) or (method, rate) == ("irpo", 3e-4) else 0.5
+            rows += [{"method": method, "level": rate, "iteration": t, "metric": "greedy", "value": value if t == 2 else 1 - value}
+                     for t in (1, 2)]
+    pandas.DataFrame([row for row in rows if not leave_out(row)]).to_csv(folder / "tuning_of_methods.csv", index=False)
     return folder
 
 
 def test_the_rate_of_a_method_is_the_best_of_its_last_iteration(tmp_path):
     rates = study.tuned_rates(tuned(tmp_path))
-    assert rates == {"irpo": 1e-4, "iterative_dpo": 2e-5, "star": 3e-4}          # of two equal ones the smaller
+    assert {name: rates[name] for name in BEST} == BEST and set(rates) == set(study.TUNED)        # of two equal ones the smaller
+    stopped = study.tuned_rates(tuned(tmp_path, lambda row: row["method"] == "star" and row["level"] == 3e-4 and row["iteration"] == 2))
+    assert stopped["star"] == 2e-5                  # what stopped after M_1 is not chosen by its M_1
+    with pytest.raises(UserError, match="lacks 3 of its runs, such as grpo at 2e-05.*study tuning"):
+        study.tuned_rates(tuned(tmp_path, lambda row: row["method"] == "grpo"))
     with pytest.raises(UserError, match="study tuning"):
         study.tuned_rates(tmp_path / "nowhere")
 

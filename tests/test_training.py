@@ -396,13 +396,16 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(preferences, tmp_p
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(training.Watch, "on_log", dying)
         trained(checkpoints=folder)
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if path.name != "reference")
     assert sorted(names) == sorted(f"checkpoint-{kill_at - i}" for i in (1, 2))       # the newest; disk space does not grow
     newest = training.newest_checkpoint(folder)
     weights = next(path for path in (folder / newest).iterdir() if path.name == "adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     assert training.newest_checkpoint(folder) not in (None, newest)
+    scored = []
+    monkeypatch.setattr(training, "reference_logps", lambda *arguments: scored.append(arguments))
     again = trained(checkpoints=folder)
+    assert not scored                               # nor is the reference computed a second time
     assert [row["step"] for row in again.log] == list(range(1, steps + 1))
     drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]      # noqa: E731
     assert drop(again.log) == drop(whole.log) and drop(again.probe_log) == drop(whole.probe_log)
@@ -475,4 +478,15 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(model, loaded, pr
     result = training.train(model, loaded[1], preferences, batch_size=4, progress=False, checkpoints=tmp_path / "kept")
     said = capsys.readouterr()
     assert "No checkpoint could be written ([Errno 28] No space left on device)" in said.out + said.err
+    assert len(result.log) == -(-len(preferences) // 4) and not list((tmp_path / "kept").glob("checkpoint-*"))
+
+
+def test_a_disk_that_fills_between_the_files_of_a_checkpoint(model, loaded, preferences, tmp_path, monkeypatch, capsys):
+    from irpo_utils import checksums
+
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checksums, "write", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    result = training.train(model, loaded[1], preferences, batch_size=4, progress=False, checkpoints=tmp_path / "kept")
+    said = capsys.readouterr()
+    assert "No checkpoint could be written (No space left on device)" in said.out + said.err
     assert len(result.log) == -(-len(preferences) // 4) and not list((tmp_path / "kept").glob("checkpoint-*"))

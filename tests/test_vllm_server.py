@@ -23,7 +23,7 @@ class StandIn:
 
     def __init__(self):
         self.model, self.tokenizer = models.load("seed")
-        self.adapters, self.asked, self.lock, self.token_ids = {}, [], threading.Lock(), True
+        self.adapters, self.asked, self.lock, self.token_ids, self.breaks_off = {}, [], threading.Lock(), True, False
 
     def get(self, path):
         return {"data": [{"id": "the-base", "parent": None}] + [{"id": name, "parent": "the-base"} for name in self.adapters]}
@@ -52,8 +52,12 @@ class StandIn:
             token = int(chances.argmax() if content["temperature"] == 0 else torch.multinomial(chances, 1, generator=generator))
             tokens.append(token)
             logps.append(torch.log_softmax(logits, -1)[token].item())
+        # What a real server would otherwise take from the model's generation_config.json.
+        assert (content["top_k"], content["min_p"], content["repetition_penalty"]) == (0, 0.0, 1.0)
+        assert content["presence_penalty"] == content["frequency_penalty"] == 0.0
         ended = tokens[-1] in content["stop_token_ids"]
-        return {"index": index, "finish_reason": "stop" if ended else "length", "logprobs": {"token_logprobs": logps},
+        reason = "abort" if self.breaks_off else "stop" if ended else "length"
+        return {"index": index, "finish_reason": reason, "logprobs": {"token_logprobs": logps},
                 **({"token_ids": tokens} if self.token_ids else {})}
 
 
@@ -152,3 +156,15 @@ def test_what_a_user_sees_when_the_server_cannot_be_used(served):
     with pytest.raises(UserError, match="no token ids.*0.10.2"):
         list(vllm_server.Server(url).complete([[5]], ["a"], 1, 1.0, 1.0, 2, 0, [3]))
     stand_in.token_ids = True
+    stand_in.breaks_off = True
+    with pytest.raises(UserError, match=r"broke a completion off after \d tokens \(abort\)"):
+        list(vllm_server.Server(url).complete([[5]], ["a"], 1, 1.0, 1.0, 2, 0, [3]))
+    stand_in.breaks_off = False
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_long(monkeypatch):
+    import socket
+
+    monkeypatch.setattr(vllm_server.Server._ask, "__defaults__", (None, 0.5))
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="no vLLM server.*timed out"):
+        vllm_server.Server(f"http://127.0.0.1:{silent.getsockname()[1]}")
