@@ -289,9 +289,9 @@ def _commit() -> str | None:
 
 
 def _seconds_spent(unfinished: Path) -> float:
-    """What earlier processes spent on a stage, as far as it is kept: blocks add up, a checkpoint holds all before it."""
+    """What earlier processes spent on a stage, as far as it is kept: blocks add up, a checkpoint holds all before it in training."""
     seconds = {folder.name: record["seconds"] for folder in unfinished.glob("*") if (record := checksums.read(folder))}
-    return sum(value for name, value in seconds.items() if name.startswith("block")) + max(
+    return sum(value for name, value in seconds.items() if name.startswith(("block", "reference"))) + max(
         (value for name, value in seconds.items() if name.startswith("checkpoint")), default=0.0)
 
 

@@ -141,12 +141,12 @@ def _kept_reference(folder: str | Path | None, score: Callable) -> tuple[list[fl
     there = processes.from_first(lambda: place and checksums.read(place) and json.loads((place / "logps.json").read_text()))
     if there:
         return tuple(there)
-    scored = score()
+    started, scored = time.perf_counter(), score()
     if place and processes.is_first():
         with contextlib.suppress(OSError):          # a help, no result
             place.mkdir(parents=True, exist_ok=True)
             (place / "logps.json").write_text(json.dumps(scored))
-            checksums.write(place, {})
+            checksums.write(place, {"seconds": time.perf_counter() - started})
     return scored
 
 
