@@ -124,9 +124,13 @@ def bootstrap_row(metric: str, values, k: int = 1, seed: int = 0) -> dict:
 def share_row(metric: str, values, k: int = 1) -> dict:
     """`bootstrap_row` of shares; where all are 0 or all 1, which gives a bootstrap nothing to draw, Wilson's interval."""
     row = bootstrap_row(metric, values, k)
-    if row["low"] == row["high"] and row["value"] in (0, 1):
-        row["low"], row["high"] = wilson_interval(int(sum(values)), len(values))
+    row["low"], row["high"] = no_point(row["value"], row["low"], row["high"], len(values))
     return row
+
+
+def no_point(value: float, low: float, high: float, n: int) -> tuple[float, float]:
+    """(low, high), or Wilson's interval where a share of `n` questions is 0 or 1 for each of them."""
+    return wilson_interval(round(value * n), n) if low == high and value in (0, 1) else (low, high)
 
 
 def proportion_row(metric: str, correct) -> dict:

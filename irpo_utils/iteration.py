@@ -484,6 +484,7 @@ def collect(runs: list[str | Path]):
         for metric in ("greedy", "sampled"):
             matrix = [accuracy_per_question(run, t, metric) for run in runs]
             value, low, high = evaluation.seed_and_question_interval(matrix)
+            low, high = evaluation.no_point(value, low, high, len(matrix[0]))
             means.append({"method": profiles[0].method, "iteration": t, "split": profiles[0].eval_split, "metric": metric, "k": 1,
                           "value": value, "low": low, "high": high, "n": len(matrix[0]), "seeds": len(runs)})
     last = profiles[0].iterations

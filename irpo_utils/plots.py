@@ -30,7 +30,7 @@ from irpo_utils.evaluation import t_quantile
 BLUE, ORANGE, GREEN, PINK, SKY, BROWN, GREY = CYCLE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6A00", "#5F5F5F")
 INK, PAPER = "#000000", "#FFFFFF"
-LOW = 40        # %: an axis to 100 would leave most of the figure empty below this
+LOW = 40        # %: below this an axis to 100 would leave most of the figure empty
 NAMES = {"majority": "majority of {k}", "pass_at_k": "pass@{k}", "distinct_answers": "among {k}",
          "mean_tokens": "sampled", "greedy_mean_tokens": "greedy"}
 
@@ -87,7 +87,7 @@ def accuracy_per_iteration(metrics: pd.DataFrame, intervals: pd.DataFrame | None
     of = f"{metrics.loc[metrics.metric == 'greedy', 'n'].max():.0f} questions" if "n" in metrics else "questions"
     _iterations(axes, f"Right answers (% of {of})", percent=True)
     if axes.dataLim.y1 < LOW:
-        axes.set_ylim(0, 1.25 * axes.dataLim.y1)
+        axes.set_ylim(0, max(1.25 * axes.dataLim.y1, LOW / 2))     # nor should a hundredth look like much
     return _finish(figure, f"Right answers per iteration (% of {of})", [lines])
 
 

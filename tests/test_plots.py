@@ -390,3 +390,11 @@ def test_majority_is_left_out_where_the_iterations_have_no_k_in_common():
             for t, ks in ((0, 4), (1, 2)) for metric, k in (("greedy", 1), ("sampled", 1), ("majority", ks))]
     text = plots.alt_text(plots.accuracy_per_iteration(pd.DataFrame(rows)))
     assert "greedy" in text.lower() and "majority" not in text.lower()
+
+
+@pytest.mark.parametrize("highest, top", [(0.9, 102), (0.24, 30), (0.01, 20)])
+def test_the_axis_of_accuracy_ends_above_what_is_drawn(highest, top):
+    rows = [{"metric": "greedy", "k": 1, "iteration": t, "seed": 0, "value": value, "low": 0.0, "high": highest, "n": 100, "method": "irpo",
+             "split": "test"} for t, value in enumerate((0.0, highest / 2))]
+    axes = plots.accuracy_per_iteration(pd.DataFrame(rows + [row | {"metric": "sampled"} for row in rows])).axes[0]
+    assert axes.get_ylim() == (0, pytest.approx(top))

@@ -186,6 +186,11 @@ shown.assign(per_token=(shown.logprob / shown.n_tokens).round(2))
 # - Own likelihood as reward: the half with the higher log-probability *per token*, the last column.
 # - SPIN: all completions lose. The gold solution is the winner, for every question.
 #
+# The names are short for what a row takes from a paper, in our loop and at the profile's settings; they are not these papers' whole
+# methods. STaR trains M_0 anew in each iteration and shows the model the answer where it fails; here training goes on from M_{t-1}, and what fails is
+# left out. Prasad et al. set the most frequent answer against the least frequent one and weigh pairs by the votes; here all of the minority
+# loses, unweighted. SPIN has no NLL term; here the gold solution has it. And the loss of GRPO is a mean over all tokens of a batch, as in TRL.
+#
 # And two controls. *Lucky winners*: one wrong answer in four counts as right, always the same ones, as where a wrong
 # calculation hits the right letter; here b's 8 and c's 29. *Verdicts by lot*: as many winners as there are right answers, at
 # places drawn by lot.
@@ -736,7 +741,8 @@ ends.assign(at_budget=pd.Series(at_budget), value=100 * ends.value).rename(index
 
 # %% [markdown]
 # The seconds are of a small model on one core, where two runs shared a machine. With another model sampling and training cost
-# differently, so the order by tokens travels better than the order by time.
+# differently, so the order by tokens travels better than the order by time. SFT is charged too much: here its losers go through
+# the model as well, for the log alone, and a trainer that left them out would be faster.
 
 # %% [markdown]
 # ### What is spent: variety
