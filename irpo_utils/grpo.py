@@ -24,9 +24,9 @@ def train(model, tokenizer, questions, task, p: Profile, seed: int, progress: bo
 
     `p.batch_size` counts questions in an optimiser step, each with `p.n_samples` completions, drawn by
     `sampling.sample` at the first temperature of the profile; `p.micro_batch_size`, in pairs, is two completions each in a
-    forward pass, and no result depends on it. No KL term; advantages are divided by the standard deviation of their group; the loss is a mean over all tokens of
-    the batch (where Shao et al. take one per completion first). Log columns: `step`, `loss`, `reward` (mean),
-    `grad_norm`, `learning_rate`, `tokens` (sampled), `seconds`.
+    forward pass, and no result depends on it. No KL term; advantages are divided by the standard deviation of their
+    group; the loss is a mean over all tokens of the batch (where Shao et al. take one per completion first). Log
+    columns: `step`, `loss`, `reward` (mean), `grad_norm`, `learning_rate`, `tokens` (sampled), `seconds`.
     """
     from trl import GRPOConfig, GRPOTrainer
 

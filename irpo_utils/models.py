@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +57,8 @@ def default_dtype(device: str) -> torch.dtype:
 
 def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *, lora_r: int = 16,
          lora_alpha: int = 32, pad_token: str | None = None, device: str | None = None,
-         dtype: str | None = None, dequantize: bool = False, shard: bool = False, revision: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+         dtype: str | None = None, dequantize: bool = False, shard: bool = False,
+         revision: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """M_t and its tokenizer: the base `name` with the adapter of M_t, or with a zero adapter where none is given.
 
     `name` is "seed" (shipped with this package), a key of `HUB_NAMES`, a hub name or a folder. With `quantize` the
@@ -80,16 +82,19 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
         dtype = torch.float32                       # without its instructions a product takes 6 to 30 times as long
     try:
         base, loaded = AutoModelForCausalLM.from_pretrained(
-            path, revision=None if Path(path).is_dir() else revision, output_loading_info=True, dtype=dtype, device_map="cpu" if shard else device, use_safetensors=True, trust_remote_code=False,
+            path, revision=None if Path(path).is_dir() else revision, output_loading_info=True, dtype=dtype,
+            device_map="cpu" if shard else device, use_safetensors=True, trust_remote_code=False,
             attn_implementation=_register_attention() if device == "cpu" else "sdpa",
             quantization_config=_nf4(dtype, shard) if quantize else None)
     except (OSError, ValueError, SafetensorError, RuntimeError, AttributeError) as error:     # the last: a linear layer is missing
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
             raise
         raise UserError(_explain(path, error)) from error
-    if absent := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):      # the library fills them with random numbers
-        raise UserError(f"The model {path} lacks {len(absent)} of its weights ({', '.join(absent[:3])}{', ...' * (len(absent) > 3)}), or "
-                        "has them in another shape. Save it again with `save_pretrained`, or take another copy.")
+    # The library would fill them with random numbers.
+    if absent := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
+        raise UserError(f"The model {path} lacks {len(absent)} of its weights ({', '.join(absent[:3])}"
+                        f"{', ...' * (len(absent) > 3)}), or has them in another shape. Save it again with "
+                        "`save_pretrained`, or take another copy.")
     if quantize and (shard or device == "cpu"):
         _plain_cpu_kernels(base)
     if quantize and dequantize:
@@ -353,7 +358,7 @@ def plain_text(tokenizer, text: str) -> str:
 
 def _explain(path: str, error: Exception) -> str:
     text = str(error)
-    if "gated" in text or "401" in text or "403" in text:
+    if re.search(r"gated|\b40[13]\b", text):              # as a word: ports and request numbers have such digits, too
         return (f"The model {path} is gated: accept its licence on its hub page, make a read token there, and log in "
                 "with `hf auth login` (or set HF_TOKEN).")
     if "trust_remote_code" in text or "custom code" in text:

@@ -54,8 +54,8 @@ def sample(model, tokenizer, questions, task, n: int = 8, temperature: float = 1
 
     def keep(i: int, k: int, tokens: list[int], finished: bool, logprob: float) -> None:
         if not math.isfinite(logprob):
-            raise UserError("The model's logits are not finite, so that its completions mean nothing. Where they are computed in float16, "
-                            "give --dtype bfloat16 or float32; otherwise its weights are broken.")
+            raise UserError("The model's logits are not finite, so that its completions mean nothing. Where they are computed in "
+                            "float16, give --dtype bfloat16 or float32; otherwise its weights are broken.")
         bar.update(rows[i * n + k] is None)
         rows[i * n + k] = {"id": questions[i]["id"], "sample": k, "prompt": prompts[i],
                            "completion": tokenizer.decode(tokens, skip_special_tokens=True),

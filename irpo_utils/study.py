@@ -230,8 +230,8 @@ def tuned_rates(out: Path) -> dict[str, float]:
                         "chooses a learning rate for every method.")
     rows = pandas.read_csv(out / "tuning_of_methods.csv").query("metric == 'greedy'")
     if absent := sorted({(name, rate) for name in TUNED for rate in RATES} - set(zip(rows.method, rows.level.astype(float)))):
-        raise UserError(f"{out}/tuning_of_methods.csv lacks {len(absent)} of its runs, such as {absent[0][0]} at {absent[0][1]:g}: let "
-                        "`python -m irpo_utils study tuning` end first.")
+        raise UserError(f"{out}/tuning_of_methods.csv lacks {len(absent)} of its runs, such as {absent[0][0]} at {absent[0][1]:g}: "
+                        "let `python -m irpo_utils study tuning` end first.")
     last = rows[rows.iteration == rows.groupby("method").iteration.transform("max")]       # a run that stopped before is not chosen
     best = last.sort_values(["value", "level"], ascending=[False, True]).groupby("method").first()
     return {method: float(rate) for method, rate in best.level.items()}
@@ -263,8 +263,8 @@ def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool, d
                 try:
                     done.result()
                 except BrokenProcessPool as error:
-                    raise UserError("The system ended a run, most often because memory ran out. What was finished is kept: the same command "
-                                    f"goes on, and with fewer --jobs than {jobs} it needs less.") from error
+                    raise UserError("The system ended a run, most often because memory ran out. What was finished is kept: the "
+                                    f"same command goes on, and with fewer --jobs than {jobs} it needs less.") from error
                 path = going.pop(done)
                 bar.set_postfix_str(f"{path.parent.name} {path.name}")
                 bar.update(1)

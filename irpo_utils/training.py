@@ -362,7 +362,8 @@ class IterativeRPOTrainer(DPOTrainer):
         loss_dpo, loss_nll = dpo_nll_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, lengths,
                                           alpha=self.alpha, beta=self.beta)
         if self.nll_per == "token":
-            loss_nll = -logps_chosen / ((weight * lengths).sum() / weight.sum().clamp(min=1))    # a mean over all tokens of the micro-batch
+            # A mean over all tokens of the micro-batch.
+            loss_nll = -logps_chosen / ((weight * lengths).sum() / weight.sum().clamp(min=1))
         losses = self.dpo_weight * loss_dpo + self.alpha * loss_nll if self.dpo_weight else self.alpha * loss_nll
         pairs = num_items_in_batch or len(losses)
         self._batch_inputs.append(inputs | {"logps_chosen": logps_chosen.detach(), "logps_rejected": logps_rejected.detach()})

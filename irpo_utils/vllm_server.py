@@ -61,7 +61,8 @@ class Server:
             answer = self._ask("/v1/completions", {
                 "model": self.model, "prompt": prompt, "n": n, "temperature": temperature, "top_p": top_p, "seed": number,
                 "max_tokens": max_new_tokens, "stop_token_ids": ends, "logprobs": 0, "return_token_ids": True, **PLAIN}, SECONDS)
-            drawn = [self._read(choice, ends, max_new_tokens) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            drawn = [self._read(choice, ends, max_new_tokens) for choice in choices]
             if len(drawn) != n:
                 raise UserError(f"The server at {self.url} gave {len(drawn)} completions where {n} were asked for.")
             return drawn

@@ -54,8 +54,8 @@ def _real_run(path: Path) -> str:
     for t, at in table.groupby("iteration"):
         at = at.set_index("metric")
         passing = at.loc[["pass_at_k"]].sort_values("k").iloc[-1]
-        pairs = f"{at.value['pairs_pairs']:.0f} from {min(at.value['pairs_pairs'], at.value['pairs_used']):.0f} of {at.value['pairs_questions']:.0f} questions" \
-            if "pairs_pairs" in at.index else ""
+        kept, used, asked = (at.value.get(f"pairs_{name}") for name in ("pairs", "used", "questions"))
+        pairs = f"{kept:.0f} from {min(kept, used):.0f} of {asked:.0f} questions" if kept else ""
         cells = [_interval(at.loc["greedy"]), _interval(at.loc["sampled"]), f"{_interval(passing)} at k = {int(passing.k)}",
                  f"{at.value['mean_tokens']:.0f}", f"{100 * (1 - at.value['no_answer_rate']):.0f}", pairs]
         lines.append(f"| M{t} | " + " | ".join(cells) + " |")

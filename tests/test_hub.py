@@ -67,6 +67,14 @@ def test_no_network(tmp_path):
     assert "Without network, give --model a local folder" in said
 
 
+def test_digits_of_an_address_are_no_status():
+    from irpo_utils import models
+
+    for text, gated in (("127.0.0.1:40137 timed out (Request ID: 34031a)", False), ("403 Client Error: Forbidden for url", True),
+                        ("Cannot access gated repo for url", True)):
+        assert ("is gated" in models._explain("owner/name", OSError(text))) == gated
+
+
 def test_a_hub_that_does_not_answer(tmp_path):
     """It takes the connection and says nothing: the load ends by itself, after the library's own time limit."""
     import socket
