@@ -55,8 +55,9 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     methods.check_start(profile)
     if not methods.get(profile.method).train:       # GRPO counts otherwise
         training.pairs_at_once(profile.batch_size, profile.micro_batch_size)
-    elif profile.n_samples < 2:
-        raise UserError(f"--method {profile.method} compares the completions of a question: --n-samples has to be at least 2.")
+    elif profile.n_samples < 2 or processes.count() > 1:
+        raise UserError(f"--method {profile.method} compares the completions of a question, in one process: --n-samples has to be at "
+                        "least 2, and the command is given without a launcher such as torchrun.")
     if profile.probe and not (Path(profile.probe).expanduser() / "state.json").is_file() and not _is_own_probe(profile, out):
         raise UserError(f"--probe {profile.probe} is no folder of pairs, such as RUN/iteration_0/pairs.")
     task = _as_asked(profile, task)
@@ -70,10 +71,12 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
         if progress:
             tqdm.write(contamination.describe(overlap))
         model, tokenizer = load_model(profile, directory.inputs().get("model"))
-        for questions in (train_questions, eval_questions) if profile.iterations else (eval_questions,):
+        for questions in (eval_questions, *_asked_in_training(profile, train_questions)):
             sampling.prompts_of(model, tokenizer, questions, task, profile.max_new_tokens)         # too long ones are found now
         inputs = {"model": models.fingerprint(model), "training questions": _digest(train_questions),
-                  "evaluation questions": _digest(eval_questions)}
+                  "evaluation questions": _digest(eval_questions),
+                  "order of training questions": _digest(train_questions, ordered=True),
+                  "order of evaluation questions": _digest(eval_questions, ordered=True)}
         directory.check_inputs(inputs)
         loop = _Loop(profile, directory, task, model, tokenizer, train_questions, eval_questions, inputs, progress)
         for t in range(profile.iterations + 1):
@@ -87,6 +90,14 @@ def load_model(p: Profile, known: str | None = None):
     commit = known if known and re.fullmatch("[0-9a-f]{40}", known) else None          # a folder's fingerprint is longer
     return models.load(p.model, quantize=p.quantize, dequantize=p.dequantize, shard=p.shard, dtype=p.dtype, lora_r=p.lora_r,
                        lora_alpha=p.lora_alpha, pad_token=p.pad_token, revision=commit)
+
+
+def _asked_in_training(p: Profile, questions: Dataset) -> list[Dataset]:
+    """The training questions for which completions will be written, if any."""
+    method = methods.get(p.method)
+    if not p.iterations or not (method.samples or method.train):
+        return []
+    return [_first(questions, p.n_questions and p.n_questions * (p.iterations if p.fresh_questions else 1))]
 
 
 def _is_own_probe(p: Profile, out: str | Path) -> bool:
@@ -432,11 +443,14 @@ def evaluate_run(run: str | Path, task: str | None = None, data: str | None = No
     for adapter in filter(None, adapters.values()):
         if not checksums.read(adapter):
             raise UserError(f"{adapter} is missing or damaged. Finish the run first: `python -m irpo_utils run` with its --out.")
-    learnt = [*tasks.get(p.task).load("train", p.data), *_learnt_before(p)]
-    overlap = contamination.check(learnt, questions, allow_overlap or p.allow_overlap)
+    inputs, learnt = RunDirectory(run, p).inputs(), tasks.get(p.task).load("train", p.data)
+    if inputs.get("training questions") not in (None, _digest(learnt)) and not allow_overlap:
+        raise UserError(f"The training questions of {run} are not the ones any more that it was trained on, so that they cannot be "
+                        "compared with these. Put the data back as they were, or, to do without that, add --allow-overlap.")
+    overlap = contamination.check([*learnt, *_learnt_before(p)], questions, allow_overlap or p.allow_overlap)
     if processes.is_first():
         tqdm.write(contamination.describe(overlap))
-    known = RunDirectory(run, p).inputs().get("model")
+    known = inputs.get("model")
     model, tokenizer = load_model(dataclasses.replace(p, shard=False), known)
     if known and models.fingerprint(model) not in (None, known):
         raise UserError(f"The model behind {p.model} is not the one any more with which {run} was made. Put it back as it was.")
@@ -512,9 +526,10 @@ def _first(data: Dataset, n: int | None) -> Dataset:
     return data if n is None else data.select(range(min(n, len(data))))
 
 
-def _digest(questions: Dataset) -> str:
-    """One number for the questions with all that belongs to them, in their order, on which the choice of some depends."""
-    return checksums.of_text(json.dumps([json.dumps(row, sort_keys=True) for row in questions]))
+def _digest(questions: Dataset, ordered: bool = False) -> str:
+    """One number for the questions with all that belongs to them, in any order or in this one, on which the choice of some depends."""
+    rows = [json.dumps(row, sort_keys=True) for row in questions]
+    return checksums.of_text(json.dumps(rows if ordered else sorted(rows)))
 
 
 def _count_tokens(content) -> int | None:

@@ -69,7 +69,6 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
     on a CPU. `shard` splits every layer over the processes (see `shard_layers`). `revision`: a commit of the hub's.
     Raises `UserError` for a folder without model, tokenizer, pad token or chat template, and for weights that are not all there.
     """
-    from accelerate.utils.memory import should_reduce_batch_size
     from peft import LoraConfig, PeftModel, get_peft_model
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -87,8 +86,8 @@ def load(name: str, adapter: str | Path | None = None, quantize: bool = True, *,
             attn_implementation=_register_attention() if device == "cpu" else "sdpa",
             quantization_config=_nf4(dtype, shard) if quantize else None)
     except (OSError, ValueError, SafetensorError, RuntimeError, AttributeError) as error:     # the last: a linear layer is missing
-        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
-            raise
+        if isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or re.search("CUDA|out of memory|driver", str(error))):
+            raise                                                       # the card's fault, not the model's
         raise UserError(_explain(path, error)) from error
     # The library would fill them with random numbers.
     if absent := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):

@@ -303,7 +303,7 @@ class _Estimate:
         self.cache = s.layers * 2 * s.kv * self.bytes               # keys and values of one token
         # Processes, one a card: they share the batch in equal parts, so that it may keep fewer busy than there are cards.
         count, batch = self.machine.count, self.p.batch_size
-        self.ranks = 1 if self.on_cpu else max(n for n in range(1, min(count, batch) + 1) if batch % n == 0)
+        self.ranks = 1 if self.on_cpu or self.online else max(n for n in range(1, min(count, batch) + 1) if batch % n == 0)
         self.micro = min(self.p.micro_batch_size or batch, batch // self.ranks)
         self.batch = batch                                          # pairs in a step
         if self.online:                                             # two completions each: see `grpo.train`

@@ -65,12 +65,12 @@ class RunDirectory:
             self.write_file(path, json.dumps(new, indent=1) + "\n")
         path, now = self.path / "environment.json", environment()
         try:
-            record = json.loads(path.read_text())
-        except (OSError, ValueError):
+            record = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
             record = {**now, "note": "the record of where this run was begun was lost; this is where it was gone on with"}
             self.write_file(path, json.dumps(record, indent=1) + "\n")
         others = record.get("gone_on_with", [])
-        if all(any(one.get(name) != now[name] for name in MACHINE) for one in (record, *others)):
+        if not is_whole(self.path) and all(any(one.get(name) != now[name] for name in MACHINE) for one in (record, *others)):
             self.write_file(path, json.dumps(record | {"gone_on_with": [*others, now]}, indent=1) + "\n")
 
     def inputs(self) -> dict[str, str | None]:

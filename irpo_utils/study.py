@@ -146,7 +146,8 @@ def study(name: str, out: str | Path = "figures", runs: str | Path = "runs/study
         raise UserError(f"No trial of the study {name} is called {' or '.join(only or [])}. There are "
                         f"{', '.join(t.name for t in STUDIES[name]())}.")
     runs, out, count = Path(runs), Path(out), seeds or SEEDS[name]
-    rates = {} if name in ("tuning", "stability") else tuned_rates(out)
+    used = {part for t in trials for part in (t.method, methods.get(t.method).start, t.like) if part}
+    rates = {} if name in ("tuning", "stability") else tuned_rates(out, {LIKE.get(part, part) for part in used})
     wanted = {runs / name / t.name / f"seed_{seed}": settings(t, seed, rates, runs / name, small)
               for seed in range(count) for t in trials if seed < (t.seeds or count)}
     records, record = report.Records(name, out), {"study": name, "rates": rates, "small": small}
@@ -207,7 +208,9 @@ def settings(trial: Trial, seed: int, rates: dict[str, float], folder: Path, sma
     fields = dict(method=trial.method, seed=seed, dequantize=True, eval_samples=8 if trial.name == "irpo" else 2,
                   eval_samples_ends=32 if trial.name == "irpo" else 2)
     if rates:
-        fields["learning_rate"] = rates[LIKE.get(trial.method, trial.method)]
+        if (like := LIKE.get(trial.method, trial.method)) not in rates:
+            raise UserError(f"The tuning has no learning rate for {like}: run `python -m irpo_utils study tuning --only {like}`.")
+        fields["learning_rate"] = rates[like]
     fields |= (SMALL if small else {}) | trial.settings
     if small:
         fields["iterations"] = min(2, fields["iterations"])
@@ -221,15 +224,18 @@ def settings(trial: Trial, seed: int, rates: dict[str, float], folder: Path, sma
     return methods.apply(methods.doubled(profiles.get("cpu", **fields)))
 
 
-def tuned_rates(out: Path) -> dict[str, float]:
-    """The learning rate of each method: the best greedy accuracy after its last iteration on the validation split."""
+def tuned_rates(out: Path, needed=TUNED) -> dict[str, float]:
+    """The learning rate of each method: the best greedy accuracy after its last iteration on the validation split.
+
+    Raises `UserError` where a run of the methods `needed` is not in the table.
+    """
     import pandas
 
     if not (out / "tuning_of_methods.csv").exists():
         raise UserError(f"{out}/tuning_of_methods.csv is missing: run `python -m irpo_utils study tuning` first, which "
                         "chooses a learning rate for every method.")
     rows = pandas.read_csv(out / "tuning_of_methods.csv").query("metric == 'greedy'")
-    if absent := sorted({(name, rate) for name in TUNED for rate in RATES} - set(zip(rows.method, rows.level.astype(float)))):
+    if absent := sorted({(name, rate) for name in needed for rate in RATES} - set(zip(rows.method, rows.level.astype(float)))):
         raise UserError(f"{out}/tuning_of_methods.csv lacks {len(absent)} of its runs, such as {absent[0][0]} at {absent[0][1]:g}: "
                         "let `python -m irpo_utils study tuning` end first.")
     last = rows[rows.iteration == rows.groupby("method").iteration.transform("max")]       # a run that stopped before is not chosen
@@ -248,7 +254,7 @@ def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool, d
     # Processes of their own: one core each, and the memory of a run goes with it. The C library is asked to keep memory
     # that was given back: fetching it anew for every tensor costs about a tenth of the time.
     os.environ.update(MALLOC_TRIM_THRESHOLD_=str(2**32 - 1), MALLOC_MMAP_THRESHOLD_=str(2**25))
-    with bar, ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=24) as pool:
+    with bar, _told(jobs), ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=24) as pool:
         going: dict = {}
         while waiting or going:
             for path, p in [item for item in waiting if _is_ready(*item)][: jobs - len(going)]:
@@ -260,15 +266,21 @@ def _run_all(work: dict[Path, Profile], runs: Path, jobs: int, progress: bool, d
                 raise UserError(f"{path} begins with {p.start or p.probe}, and the run that should have made it stopped before: see "
                                 f"stopped.json in its directory. Everything else is done; name the others with --only.")
             for done in wait(going, return_when=FIRST_COMPLETED).done:
-                try:
-                    done.result()
-                except BrokenProcessPool as error:
-                    raise UserError("The system ended a run, most often because memory ran out. What was finished is kept: the "
-                                    f"same command goes on, and with fewer --jobs than {jobs} it needs less.") from error
+                done.result()
                 path = going.pop(done)
                 bar.set_postfix_str(f"{path.parent.name} {path.name}")
                 bar.update(1)
                 yield path
+
+
+@contextlib.contextmanager
+def _told(jobs: int):
+    """A process that was killed, as a `UserError`."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError("The system ended a run, most often because memory ran out. What was finished is kept: the same command goes "
+                        f"on, and with fewer --jobs than {jobs} it needs less.") from error
 
 
 def _run_one(path: Path, p: Profile, threads: int) -> None:

@@ -24,6 +24,7 @@ from irpo_utils import UserError, checksums, processes
 
 AT_ONCE = 256           # questions under way: the server batches them as it likes
 SECONDS = 3600.0        # for one question; it may wait behind many others
+ADAPTER = 600.0         # to load one from a slow disk
 SOON = 60.0             # for everything else
 # What a server would otherwise take from the model's generation_config.json, and sample from another distribution.
 PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -42,9 +43,9 @@ class Server:
         name = f"irpo-{checksums.digest(adapter)[:16]}" if adapter else self.base
         if name != self.model and processes.is_first():
             if self.model != self.base:
-                self._ask("/v1/unload_lora_adapter", {"lora_name": self.model})
+                self._ask("/v1/unload_lora_adapter", {"lora_name": self.model}, ADAPTER)
             if adapter and name not in {entry["id"] for entry in self._ask("/v1/models")["data"]}:
-                self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(adapter.resolve())})
+                self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(adapter.resolve())}, ADAPTER)
         self.model = name
         processes.wait()
 
@@ -95,6 +96,9 @@ class Server:
             advice = (" Start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a disk that holds the run directory."
                       if "lora" in path else "")
             raise UserError(f"The vLLM server at {self.url} refused {path} ({error.code}: {said}).{advice}") from error
+        except TimeoutError as error:
+            raise UserError(f"The vLLM server at {self.url} did not answer {path} within {seconds:g} seconds: see its log, and give "
+                            "the same command again.") from error
         except OSError as error:
             raise UserError(f"There is no vLLM server at {self.url} ({getattr(error, 'reason', error)}). Start it with `vllm serve "
                             "MODEL --enable-lora`, wait until it is ready, and give its address in VLLM_URL.") from error

@@ -24,13 +24,15 @@ def test_the_same_question_is_found_whatever_its_layout(other, exact):
 
 @pytest.mark.parametrize("one, other", [
     ("Compute 3 + 4.", "Compute 3 - 4."), ("Is x^2 < 4?", "Is x^2 > 4?"), (r"$\cos 150^\circ$", r"$\cos(-150^\circ)$"),
-    ("What is 12?", "What is 1 / 2?"), (BEES, BEES.replace("12", "13")), ("?", "!")])
+    ("What is 12?", "What is 1 / 2?"), ("6 × 3", "6 ÷ 3"), ("6 × 3", "63"), ("6 − 3", "6 · 3"), ("x ≤ 3?", "x ≥ 3?"),
+    ("3.5 + 1", "35 + 1"), ("Sort 1, 23.", "Sort 12, 3."), (r"\frac{1}{23}", r"\frac{12}{3}"), ("10% of 50", "10 of 50"), (BEES, BEES.replace("12", "13")), ("?", "!")])
 def test_another_question_is_not_the_same(one, other):
     assert contamination.find(rows("a", one), rows("b", other)).normalised == 0
 
 
 @pytest.mark.parametrize("one, other", [(r"Solve $x^{2}=4$.", "Solve x^2 = 4"), ("One-half of 6?", "one half of 6"),
-                                        (r"$\left( a-b \right)$", "(a - b)")])
+                                        (r"$\left( a-b \right)$", "(a - b)"), ("6 − 3 × 2", "6 - 3 * 2"),
+                                        ("1,000 bees, 2 hives", "1000 bees; 2 hives"), (r"1{,}000 + 2", "1000+2")])
 def test_latex_and_hyphens_are_layout(one, other):
     assert contamination.find(rows("a", one), rows("b", other)).normalised == 1
 

@@ -223,12 +223,17 @@ def test_questions_that_changed_behind_their_name_are_refused(tmp_path):
 
 
 def test_a_prompt_that_is_too_long_is_found_before_anything_is_made(tmp_path):
-    rows = [{"question": f"What is {a} + {b}?" + " Really?" * (900 * (a == b == 7)), "answer": str(a + b)} for a in range(20) for b in range(20)]
-    file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="longest prompt has .* does not fit"):
-        iteration.run(smoke(task="jsonl", data=str(file)), tmp_path / "run", progress=False)
-    assert not (tmp_path / "run" / "iteration_0").exists()
+    easy = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(20) for b in range(20)]
+    for split, part in (("train", easy[:30]), ("validation", easy[30:60]), ("test", easy[60:90])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    settings = smoke(task="jsonl", data=str(tmp_path), n_questions=24, iterations=1)
+    order = tasks.get("jsonl").load("train", str(tmp_path)).shuffle(seed=settings.seed)["question"]
+    for place, refused in ((23, True), (24, False)):                        # the last that is asked, and one that is not
+        rows = [row | {"question": row["question"] + " Really?" * 900 * (row["question"] == order[place])} for row in easy[:30]]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(UserError, match="longest prompt has .* does not fit" if refused else "no pairs"):
+            iteration.run(settings, tmp_path / f"run_{place}", progress=False)
+        assert (tmp_path / f"run_{place}" / "iteration_0").exists() != refused
 
 
 def test_what_a_start_has_learnt_is_compared_with_the_evaluation_questions(finished, tmp_path):
@@ -266,15 +271,15 @@ def test_a_probe_that_is_nowhere_is_found_at_once(tmp_path):
 
 
 def test_the_record_says_on_which_machines_a_run_was_made(finished, tmp_path, monkeypatch):
-    out = shutil.copytree(finished, tmp_path / "run")
-    iteration.run(smoke(), out, progress=False)
-    assert "gone_on_with" not in json.loads((out / "environment.json").read_text())      # the same one
-    here = run_directory.environment()
-    monkeypatch.setattr(run_directory, "environment", lambda: here | {"gpus": ["another card"]})
-    for _ in range(2):
+    out, here = shutil.copytree(finished, tmp_path / "run"), json.loads((finished / "environment.json").read_text())
+    for card, damaged in ([], True), (["another card"], False), (["another card"], True), (["another card"], True):
+        monkeypatch.setattr(run_directory, "environment", lambda card=card: here | {"gpus": here["gpus"] + card})
+        if damaged:                                 # something is left to do
+            shutil.rmtree(out / "iteration_2" / "evaluation")
         iteration.run(smoke(), out, progress=False)
+        assert ("gone_on_with" in json.loads((out / "environment.json").read_text())) == bool(card and damaged)
     record = json.loads((out / "environment.json").read_text())
-    assert record["gpus"] == here["gpus"] and [other["gpus"] for other in record["gone_on_with"]] == [["another card"]]
+    assert record["gpus"] == here["gpus"] and [other["gpus"] for other in record["gone_on_with"]] == [[*here["gpus"], "another card"]]
 
 
 def test_a_hub_model_is_loaded_at_the_commit_that_the_run_was_begun_with(monkeypatch):
@@ -616,6 +621,25 @@ def test_evaluate_keeps_to_the_model_of_the_run_and_looks_for_everything_first(f
     with pytest.raises(UserError, match="iteration_2/adapter is missing or damaged"):
         iteration.evaluate_run(half, split="validation", k=1, iterations=[0, 2])
     assert not (half / "evaluations").exists()
+
+
+def test_evaluate_needs_the_training_questions_of_the_run(tmp_path):
+    rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(20) for b in range(20)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    iteration.run(smoke(task="jsonl", data=str(file), iterations=0), tmp_path / "run", progress=False)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))               # another order is no other set
+    assert "greedy" in iteration.evaluate_run(tmp_path / "run", k=1)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:300]))
+    with pytest.raises(UserError, match="are not the ones any more that it was trained on.*--allow-overlap"):
+        iteration.evaluate_run(tmp_path / "run", k=1)
+
+
+def test_grpo_in_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(iteration.processes, "count", lambda: 2)
+    monkeypatch.setattr(iteration.processes, "wait", lambda: None)
+    with pytest.raises(UserError, match="grpo compares .* in one process.*without a launcher"):
+        iteration.run(smoke(method="grpo"), tmp_path / "run", progress=False)
 
 
 def test_evaluate_that_is_interrupted_leaves_what_it_has(finished, tmp_path, monkeypatch):

@@ -167,6 +167,18 @@ def test_weights_that_are_not_all_there(folder, quantize, change, message):
         models.load(str(folder), quantize=quantize)
 
 
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "No CUDA GPUs are available", "CUDA out of memory. Tried to allocate"])
+def test_what_the_card_says_is_not_said_of_the_model(folder, monkeypatch, text):
+    import transformers
+
+    def fail(*arguments, **options):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(RuntimeError, match=text[:12]):
+        models.load(str(folder))
+
+
 def test_pickled_weights_are_refused(folder):
     from safetensors.torch import load_file
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

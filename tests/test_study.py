@@ -37,6 +37,10 @@ def test_the_rate_of_a_method_is_the_best_of_its_last_iteration(tmp_path):
     assert {name: rates[name] for name in BEST} == BEST and set(rates) == set(study.TUNED)        # of two equal ones the smaller
     stopped = study.tuned_rates(tuned(tmp_path, lambda row: row["method"] == "star" and row["level"] == 3e-4 and row["iteration"] == 2))
     assert stopped["star"] == 2e-5                  # what stopped after M_1 is not chosen by its M_1
+    some = tuned(tmp_path, lambda row: row["method"] not in BEST)
+    assert study.tuned_rates(some, set(BEST)) == BEST           # the others need not be there for those that are asked for
+    with pytest.raises(UserError, match="no learning rate for grpo.*study tuning --only grpo"):
+        study.settings(study.Trial("grpo"), 0, BEST, tmp_path)
     with pytest.raises(UserError, match="lacks 3 of its runs, such as grpo at 2e-05.*study tuning"):
         study.tuned_rates(tuned(tmp_path, lambda row: row["method"] == "grpo"))
     with pytest.raises(UserError, match="study tuning"):

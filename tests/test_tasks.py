@@ -366,7 +366,7 @@ def test_one_file_is_split_by_a_hash_that_ignores_order_case_and_punctuation(tmp
 
 
 def test_questions_that_differ_in_a_sign_or_a_blank_are_all_kept(tmp_path):
-    rows = [{"question": f"What is {a}{sign}{b}?", "answer": a} for a in range(1, 21) for b in range(1, 21) for sign in "+-*"]
+    rows = [{"question": f"What is {a}{sign}{b}?", "answer": a} for a in range(1, 21) for b in range(1, 21) for sign in "+-×÷"]
     rows += [{"question": f"Sort {numbers}.", "answer": 1} for numbers in ("1 23", "12 3", "1 2 3")]
     path = write(tmp_path / "a.jsonl", *rows, {"question": "what is 1 + 1", "answer": 2})       # the last one is a repetition
     assert sum(len(jsonl.TASK.load(split, str(path))) for split in SPLITS) == len(rows)

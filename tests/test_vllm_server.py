@@ -166,5 +166,5 @@ def test_a_server_that_says_nothing_is_not_waited_for_long(monkeypatch):
     import socket
 
     monkeypatch.setattr(vllm_server.Server._ask, "__defaults__", (None, 0.5))
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="no vLLM server.*timed out"):
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="did not answer /v1/models within 0.5 seconds"):
         vllm_server.Server(f"http://127.0.0.1:{silent.getsockname()[1]}")

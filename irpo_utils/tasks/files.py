@@ -22,22 +22,31 @@ from irpo_utils.tasks.base import SPLITS, Task
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SIGNS = str.maketrans("−–×·⋅÷", "--***/")                       # as they are typed elsewhere
+LAYOUT = re.compile(r"(?:[^\w+\-*/^=<>!|≤≥≠√%]|_)+")           # what may differ in one and the same question
 SEED = 0
 HELD_OUT_SHARE = 0.15       # of train for validation, where a source has no validation split
 
 
 def normalise(question: str) -> str:
-    """Letters, digits and signs of operation, case folded: questions that are equal in this form are the same question.
+    """Letters, numbers and signs of operation, case folded: questions that are equal in this form are the same question.
 
-    x-1 is not x+1, and "1 23" is not "12 3", but "$x^{2}$." is "x^2".
+    x-1 is not x+1, 3.5 not 35, and "1 23" not "12 3"; but "$x^{2}$." is "x^2", and 1,000 is 1000.
 
-    >>> normalise("What is  $x^{2} - 1$?"), normalise("what is x^2-1")
-    ('whatisx^2-1', 'whatisx^2-1')
+    >>> normalise("What is  $x^{2} - 1$?"), normalise("what is x^2-1"), normalise("1,000 x 3.5, 2")
+    ('whatisx^2-1', 'whatisx^2-1', '1000x3.5~2')
     """
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", unicodedata.normalize("NFKC", question))
+    text = unicodedata.normalize("NFKC", question).translate(SIGNS)
+    text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
     text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})", "", text)                  # one-half is "one half", a - b stays
-    text = re.sub(r"(?<=\d)\s+(?=\d)", "~", text)                           # two numbers stay two
-    return re.sub(r"[^\w+\-*/^=<>!|~]+|_", "", text).casefold() or "".join(question.split())
+    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)
+    return LAYOUT.sub(_between_digits, text).casefold() or "".join(question.split())
+
+
+def _between_digits(gap: re.Match) -> str:
+    """Nothing, but for what keeps two digits apart: a point stays, anything else becomes ~."""
+    before, after = gap.string[gap.start() - 1 : gap.start()], gap.string[gap.end() : gap.end() + 1]
+    return ("." if gap[0] == "." else "~") if before.isdigit() and after.isdigit() else ""
 
 
 def without(rows: list[dict], *others: list[dict]) -> list[dict]:

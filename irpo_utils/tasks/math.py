@@ -68,7 +68,7 @@ HEADER = ("Your task is to answer the last question below. Give step by step rea
           '"Final answer: ..."\n\n')
 # Our solutions of four problems of the training split, found by the start of the hash of the normalised question.
 EXAMPLES = {
-    "818b61877c9b6e4c": r"As $\frac{1}{25} = 5^{-2}$, the exponents must agree: $2n + 1 = -2$. So $2n = -3$ and "
+    "8221f0850c6ab33a": r"As $\frac{1}{25} = 5^{-2}$, the exponents must agree: $2n + 1 = -2$. So $2n = -3$ and "
                         r"$n = \boxed{-\frac{3}{2}}$.",
     "1a8eaad33bd5066e": r"The arrangement is fixed by the places of the three X. There are $\binom{5}{3} = 10$ ways to "
                         r"choose them, all equally likely, and one of them reads XOXOX. The probability is "
