@@ -92,8 +92,8 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
 
     Log columns: `step`, `loss`, `loss_dpo`, `loss_nll`, `logps_chosen`, `logps_rejected` (mean sums, nats), `nll_chosen`
     (nats per token), `margin` (reward margin, β included), `accuracy` (share of pairs with a positive margin),
-    `logratio_chosen`, `grad_norm`, `learning_rate`, `tokens` (of prompts and responses), `seconds` (since the start). With `dpo_weight` 0
-    there is no reference, and the columns of the DPO term are left out.
+    `logratio_chosen` (against M_t), `grad_norm`, `learning_rate`, `tokens` (of prompts and responses), `seconds` (since the
+    start). With `dpo_weight` 0 there is no reference, and the columns of the DPO term are left out.
     Raises `UserError` for missing columns and for a loss or gradient that is not finite.
     """
     _check(preferences, alpha, dpo_weight, nll_per)
