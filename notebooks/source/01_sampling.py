@@ -178,7 +178,7 @@ top = probabilities.topk(6)
 for p, token in zip(top.values.tolist(), top.indices.tolist()):
     print(f"{p:8.4f}  {tokenizer.decode([token])!r}")
 assert abs(probabilities.sum().item() - 1) < 1e-4
-assert profile.model != "seed" or tokenizer.decode([top.indices[0].item()]) == "Final"
+assert PROFILE != "cpu" or tokenizer.decode([top.indices[0].item()]) == "Final"
 
 # %% [markdown]
 # With the seed model it is `Final`, as in "Final answer: ...": M_0 is about to blurt out a number, on the very question

@@ -632,6 +632,7 @@ def look():
     return answers, np.mean(np.array(drawn["logprob"]) - np.array(before))
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 rate = settings.learning_rate
 trials = {"as in the run": (rate, 1.0), "150 x, no NLL": (150 * rate, 0.0),
           "150 x, with NLL": (150 * rate, 1.0)}
@@ -639,6 +640,7 @@ results, looks = {}, {}
 for name, (its_rate, alpha) in trials.items():
     results[name] = train(its_rate, alpha)
     looks[name] = look()
+assert set(results) == set(looks) == set(trials)
 
 # %% [markdown]
 # **Predict**: the trainer's own success measure is the share of pairs with a positive margin. In the run that is ruined, will it be
@@ -683,7 +685,7 @@ assert len(looks["150 x, no NLL"][0]) == len(held_out)
 
 # %% [markdown]
 # When could you have known? Below, the ruined training step by step: the trainer's measures, and the winners' log-probability of the
-# probe.
+# probe. (The package watches the winners, too: with the default profile it warned above, while it trained.)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
