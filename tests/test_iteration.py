@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -231,8 +232,12 @@ def test_a_prompt_that_is_too_long_is_found_before_anything_is_made(tmp_path):
     for place, refused in ((23, True), (24, False)):                        # the last that is asked, and one that is not
         rows = [row | {"question": row["question"] + " Really?" * 900 * (row["question"] == order[place])} for row in easy[:30]]
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with pytest.raises(UserError, match="longest prompt has .* does not fit" if refused else "no pairs"):
+        message = ""
+        try:
             iteration.run(settings, tmp_path / f"run_{place}", progress=False)
+        except UserError as error:
+            message = str(error)
+        assert bool(re.search("longest prompt has .* does not fit", message)) == refused
         assert (tmp_path / f"run_{place}" / "iteration_0").exists() != refused
 
 
@@ -484,7 +489,8 @@ def test_a_disk_that_fills_while_the_adapter_is_saved(finished, tmp_path, monkey
         m.setattr("peft.peft_model.safe_save_file", full)
         with pytest.raises(UserError, match="adapter could not be written.*No space left"):
             iteration.run(smoke(), out, progress=False)
-    assert not list((out / "iteration_2").glob(".adapter*")) and not (out / "iteration_2" / "adapter").exists()
+    left = {path.suffix for path in (out / "iteration_2").glob(".adapter*")}           # of the training, but no half of an adapter
+    assert left <= {".unfinished"} and not (out / "iteration_2" / "adapter").exists()
     iteration.run(smoke(), out, progress=False)
     assert results(out) == results(finished)
 
@@ -624,7 +630,7 @@ def test_evaluate_keeps_to_the_model_of_the_run_and_looks_for_everything_first(f
 
 
 def test_evaluate_needs_the_training_questions_of_the_run(tmp_path):
-    rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(20) for b in range(20)]
+    rows = [{"id": f"{a} {b}", "question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(20) for b in range(20)]
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     iteration.run(smoke(task="jsonl", data=str(file), iterations=0), tmp_path / "run", progress=False)

@@ -784,7 +784,7 @@ log.iloc[[0, 1, len(log) // 2, -1]].drop(columns=["seconds"]).round(4)
 for name, (alpha, dpo_weight) in {"DPO": (0.0, 1.0), "SFT": (1.0, 0.0)}.items():
     results[name] = train(alpha, dpo_weight)
     right[name] = greedy_right()
-assert set(results) == set(right) == {"DPO + NLL", "DPO", "SFT"}
+assert set(results) == {"DPO + NLL", "DPO", "SFT"} <= set(right)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
