@@ -55,6 +55,7 @@ def _real_run(path: Path) -> str:
         at = at.set_index("metric")
         passing = at.loc[["pass_at_k"]].sort_values("k").iloc[-1]
         kept, used, asked = (at.value.get(f"pairs_{name}") for name in ("pairs", "used", "questions"))
+        # Tables of before 2026-11-26 count the questions before `max_pairs` cut the pairs; here it was one pair a question.
         pairs = f"{kept:.0f} from {min(kept, used):.0f} of {asked:.0f} questions" if kept else ""
         cells = [_interval(at.loc["greedy"]), _interval(at.loc["sampled"]), f"{_interval(passing)} at k = {int(passing.k)}",
                  f"{at.value['mean_tokens']:.0f}", f"{100 * (1 - at.value['no_answer_rate']):.0f}", pairs]
