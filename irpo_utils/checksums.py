@@ -13,7 +13,11 @@ DATA = (".arrow", ".safetensors")
 
 def write(folder: Path, record: dict) -> None:
     """Write `record` and the checksum of every file in `folder`."""
-    sums = {str(file.relative_to(folder)): of_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    sums = {
+        str(file.relative_to(folder)): of_file(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
     partial = folder / f".{NAME}.partial"
     partial.write_text(json.dumps({**record, "sha256": sums}, indent=1))
     os.replace(partial, folder / NAME)
@@ -23,7 +27,11 @@ def read(folder: Path) -> dict | None:
     """The record of a folder in which every file that was written is there, unchanged; None for any other."""
     try:
         record = json.loads((folder / NAME).read_text())
-        return record if all(of_file(folder / name) == value for name, value in record["sha256"].items()) else None
+        return (
+            record
+            if all(of_file(folder / name) == value for name, value in record["sha256"].items())
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -35,7 +43,11 @@ def digest(folder: Path) -> str:
     """
     try:
         sums = json.loads((folder / NAME).read_text())["sha256"]
-        return of_text(json.dumps({name: value for name, value in sums.items() if name.endswith(DATA)}, sort_keys=True))
+        return of_text(
+            json.dumps(
+                {name: value for name, value in sums.items() if name.endswith(DATA)}, sort_keys=True
+            )
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from irpo_utils import UserError
 from irpo_utils.tasks.files import normalise
 
-N_GRAM = 13                 # words
-SHOWN, KEPT = 3, 20         # examples in an error message, and on record
+N_GRAM = 13  # words
+SHOWN, KEPT = 3, 20  # examples in an error message, and on record
 
 
 @dataclass
@@ -25,10 +25,12 @@ class Overlap:
 
     questions: int
     exact: int = 0
-    normalised: int = 0             # includes the exact ones
-    train_rows: int = 0             # training questions that are, normalised, evaluation questions
-    n_gram: int = 0                 # evaluation questions that share 13 words in a row, the same questions included
-    examples: list[dict] = field(default_factory=list)      # `train`, `evaluation`: ids; `question`
+    normalised: int = 0  # includes the exact ones
+    train_rows: int = 0  # training questions that are, normalised, evaluation questions
+    n_gram: int = (
+        0  # evaluation questions that share 13 words in a row, the same questions included
+    )
+    examples: list[dict] = field(default_factory=list)  # `train`, `evaluation`: ids; `question`
 
 
 def find(train, evaluation) -> Overlap:
@@ -46,7 +48,9 @@ def find(train, evaluation) -> Overlap:
         if form in same:
             overlap.normalised += 1
             if len(overlap.examples) < KEPT:
-                overlap.examples.append({"train": same[form], "evaluation": row["id"], "question": row["question"]})
+                overlap.examples.append(
+                    {"train": same[form], "evaluation": row["id"], "question": row["question"]}
+                )
     overlap.train_rows = sum(normalise(row["question"]) in forms for row in train)
     return overlap
 
@@ -55,11 +59,16 @@ def check(train, evaluation, allow: bool = False) -> Overlap:
     """`find`, but the same question on both sides is a `UserError` with count and examples, unless `allow`."""
     overlap = find(train, evaluation)
     if overlap.normalised and not allow:
-        examples = "; ".join(f"{e['train']} is {e['evaluation']}, {_short(e['question'])}" for e in overlap.examples[:SHOWN])
-        raise UserError(f"{overlap.normalised} of {overlap.questions} evaluation questions are training questions as well "
-                        f"({overlap.exact} word for word): {examples}. The accuracy would be that of a memory. Take these "
-                        f"{overlap.train_rows} rows out of the training file, evaluate on another set, or, to do it all the "
-                        "same, add --allow-overlap true.")
+        examples = "; ".join(
+            f"{e['train']} is {e['evaluation']}, {_short(e['question'])}"
+            for e in overlap.examples[:SHOWN]
+        )
+        raise UserError(
+            f"{overlap.normalised} of {overlap.questions} evaluation questions are training questions as well "
+            f"({overlap.exact} word for word): {examples}. The accuracy would be that of a memory. Take these "
+            f"{overlap.train_rows} rows out of the training file, evaluate on another set, or, to do it all the "
+            "same, add --allow-overlap true."
+        )
     return overlap
 
 

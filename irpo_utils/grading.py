@@ -43,7 +43,11 @@ def grade(samples: Dataset, task: Task) -> Dataset:
 
     kinds = {"extracted": "string", "correct": "bool", "reason": "string"}
     samples = samples.remove_columns([name for name in kinds if name in samples.column_names])
-    needed = [name for name in ("completion", "answer", "finished", "choices") if name in samples.column_names]
+    needed = [
+        name
+        for name in ("completion", "answer", "finished", "choices")
+        if name in samples.column_names
+    ]
     grades = [grade_one(row, task) for row in samples.select_columns(needed)]
     for name, kind in kinds.items():
         samples = samples.add_column(name, [grade[name] for grade in grades], feature=Value(kind))

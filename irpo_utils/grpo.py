@@ -19,7 +19,9 @@ from irpo_utils import grading, sampling, training
 from irpo_utils.profiles import Profile
 
 
-def train(model, tokenizer, questions, task, p: Profile, seed: int, progress: bool = True) -> training.TrainingResult:
+def train(
+    model, tokenizer, questions, task, p: Profile, seed: int, progress: bool = True
+) -> training.TrainingResult:
     """Train the adapter of `model` in place by one pass of GRPO over the questions, rewards from `grading`.
 
     `p.batch_size` counts questions in an optimiser step, each with `p.n_samples` completions, drawn by
@@ -37,37 +39,92 @@ def train(model, tokenizer, questions, task, p: Profile, seed: int, progress: bo
         """N completions of each prompt of the batch, which comes N times in a row."""
         unique = list(dict.fromkeys(prompts))
         rows = Dataset.from_list([by_prompt[prompt] for prompt in unique])
-        drawn = sampling.sample(model.eval(), tokenizer, rows, task, n=len(prompts) // len(unique), temperature=p.temperature_of(0),
-                                top_p=p.top_p, max_new_tokens=p.max_new_tokens, seed=seed * 10_000 + next(calls),
-                                batch_size=p.sampling_batch_size, progress=False)
+        drawn = sampling.sample(
+            model.eval(),
+            tokenizer,
+            rows,
+            task,
+            n=len(prompts) // len(unique),
+            temperature=p.temperature_of(0),
+            top_p=p.top_p,
+            max_new_tokens=p.max_new_tokens,
+            seed=seed * 10_000 + next(calls),
+            batch_size=p.sampling_batch_size,
+            progress=False,
+        )
         model.train()
         tokens.append(sum(drawn["n_tokens"]))
         graded = grading.grade(drawn, task)
-        return {"prompt_ids": graded["prompt_ids"][:], "completion_ids": graded["completion_ids"][:], "logprobs": None,
-                "correct": graded["correct"][:]}
+        return {
+            "prompt_ids": graded["prompt_ids"][:],
+            "completion_ids": graded["completion_ids"][:],
+            "logprobs": None,
+            "correct": graded["correct"][:],
+        }
 
     in_a_step = min(p.batch_size, len(by_prompt)) * p.n_samples
     at_once = math.gcd(in_a_step, 2 * p.micro_batch_size) if p.micro_batch_size else in_a_step
-    with tempfile.TemporaryDirectory() as folder, training.left_as_it_was(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # that rollout functions are new
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        training.left_as_it_was(model),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # that rollout functions are new
         config = GRPOConfig(
-            output_dir=folder, learning_rate=p.learning_rate, num_train_epochs=1, num_generations=p.n_samples, beta=0.0,
-            loss_type="dapo", scale_rewards="group",
-            per_device_train_batch_size=at_once, gradient_accumulation_steps=in_a_step // at_once,
-            max_completion_length=p.max_new_tokens, temperature=p.temperature_of(0), top_p=p.top_p, warmup_steps=p.warmup_ratio,
-            lr_scheduler_type=p.lr_scheduler, max_grad_norm=p.max_grad_norm, optim=p.optimizer, weight_decay=0.0, seed=seed,
-            data_seed=seed, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False, fp16=False,
-            use_cpu=model.device.type == "cpu", gradient_checkpointing=p.gradient_checkpointing, dataloader_pin_memory=False)
+            output_dir=folder,
+            learning_rate=p.learning_rate,
+            num_train_epochs=1,
+            num_generations=p.n_samples,
+            beta=0.0,
+            loss_type="dapo",
+            scale_rewards="group",
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=in_a_step // at_once,
+            max_completion_length=p.max_new_tokens,
+            temperature=p.temperature_of(0),
+            top_p=p.top_p,
+            warmup_steps=p.warmup_ratio,
+            lr_scheduler_type=p.lr_scheduler,
+            max_grad_norm=p.max_grad_norm,
+            optim=p.optimizer,
+            weight_decay=0.0,
+            seed=seed,
+            data_seed=seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            bf16=False,
+            fp16=False,
+            use_cpu=model.device.type == "cpu",
+            gradient_checkpointing=p.gradient_checkpointing,
+            dataloader_pin_memory=False,
+        )
         watch = training.Watch(progress, shown="reward")
         with training.adapter_as_it_was(model):
-            trainer = GRPOTrainer(model, lambda correct, **_: [float(right) for right in correct], config,
-                                  Dataset.from_dict({"prompt": list(by_prompt)}), processing_class=tokenizer,
-                                  callbacks=[watch], rollout_func=rollout)
+            trainer = GRPOTrainer(
+                model,
+                lambda correct, **_: [float(right) for right in correct],
+                config,
+                Dataset.from_dict({"prompt": list(by_prompt)}),
+                processing_class=tokenizer,
+                callbacks=[watch],
+                rollout_func=rollout,
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
-    rows = [{"step": row["step"], "loss": row["loss"], "reward": row["reward"], "grad_norm": row["grad_norm"],
-             "learning_rate": row["learning_rate"], "tokens": count, "seconds": row["seconds"]}
-            for row, count in zip(watch.rows, tokens, strict=True)]
+    rows = [
+        {
+            "step": row["step"],
+            "loss": row["loss"],
+            "reward": row["reward"],
+            "grad_norm": row["grad_norm"],
+            "learning_rate": row["learning_rate"],
+            "tokens": count,
+            "seconds": row["seconds"],
+        }
+        for row, count in zip(watch.rows, tokens, strict=True)
+    ]
     summary = {"steps": len(rows), "tokens": sum(tokens), "seconds": rows[-1]["seconds"]}
     return training.TrainingResult(model, Dataset.from_list(rows), summary=summary)

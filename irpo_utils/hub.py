@@ -12,10 +12,15 @@ def limit_waiting() -> None:
 
     def limit(request):
         seconds, given = constants.HF_HUB_DOWNLOAD_TIMEOUT, request.extensions.get("timeout", {})
-        request.extensions["timeout"] = {kind: min(given.get(kind) or seconds, seconds)
-                                         for kind in ("connect", "read", "write", "pool")}
+        request.extensions["timeout"] = {
+            kind: min(given.get(kind) or seconds, seconds)
+            for kind in ("connect", "read", "write", "pool")
+        }
 
     session = get_session()
     if not getattr(session, "waits_within_limit", False):
-        session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], limit]}
+        session.event_hooks = {
+            **session.event_hooks,
+            "request": [*session.event_hooks["request"], limit],
+        }
         session.waits_within_limit = True

@@ -37,8 +37,14 @@ def by_own_likelihood(rows: list[dict], rng: random.Random) -> list[bool]:
 
 def by_luck(rows: list[dict], rng: random.Random) -> list[bool]:
     """The gold answer, and one wrong answer in four: as in multiple choice, where a wrong result can hit the right letter."""
-    return [row["correct"] or (row["extracted"] is not None and zlib.crc32(f"{row['id']} {row['extracted']}".encode()) % 4 == 0)
-            for row in rows]
+    return [
+        row["correct"]
+        or (
+            row["extracted"] is not None
+            and zlib.crc32(f"{row['id']} {row['extracted']}".encode()) % 4 == 0
+        )
+        for row in rows
+    ]
 
 
 def by_lot(rows: list[dict], rng: random.Random) -> list[bool]:
@@ -54,8 +60,15 @@ def never(rows: list[dict], rng: random.Random) -> list[bool]:
 def preferences(graded, questions, task, tokenizer, p: Profile, seed: int, verdict=by_gold):
     """Winners against losers, as in Iterative RPO (section 2): (pairs, counts)."""
     gold = pairs.gold_completions(questions, tokenizer) if p.gold else None
-    return pairs.build_pairs(with_verdicts(graded, verdict, seed), k=p.k_pairs, gold=gold, max_length=p.max_length,
-                             deduplicate=p.deduplicate, pairing=p.pairing, seed=seed)
+    return pairs.build_pairs(
+        with_verdicts(graded, verdict, seed),
+        k=p.k_pairs,
+        gold=gold,
+        max_length=p.max_length,
+        deduplicate=p.deduplicate,
+        pairing=p.pairing,
+        seed=seed,
+    )
 
 
 def with_verdicts(graded, verdict, seed: int):
@@ -63,7 +76,9 @@ def with_verdicts(graded, verdict, seed: int):
     if verdict is by_gold:
         return graded
     groups: dict[str, list[tuple[int, dict]]] = {}
-    for i, row in enumerate(graded.select_columns(["id", "extracted", "correct", "logprob", "n_tokens"])):
+    for i, row in enumerate(
+        graded.select_columns(["id", "extracted", "correct", "logprob", "n_tokens"])
+    ):
         groups.setdefault(row["id"], []).append((i, row))
     correct, rng = [False] * len(graded), random.Random(seed)
     for group in groups.values():
@@ -98,11 +113,13 @@ class Method:
     settings: dict = field(default_factory=dict)
     verdict: Callable = by_gold
     build: Callable = preferences
-    samples: bool = True                # whether M_t has to write completions for `build`
+    samples: bool = True  # whether M_t has to write completions for `build`
     start: str | None = None
     twice: bool = False
     examples: int = 0
-    train: Callable | None = None       # of its own: (model, tokenizer, questions, task, profile, seed) -> TrainingResult
+    train: Callable | None = (
+        None  # of its own: (model, tokenizer, questions, task, profile, seed) -> TrainingResult
+    )
 
 
 PAPER = "Pang et al. 2024, table 1"
@@ -112,18 +129,37 @@ METHODS: dict[str, Method] = {
     "irpo": Method("Iterative RPO", "Pang et al. 2024, section 2"),
     "irpo_2x": Method("Iterative RPO, twice the pairs", PAPER, ONCE, twice=True),
     "irpo_from_sft": Method("Iterative RPO from SFT on chosen", PAPER, start="star"),
-    "iterative_dpo": Method("DPO without NLL", f"{PAPER}; Xu et al. 2023, arXiv 2312.16682", NO_NLL),
+    "iterative_dpo": Method(
+        "DPO without NLL", f"{PAPER}; Xu et al. 2023, arXiv 2312.16682", NO_NLL
+    ),
     "dpo_from_sft": Method("DPO from SFT on chosen", PAPER, {**NO_NLL, **ONCE}, start="star"),
     # After the papers named, and not their whole methods: see notebook 06. STaR trains M_0 anew in each iteration, and shows the
     # model the answer where it fails; ScPO weighs pairs by their votes; SPIN has no NLL term, which `alpha` of the run adds here.
-    "star": Method("SFT on chosen (STaR)", f"{PAPER}; after Zelikman et al. 2022, arXiv 2203.14465", WINNERS),
+    "star": Method(
+        "SFT on chosen (STaR)", f"{PAPER}; after Zelikman et al. 2022, arXiv 2203.14465", WINNERS
+    ),
     "star_2x": Method("SFT on chosen, twice the data", PAPER, {**WINNERS, **ONCE}, twice=True),
-    "sft_gold": Method("SFT on gold solutions", PAPER, {**WINNERS, **ONCE}, build=gold_alone, samples=False),
+    "sft_gold": Method(
+        "SFT on gold solutions", PAPER, {**WINNERS, **ONCE}, build=gold_alone, samples=False
+    ),
     "shuffled": Method("Verdicts by lot", "control", verdict=by_lot),
-    "few_shot": Method("M0 with four examples", "Wei et al. 2022, arXiv 2201.11903", {"iterations": 0}, examples=4),
-    "self_consistency": Method("Majority as reward", "after Prasad et al. 2024, arXiv 2411.04109", verdict=by_majority),
-    "self_rewarding": Method("Own likelihood as reward", "after Yuan et al. 2024, arXiv 2401.10020", verdict=by_own_likelihood),
-    "spin": Method("Gold against sampled (SPIN)", "after Chen et al. 2024, arXiv 2401.01335", {"gold": True}, verdict=never),
+    "few_shot": Method(
+        "M0 with four examples", "Wei et al. 2022, arXiv 2201.11903", {"iterations": 0}, examples=4
+    ),
+    "self_consistency": Method(
+        "Majority as reward", "after Prasad et al. 2024, arXiv 2411.04109", verdict=by_majority
+    ),
+    "self_rewarding": Method(
+        "Own likelihood as reward",
+        "after Yuan et al. 2024, arXiv 2401.10020",
+        verdict=by_own_likelihood,
+    ),
+    "spin": Method(
+        "Gold against sampled (SPIN)",
+        "after Chen et al. 2024, arXiv 2401.01335",
+        {"gold": True},
+        verdict=never,
+    ),
     "grpo": Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo),
     "irpo_lucky": Method("Iterative RPO, lucky winners", "control", verdict=by_luck),
     "star_lucky": Method("SFT on chosen, lucky winners", "control", WINNERS, verdict=by_luck),
@@ -144,11 +180,17 @@ def apply(profile: Profile) -> Profile:
 
 def doubled(profile: Profile) -> Profile:
     """The profile with twice the pairs per question, where that is what its method is about."""
-    return dataclasses.replace(profile, k_pairs=2 * profile.k_pairs) if get(profile.method).twice else profile
+    return (
+        dataclasses.replace(profile, k_pairs=2 * profile.k_pairs)
+        if get(profile.method).twice
+        else profile
+    )
 
 
 def check_start(profile: Profile) -> None:
     """Raises `UserError` where a method that begins with another one's M_1 is not told where that is."""
     if (first := get(profile.method).start) and not profile.start:
-        raise UserError(f"The method {profile.method} begins with M_1 of the method {first}. Make that first: run with --method "
-                        f"{first} --iterations 1 --out DIR; then add --start DIR/iteration_1/adapter here.")
+        raise UserError(
+            f"The method {profile.method} begins with M_1 of the method {first}. Make that first: run with --method "
+            f"{first} --iterations 1 --out DIR; then add --start DIR/iteration_1/adapter here."
+        )

@@ -10,11 +10,29 @@ import random
 
 from irpo_utils import UserError, models
 
-COUNTS = ("questions", "used", "all_right", "all_wrong", "duplicates", "empty", "repeated", "over_long", "gold_winners", "pairs")
+COUNTS = (
+    "questions",
+    "used",
+    "all_right",
+    "all_wrong",
+    "duplicates",
+    "empty",
+    "repeated",
+    "over_long",
+    "gold_winners",
+    "pairs",
+)
 
 
-def build_pairs(graded, k: int = 4, gold=None, max_length: int | None = None, deduplicate: bool = True,
-                pairing: str = "wrap_around", seed: int = 0):
+def build_pairs(
+    graded,
+    k: int = 4,
+    gold=None,
+    max_length: int | None = None,
+    deduplicate: bool = True,
+    pairing: str = "wrap_around",
+    seed: int = 0,
+):
     """K pairs per question: (`Dataset` of pairs, counts).
 
     graded: completions of one model with `correct` (the columns of `grading.grade`).
@@ -33,7 +51,9 @@ def build_pairs(graded, k: int = 4, gold=None, max_length: int | None = None, de
     from datasets import Dataset
 
     if k < 1 or pairing not in ("wrap_around", "random"):
-        raise UserError(f"k = {k} must be at least 1 and pairing = {pairing!r} either wrap_around or random.")
+        raise UserError(
+            f"k = {k} must be at least 1 and pairing = {pairing!r} either wrap_around or random."
+        )
     rng, rows = random.Random(seed), []
     gold_by_id = {row["id"]: {**row, "sample": -1} for row in gold} if gold is not None else {}
     counts = dict.fromkeys(COUNTS, 0)
@@ -43,8 +63,11 @@ def build_pairs(graded, k: int = 4, gold=None, max_length: int | None = None, de
         if not winners or not losers:
             counts["all_wrong" if not winners else "all_right"] += 1
             continue
-        indices = walk(len(winners), len(losers), k) if pairing == "wrap_around" else [
-            (rng.randrange(len(winners)), rng.randrange(len(losers))) for _ in range(k)]
+        indices = (
+            walk(len(winners), len(losers), k)
+            if pairing == "wrap_around"
+            else [(rng.randrange(len(winners)), rng.randrange(len(losers))) for _ in range(k)]
+        )
         counts["repeated"] += len(indices) - len(set(indices))
         new = [_pair(completions[0], winners[w], losers[l]) for w, l in indices]
         kept = [pair for pair in new if max_length is None or _length(pair) <= max_length]
@@ -69,9 +92,18 @@ def walk(n_winners: int, n_losers: int, k: int) -> list[tuple[int, int]]:
 
 def gold_completions(questions, tokenizer) -> list[dict]:
     """The gold solutions as completions that end in EOS, for `build_pairs(gold=...)`; questions without one are left out."""
-    return [{"id": row["id"], "completion": row["solution"], "completion_ids":
-             tokenizer(models.plain_text(tokenizer, row["solution"]), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]}
-            for row in questions if row.get("solution")]
+    return [
+        {
+            "id": row["id"],
+            "completion": row["solution"],
+            "completion_ids": tokenizer(
+                models.plain_text(tokenizer, row["solution"]), add_special_tokens=False
+            ).input_ids
+            + [tokenizer.eos_token_id],
+        }
+        for row in questions
+        if row.get("solution")
+    ]
 
 
 def gold_pairs(questions, prompts: list[str], tokenizer, max_length: int | None = None):
@@ -86,16 +118,30 @@ def gold_pairs(questions, prompts: list[str], tokenizer, max_length: int | None 
     gold = {row["id"]: row for row in gold_completions(questions, tokenizer)}
     eos = {"completion": "", "completion_ids": [tokenizer.eos_token_id], "sample": 0}
     encoded = tokenizer(prompts, add_special_tokens=False).input_ids
-    pairs = [_pair({"id": row["id"], "prompt": prompt, "prompt_ids": ids},
-                   {**gold[row["id"]], "sample": -1}, eos)
-             for row, prompt, ids in zip(questions, prompts, encoded, strict=True) if row["id"] in gold]
+    pairs = [
+        _pair(
+            {"id": row["id"], "prompt": prompt, "prompt_ids": ids},
+            {**gold[row["id"]], "sample": -1},
+            eos,
+        )
+        for row, prompt, ids in zip(questions, prompts, encoded, strict=True)
+        if row["id"] in gold
+    ]
     kept = [pair for pair in pairs if max_length is None or _length(pair) <= max_length]
     if not kept:
-        raise UserError("no pairs: the questions have no gold solutions. Take a task that has them, such as gsm8k." if not pairs else
-                        f"no pairs: all {len(pairs)} gold solutions are longer than the limit. Raise --max-length.")
+        raise UserError(
+            "no pairs: the questions have no gold solutions. Take a task that has them, such as gsm8k."
+            if not pairs
+            else f"no pairs: all {len(pairs)} gold solutions are longer than the limit. Raise --max-length."
+        )
     counts = dict.fromkeys(COUNTS, 0)
-    return Dataset.from_list(kept), counts | {"questions": len(questions), "used": len(kept), "gold_winners": len(kept),
-                                              "over_long": len(pairs) - len(kept), "pairs": len(kept)}
+    return Dataset.from_list(kept), counts | {
+        "questions": len(questions),
+        "used": len(kept),
+        "gold_winners": len(kept),
+        "over_long": len(pairs) - len(kept),
+        "pairs": len(kept),
+    }
 
 
 def _by_question(graded) -> dict[str, list[dict]]:
@@ -121,10 +167,17 @@ def _split(completions, gold, deduplicate, counts) -> tuple[list[dict], list[dic
 
 
 def _pair(row, winner, loser) -> dict:
-    return {"id": row["id"], "prompt": row["prompt"], "chosen": winner["completion"], "rejected": loser["completion"],
-            "prompt_ids": row["prompt_ids"], "chosen_ids": winner["completion_ids"],
-            "rejected_ids": loser["completion_ids"], "chosen_sample": winner["sample"],
-            "rejected_sample": loser["sample"]}
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"],
+        "chosen": winner["completion"],
+        "rejected": loser["completion"],
+        "prompt_ids": row["prompt_ids"],
+        "chosen_ids": winner["completion_ids"],
+        "rejected_ids": loser["completion_ids"],
+        "chosen_sample": winner["sample"],
+        "rejected_sample": loser["sample"],
+    }
 
 
 def _length(pair) -> int:
@@ -132,13 +185,19 @@ def _length(pair) -> int:
 
 
 def _no_pairs(counts) -> str:
-    cause = (f"no pairs: of {counts['questions']} questions, every sample was right for {counts['all_right']} and every "
-             f"one wrong for {counts['all_wrong']}")
+    cause = (
+        f"no pairs: of {counts['questions']} questions, every sample was right for {counts['all_right']} and every "
+        f"one wrong for {counts['all_wrong']}"
+    )
     if counts["over_long"]:
         return f"{cause}, and {counts['over_long']} pairs were longer than the limit. Raise --max-length."
     if counts["all_wrong"] >= counts["all_right"]:
-        return (f"{cause}. The model is too weak for these questions or its answers are not read: draw more samples "
-                "(--n-samples), add gold solutions as winners (--gold true), take easier questions or a stronger "
-                "model, and look at `extracted` and `reason` in the graded data. Other settings need another --out.")
-    return (f"{cause}. The questions are too easy for the model: raise --temperature or --n-samples so that some "
-            "samples go wrong, or take harder questions. Other settings need another --out.")
+        return (
+            f"{cause}. The model is too weak for these questions or its answers are not read: draw more samples "
+            "(--n-samples), add gold solutions as winners (--gold true), take easier questions or a stronger "
+            "model, and look at `extracted` and `reason` in the graded data. Other settings need another --out."
+        )
+    return (
+        f"{cause}. The questions are too easy for the model: raise --temperature or --n-samples so that some "
+        "samples go wrong, or take harder questions. Other settings need another --out."
+    )

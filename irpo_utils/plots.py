@@ -28,11 +28,23 @@ from irpo_utils import UserError
 from irpo_utils.evaluation import t_quantile
 
 BLUE, ORANGE, GREEN, PINK, SKY, BROWN, GREY = CYCLE = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6A00", "#5F5F5F")
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#8A6A00",
+    "#5F5F5F",
+)
 INK, PAPER = "#000000", "#FFFFFF"
-LOW = 40        # %: below this an axis to 100 would leave most of the figure empty
-NAMES = {"majority": "majority of {k}", "pass_at_k": "pass@{k}", "distinct_answers": "among {k}",
-         "mean_tokens": "sampled", "greedy_mean_tokens": "greedy"}
+LOW = 40  # %: below this an axis to 100 would leave most of the figure empty
+NAMES = {
+    "majority": "majority of {k}",
+    "pass_at_k": "pass@{k}",
+    "distinct_answers": "among {k}",
+    "mean_tokens": "sampled",
+    "greedy_mean_tokens": "greedy",
+}
 
 
 class TextFigure(Figure):
@@ -65,16 +77,28 @@ def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
     for _, group in metrics.groupby(_keys(metrics), sort=False, dropna=False):
         first, value, n = group.iloc[0], group["value"].mean(), len(group)
         between = t_quantile(n - 1) * group["value"].std() / math.sqrt(n) if n > 1 else math.nan
-        own = [(group[side].astype(float) - group["value"]).abs().mean() for side in ("low", "high")]
+        own = [
+            (group[side].astype(float) - group["value"]).abs().mean() for side in ("low", "high")
+        ]
         down, up = (half if n == 1 else math.hypot(between, np.nan_to_num(half)) for half in own)
         bounds = (0, 1) if _is_fraction(first["metric"]) else (-np.inf, np.inf)
         low, high = np.clip([value - down, value + up], *bounds)
-        rows.append({**first[_keys(metrics)], "value": value, "low": low, "high": high, "n": first.get("n"),
-                     "seeds": n})
+        rows.append(
+            {
+                **first[_keys(metrics)],
+                "value": value,
+                "low": low,
+                "high": high,
+                "n": first.get("n"),
+                "seeds": n,
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def accuracy_per_iteration(metrics: pd.DataFrame, intervals: pd.DataFrame | None = None) -> TextFigure:
+def accuracy_per_iteration(
+    metrics: pd.DataFrame, intervals: pd.DataFrame | None = None
+) -> TextFigure:
     """Greedy, majority (if all iterations have it at one k) and sampled accuracy of M_0..M_T: mean with 95 % interval,
     single seeds thin.
 
@@ -82,23 +106,39 @@ def accuracy_per_iteration(metrics: pd.DataFrame, intervals: pd.DataFrame | None
     to 100 %, or a little above the data where these stay under `LOW`.
     """
     figure, axes = _figure(6.6, 4.2)
-    lines = [_line(axes, metrics, m, colour, intervals) for m, colour in
-             (("greedy", BLUE), ("majority", GREEN), ("sampled", ORANGE)) if m != "majority" or _shared_ks(metrics, m)]
-    of = f"{metrics.loc[metrics.metric == 'greedy', 'n'].max():.0f} questions" if "n" in metrics else "questions"
+    lines = [
+        _line(axes, metrics, m, colour, intervals)
+        for m, colour in (("greedy", BLUE), ("majority", GREEN), ("sampled", ORANGE))
+        if m != "majority" or _shared_ks(metrics, m)
+    ]
+    of = (
+        f"{metrics.loc[metrics.metric == 'greedy', 'n'].max():.0f} questions"
+        if "n" in metrics
+        else "questions"
+    )
     _iterations(axes, f"Right answers (% of {of})", percent=True)
     if axes.dataLim.y1 < LOW:
-        axes.set_ylim(0, max(1.25 * axes.dataLim.y1, LOW / 2))     # nor should a hundredth look like much
+        axes.set_ylim(
+            0, max(1.25 * axes.dataLim.y1, LOW / 2)
+        )  # nor should a hundredth look like much
     return _finish(figure, f"Right answers per iteration (% of {of})", [lines])
 
 
 def accuracy_by_steps(metrics: pd.DataFrame) -> TextFigure:
     """Greedy accuracy of questions with 2, 3, ... steps of working, per iteration (metrics `greedy_steps_2`, ...)."""
-    names = sorted({m for m in metrics.metric if m.startswith("greedy_steps_")}, key=lambda m: int(m.split("_")[-1]))
+    names = sorted(
+        {m for m in metrics.metric if m.startswith("greedy_steps_")},
+        key=lambda m: int(m.split("_")[-1]),
+    )
     if not names:
-        raise UserError("There is no metric greedy_steps_... in this table: the questions had no column `steps`.")
+        raise UserError(
+            "There is no metric greedy_steps_... in this table: the questions had no column `steps`."
+        )
     figure, axes = _figure(6.6, 4.2)
-    lines = [_line(axes, metrics, name, colour, label=f"{name.split('_')[-1]} steps", seeds=False)
-             for name, colour in zip(names, _shades(len(names)))]
+    lines = [
+        _line(axes, metrics, name, colour, label=f"{name.split('_')[-1]} steps", seeds=False)
+        for name, colour in zip(names, _shades(len(names)))
+    ]
     _iterations(axes, "Right answers, greedy (%)", percent=True)
     return _finish(figure, "Right answers, greedy, by steps of working and iteration (%)", [lines])
 
@@ -106,8 +146,11 @@ def accuracy_by_steps(metrics: pd.DataFrame) -> TextFigure:
 def lengths_per_iteration(metrics: pd.DataFrame) -> TextFigure:
     """Mean length of greedy and of sampled completions per iteration, in tokens."""
     figure, axes = _figure(6.6, 3.6)
-    lines = [_line(axes, metrics, m, colour) for m, colour in (("greedy_mean_tokens", BLUE), ("mean_tokens", ORANGE))
-             if m == "mean_tokens" or _has(metrics, m)]
+    lines = [
+        _line(axes, metrics, m, colour)
+        for m, colour in (("greedy_mean_tokens", BLUE), ("mean_tokens", ORANGE))
+        if m == "mean_tokens" or _has(metrics, m)
+    ]
     _iterations(axes, "Length (tokens per completion)")
     axes.set_ylim(bottom=0)
     return _finish(figure, "Mean length per iteration (tokens per completion)", [lines])
@@ -119,24 +162,44 @@ def warning_numbers(metrics: pd.DataFrame) -> TextFigure:
     moved = [_line(left, metrics, "kl_to_previous", BLUE, label="")]
     _iterations(left, "KL to the model before\n(nats per completion)")
     left.set_ylim(bottom=0)
-    winners = [_line(right, metrics, m, colour, label=label) for m, colour, label in
-               (("chosen_logp_per_token", BLUE, "after training"), ("chosen_logp_per_token_before", GREY, "before"))
-               if not label == "before" or _has(metrics, m)]
+    winners = [
+        _line(right, metrics, m, colour, label=label)
+        for m, colour, label in (
+            ("chosen_logp_per_token", BLUE, "after training"),
+            ("chosen_logp_per_token_before", GREY, "before"),
+        )
+        if not label == "before" or _has(metrics, m)
+    ]
     _iterations(right, "Winners' log-probability\n(nats per token)")
-    return _finish(figure, "Warning numbers per iteration", [moved, winners],
-                   ["KL to the model before (nats per completion)", "winners' log-probability (nats per token)"])
+    return _finish(
+        figure,
+        "Warning numbers per iteration",
+        [moved, winners],
+        [
+            "KL to the model before (nats per completion)",
+            "winners' log-probability (nats per token)",
+        ],
+    )
 
 
 def diversity(metrics: pd.DataFrame) -> TextFigure:
     """pass@k for every k that all iterations have, and distinct answers among k samples, per iteration."""
     figure, (left, right) = _figure(9.6, 3.8, 2)
     ks = _common_ks(metrics, "pass_at_k")
-    chances = [_line(left, metrics, "pass_at_k", colour, k=k, seeds=False) for k, colour in zip(ks, _shades(len(ks)))]
+    chances = [
+        _line(left, metrics, "pass_at_k", colour, k=k, seeds=False)
+        for k, colour in zip(ks, _shades(len(ks)))
+    ]
     _iterations(left, "Questions solved by one of k (%)", percent=True)
     distinct = [_line(right, metrics, "distinct_answers", BLUE)]
     _iterations(right, "Distinct answers per question")
     right.set_ylim(bottom=0)
-    return _finish(figure, "Diversity per iteration", [chances, distinct], ["questions (%)", "distinct answers"])
+    return _finish(
+        figure,
+        "Diversity per iteration",
+        [chances, distinct],
+        ["questions (%)", "distinct answers"],
+    )
 
 
 def training_curves(logs: dict[str, pd.DataFrame], window: int = 1) -> TextFigure:
@@ -145,23 +208,48 @@ def training_curves(logs: dict[str, pd.DataFrame], window: int = 1) -> TextFigur
     `logs`: run name -> table with `step`, `logps_chosen`, `logps_rejected` (sums over a response, nats), such as
     `training_log.jsonl` or a probe's log. `window`: running mean over that many rows, with the rows as a shade.
     """
-    if not logs or any(not {"step", "logps_chosen", "logps_rejected"} <= set(log) for log in logs.values()):
-        raise UserError("training_curves needs at least one log, with step, logps_chosen and logps_rejected.")
+    if not logs or any(
+        not {"step", "logps_chosen", "logps_rejected"} <= set(log) for log in logs.values()
+    ):
+        raise UserError(
+            "training_curves needs at least one log, with step, logps_chosen and logps_rejected."
+        )
     figure, axes = _figure(3.1 * (len(logs) + 1) + 0.6, 3.6, len(logs) + 1)
     panels = []
     for panel, (name, log) in zip(axes, logs.items()):
         if panels:
             panel.sharey(axes[0])
-        panels.append([_curve(panel, log["step"], log[f"logps_{side}"], side, colour, window, linestyle=style)
-                       for side, colour, style in (("chosen", BLUE, "-"), ("rejected", ORANGE, "--"))])
-    panels.append([_curve(axes[-1], log["step"], log["logps_chosen"] - log["logps_rejected"], name, colour, window)
-                   for (name, log), colour in zip(logs.items(), CYCLE)])
+        panels.append(
+            [
+                _curve(
+                    panel, log["step"], log[f"logps_{side}"], side, colour, window, linestyle=style
+                )
+                for side, colour, style in (("chosen", BLUE, "-"), ("rejected", ORANGE, "--"))
+            ]
+        )
+    panels.append(
+        [
+            _curve(
+                axes[-1],
+                log["step"],
+                log["logps_chosen"] - log["logps_rejected"],
+                name,
+                colour,
+                window,
+            )
+            for (name, log), colour in zip(logs.items(), CYCLE)
+        ]
+    )
     for panel, title in zip(axes, [*logs, "chosen − rejected"]):
         panel.set(title=title, xlabel="Optimiser step")
     axes[0].set_ylabel("Log-probability of a response (nats)")
     axes[-1].set_ylabel("Gap (nats)")
-    return _finish(figure, "Log-probabilities in training (nats), first and last step", panels,
-                   [*logs, "chosen − rejected"])
+    return _finish(
+        figure,
+        "Log-probabilities in training (nats), first and last step",
+        panels,
+        [*logs, "chosen − rejected"],
+    )
 
 
 def dot_plot(comparison: pd.DataFrame) -> TextFigure:
@@ -176,15 +264,40 @@ def dot_plot(comparison: pd.DataFrame) -> TextFigure:
     for y, (label, group) in enumerate(zip(labels, groups)):
         row = summarise(group).iloc[0]
         colour = BLUE if str(row.get("method")).startswith(("irpo", "Iterative RPO")) else GREY
-        axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=colour, linewidth=2, label=f"_interval {label}")
-        axes.plot(100 * group["value"], [y - 0.22] * len(group), ".", color=colour, ms=4, label=f"_seeds {label}")
+        axes.plot(
+            [100 * row["low"], 100 * row["high"]],
+            [y, y],
+            color=colour,
+            linewidth=2,
+            label=f"_interval {label}",
+        )
+        axes.plot(
+            100 * group["value"],
+            [y - 0.22] * len(group),
+            ".",
+            color=colour,
+            ms=4,
+            label=f"_seeds {label}",
+        )
         axes.plot(100 * row["value"], y, "o", color=colour, markersize=7, label=label)
-        axes.annotate(f"{100 * row['value']:.1f}", (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0),
-                      textcoords="offset points", va="center", color=INK, fontsize=9)
+        axes.annotate(
+            f"{100 * row['value']:.1f}",
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            fontsize=9,
+        )
         words.append(f"{label} {_number(row, 100)}")
     axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlim=(0, 100), ylim=(-0.6, len(labels) - 0.4), ylabel="Method",
-             xlabel="Right answers (%). Line: 95 % interval; small dots: seeds")
+    axes.set(
+        xlim=(0, 100),
+        ylim=(-0.6, len(labels) - 0.4),
+        ylabel="Method",
+        xlabel="Right answers (%). Line: 95 % interval; small dots: seeds",
+    )
     figure.alt_text = f"Right answers by method (%, with 95 % interval). {'; '.join(words[::-1])}."
     return figure
 
@@ -197,24 +310,40 @@ def differences(means: pd.DataFrame, label: list[str]) -> TextFigure:
     """
     columns = ["difference", "difference_low", "difference_high"]
     if means.empty or not set(columns) <= set(means) or len(label) != len(means):
-        raise UserError("differences needs rows with difference, difference_low and difference_high, and a name for each.")
+        raise UserError(
+            "differences needs rows with difference, difference_low and difference_high, and a name for each."
+        )
     figure, axes = _figure(7.4, 1.1 + 0.32 * len(means))
     words, places = [], range(len(means) - 1, -1, -1)
     for y, name, (value, low, high) in zip(places, label, 100 * means[columns].to_numpy()):
         colour = GREY if low <= 0 <= high else BLUE if value > 0 else ORANGE
         axes.plot([low, high], [y, y], color=colour, linewidth=2)
         axes.plot(value, y, "o", color=colour, markersize=7)
-        axes.annotate(f"{value:+.1f}", (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0),
-                      textcoords="offset points", va="center", color=INK, fontsize=9)
+        axes.annotate(
+            f"{value:+.1f}",
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            fontsize=9,
+        )
         words.append(f"{name} {value:+.1f} ({low:+.1f} to {high:+.1f})")
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(list(places), label)
-    axes.set(ylim=(-0.6, len(means) - 0.4), ylabel="Compared", xlabel="Difference (points), 95 % interval; grey: within noise")
+    axes.set(
+        ylim=(-0.6, len(means) - 0.4),
+        ylabel="Compared",
+        xlabel="Difference (points), 95 % interval; grey: within noise",
+    )
     figure.alt_text = f"Differences in points, with 95 % interval. {'; '.join(words)}."
     return figure
 
 
-def accuracy_against_tokens(comparison: pd.DataFrame, metric: str = "greedy", x: str = "tokens") -> TextFigure:
+def accuracy_against_tokens(
+    comparison: pd.DataFrame, metric: str = "greedy", x: str = "tokens"
+) -> TextFigure:
     """Accuracy of every method against its cost: the column `tokens` (sampled) or `seconds`, totals since M_0.
 
     The points of a line are the method's iterations, averaged over seeds.
@@ -223,13 +352,27 @@ def accuracy_against_tokens(comparison: pd.DataFrame, metric: str = "greedy", x:
     if rows.empty or x not in rows:
         raise UserError(f"There is no metric {metric} with a column {x} in this table.")
     figure, axes = _figure(7.2, 4.4)
-    unit, title = {"tokens": (1e6, "Sampled tokens (millions)"), "seconds": (60.0, "Wall-clock time (minutes)")}[x]
+    unit, title = {
+        "tokens": (1e6, "Sampled tokens (millions)"),
+        "seconds": (60.0, "Wall-clock time (minutes)"),
+    }[x]
     lines = []
     for i, (method, group) in enumerate(rows.groupby("method", sort=False)):
         means = group.groupby("iteration")[[x, "value"]].mean()
-        line = _curve(axes, means[x] / unit, 100 * means["value"], method.replace("_", " "), CYCLE[i % len(CYCLE)],
-                      marker="o", linestyle=("-", "--", ":")[i // len(CYCLE) % 3])
-        lines.append(line._replace(words=", ".join(f"{y:.1f} at {cost:.3g}" for cost, y in zip(line.x, line.y))))
+        line = _curve(
+            axes,
+            means[x] / unit,
+            100 * means["value"],
+            method.replace("_", " "),
+            CYCLE[i % len(CYCLE)],
+            marker="o",
+            linestyle=("-", "--", ":")[i // len(CYCLE) % 3],
+        )
+        lines.append(
+            line._replace(
+                words=", ".join(f"{y:.1f} at {cost:.3g}" for cost, y in zip(line.x, line.y))
+            )
+        )
     axes.set(xlabel=title, ylabel=f"Right answers, {metric} (%)", xlim=(0, None), ylim=(0, 100))
     return _finish(figure, f"Right answers, {metric} (%), by {title.lower()}", [lines])
 
@@ -242,25 +385,46 @@ def heat_map(stability: pd.DataFrame, metric: str = "greedy", fall: float = 0.03
     """
     rows = stability[stability.metric == metric]
     if rows.empty or not {"learning_rate", "alpha", "seed"} <= set(rows):
-        raise UserError(f"heat_map needs the metric {metric} with the columns learning_rate, alpha and seed.")
-    runs = rows.pivot_table(index=["alpha", "learning_rate", "seed"], columns="iteration", values="value")
+        raise UserError(
+            f"heat_map needs the metric {metric} with the columns learning_rate, alpha and seed."
+        )
+    runs = rows.pivot_table(
+        index=["alpha", "learning_rate", "seed"], columns="iteration", values="value"
+    )
     # A run that could not go on has no last iteration: that is not stable either, and its last accuracy is what counts.
-    falls = (runs.iloc[:, :-1].max(axis=1) - runs.iloc[:, -1]).fillna(1.0).groupby(level=[0, 1]).max()
+    falls = (
+        (runs.iloc[:, :-1].max(axis=1) - runs.iloc[:, -1]).fillna(1.0).groupby(level=[0, 1]).max()
+    )
     grid = 100 * runs.ffill(axis=1).iloc[:, -1].groupby(level=[0, 1]).mean().unstack()
     figure, axes = _figure(2.2 + 0.95 * grid.shape[1], 1.5 + 0.62 * grid.shape[0])
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, origin="lower", aspect="auto")
     words = []
     for (alpha, rate), value in grid.stack().dropna().items():
-        x, y, stable = grid.columns.get_loc(rate), grid.index.get_loc(alpha), not falls[alpha, rate] > fall
-        axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=INK if value > 47 else PAPER)
+        x, y, stable = (
+            grid.columns.get_loc(rate),
+            grid.index.get_loc(alpha),
+            not falls[alpha, rate] > fall,
+        )
+        axes.text(
+            x, y, f"{value:.0f}", ha="center", va="center", color=INK if value > 47 else PAPER
+        )
         if stable:
-            axes.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, fill=False, linewidth=2.5, edgecolor=ORANGE))
-        words.append(f"alpha {alpha:g}, learning rate {_power(rate)}: {value:.1f}{', stable' if stable else ''}")
+            axes.add_patch(
+                Rectangle(
+                    (x - 0.44, y - 0.42), 0.88, 0.84, fill=False, linewidth=2.5, edgecolor=ORANGE
+                )
+            )
+        words.append(
+            f"alpha {alpha:g}, learning rate {_power(rate)}: {value:.1f}{', stable' if stable else ''}"
+        )
     axes.set_xticks(range(grid.shape[1]), [_power(rate) for rate in grid.columns])
     axes.set_yticks(range(grid.shape[0]), [f"{alpha:g}" for alpha in grid.index])
     axes.grid(False)
-    axes.set(xlabel="Learning rate", ylabel="α, weight of the NLL term",
-             title=f"$M_{{{runs.columns[-1]}}}$; framed: no fall over {100 * fall:g} points")
+    axes.set(
+        xlabel="Learning rate",
+        ylabel="α, weight of the NLL term",
+        title=f"$M_{{{runs.columns[-1]}}}$; framed: no fall over {100 * fall:g} points",
+    )
     figure.colorbar(image, ax=axes).set_label(f"Right answers, {metric} (%)", color=INK)
     figure.alt_text = f"Right answers of M_{runs.columns[-1]}, {metric} (%). {'; '.join(words)}."
     return figure
@@ -268,16 +432,33 @@ def heat_map(stability: pd.DataFrame, metric: str = "greedy", fall: float = 0.03
 
 def next_tokens(probabilities: pd.DataFrame) -> TextFigure:
     """Probabilities of the next token as bars: one row per token, one column and panel per setting."""
-    figure, panels = _figure(2.4 * probabilities.shape[1] + 0.9, 1.1 + 0.3 * len(probabilities), probabilities.shape[1])
+    figure, panels = _figure(
+        2.4 * probabilities.shape[1] + 0.9, 1.1 + 0.3 * len(probabilities), probabilities.shape[1]
+    )
     words, places = [], range(len(probabilities))
-    for axes, (name, column) in zip(panels if isinstance(panels, list) else [panels], probabilities.items()):
+    for axes, (name, column) in zip(
+        panels if isinstance(panels, list) else [panels], probabilities.items()
+    ):
         axes.barh(places, 100 * column, color=BLUE)
         for y, value in enumerate(100 * column):
-            axes.annotate(f"{value:.1f}", (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
-        axes.set_yticks(places, probabilities.index if axes is figure.axes[0] else [""] * len(places))
+            axes.annotate(
+                f"{value:.1f}",
+                (value, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
+        axes.set_yticks(
+            places, probabilities.index if axes is figure.axes[0] else [""] * len(places)
+        )
         axes.set(title=name, xlabel="Probability (%)", xlim=(0, 118))
         axes.invert_yaxis()
-        words.append(f"{name}: " + ", ".join(f"{token} {100 * value:.1f}" for token, value in column.items()) + ".")
+        words.append(
+            f"{name}: "
+            + ", ".join(f"{token} {100 * value:.1f}" for token, value in column.items())
+            + "."
+        )
     figure.axes[0].set_ylabel("Next token")
     figure.alt_text = f"Probability of the next token (%). {' '.join(words)}"
     return figure
@@ -292,9 +473,18 @@ def sweep(metrics: pd.DataFrame, x: str, xlabel: str, ylabel: str = "Share (%)")
     for (name, group), colour in zip(metrics.groupby("metric", sort=False), CYCLE):
         group = group.sort_values(x)
         if {"low", "high"} <= set(group):
-            axes.fill_between(group[x], 100 * group["low"], 100 * group["high"], color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(
+                group[x],
+                100 * group["low"],
+                100 * group["high"],
+                color=colour,
+                alpha=0.18,
+                linewidth=0,
+            )
         line = _curve(axes, group[x], 100 * group["value"], name, colour, marker="o")
-        lines.append(line._replace(words=", ".join(f"{y:.1f} at {at:g}" for at, y in zip(line.x, line.y))))
+        lines.append(
+            line._replace(words=", ".join(f"{y:.1f} at {at:g}" for at, y in zip(line.x, line.y)))
+        )
     axes.set_xticks(sorted(set(metrics[x])))
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 102))
     return _finish(figure, f"{ylabel} by {xlabel[0].lower()}{xlabel[1:]}", [lines])
@@ -306,18 +496,34 @@ def scaling(table: pd.DataFrame) -> TextFigure:
     Columns `axis`, `x`, `parameters`, `seconds`, `peak_mb`; the dashed line is what grows in proportion.
     """
     if table.empty or not {"axis", "x", "parameters", "seconds", "peak_mb"} <= set(table):
-        raise UserError("scaling needs a table with axis, x, parameters, seconds and peak_mb, as `bench scaling` writes it.")
+        raise UserError(
+            "scaling needs a table with axis, x, parameters, seconds and peak_mb, as `bench scaling` writes it."
+        )
     figure, panels = _figure(9.6, 3.6, 3)
-    names = {"n": "Samples per question (N)", "questions": "Questions", "hidden": "Parameters (millions)"}
+    names = {
+        "n": "Samples per question (N)",
+        "questions": "Questions",
+        "hidden": "Parameters (millions)",
+    }
     drawn = []
     for axes, (axis, title) in zip(panels, names.items()):
         group = table[table.axis == axis].sort_values("x")
         x = group.parameters / 1e6 if axis == "hidden" else group.x
         axes.plot(x, x / x.iloc[0], color=GREY, linewidth=1, linestyle="--", label="_proportional")
-        lines = [_curve(axes, x, group[column] / group[column].iloc[0], name, colour, marker="o")
-                 for column, name, colour in (("seconds", "time", BLUE), ("peak_mb", "memory", ORANGE))]
-        lines = [line._replace(words=", ".join(f"{y:.1f} at {at:.3g}" for at, y in zip(line.x, line.y))) for line in lines]
-        axes.set(xlabel=title, ylabel="Times the smallest" if axis == "n" else "", xscale="log", yscale="log")
+        lines = [
+            _curve(axes, x, group[column] / group[column].iloc[0], name, colour, marker="o")
+            for column, name, colour in (("seconds", "time", BLUE), ("peak_mb", "memory", ORANGE))
+        ]
+        lines = [
+            line._replace(words=", ".join(f"{y:.1f} at {at:.3g}" for at, y in zip(line.x, line.y)))
+            for line in lines
+        ]
+        axes.set(
+            xlabel=title,
+            ylabel="Times the smallest" if axis == "n" else "",
+            xscale="log",
+            yscale="log",
+        )
         axes.set_xticks(list(x), [f"{at:.2g}" if axis == "hidden" else f"{at:g}" for at in x])
         axes.set_xticks([], minor=True)
         ticks = [1, 2, 4, 8, 16]
@@ -340,10 +546,18 @@ def save(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame, reco
     """
     svg = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Title": alt_text(figure)})
-    record = json.dumps({**record, "alt_text": alt_text(figure)}, indent=1, ensure_ascii=False) + "\n"
-    files = {"svg": svg.getvalue().replace(b"<svg ", b'<svg role="img" ', 1), "png": _png(figure, dpi=150),
-             "csv": data.to_csv(index=False).encode(), "json": record.encode()}
+        figure.savefig(
+            svg, format="svg", metadata={"Date": None, "Creator": None, "Title": alt_text(figure)}
+        )
+    record = (
+        json.dumps({**record, "alt_text": alt_text(figure)}, indent=1, ensure_ascii=False) + "\n"
+    )
+    files = {
+        "svg": svg.getvalue().replace(b"<svg ", b'<svg role="img" ', 1),
+        "png": _png(figure, dpi=150),
+        "csv": data.to_csv(index=False).encode(),
+        "json": record.encode(),
+    }
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -352,8 +566,10 @@ def save(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame, reco
             partial.write_bytes(content)
             os.replace(partial, folder / f"{name}.{suffix}")
     except OSError as error:
-        raise UserError(f"The figure {name} could not be written to {folder} ({error.strerror or error}). Free some "
-                        "space or choose another folder.") from error
+        raise UserError(
+            f"The figure {name} could not be written to {folder} ({error.strerror or error}). Free some "
+            "space or choose another folder."
+        ) from error
 
 
 def _figure(width: float, height: float, panels: int = 1):
@@ -375,19 +591,41 @@ def _line(axes, metrics, metric, colour, intervals=None, label=None, k=None, see
     rows = metrics[(metrics.metric == metric) & (metrics.k == k)]
     for column in ("method", "split"):
         if column in rows and rows[column].nunique() > 1:
-            raise UserError(f"This figure shows one {column}, the table has {', '.join(sorted(set(rows[column])))}: "
-                            f"take the rows of one, such as metrics[metrics.{column} == {rows[column].iloc[0]!r}].")
+            raise UserError(
+                f"This figure shows one {column}, the table has {', '.join(sorted(set(rows[column])))}: "
+                f"take the rows of one, such as metrics[metrics.{column} == {rows[column].iloc[0]!r}]."
+            )
     exact = intervals is not None and _has(intervals, metric)
-    means = (intervals[intervals.metric == metric] if exact else summarise(rows)).sort_values("iteration")
+    means = (intervals[intervals.metric == metric] if exact else summarise(rows)).sort_values(
+        "iteration"
+    )
     x, scale = means.iteration.to_numpy(), 100 if _is_fraction(metric) else 1
     label = NAMES.get(metric, metric).format(k=k) if label is None else label
-    for seed, one in rows.sort_values("iteration").groupby("seed") if seeds and "seed" in rows else ():
-        axes.plot(one.iteration, scale * one.value, color=colour, linewidth=0.7, alpha=0.45, label=f"_seed {seed}")
+    for seed, one in (
+        rows.sort_values("iteration").groupby("seed") if seeds and "seed" in rows else ()
+    ):
+        axes.plot(
+            one.iteration,
+            scale * one.value,
+            color=colour,
+            linewidth=0.7,
+            alpha=0.45,
+            label=f"_seed {seed}",
+        )
     low, high = (scale * means[side].astype(float) for side in ("low", "high"))
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-    axes.plot(x, scale * means.value, color=colour, linewidth=2.2, marker="o", markersize=4.5,
-              label=label or metric)
-    words = ", ".join(f"M_{row['iteration']} {_number(row, scale)}" for row in means.to_dict("records"))
+    axes.plot(
+        x,
+        scale * means.value,
+        color=colour,
+        linewidth=2.2,
+        marker="o",
+        markersize=4.5,
+        label=label or metric,
+    )
+    words = ", ".join(
+        f"M_{row['iteration']} {_number(row, scale)}" for row in means.to_dict("records")
+    )
     return Line(x, scale * means.value.to_numpy(), label, colour, words)
 
 
@@ -405,7 +643,7 @@ def _iterations(axes, ylabel: str, percent: bool = False) -> None:
     axes.set(xlabel="Iteration t (model $M_t$)", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if percent:
-        axes.set_ylim(0, 102)        # room for the marks of what reaches 100
+        axes.set_ylim(0, 102)  # room for the marks of what reaches 100
 
 
 def _finish(figure: TextFigure, title: str, panels: list[list[Line]], names=("",)) -> TextFigure:
@@ -413,7 +651,11 @@ def _finish(figure: TextFigure, title: str, panels: list[list[Line]], names=("",
     said = []
     for axes, lines, name in zip(figure.axes, panels, names):
         _name_ends(axes, lines)
-        said.append(f"{name}: " * bool(name) + "; ".join(f"{x.label}: " * bool(x.label) + x.words for x in lines) + ".")
+        said.append(
+            f"{name}: " * bool(name)
+            + "; ".join(f"{x.label}: " * bool(x.label) + x.words for x in lines)
+            + "."
+        )
     figure.alt_text = f"{title}. " + " ".join(said)
     return figure
 
@@ -424,7 +666,9 @@ def _name_ends(axes, lines: list[Line]) -> None:
     Where lines end at different places, their names stand in a column beside the axes, each with a thin line to its end.
     """
     low, high = axes.get_ylim()
-    gap = (high - low) * 13 / (72 * 0.78 * axes.figure.get_figheight())       # one row of text, in units of the axis
+    gap = (
+        (high - low) * 13 / (72 * 0.78 * axes.figure.get_figheight())
+    )  # one row of text, in units of the axis
     lines = sorted(lines, key=lambda line: line.y[-1])
     heights = [line.y[-1] for line in lines]
     for i in range(1, len(heights)):
@@ -435,17 +679,33 @@ def _name_ends(axes, lines: list[Line]) -> None:
     column = axes.get_xlim()[1] if max(ends, default=0) > min(ends, default=0) else None
     for line, height in zip(lines, heights):
         if column is not None:
-            axes.plot([line.x[-1], column], [line.y[-1], height], color=line.colour, linewidth=0.6, label=f"_to {line.label}",
-                      clip_on=False, zorder=1)
-        axes.annotate(line.label, (line.x[-1] if column is None else column, height), xytext=(7, 0),
-                      textcoords="offset points", va="center",
-                      fontsize=9, color=[0.6 * part for part in to_rgb(line.colour)], annotation_clip=False,
-                      path_effects=[withStroke(linewidth=2.5, foreground=PAPER)])
+            axes.plot(
+                [line.x[-1], column],
+                [line.y[-1], height],
+                color=line.colour,
+                linewidth=0.6,
+                label=f"_to {line.label}",
+                clip_on=False,
+                zorder=1,
+            )
+        axes.annotate(
+            line.label,
+            (line.x[-1] if column is None else column, height),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=[0.6 * part for part in to_rgb(line.colour)],
+            annotation_clip=False,
+            path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
+        )
 
 
 def _number(row, scale: float) -> str:
-    """"70.1 (65.9 to 74.0)"."""
-    value, low, high = (f"{scale * row[name]:.{1 if scale > 1 else 2}f}" for name in ("value", "low", "high"))
+    """ "70.1 (65.9 to 74.0)"."""
+    value, low, high = (
+        f"{scale * row[name]:.{1 if scale > 1 else 2}f}" for name in ("value", "low", "high")
+    )
     return value if "nan" in (low, high) else f"{value} ({low} to {high})"
 
 
@@ -469,22 +729,33 @@ def _has(metrics: pd.DataFrame, metric: str) -> bool:
 
 def _shared_ks(metrics: pd.DataFrame, metric: str) -> list[int]:
     rows = metrics[metrics.metric == metric]
-    return sorted(set.intersection(*(set(group.k) for _, group in rows.groupby("iteration")))) if len(rows) else []
+    return (
+        sorted(set.intersection(*(set(group.k) for _, group in rows.groupby("iteration"))))
+        if len(rows)
+        else []
+    )
 
 
 def _common_ks(metrics: pd.DataFrame, metric: str) -> list[int]:
     """The k that all iterations have: more samples are drawn of M_0 and of the last one than of the others."""
     if not _has(metrics, metric):
-        raise UserError(f"There is no metric {metric} in this table. It has: {', '.join(sorted(set(metrics.metric)))}.")
+        raise UserError(
+            f"There is no metric {metric} in this table. It has: {', '.join(sorted(set(metrics.metric)))}."
+        )
     ks = _shared_ks(metrics, metric)
     if not ks:
-        raise UserError(f"The iterations have {metric} at different k, and none at one that all share.")
+        raise UserError(
+            f"The iterations have {metric} at different k, and none at one that all share."
+        )
     return sorted(ks)
 
 
 def _is_fraction(metric: str) -> bool:
-    return (metric in ("greedy", "sampled", "majority", "pass_at_k") or metric.startswith("greedy_steps_")
-            or metric.endswith(("_rate", "_skeleton")))
+    return (
+        metric in ("greedy", "sampled", "majority", "pass_at_k")
+        or metric.startswith("greedy_steps_")
+        or metric.endswith(("_rate", "_skeleton"))
+    )
 
 
 def _power(x: float) -> str:
@@ -498,5 +769,7 @@ def _shades(n: int) -> list:
 
 def _png(figure: Figure, dpi: int) -> bytes:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Description": alt_text(figure), "Software": None})
+    figure.savefig(
+        buffer, format="png", dpi=dpi, metadata={"Description": alt_text(figure), "Software": None}
+    )
     return buffer.getvalue()

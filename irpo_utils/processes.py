@@ -30,7 +30,7 @@ def speaks_last() -> bool:
         try:
             if other.status() != psutil.STATUS_ZOMBIE and other.environ().get("RANK") == "0":
                 return False
-        except psutil.Error:                        # it went away meanwhile
+        except psutil.Error:  # it went away meanwhile
             continue
     return True
 

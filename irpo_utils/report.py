@@ -13,7 +13,10 @@ from datasets import load_from_disk
 
 from irpo_utils import evaluation, methods, plots, run_directory, tasks
 
-FILES = {"tuning": "tuning_of_methods", "long": "eight_iterations"}      # the others are called like their study
+FILES = {
+    "tuning": "tuning_of_methods",
+    "long": "eight_iterations",
+}  # the others are called like their study
 COST = ["factor", "level", "tokens", "seconds"]
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -37,14 +40,26 @@ def run_record(path: Path) -> dict:
     """
     profile = json.loads((path / "profile.json").read_text())
     rows = _with_more(pandas.read_csv(path / "metrics.csv"), path)
-    cost = _cost(pandas.read_csv(path / "timing.csv"), methods.get(profile["method"]).train is not None)
-    rows = rows.assign(tokens=rows.iteration.map(cost.tokens), seconds=rows.iteration.map(cost.seconds))
+    cost = _cost(
+        pandas.read_csv(path / "timing.csv"), methods.get(profile["method"]).train is not None
+    )
+    rows = rows.assign(
+        tokens=rows.iteration.map(cost.tokens), seconds=rows.iteration.map(cost.seconds)
+    )
     probe = path / "iteration_1" / "adapter" / "probe_log.jsonl"
-    return {"profile": profile, "environment": json.loads((path / "environment.json").read_text()),
-            "metrics": json.loads(rows.to_json(orient="records", double_precision=15)),
-            "answers": {t: _answers(path, t, tasks.get(profile["task"])) for t in range(profile["iterations"] + 1)
-                        if (path / f"iteration_{t}" / "evaluation" / "checksums.json").exists()},
-            "probe_log": [json.loads(line) for line in probe.read_text().splitlines()] if profile["probe_every"] else []}
+    return {
+        "profile": profile,
+        "environment": json.loads((path / "environment.json").read_text()),
+        "metrics": json.loads(rows.to_json(orient="records", double_precision=15)),
+        "answers": {
+            t: _answers(path, t, tasks.get(profile["task"]))
+            for t in range(profile["iterations"] + 1)
+            if (path / f"iteration_{t}" / "evaluation" / "checksums.json").exists()
+        },
+        "probe_log": [json.loads(line) for line in probe.read_text().splitlines()]
+        if profile["probe_every"]
+        else [],
+    }
 
 
 def _answers(path: Path, t: int, task) -> dict:
@@ -55,7 +70,9 @@ def _answers(path: Path, t: int, task) -> dict:
         for question, correct in zip(data["id"], data["correct"]):
             right[question] += correct
         if metric == "greedy" and hasattr(task, "solved"):
-            counted["solved"] = "".join(str(int(row["finished"] and task.solved(row["completion"], row))) for row in data)
+            counted["solved"] = "".join(
+                str(int(row["finished"] and task.solved(row["completion"], row))) for row in data
+            )
         counted[metric] = "".join(DIGITS[n] for n in right.values())
         counted["k"] = len(data) // len(right)
     return counted
@@ -64,7 +81,9 @@ def _answers(path: Path, t: int, task) -> dict:
 def accuracies(record: dict, t: int, metric: str) -> list[float]:
     """Share of right completions of M_t for each question of its evaluation; `metric` is greedy, sampled or solved."""
     answers = record["answers"][str(t)]
-    return [int(digit, 36) / (answers["k"] if metric == "sampled" else 1) for digit in answers[metric]]
+    return [
+        int(digit, 36) / (answers["k"] if metric == "sampled" else 1) for digit in answers[metric]
+    ]
 
 
 class Records:
@@ -110,19 +129,30 @@ def write_table(name: str, trials: list, runs: dict, out: Path, record: dict):
 def _record(runs: dict, record: dict) -> dict:
     """What made the runs of a study: they may be of several days, commits and machines."""
     made = [run["environment"] for run in runs.values()]
-    return {**record, **run_directory.environment(), "runs": len(made), "commits": sorted({each["commit"] or "" for each in made}),
-            "processors": sorted({each["processor"] for each in made}),
-            "torch": sorted({each["versions"]["torch"] for each in made})}
+    return {
+        **record,
+        **run_directory.environment(),
+        "runs": len(made),
+        "commits": sorted({each["commit"] or "" for each in made}),
+        "processors": sorted({each["processor"] for each in made}),
+        "torch": sorted({each["versions"]["torch"] for each in made}),
+    }
 
 
 def table(name: str, trials: list, runs: dict):
     """All that the runs of a study have measured: the metrics table with `factor`, `level`, `tokens`, `seconds` (see `run_record`)."""
-    parts = [pandas.DataFrame(run["metrics"]).assign(factor=trial.factor, level=trial.level)
-             .assign(iteration=lambda rows: rows.iteration + trial.after)                       # noqa: B023
-             for trial in trials for run in _of(trial.name, runs).values()]
+    parts = [
+        pandas.DataFrame(run["metrics"])
+        .assign(factor=trial.factor, level=trial.level)
+        .assign(iteration=lambda rows: rows.iteration + trial.after)  # noqa: B023
+        for trial in trials
+        for run in _of(trial.name, runs).values()
+    ]
     result = pandas.concat(parts, ignore_index=True)
     if name == "comparison":
-        zero = result[(result.method == "irpo") & (result.iteration == 0)].assign(method="zero_shot")
+        zero = result[(result.method == "irpo") & (result.iteration == 0)].assign(
+            method="zero_shot"
+        )
         result = pandas.concat([zero, result], ignore_index=True)
     return result[[column for column in result if column not in COST] + COST]
 
@@ -146,7 +176,14 @@ def _with_more(rows, path: Path):
     for folder in sorted(path.glob("iteration_*/pairs")):
         share, n = _one_step_apart(folder)
         if n:
-            more.append({"iteration": int(folder.parent.name.rpartition("_")[2]), "metric": "one_step_apart", "value": share, "n": n})
+            more.append(
+                {
+                    "iteration": int(folder.parent.name.rpartition("_")[2]),
+                    "metric": "one_step_apart",
+                    "value": share,
+                    "n": n,
+                }
+            )
     for row in more:
         rows.loc[len(rows)] = {**rows.iloc[0], "k": 0, "low": None, "high": None, **row}
     return rows
@@ -179,15 +216,31 @@ def means(trials: list, runs: dict):
             if not own:
                 continue
             value, low, high = evaluation.seed_and_question_interval(list(own.values()))
-            row = {"method": trial.method, "factor": trial.factor, "level": trial.level, "iteration": t + trial.after,
-                   "metric": metric, "value": value, "low": low, "high": high, "n": len(next(iter(own.values()))),
-                   "seeds": len(own)}
+            row = {
+                "method": trial.method,
+                "factor": trial.factor,
+                "level": trial.level,
+                "iteration": t + trial.after,
+                "metric": metric,
+                "value": value,
+                "low": low,
+                "high": high,
+                "n": len(next(iter(own.values()))),
+                "seeds": len(own),
+            }
             compared = trial.against in by_name and trial.against != trial.name
             other = _accuracies(trial.against, runs, t, metric) if compared else {}
             if shared := sorted(set(own) & set(other)):
-                gain = [[a - b for a, b in zip(own[seed], other[seed], strict=True)] for seed in shared]
+                gain = [
+                    [a - b for a, b in zip(own[seed], other[seed], strict=True)] for seed in shared
+                ]
                 difference = evaluation.seed_and_question_interval(gain)
-                row |= dict(zip(("against", "difference", "difference_low", "difference_high"), (trial.against, *difference)))
+                row |= dict(
+                    zip(
+                        ("against", "difference", "difference_low", "difference_high"),
+                        (trial.against, *difference),
+                    )
+                )
             rows.append(row)
     return pandas.DataFrame(rows)
 
@@ -198,76 +251,148 @@ def paired(trials: list, runs: dict):
     Columns `method`, `iteration`, `against`, `against_iteration`, `difference` (what the first gains over the second, greedy),
     `low`, `high`, `n`, `seeds`; on the same questions and seeds, intervals as in `means`.
     """
-    cells = {(trial.method, t): found for trial in trials for t in range(9)
-             if (found := _accuracies(trial.name, runs, t, "greedy"))}
+    cells = {
+        (trial.method, t): found
+        for trial in trials
+        for t in range(9)
+        if (found := _accuracies(trial.name, runs, t, "greedy"))
+    }
     rows = []
     for (a, t), own in cells.items():
         for (b, u), other in cells.items():
             seeds = sorted(set(own) & set(other))
             if seeds and ((t == u > 0 and a != b) or (a == b and t > 0 and u in (0, t - 1))):
-                gain = [[x - y for x, y in zip(own[seed], other[seed], strict=True)] for seed in seeds]
-                rows.append((a, t, b, u, *evaluation.seed_and_question_interval(gain), len(gain[0]), len(seeds)))
-    names = ["method", "iteration", "against", "against_iteration", "difference", "low", "high", "n", "seeds"]
+                gain = [
+                    [x - y for x, y in zip(own[seed], other[seed], strict=True)] for seed in seeds
+                ]
+                rows.append(
+                    (
+                        a,
+                        t,
+                        b,
+                        u,
+                        *evaluation.seed_and_question_interval(gain),
+                        len(gain[0]),
+                        len(seeds),
+                    )
+                )
+    names = [
+        "method",
+        "iteration",
+        "against",
+        "against_iteration",
+        "difference",
+        "low",
+        "high",
+        "n",
+        "seeds",
+    ]
     return pandas.DataFrame(rows, columns=names)
 
 
 def _accuracies(name: str, runs: dict, t: int, metric: str) -> dict[int, list[float]]:
     """Accuracy question by question of M_t, by seed."""
-    return {seed: accuracies(run, t, metric) for seed, run in _of(name, runs).items()
-            if metric in run["answers"].get(str(t), ())}
+    return {
+        seed: accuracies(run, t, metric)
+        for seed, run in _of(name, runs).items()
+        if metric in run["answers"].get(str(t), ())
+    }
 
 
 def log_probabilities(runs: dict):
     """Log-probabilities of the same pairs of M_0 during training: `method`, `seed`, `step`, sums and per token by side."""
-    logs = [pandas.DataFrame(run["probe_log"]).assign(method=run["profile"]["method"], seed=seed)
-            for (_, seed), run in sorted(runs.items()) if run["probe_log"]]
+    logs = [
+        pandas.DataFrame(run["probe_log"]).assign(method=run["profile"]["method"], seed=seed)
+        for (_, seed), run in sorted(runs.items())
+        if run["probe_log"]
+    ]
     return pandas.concat(logs, ignore_index=True)
 
 
 def _cost(timing, samples_in_training: bool):
     """Tokens sampled and seconds spent before M_t was there, by t."""
     made = timing[timing.stage != "evaluation"].copy()
-    made["iteration"] += made.stage != "adapter"              # what M_t writes goes into M_{t+1}
-    made["tokens"] = made.tokens.where(made.stage == ("adapter" if samples_in_training else "samples"), 0)
+    made["iteration"] += made.stage != "adapter"  # what M_t writes goes into M_{t+1}
+    made["tokens"] = made.tokens.where(
+        made.stage == ("adapter" if samples_in_training else "samples"), 0
+    )
     sums = made.groupby("iteration")[["tokens", "seconds"]].sum()
     return sums.reindex(range(int(timing.iteration.max()) + 1), fill_value=0).cumsum()
 
 
 def _draw_comparison(result, average, runs: dict) -> dict:
     last = result[result.method == "irpo"].iteration.max()
-    shown = result[((result.metric == "greedy") & result.iteration.isin((0, 1, last)) & ((result.iteration > 0) | result.method.isin(
-        ("zero_shot", "few_shot")))) | ((result.metric == "majority") & (result.k == 32) & (result.method == "irpo"))]
-    rivals = result.method.isin(("irpo", "iterative_dpo", "star", "self_consistency", "self_rewarding", "spin", "grpo", "shuffled"))
-    shown, costs = _titled(shown), _titled(result[rivals & (result.metric == "greedy") & (result.iteration > 0)])
-    spread = result[(result.method == "irpo") & result.metric.isin(("pass_at_k", "distinct_answers"))]
+    shown = result[
+        (
+            (result.metric == "greedy")
+            & result.iteration.isin((0, 1, last))
+            & ((result.iteration > 0) | result.method.isin(("zero_shot", "few_shot")))
+        )
+        | ((result.metric == "majority") & (result.k == 32) & (result.method == "irpo"))
+    ]
+    rivals = result.method.isin(
+        (
+            "irpo",
+            "iterative_dpo",
+            "star",
+            "self_consistency",
+            "self_rewarding",
+            "spin",
+            "grpo",
+            "shuffled",
+        )
+    )
+    shown, costs = (
+        _titled(shown),
+        _titled(result[rivals & (result.metric == "greedy") & (result.iteration > 0)]),
+    )
+    spread = result[
+        (result.method == "irpo") & result.metric.isin(("pass_at_k", "distinct_answers"))
+    ]
     drawn = {}
-    for title, rows, draw in (("dots", shown, plots.dot_plot), ("tokens", costs, plots.accuracy_against_tokens),
-                              ("seconds", costs, functools.partial(plots.accuracy_against_tokens, x="seconds")),
-                              ("diversity", spread, plots.diversity)):
-        if len(rows):                                   # a study of a few methods may have none of these
+    for title, rows, draw in (
+        ("dots", shown, plots.dot_plot),
+        ("tokens", costs, plots.accuracy_against_tokens),
+        ("seconds", costs, functools.partial(plots.accuracy_against_tokens, x="seconds")),
+        ("diversity", spread, plots.diversity),
+    ):
+        if len(rows):  # a study of a few methods may have none of these
             drawn[f"comparison_{title}"] = (draw(rows), rows)
     return drawn
 
 
 def _titled(rows):
     """The methods by their titles, as figures show them."""
-    return rows.assign(method=[methods.METHODS[name].title if name in methods.METHODS else "M0, zero-shot" for name in rows.method])
+    return rows.assign(
+        method=[
+            methods.METHODS[name].title if name in methods.METHODS else "M0, zero-shot"
+            for name in rows.method
+        ]
+    )
 
 
 def _draw_stability(result, average, runs: dict) -> dict:
     pairs = result[result.factor.str.startswith("alpha=") & (result.metric == "greedy")]
-    pairs = pairs.assign(alpha=pairs.factor.str[6:].astype(float), learning_rate=pairs.level.astype(float))
+    pairs = pairs.assign(
+        alpha=pairs.factor.str[6:].astype(float), learning_rate=pairs.level.astype(float)
+    )
     return {"stability_map": (plots.heat_map(pairs), pairs)}
 
 
 def _draw_curves(result, average, runs: dict) -> dict:
     logs = log_probabilities(runs)
     drawn = {}
-    for title, names in (("log_probabilities_from_m0", ("irpo", "iterative_dpo", "star")),
-                         ("log_probabilities_others", ("irpo_from_sft", "dpo_from_sft", "sft_gold"))):
+    for title, names in (
+        ("log_probabilities_from_m0", ("irpo", "iterative_dpo", "star")),
+        ("log_probabilities_others", ("irpo_from_sft", "dpo_from_sft", "sft_gold")),
+    ):
         rows = logs[logs.method.isin(names)]
         if len(rows):
-            panels = {methods.get(name).title: rows[rows.method == name] for name in names if name in set(rows.method)}
+            panels = {
+                methods.get(name).title: rows[rows.method == name]
+                for name in names
+                if name in set(rows.method)
+            }
             drawn[title] = (plots.training_curves(panels), rows)
     return drawn
 
@@ -275,19 +400,48 @@ def _draw_curves(result, average, runs: dict) -> dict:
 def _draw_differences(name: str, result, average, runs: dict) -> dict:
     if "difference" not in average:
         return {}
-    compared = average[average.metric.isin(("greedy", "solved")) & average.difference.notna() & (average.method != "star")]
-    shown = compared[compared.iteration == compared.groupby(["factor", "level"]).iteration.transform("max")]
+    compared = average[
+        average.metric.isin(("greedy", "solved"))
+        & average.difference.notna()
+        & (average.method != "star")
+    ]
+    shown = compared[
+        compared.iteration == compared.groupby(["factor", "level"]).iteration.transform("max")
+    ]
     if shown.empty:
         return {}
-    labels = [" ".join(word for word in (row.factor.replace("_", " "), row.level, "(number)" * (row.metric == "solved")) if word)
-              for row in shown.itertuples()]
+    labels = [
+        " ".join(
+            word
+            for word in (
+                row.factor.replace("_", " "),
+                row.level,
+                "(number)" * (row.metric == "solved"),
+            )
+            if word
+        )
+        for row in shown.itertuples()
+    ]
     return {f"{name}_differences": (plots.differences(shown, labels), shown)}
 
 
 def _draw_long(result, average, runs: dict) -> dict:
-    lines = average[average.metric == "greedy"].assign(metric=average.method.map(lambda name: methods.get(name).title))
-    return {"eight_iterations_greedy": (plots.sweep(lines, "iteration", "Iteration", "Right answers, greedy (%)"), lines)}
+    lines = average[average.metric == "greedy"].assign(
+        metric=average.method.map(lambda name: methods.get(name).title)
+    )
+    return {
+        "eight_iterations_greedy": (
+            plots.sweep(lines, "iteration", "Iteration", "Right answers, greedy (%)"),
+            lines,
+        )
+    }
 
 
-FIGURES = {"comparison": _draw_comparison, "curves": _draw_curves, "stability": _draw_stability, "long": _draw_long,
-           "regimes": functools.partial(_draw_differences, "regimes"), "ablations": functools.partial(_draw_differences, "ablations")}
+FIGURES = {
+    "comparison": _draw_comparison,
+    "curves": _draw_curves,
+    "stability": _draw_stability,
+    "long": _draw_long,
+    "regimes": functools.partial(_draw_differences, "regimes"),
+    "ablations": functools.partial(_draw_differences, "ablations"),
+}

@@ -32,13 +32,26 @@ from trl import DPOConfig, DPOTrainer
 from irpo_utils import UserError, checksums, models, processes
 
 
-CHECKPOINT_SECONDS = 10.0       # between two checkpoints, at least
-CHECKPOINT_SHARE = 0.02         # of the time may go into writing them
-OF_REFERENCE = ("loss_dpo", "margin", "accuracy", "logratio_chosen")       # columns of the log that need a reference
+CHECKPOINT_SECONDS = 10.0  # between two checkpoints, at least
+CHECKPOINT_SHARE = 0.02  # of the time may go into writing them
+OF_REFERENCE = (
+    "loss_dpo",
+    "margin",
+    "accuracy",
+    "logratio_chosen",
+)  # columns of the log that need a reference
 
 
-def dpo_nll_loss(logps_chosen, logps_rejected, ref_logps_chosen, ref_logps_rejected, n_tokens_chosen, *,
-                 alpha: float, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def dpo_nll_loss(
+    logps_chosen,
+    logps_rejected,
+    ref_logps_chosen,
+    ref_logps_rejected,
+    n_tokens_chosen,
+    *,
+    alpha: float,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The two terms of Eq. 1 per pair: (loss_dpo, loss_nll), each of shape (batch,); loss = loss_dpo + alpha * loss_nll.
 
     All arguments are tensors of shape (batch,): sums of log-probabilities over the response in nats, and the number
@@ -62,16 +75,39 @@ class TrainingResult:
     probe_pairs: int = 0
     summary: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    adapter: dict | None = None     # its weights, put together where the model is split over processes
+    adapter: dict | None = None  # its weights, put together where the model is split over processes
 
 
-def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, dpo_weight: float = 1.0,
-          learning_rate: float = 3e-5, *, epochs: float = 1.0, max_steps: int = -1, batch_size: int = 16,
-          micro_batch_size: int | None = None, warmup_ratio: float = 0.1, lr_scheduler: str = "cosine",
-          max_grad_norm: float = 1.0, nll_per: str = "sequence", seed: int = 0, probe=None, probe_every: int = 10,
-          gradient_checkpointing: bool = False, optimizer: str = "adamw_torch", progress: bool = True,
-          report_to: str = "none", log_dir=None, checkpoints: str | Path | None = None, reference=None,
-          share_prompt: bool | None = None, warn: Callable = lambda warning: None) -> TrainingResult:
+def train(
+    model,
+    tokenizer,
+    preferences,
+    alpha: float = 1.0,
+    beta: float = 0.1,
+    dpo_weight: float = 1.0,
+    learning_rate: float = 3e-5,
+    *,
+    epochs: float = 1.0,
+    max_steps: int = -1,
+    batch_size: int = 16,
+    micro_batch_size: int | None = None,
+    warmup_ratio: float = 0.1,
+    lr_scheduler: str = "cosine",
+    max_grad_norm: float = 1.0,
+    nll_per: str = "sequence",
+    seed: int = 0,
+    probe=None,
+    probe_every: int = 10,
+    gradient_checkpointing: bool = False,
+    optimizer: str = "adamw_torch",
+    progress: bool = True,
+    report_to: str = "none",
+    log_dir=None,
+    checkpoints: str | Path | None = None,
+    reference=None,
+    share_prompt: bool | None = None,
+    warn: Callable = lambda warning: None,
+) -> TrainingResult:
     """Train the adapter of `model` (M_t, from `models.load`) in place into M_{t+1}.
 
     preferences: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`); `batch_size` counts pairs.
@@ -102,48 +138,105 @@ def train(model, tokenizer, preferences, alpha: float = 1.0, beta: float = 0.1, 
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     _fresh_adapter(model, seed)
     own_reference = dpo_weight > 0 and reference is None
-    if dpo_weight == 0:     # SFT knows no reference, and scoring one would take time. Losers still go along, for the log alone.
+    if (
+        dpo_weight == 0
+    ):  # SFT knows no reference, and scoring one would take time. Losers still go along, for the log alone.
         reference = ([math.nan] * len(preferences),) * 2
-    chosen, rejected = reference or _kept_reference(checkpoints, lambda: reference_logps(model.eval(), tokenizer, preferences))
+    chosen, rejected = reference or _kept_reference(
+        checkpoints, lambda: reference_logps(model.eval(), tokenizer, preferences)
+    )
     lengths = [sum(len(row[c]) for c in columns) for row in preferences.select_columns(columns)]
-    data = (preferences.select_columns(columns).add_column("ref_chosen_logps", chosen)
-            .add_column("ref_rejected_logps", rejected).add_column("length", lengths))
+    data = (
+        preferences.select_columns(columns)
+        .add_column("ref_chosen_logps", chosen)
+        .add_column("ref_rejected_logps", rejected)
+        .add_column("length", lengths)
+    )
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
-            output_dir=str(log_dir or folder), run_name=str(log_dir) if log_dir else None, beta=beta,
-            learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
-            per_device_train_batch_size=micro, gradient_accumulation_steps=batch_size // (micro * processes.count()),
-            warmup_steps=warmup_ratio, lr_scheduler_type=lr_scheduler, max_grad_norm=max_grad_norm, optim=optimizer,
-            weight_decay=0.0, seed=seed, data_seed=seed, logging_steps=1, logging_nan_inf_filter=False,
-            save_strategy="no", report_to=report_to, disable_tqdm=True, max_length=None,
+            output_dir=str(log_dir or folder),
+            run_name=str(log_dir) if log_dir else None,
+            beta=beta,
+            learning_rate=learning_rate,
+            num_train_epochs=epochs,
+            max_steps=max_steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=batch_size // (micro * processes.count()),
+            warmup_steps=warmup_ratio,
+            lr_scheduler_type=lr_scheduler,
+            max_grad_norm=max_grad_norm,
+            optim=optimizer,
+            weight_decay=0.0,
+            seed=seed,
+            data_seed=seed,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to=report_to,
+            disable_tqdm=True,
+            max_length=None,
             dataloader_pin_memory=False,
-            precompute_ref_log_probs=True, bf16=False, fp16=needs_loss_scaling(model), use_cpu=model.device.type == "cpu",
-            gradient_checkpointing=gradient_checkpointing, train_sampling_strategy="group_by_length",
-            length_column_name="length")
-        watch = Watch(progress, 10 if config.fp16 else 0, "accuracy" if dpo_weight else "nll_chosen",
-                      lambda: trainer.save_batch(tokenizer), own_reference and (1e-3 if model.dtype == torch.float32 else 0.05), warn)
+            precompute_ref_log_probs=True,
+            bf16=False,
+            fp16=needs_loss_scaling(model),
+            use_cpu=model.device.type == "cpu",
+            gradient_checkpointing=gradient_checkpointing,
+            train_sampling_strategy="group_by_length",
+            length_column_name="length",
+        )
+        watch = Watch(
+            progress,
+            10 if config.fp16 else 0,
+            "accuracy" if dpo_weight else "nll_chosen",
+            lambda: trainer.save_batch(tokenizer),
+            own_reference and (1e-3 if model.dtype == torch.float32 else 0.05),
+            warn,
+        )
         probing = [_Probe(probe, tokenizer, probe_every)] if probe is not None else []
-        kept = None if models.is_sharded(model) else checkpoints       # of a split model there are none within a training
+        kept = (
+            None if models.is_sharded(model) else checkpoints
+        )  # of a split model there are none within a training
         callbacks = [watch, *probing, *([_Keep(Path(kept), watch, *probing)] if kept else [])]
         with left_as_it_was(model):
-            trainer = IterativeRPOTrainer(model, config, data, tokenizer, alpha=alpha, dpo_weight=dpo_weight,
-                                          nll_per=nll_per, share_prompt=share_prompt, callbacks=callbacks, checkpoints=checkpoints)
-            trainer.train(resume_from_checkpoint=processes.from_first(lambda: newest_checkpoint(kept)))
+            trainer = IterativeRPOTrainer(
+                model,
+                config,
+                data,
+                tokenizer,
+                alpha=alpha,
+                dpo_weight=dpo_weight,
+                nll_per=nll_per,
+                share_prompt=share_prompt,
+                callbacks=callbacks,
+                checkpoints=checkpoints,
+            )
+            trainer.train(
+                resume_from_checkpoint=processes.from_first(lambda: newest_checkpoint(kept))
+            )
     model.eval()
     probe_log = Dataset.from_list(probing[0].rows) if probing else None
-    return TrainingResult(model, Dataset.from_list(watch.rows), probe_log, len(probe) if probing else 0, _summary(watch.rows),
-                          watch.warnings, models.whole_adapter(model))
+    return TrainingResult(
+        model,
+        Dataset.from_list(watch.rows),
+        probe_log,
+        len(probe) if probing else 0,
+        _summary(watch.rows),
+        watch.warnings,
+        models.whole_adapter(model),
+    )
 
 
 def _kept_reference(folder: str | Path | None, score: Callable) -> tuple[list[float], list[float]]:
     """What `score()` gives, from `folder`/reference where it is there already: with a large model it takes half an hour."""
     place = Path(folder) / "reference" if folder else None
-    there = processes.from_first(lambda: place and checksums.read(place) and json.loads((place / "logps.json").read_text()))
+    there = processes.from_first(
+        lambda: place and checksums.read(place) and json.loads((place / "logps.json").read_text())
+    )
     if there:
         return tuple(there)
     started, scored = time.perf_counter(), score()
     if place and processes.is_first():
-        with contextlib.suppress(OSError):          # a help, no result
+        with contextlib.suppress(OSError):  # a help, no result
             place.mkdir(parents=True, exist_ok=True)
             (place / "logps.json").write_text(json.dumps(scored))
             checksums.write(place, {"seconds": time.perf_counter() - started})
@@ -152,7 +245,11 @@ def _kept_reference(folder: str | Path | None, score: Callable) -> tuple[list[fl
 
 def newest_checkpoint(folder: str | Path | None) -> str | None:
     """The newest checkpoint in `folder` that was written whole and is unchanged; None where there is none."""
-    sound = [path for path in Path(folder).glob("checkpoint-*") if checksums.read(path)] if folder else []
+    sound = (
+        [path for path in Path(folder).glob("checkpoint-*") if checksums.read(path)]
+        if folder
+        else []
+    )
     return str(max(sound, key=_step_of)) if sound else None
 
 
@@ -164,11 +261,15 @@ def pairs_at_once(batch_size: int, micro_batch_size: int | None) -> int:
     """Pairs in a forward pass of one process; all processes and passes together make one batch, however many they are."""
     share, rest = divmod(batch_size, processes.count())
     if rest:
-        raise UserError(f"batch_size = {batch_size} cannot be shared by {processes.count()} processes: it has to be a multiple.")
+        raise UserError(
+            f"batch_size = {batch_size} cannot be shared by {processes.count()} processes: it has to be a multiple."
+        )
     micro = min(micro_batch_size or share, share)
     if share % micro:
-        raise UserError(f"batch_size = {batch_size} is not a multiple of micro_batch_size = {micro}"
-                        f"{f' times {processes.count()} processes' * (processes.count() > 1)}.")
+        raise UserError(
+            f"batch_size = {batch_size} is not a multiple of micro_batch_size = {micro}"
+            f"{f' times {processes.count()} processes' * (processes.count() > 1)}."
+        )
     return micro
 
 
@@ -177,12 +278,22 @@ def reference_logps(model, tokenizer, preferences) -> tuple[list[float], list[fl
 
     A response that stands in several pairs, as wrap-around makes them, is scored once.
     """
-    keys = [(tuple(prompt), tuple(response)) for side in ("chosen_ids", "rejected_ids")
-            for prompt, response in zip(preferences["prompt_ids"], preferences[side])]
+    keys = [
+        (tuple(prompt), tuple(response))
+        for side in ("chosen_ids", "rejected_ids")
+        for prompt, response in zip(preferences["prompt_ids"], preferences[side])
+    ]
     unique = list(dict.fromkeys(keys))
-    scores = models.score(model, tokenizer, [list(prompt) for prompt, _ in unique], [list(response) for _, response in unique])
+    scores = models.score(
+        model,
+        tokenizer,
+        [list(prompt) for prompt, _ in unique],
+        [list(response) for _, response in unique],
+    )
     of = dict(zip(unique, scores, strict=True))
-    return [of[key] for key in keys[: len(preferences)]], [of[key] for key in keys[len(preferences) :]]
+    return [of[key] for key in keys[: len(preferences)]], [
+        of[key] for key in keys[len(preferences) :]
+    ]
 
 
 @contextlib.contextmanager
@@ -233,53 +344,90 @@ class IterativeRPOTrainer(DPOTrainer):
     whole batch, so that it does not depend on micro-batches or processes.
     """
 
-    loss_is_scaled_for_ga = True        # compute_loss divides by the pairs of the whole batch itself
+    loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole batch itself
 
-    def __init__(self, model, config, data, tokenizer, *, alpha, dpo_weight, nll_per, share_prompt, callbacks, checkpoints=None):
+    def __init__(
+        self,
+        model,
+        config,
+        data,
+        tokenizer,
+        *,
+        alpha,
+        dpo_weight,
+        nll_per,
+        share_prompt,
+        callbacks,
+        checkpoints=None,
+    ):
         self.checkpoints = checkpoints
         self.alpha, self.dpo_weight, self.nll_per = alpha, dpo_weight, nll_per
         self.pad_id = tokenizer.pad_token_id
         self.share_prompt = models.can_share_prompt(model) if share_prompt is None else share_prompt
         self._checkpoints = config.gradient_checkpointing
         with adapter_as_it_was(model):
-            super().__init__(model=model, ref_model=_NoReference(model.config), args=config, train_dataset=data,
-                             processing_class=tokenizer, data_collator=self._collate, callbacks=callbacks)
-        if models.is_sharded(model):                # it adds up gradients by itself, and is where it should be
+            super().__init__(
+                model=model,
+                ref_model=_NoReference(model.config),
+                args=config,
+                train_dataset=data,
+                processing_class=tokenizer,
+                data_collator=self._collate,
+                callbacks=callbacks,
+            )
+        if models.is_sharded(model):  # it adds up gradients by itself, and is where it should be
             prepare = self.accelerator.prepare_model
-            self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
+            self.accelerator.prepare_model = lambda model, **_: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True       # what transformers before 5.19 reads instead
+        self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads instead
         self._batch_log: list[dict] = []
-        self._batch_inputs: list[dict] = []         # of the optimiser step in hand, to be saved where its numbers are not finite
-        self._fits: int | None = None               # pairs at once, once memory has run out
+        self._batch_inputs: list[
+            dict
+        ] = []  # of the optimiser step in hand, to be saved where its numbers are not finite
+        self._fits: int | None = None  # pairs at once, once memory has run out
 
     def _get_output_dir(self, trial):
-        return str(self.checkpoints or self.args.output_dir)        # logs lie elsewhere
+        return str(self.checkpoints or self.args.output_dir)  # logs lie elsewhere
 
     def _save_checkpoint(self, model, trial):
         """A checkpoint is a help, no result: where the disk is full, training goes on without."""
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(Path(self.checkpoints) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
-            tqdm.write(f"No checkpoint could be written ({str(error).splitlines()[0]}): training goes on without.")
+            shutil.rmtree(
+                Path(self.checkpoints) / f"checkpoint-{self.state.global_step}", ignore_errors=True
+            )
+            tqdm.write(
+                f"No checkpoint could be written ({str(error).splitlines()[0]}): training goes on without."
+            )
 
     def _save(self, output_dir=None, state_dict=None):
         # Without the last argument PEFT looks for the base on the hub, to see whether its vocabulary was changed.
         self.model.save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset                              # already tokenised
+        return dataset  # already tokenised
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "length"]
+        self._signature_columns = [
+            "prompt_ids",
+            "chosen_ids",
+            "rejected_ids",
+            "ref_chosen_logps",
+            "ref_rejected_logps",
+            "length",
+        ]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        return dataset                              # the reference is there: see `reference_logps`
+        return dataset  # the reference is there: see `reference_logps`
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """B pairs as B rows that share their prompt, or as 2B rows, winners first, for models that cannot do that."""
-        prompts, chosen, rejected = ([row[key] for row in rows] for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        prompts, chosen, rejected = (
+            [row[key] for row in rows] for key in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
         if self.share_prompt:
             batch = models.pair_batch(prompts, chosen, rejected, self.pad_id, self.model.dtype)
         else:
@@ -287,7 +435,9 @@ class IterativeRPOTrainer(DPOTrainer):
         batch["ref_chosen"] = torch.tensor([row["ref_chosen_logps"] for row in rows])
         batch["ref_rejected"] = torch.tensor([row["ref_rejected_logps"] for row in rows])
         batch["n_tokens_chosen"] = torch.tensor([len(ids) for ids in chosen])
-        batch["tokens"] = torch.tensor([sum(map(len, parts)) for parts in zip(prompts, chosen, rejected)])
+        batch["tokens"] = torch.tensor(
+            [sum(map(len, parts)) for parts in zip(prompts, chosen, rejected)]
+        )
         return batch
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -297,10 +447,16 @@ class IterativeRPOTrainer(DPOTrainer):
         nothing: else a last batch that is not full would be another one for every number of processes.
         """
         n, batch_size = len(self.train_dataset), self._batch_size()
-        first = self.state.global_step % math.ceil(n / batch_size) * batch_size             # of this step, in the epoch
+        first = (
+            self.state.global_step % math.ceil(n / batch_size) * batch_size
+        )  # of this step, in the epoch
         for i, batch in enumerate(batch_samples):
             part = i * self.accelerator.num_processes + self.accelerator.process_index
-            place = first + part * self.args.per_device_train_batch_size + torch.arange(len(batch["ref_chosen"]), device=device)
+            place = (
+                first
+                + part * self.args.per_device_train_batch_size
+                + torch.arange(len(batch["ref_chosen"]), device=device)
+            )
             batch["weight"] = (place < n).float()
         return min(batch_size, n - first)
 
@@ -315,7 +471,11 @@ class IterativeRPOTrainer(DPOTrainer):
 
     def _batch_size(self) -> int:
         """Pairs of an optimiser step over all micro-batches and processes."""
-        return (self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes)
+        return (
+            self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
 
     def _epoch(self) -> int:
         """The epoch that is under way, counted from 0, as the number of steps so far says."""
@@ -330,13 +490,18 @@ class IterativeRPOTrainer(DPOTrainer):
         pairs = len(inputs["ref_chosen"])
         if self._fits and pairs > self._fits:
             return self._in_halves(model, inputs, num_items_in_batch)
-        logged, before = len(self._batch_log), [(p, None if p.grad is None else p.grad.clone()) for p in _trained(model)]
+        logged, before = (
+            len(self._batch_log),
+            [(p, None if p.grad is None else p.grad.clone()) for p in _trained(model)],
+        )
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if pairs == 1 or self.accelerator.num_processes > 1:    # processes have to take the same steps
+            if (
+                pairs == 1 or self.accelerator.num_processes > 1
+            ):  # processes have to take the same steps
                 raise UserError(_too_large(inputs, self._checkpoints)) from error
         # Outside of the except block, which would keep the tensors of the failed attempt alive.
         del self._batch_log[logged:]
@@ -344,9 +509,15 @@ class IterativeRPOTrainer(DPOTrainer):
             parameter.grad = gradient
         clear_device_cache(garbage_collection=True)
         self._fits = pairs // 2
-        tqdm.write(f"Out of memory with {pairs} pairs at once: going on with {self._fits} (--micro-batch-size {self._fits} "
-                   "would do so from the start). " +
-                   ("The loss is the same." if self.nll_per == "sequence" else "The mean over tokens is now one over these."))
+        tqdm.write(
+            f"Out of memory with {pairs} pairs at once: going on with {self._fits} (--micro-batch-size {self._fits} "
+            "would do so from the start). "
+            + (
+                "The loss is the same."
+                if self.nll_per == "sequence"
+                else "The mean over tokens is now one over these."
+            )
+        )
         return self._in_halves(model, inputs, num_items_in_batch)
 
     def _in_halves(self, model, inputs, num_items_in_batch):
@@ -357,24 +528,54 @@ class IterativeRPOTrainer(DPOTrainer):
             logps_chosen, logps_rejected = models.pair_logps(model, inputs)
         else:
             logps_chosen, logps_rejected = models.response_logps(model, inputs).sum(-1).chunk(2)
-        ref_chosen, ref_rejected, lengths = inputs["ref_chosen"], inputs["ref_rejected"], inputs["n_tokens_chosen"]
+        ref_chosen, ref_rejected, lengths = (
+            inputs["ref_chosen"],
+            inputs["ref_rejected"],
+            inputs["n_tokens_chosen"],
+        )
         weight = inputs.get("weight", torch.ones_like(ref_chosen))
-        loss_dpo, loss_nll = dpo_nll_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, lengths,
-                                          alpha=self.alpha, beta=self.beta)
+        loss_dpo, loss_nll = dpo_nll_loss(
+            logps_chosen,
+            logps_rejected,
+            ref_chosen,
+            ref_rejected,
+            lengths,
+            alpha=self.alpha,
+            beta=self.beta,
+        )
         if self.nll_per == "token":
             # A mean over all tokens of the micro-batch.
             loss_nll = -logps_chosen / ((weight * lengths).sum() / weight.sum().clamp(min=1))
-        losses = self.dpo_weight * loss_dpo + self.alpha * loss_nll if self.dpo_weight else self.alpha * loss_nll
+        losses = (
+            self.dpo_weight * loss_dpo + self.alpha * loss_nll
+            if self.dpo_weight
+            else self.alpha * loss_nll
+        )
         pairs = num_items_in_batch or len(losses)
-        self._batch_inputs.append(inputs | {"logps_chosen": logps_chosen.detach(), "logps_rejected": logps_rejected.detach()})
+        self._batch_inputs.append(
+            inputs
+            | {"logps_chosen": logps_chosen.detach(), "logps_rejected": logps_rejected.detach()}
+        )
         margin = self.beta * ((logps_chosen - ref_chosen) - (logps_rejected - ref_rejected))
         with torch.no_grad():
-            self._batch_log.append({name: self.accelerator.gather(weight * value.detach()).sum().item() for name, value in {
-                "pairs": torch.ones_like(losses), "loss": losses, "loss_dpo": loss_dpo, "loss_nll": loss_nll,
-                "logps_chosen": logps_chosen, "logps_rejected": logps_rejected, "logratio_chosen": logps_chosen - ref_chosen,
-                "nll_chosen": -logps_chosen / lengths,
-                "margin": margin, "accuracy": (margin > 0).float() + 0 * margin, "tokens": inputs["tokens"],
-            }.items()})
+            self._batch_log.append(
+                {
+                    name: self.accelerator.gather(weight * value.detach()).sum().item()
+                    for name, value in {
+                        "pairs": torch.ones_like(losses),
+                        "loss": losses,
+                        "loss_dpo": loss_dpo,
+                        "loss_nll": loss_nll,
+                        "logps_chosen": logps_chosen,
+                        "logps_rejected": logps_rejected,
+                        "logratio_chosen": logps_chosen - ref_chosen,
+                        "nll_chosen": -logps_chosen / lengths,
+                        "margin": margin,
+                        "accuracy": (margin > 0).float() + 0 * margin,
+                        "tokens": inputs["tokens"],
+                    }.items()
+                }
+            )
         # Data-parallel training averages gradients over processes: the factor undoes that.
         return (weight * losses).sum() / pairs * self.accelerator.num_processes
 
@@ -385,8 +586,17 @@ class IterativeRPOTrainer(DPOTrainer):
             self._batch_log.clear()
             pairs = total.pop("pairs")
             tokens = total.pop("tokens")
-            kept = {key: value / pairs for key, value in total.items() if self.dpo_weight or key not in OF_REFERENCE}
-            logs = {**kept, "grad_norm": float(logs["grad_norm"]), "learning_rate": logs["learning_rate"], "tokens": int(tokens)}
+            kept = {
+                key: value / pairs
+                for key, value in total.items()
+                if self.dpo_weight or key not in OF_REFERENCE
+            }
+            logs = {
+                **kept,
+                "grad_norm": float(logs["grad_norm"]),
+                "learning_rate": logs["learning_rate"],
+                "tokens": int(tokens),
+            }
         super(DPOTrainer, self).log(logs, start_time)
         self._batch_inputs.clear()
 
@@ -398,8 +608,17 @@ class IterativeRPOTrainer(DPOTrainer):
         for batch in self._batch_inputs:
             texts = tokenizer.batch_decode([ids[ids != self.pad_id] for ids in batch["input_ids"]])
             pairs = len(batch["ref_chosen"])
-            numbers = {name: batch[name].tolist() for name in ("ref_chosen", "ref_rejected", "logps_chosen", "logps_rejected")}
-            rows += [{"texts": texts[i::pairs], **{name: str(values[i]) for name, values in numbers.items()}} for i in range(pairs)]
+            numbers = {
+                name: batch[name].tolist()
+                for name in ("ref_chosen", "ref_rejected", "logps_chosen", "logps_rejected")
+            }
+            rows += [
+                {
+                    "texts": texts[i::pairs],
+                    **{name: str(values[i]) for name, values in numbers.items()},
+                }
+                for i in range(pairs)
+            ]
         path = Path(self.checkpoints) / "not_finite.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1) + "\n")
@@ -462,9 +681,11 @@ def _too_large(inputs, checkpoints: bool) -> str:
         advice.insert(0, "a smaller --micro-batch-size")
     if not checkpoints:
         advice.insert(0, "--gradient-checkpointing true")
-    return (f"Out of memory in training with one micro-batch of {pairs} pair{'s' * (pairs > 1)}, {columns} columns wide. Nothing "
-            f"finished is lost: the same command goes on with {' or '.join(advice)}. A smaller --max-length would do, too, but is "
-            "another run and needs another --out.")
+    return (
+        f"Out of memory in training with one micro-batch of {pairs} pair{'s' * (pairs > 1)}, {columns} columns wide. Nothing "
+        f"finished is lost: the same command goes on with {' or '.join(advice)}. A smaller --max-length would do, too, but is "
+        "another run and needs another --out."
+    )
 
 
 def collapse_signs(rows: list[dict], steps: int) -> list[str]:
@@ -472,13 +693,17 @@ def collapse_signs(rows: list[dict], steps: int) -> list[str]:
     last = rows[-10:]
     if len(rows) < max(20, steps // 5) or "accuracy" not in last[0]:
         return []
-    accuracy, ratio = (sum(row[name] for row in last) / len(last) for name in ("accuracy", "logratio_chosen"))
+    accuracy, ratio = (
+        sum(row[name] for row in last) / len(last) for name in ("accuracy", "logratio_chosen")
+    )
     found = []
     if accuracy < 0.5:
         found.append(f"losers gain on winners: reward accuracy {accuracy:.2f} over ten steps")
     if ratio < -1:
-        found.append(f"winners lose probability: {ratio:.1f} nats a response against M_t over ten steps. Lower --learning-rate, or "
-                     "raise --alpha")
+        found.append(
+            f"winners lose probability: {ratio:.1f} nats a response against M_t over ten steps. Lower --learning-rate, or "
+            "raise --alpha"
+        )
     return found
 
 
@@ -490,37 +715,74 @@ class Watch(TrainerCallback):
     `warn` is told of every sign of a collapse as soon as it shows.
     """
 
-    def __init__(self, progress: bool, patience: int = 0, shown: str = "accuracy", save_batch=None, ln2_within: float = 0,
-                 warn=lambda warning: None):
-        self.rows, self.progress, self.patience, self.shown, self.overflows = [], progress, patience, shown, 0
-        self.save_batch, self.ln2_within, self.warn, self.warnings = save_batch, ln2_within, warn, []
+    def __init__(
+        self,
+        progress: bool,
+        patience: int = 0,
+        shown: str = "accuracy",
+        save_batch=None,
+        ln2_within: float = 0,
+        warn=lambda warning: None,
+    ):
+        self.rows, self.progress, self.patience, self.shown, self.overflows = (
+            [],
+            progress,
+            patience,
+            shown,
+            0,
+        )
+        self.save_batch, self.ln2_within, self.warn, self.warnings = (
+            save_batch,
+            ln2_within,
+            warn,
+            [],
+        )
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=not self.progress,
-                        leave=False)
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=not self.progress,
+            leave=False,
+        )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.shown not in logs:
-            return                                  # the summary at the end
-        row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"},
-               "seconds": time.perf_counter() - self.started}
+            return  # the summary at the end
+        row = {
+            "step": state.global_step,
+            **{key: value for key, value in logs.items() if key != "epoch"},
+            "seconds": time.perf_counter() - self.started,
+        }
         self.rows.append(row)
         self.bar.update(1)
         self.bar.set_postfix_str(f"loss={row['loss']:.3f}, {self.shown}={row[self.shown]:.2f}")
         self.overflows = 0 if math.isfinite(float(row["grad_norm"])) else self.overflows + 1
         if not math.isfinite(row["loss"]) or self.overflows > self.patience:
             saved = self.save_batch() if self.save_batch else None
-            raise UserError(f"Training stopped at step {state.global_step}: the loss is {row['loss']} and the gradient "
-                            f"norm {row['grad_norm']}. Lower --learning-rate, or train in a wider dtype."
-                            + (f" The pairs of that step are in {saved}." if saved else ""))
+            raise UserError(
+                f"Training stopped at step {state.global_step}: the loss is {row['loss']} and the gradient "
+                f"norm {row['grad_norm']}. Lower --learning-rate, or train in a wider dtype."
+                + (f" The pairs of that step are in {saved}." if saved else "")
+            )
         # A margin of m nats moves the term by about beta m / 2, so that this is the same limit for beta = 0.1.
-        if self.ln2_within and row["step"] == 1 and (abs(row["loss_dpo"] - math.log(2)) > self.ln2_within
-                                                     or abs(row["logratio_chosen"]) > 20 * self.ln2_within):
-            raise UserError(f"The reference is not the model that training began with: the first DPO term is {row['loss_dpo']:.4f}, "
-                            f"not ln 2 = 0.6931, or the winners' log-ratio {row['logratio_chosen']:.4f}, not 0. A library changed the "
-                            "model between scoring and training: install the versions of requirements.lock, and see that nothing else "
-                            "uses the model meanwhile.")
+        if (
+            self.ln2_within
+            and row["step"] == 1
+            and (
+                abs(row["loss_dpo"] - math.log(2)) > self.ln2_within
+                or abs(row["logratio_chosen"]) > 20 * self.ln2_within
+            )
+        ):
+            raise UserError(
+                f"The reference is not the model that training began with: the first DPO term is {row['loss_dpo']:.4f}, "
+                f"not ln 2 = 0.6931, or the winners' log-ratio {row['logratio_chosen']:.4f}, not 0. A library changed the "
+                "model between scoring and training: install the versions of requirements.lock, and see that nothing else "
+                "uses the model meanwhile."
+            )
         for warning in self.notice(self.rows, state.max_steps):
             tqdm.write(f"warning: {warning}")
             self.warn(warning)
@@ -528,7 +790,11 @@ class Watch(TrainerCallback):
     def notice(self, rows: list[dict], steps: int) -> list[str]:
         """The signs of a collapse in `rows` that are new, noted with their step."""
         known = {warning.split(":")[0] for warning in self.warnings}
-        new = [f"{sign} (step {rows[-1]['step']})" for sign in collapse_signs(rows, steps) if sign.split(":")[0] not in known]
+        new = [
+            f"{sign} (step {rows[-1]['step']})"
+            for sign in collapse_signs(rows, steps)
+            if sign.split(":")[0] not in known
+        ]
         self.warnings += new
         return new
 
@@ -540,7 +806,12 @@ class _Keep(TrainerCallback):
     """Asks for a checkpoint every now and then, adds to it what our own callbacks have seen, and takes that back up."""
 
     def __init__(self, folder: Path, *callbacks):
-        self.folder, self.callbacks, self.saved, self.took = folder, callbacks, time.perf_counter(), 0.0
+        self.folder, self.callbacks, self.saved, self.took = (
+            folder,
+            callbacks,
+            time.perf_counter(),
+            0.0,
+        )
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
@@ -549,28 +820,41 @@ class _Keep(TrainerCallback):
                 callback.rows[:] = rows
             watch = self.callbacks[0]
             watch.started -= watch.rows[-1]["seconds"]
-            for end in range(1, len(watch.rows) + 1):           # what it has warned of before
+            for end in range(1, len(watch.rows) + 1):  # what it has warned of before
                 watch.notice(watch.rows[:end], state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.asked = time.perf_counter()
         control.should_save = processes.from_first(
-            lambda: self.asked - self.saved >= max(CHECKPOINT_SECONDS, self.took / CHECKPOINT_SHARE))
+            lambda: self.asked - self.saved >= max(CHECKPOINT_SECONDS, self.took / CHECKPOINT_SHARE)
+        )
 
     def on_save(self, args, state, control, **kwargs):
-        processes.wait()                            # each has written the state of its own random numbers
+        processes.wait()  # each has written the state of its own random numbers
         self.saved, folder = time.perf_counter(), self.folder / f"checkpoint-{state.global_step}"
-        if not folder.exists() or not processes.is_first():         # it could not be written, or is another's to write
+        if (
+            not folder.exists() or not processes.is_first()
+        ):  # it could not be written, or is another's to write
             return
         try:
-            (folder / "callbacks.json").write_text(json.dumps([callback.rows for callback in self.callbacks]))
+            (folder / "callbacks.json").write_text(
+                json.dumps([callback.rows for callback in self.callbacks])
+            )
             checksums.write(folder, {"seconds": self.callbacks[0].rows[-1]["seconds"]})
-        except OSError as error:                    # a checkpoint is a help, no result
+        except OSError as error:  # a checkpoint is a help, no result
             shutil.rmtree(folder, ignore_errors=True)
-            tqdm.write(f"No checkpoint could be written ({error.strerror}): training goes on without.")
+            tqdm.write(
+                f"No checkpoint could be written ({error.strerror}): training goes on without."
+            )
             return
-        older = [step for path in self.folder.glob("checkpoint-*") if (step := _step_of(path)) <= state.global_step]
-        for step in sorted(older)[:-2]:             # by their steps: the library goes by dates, and a clock may be set back
+        older = [
+            step
+            for path in self.folder.glob("checkpoint-*")
+            if (step := _step_of(path)) <= state.global_step
+        ]
+        for step in sorted(older)[
+            :-2
+        ]:  # by their steps: the library goes by dates, and a clock may be set back
             shutil.rmtree(self.folder / f"checkpoint-{step}", ignore_errors=True)
         self.took = time.perf_counter() - self.asked
 
@@ -588,12 +872,14 @@ class _Probe(TrainerCallback):
         for side in ("chosen", "rejected"):
             scores = models.score(model, self.tokenizer, prompts, list(self.pairs[f"{side}_ids"]))
             row[f"logps_{side}"] = sum(scores) / len(scores)
-            row[f"nll_{side}"] = -sum(s / len(r) for s, r in zip(scores, self.pairs[f"{side}_ids"])) / len(scores)
+            row[f"nll_{side}"] = -sum(
+                s / len(r) for s, r in zip(scores, self.pairs[f"{side}_ids"])
+            ) / len(scores)
         self.rows.append(row)
         model.train(training)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not state.global_step:                   # otherwise it goes on from a checkpoint
+        if not state.global_step:  # otherwise it goes on from a checkpoint
             self._measure(model, 0)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -611,19 +897,32 @@ def _fresh_adapter(model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         weight = layer.lora_A["default"].weight
-        bound = 1 / math.sqrt(weight.shape[1])       # PEFT's own: Kaiming uniform with a = sqrt(5)
-        models.assign(weight, torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+        bound = 1 / math.sqrt(weight.shape[1])  # PEFT's own: Kaiming uniform with a = sqrt(5)
+        models.assign(
+            weight, torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
+        )
 
 
 def _check(preferences, alpha, dpo_weight, nll_per) -> None:
     missing = {"prompt_ids", "chosen_ids", "rejected_ids"} - set(preferences.column_names)
     if missing:
-        raise UserError(f"The pairs lack the columns {', '.join(sorted(missing))}. Build them with pairs.build_pairs.")
+        raise UserError(
+            f"The pairs lack the columns {', '.join(sorted(missing))}. Build them with pairs.build_pairs."
+        )
     if len(preferences) == 0:
-        raise UserError("no pairs: there is nothing to train on. See the counts of pairs.build_pairs.")
-    if alpha < 0 or dpo_weight < 0 or alpha + dpo_weight == 0 or nll_per not in ("sequence", "token"):
-        raise UserError(f"alpha = {alpha} and dpo_weight = {dpo_weight} must be 0 or more and not both 0; "
-                        f"nll_per = {nll_per!r} must be sequence or token.")
+        raise UserError(
+            "no pairs: there is nothing to train on. See the counts of pairs.build_pairs."
+        )
+    if (
+        alpha < 0
+        or dpo_weight < 0
+        or alpha + dpo_weight == 0
+        or nll_per not in ("sequence", "token")
+    ):
+        raise UserError(
+            f"alpha = {alpha} and dpo_weight = {dpo_weight} must be 0 or more and not both 0; "
+            f"nll_per = {nll_per!r} must be sequence or token."
+        )
 
 
 def check_names(lr_scheduler: str, optimizer: str, report_to: str) -> None:
@@ -631,14 +930,25 @@ def check_names(lr_scheduler: str, optimizer: str, report_to: str) -> None:
     from transformers.training_args import OptimizerNames
     from transformers.trainer_utils import SchedulerType
 
-    for option, value, known in (("--lr-scheduler", lr_scheduler, SchedulerType), ("--optimizer", optimizer, OptimizerNames)):
+    for option, value, known in (
+        ("--lr-scheduler", lr_scheduler, SchedulerType),
+        ("--optimizer", optimizer, OptimizerNames),
+    ):
         if value not in {kind.value for kind in known}:
-            raise UserError(f"{option} is {value!r}; transformers knows {', '.join(sorted(kind.value for kind in known))}.")
+            raise UserError(
+                f"{option} is {value!r}; transformers knows {', '.join(sorted(kind.value for kind in known))}."
+            )
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise UserError(f"--report-to {report_to}: that package is not installed. `pip install {report_to}`, or leave it out.")
+        raise UserError(
+            f"--report-to {report_to}: that package is not installed. `pip install {report_to}`, or leave it out."
+        )
 
 
 def _summary(rows: list[dict]) -> dict:
     """What the training cost, and the DPO term of the first step, which is ln 2 where the reference is M_t."""
-    return {"steps": len(rows), "tokens": sum(row["tokens"] for row in rows), "seconds": rows[-1]["seconds"],
-            "first_loss_dpo": rows[0].get("loss_dpo")}
+    return {
+        "steps": len(rows),
+        "tokens": sum(row["tokens"] for row in rows),
+        "seconds": rows[-1]["seconds"],
+        "first_loss_dpo": rows[0].get("loss_dpo"),
+    }

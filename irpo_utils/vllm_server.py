@@ -22,19 +22,29 @@ from pathlib import Path
 
 from irpo_utils import UserError, checksums, processes
 
-AT_ONCE = 256           # questions under way: the server batches them as it likes
-SECONDS = 3600.0        # for one question; it may wait behind many others
-ADAPTER = 600.0         # to load one from a slow disk
-SOON = 60.0             # for everything else
+AT_ONCE = 256  # questions under way: the server batches them as it likes
+SECONDS = 3600.0  # for one question; it may wait behind many others
+ADAPTER = 600.0  # to load one from a slow disk
+SOON = 60.0  # for everything else
 # What a server would otherwise take from the model's generation_config.json, and sample from another distribution.
-PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+PLAIN = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 class Server:
     """The server at `url`, or at VLLM_URL; `use` says which M_t writes, `complete` lets it write."""
 
     def __init__(self, url: str | None = None):
-        self.url = (url or os.environ.get("VLLM_URL", "http://localhost:8000")).rstrip("/").removesuffix("/v1")
+        self.url = (
+            (url or os.environ.get("VLLM_URL", "http://localhost:8000"))
+            .rstrip("/")
+            .removesuffix("/v1")
+        )
         models = self._ask("/v1/models")["data"]
         self.base = self.model = next(entry["id"] for entry in models if not entry.get("parent"))
 
@@ -45,27 +55,62 @@ class Server:
             if self.model != self.base:
                 self._ask("/v1/unload_lora_adapter", {"lora_name": self.model}, ADAPTER)
             if adapter and name not in {entry["id"] for entry in self._ask("/v1/models")["data"]}:
-                self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(adapter.resolve())}, ADAPTER)
+                self._ask(
+                    "/v1/load_lora_adapter",
+                    {"lora_name": name, "lora_path": str(adapter.resolve())},
+                    ADAPTER,
+                )
         self.model = name
         processes.wait()
 
-    def complete(self, prompts: list[list[int]], ids: list[str], n: int, temperature: float, top_p: float, max_new_tokens: int,
-                 seed: int, ends: list[int]):
+    def complete(
+        self,
+        prompts: list[list[int]],
+        ids: list[str],
+        n: int,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seed: int,
+        ends: list[int],
+    ):
         """Yields (index of the prompt, its n completions) in the order of the prompts; each is (tokens, finished, logprob).
 
         Seeds are fixed by (seed, question id). On a GPU the same seed gives the same text only as far as the server's
         arithmetic does not depend on what else is in its batch. `logprob` is that of the model at temperature 1, as far as
         the server runs with its default `--logprobs-mode raw_logprobs`.
         """
+
         def one(prompt: list[int], question: str) -> list[tuple[list[int], bool, float]]:
-            number = int.from_bytes(hashlib.blake2b(f"{seed}/{question}".encode(), digest_size=4).digest()) >> 1
-            answer = self._ask("/v1/completions", {
-                "model": self.model, "prompt": prompt, "n": n, "temperature": temperature, "top_p": top_p, "seed": number,
-                "max_tokens": max_new_tokens, "stop_token_ids": ends, "logprobs": 0, "return_token_ids": True, **PLAIN}, SECONDS)
+            number = (
+                int.from_bytes(
+                    hashlib.blake2b(f"{seed}/{question}".encode(), digest_size=4).digest()
+                )
+                >> 1
+            )
+            answer = self._ask(
+                "/v1/completions",
+                {
+                    "model": self.model,
+                    "prompt": prompt,
+                    "n": n,
+                    "temperature": temperature,
+                    "top_p": top_p,
+                    "seed": number,
+                    "max_tokens": max_new_tokens,
+                    "stop_token_ids": ends,
+                    "logprobs": 0,
+                    "return_token_ids": True,
+                    **PLAIN,
+                },
+                SECONDS,
+            )
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             drawn = [self._read(choice, ends, max_new_tokens) for choice in choices]
             if len(drawn) != n:
-                raise UserError(f"The server at {self.url} gave {len(drawn)} completions where {n} were asked for.")
+                raise UserError(
+                    f"The server at {self.url} gave {len(drawn)} completions where {n} were asked for."
+                )
             return drawn
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -74,34 +119,52 @@ class Server:
     def _read(self, choice: dict, ends: list[int], most: int) -> tuple[list[int], bool, float]:
         tokens, finished = choice.get("token_ids"), choice["finish_reason"] == "stop"
         if tokens is None:
-            raise UserError(f"The server at {self.url} gives no token ids back, and pairs are trained on the very tokens that were "
-                            "sampled: install vLLM 0.10.2 or newer there.")
+            raise UserError(
+                f"The server at {self.url} gives no token ids back, and pairs are trained on the very tokens that were "
+                "sampled: install vLLM 0.10.2 or newer there."
+            )
         if not finished and (choice["finish_reason"] != "length" or len(tokens) < most):
-            raise UserError(f"The server at {self.url} broke a completion off after {len(tokens)} tokens ({choice['finish_reason']}), "
-                            "which is neither an end nor the limit: see its log, and give the same command again.")
+            raise UserError(
+                f"The server at {self.url} broke a completion off after {len(tokens)} tokens ({choice['finish_reason']}), "
+                "which is neither an end nor the limit: see its log, and give the same command again."
+            )
         if finished and (not tokens or tokens[-1] not in ends):
-            raise UserError(f"The server at {self.url} ended a completion without one of the end tokens {ends}: take the same model "
-                            "and tokenizer there as here.")
+            raise UserError(
+                f"The server at {self.url} ended a completion without one of the end tokens {ends}: take the same model "
+                "and tokenizer there as here."
+            )
         return tokens, finished, float(sum(choice["logprobs"]["token_logprobs"]))
 
     def _ask(self, path: str, content: dict | None = None, seconds: float = SOON):
         """POST of JSON, or GET; the answer as JSON, or as text where it is none."""
-        request = urllib.request.Request(self.url + path, None if content is None else json.dumps(content).encode(),
-                                         {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path,
+            None if content is None else json.dumps(content).encode(),
+            {"Content-Type": "application/json"},
+        )
         try:
             with urllib.request.urlopen(request, timeout=seconds) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:300]
-            advice = (" Start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a disk that holds the run directory."
-                      if "lora" in path else "")
-            raise UserError(f"The vLLM server at {self.url} refused {path} ({error.code}: {said}).{advice}") from error
+            advice = (
+                " Start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a disk that holds the run directory."
+                if "lora" in path
+                else ""
+            )
+            raise UserError(
+                f"The vLLM server at {self.url} refused {path} ({error.code}: {said}).{advice}"
+            ) from error
         except TimeoutError as error:
-            raise UserError(f"The vLLM server at {self.url} did not answer {path} within {seconds:g} seconds: see its log, and give "
-                            "the same command again.") from error
+            raise UserError(
+                f"The vLLM server at {self.url} did not answer {path} within {seconds:g} seconds: see its log, and give "
+                "the same command again."
+            ) from error
         except OSError as error:
-            raise UserError(f"There is no vLLM server at {self.url} ({getattr(error, 'reason', error)}). Start it with `vllm serve "
-                            "MODEL --enable-lora`, wait until it is ready, and give its address in VLLM_URL.") from error
+            raise UserError(
+                f"There is no vLLM server at {self.url} ({getattr(error, 'reason', error)}). Start it with `vllm serve "
+                "MODEL --enable-lora`, wait until it is ready, and give its address in VLLM_URL."
+            ) from error
         try:
             return json.loads(text)
         except ValueError:

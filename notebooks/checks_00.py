@@ -9,39 +9,59 @@ from checks_common import call
 
 def shares(function) -> str:
     """Exercise 0.1: `function(timing)` gives the share of all seconds by stage."""
-    timing = pd.DataFrame({"iteration": [0, 0, 1, 1, 1], "stage": ["samples", "evaluation", "samples", "adapter", "evaluation"],
-                           "seconds": [10.0, 40.0, 30.0, 60.0, 60.0], "tokens": [100.0, 400.0, 300.0, 100.0, 100.0]})
+    timing = pd.DataFrame(
+        {
+            "iteration": [0, 0, 1, 1, 1],
+            "stage": ["samples", "evaluation", "samples", "adapter", "evaluation"],
+            "seconds": [10.0, 40.0, 30.0, 60.0, 60.0],
+            "tokens": [100.0, 400.0, 300.0, 100.0, 100.0],
+        }
+    )
     value, message = call(function, timing)
     if message:
         return message
     try:
         value = {str(stage): float(share) for stage, share in dict(value).items()}
     except (TypeError, ValueError):
-        return (f"Your function returned a {type(value).__name__} that is not one number for each stage. Return a Series with the "
-                "stages as its index, or a dict.")
+        return (
+            f"Your function returned a {type(value).__name__} that is not one number for each stage. Return a Series with the "
+            "stages as its index, or a dict."
+        )
     by_stage = timing.groupby("stage")
     seconds, tokens = by_stage.seconds.sum(), by_stage.tokens.sum()
     if set(value) != set(seconds.index):
         return f"The stages of this table are {', '.join(seconds.index)}; yours are {', '.join(sorted(value)) or 'none'}."
     mistakes = {
         "These are seconds, not shares: divide by the seconds of all stages together.": seconds,
-        "These are percentages. The exercise asks for shares between 0 and 1: leave out the factor 100.": 100 * seconds / seconds.sum(),
-        "You divided by the longest stage, so the shares do not add up to 1. Divide by the sum.": seconds / seconds.max(),
-        "You divided by the number of rows. Divide by the seconds of all stages together.": seconds / len(timing),
-        "You took the mean over iterations where the sum is needed: a stage that ran twice then counts once.":
-            by_stage.seconds.mean() / by_stage.seconds.mean().sum(),
-        "These are shares of the tokens. The exercise asks for shares of the seconds.": tokens / tokens.sum(),
-        "Your shares look at one iteration only. Add up a stage's seconds over all iterations first.":
-            timing[timing.iteration == 1].set_index("stage").seconds.pipe(lambda s: s / s.sum()),
+        "These are percentages. The exercise asks for shares between 0 and 1: leave out the factor 100.": 100
+        * seconds
+        / seconds.sum(),
+        "You divided by the longest stage, so the shares do not add up to 1. Divide by the sum.": seconds
+        / seconds.max(),
+        "You divided by the number of rows. Divide by the seconds of all stages together.": seconds
+        / len(timing),
+        "You took the mean over iterations where the sum is needed: a stage that ran twice then counts once.": by_stage.seconds.mean()
+        / by_stage.seconds.mean().sum(),
+        "These are shares of the tokens. The exercise asks for shares of the seconds.": tokens
+        / tokens.sum(),
+        "Your shares look at one iteration only. Add up a stage's seconds over all iterations first.": timing[
+            timing.iteration == 1
+        ]
+        .set_index("stage")
+        .seconds.pipe(lambda s: s / s.sum()),
         "You divided by the mean of the stages instead of their sum.": seconds / seconds.mean(),
     }
     if all(_same(value[stage], share) for stage, share in (seconds / seconds.sum()).items()):
         return "Right: the shares add up to 1. Ask it about the real `timing`, and compare with the seconds in the table."
     for message, wrong in mistakes.items():
-        if set(wrong.index) == set(value) and all(_same(value[stage], x) for stage, x in wrong.items()):
+        if set(wrong.index) == set(value) and all(
+            _same(value[stage], x) for stage, x in wrong.items()
+        ):
             return message
-    return (f"The shares of this small table should be {_text(seconds / seconds.sum())}; yours are {_text(value)}, "
-            f"which add up to {sum(value.values()):.3g}.")
+    return (
+        f"The shares of this small table should be {_text(seconds / seconds.sum())}; yours are {_text(value)}, "
+        f"which add up to {sum(value.values()):.3g}."
+    )
 
 
 def sampling_hours(function) -> str:
@@ -56,25 +76,39 @@ def sampling_hours(function) -> str:
         "That is in minutes: divide by another 60 to get hours.": 60 * right,
         "That is in days: the exercise asks for hours.": right / 24,
         "That is one iteration only: multiply by `iterations`.": right / iterations,
-        "You counted one sample a question: every question is answered `samples` times.": right / samples,
-        "You counted samples, not tokens: multiply by `tokens`, the length of a sample.": right / tokens,
+        "You counted one sample a question: every question is answered `samples` times.": right
+        / samples,
+        "You counted samples, not tokens: multiply by `tokens`, the length of a sample.": right
+        / tokens,
         "You left out the number of questions.": right / questions,
-        "You multiplied by `tokens_per_second`. A faster machine takes less time: divide by it.": right * rate * rate,
-        "That is the number of tokens. Divide by `tokens_per_second`, then turn seconds into hours.": right * rate * 3600,
-        "You turned the ratio round: hours are tokens divided by tokens per second, not the reverse.": 1 / (right * 3600) / 3600,
+        "You multiplied by `tokens_per_second`. A faster machine takes less time: divide by it.": right
+        * rate
+        * rate,
+        "That is the number of tokens. Divide by `tokens_per_second`, then turn seconds into hours.": right
+        * rate
+        * 3600,
+        "You turned the ratio round: hours are tokens divided by tokens per second, not the reverse.": 1
+        / (right * 3600)
+        / 3600,
     }
     if _same(value, right):
         other, message = call(function, 10, 2, 36, 1, 1)
         if message or not _same(other, 0.2):
-            return (f"It fits one case, but 10 questions with 2 samples of 36 tokens at 1 token per second take 0.2 hours and you "
-                    f"get {other}. Are there numbers in your function that should be arguments?")
-        return (f"Right: with {questions:,} questions, {samples} samples of {tokens} tokens, {iterations} iterations and {rate:,} tokens per "
-                f"second it is {right:.0f} hours.")
+            return (
+                f"It fits one case, but 10 questions with 2 samples of 36 tokens at 1 token per second take 0.2 hours and you "
+                f"get {other}. Are there numbers in your function that should be arguments?"
+            )
+        return (
+            f"Right: with {questions:,} questions, {samples} samples of {tokens} tokens, {iterations} iterations and {rate:,} tokens per "
+            f"second it is {right:.0f} hours."
+        )
     for message, wrong in mistakes.items():
         if _same(value, wrong):
             return message
-    return (f"For {questions} questions, {samples} samples, {tokens} tokens, {iterations} iterations and {rate} tokens per second it is "
-            f"{right:.2f} hours; your function gives {value!r}. Count the tokens of one question first.")
+    return (
+        f"For {questions} questions, {samples} samples, {tokens} tokens, {iterations} iterations and {rate} tokens per second it is "
+        f"{right:.2f} hours; your function gives {value!r}. Count the tokens of one question first."
+    )
 
 
 def iterative_rpo(function) -> str:
@@ -98,34 +132,49 @@ def iterative_rpo(function) -> str:
     value, message = call(function, "M_0", ["q1", "q2"], 3, sample, grade, pair, train)
     if message:
         return message
-    return _wrong_part(sampled, trained) or _wrong_result(value, trained) or (
-        "Right: M_t samples, M_t is the reference, training starts from M_t, and the pairs are M_t's own.")
+    return (
+        _wrong_part(sampled, trained)
+        or _wrong_result(value, trained)
+        or (
+            "Right: M_t samples, M_t is the reference, training starts from M_t, and the pairs are M_t's own."
+        )
+    )
 
 
 def _wrong_part(sampled: list, trained: list) -> str | None:
     """What was given to which stage, against what should have been."""
     if len(trained) != 3:
-        return (f"For 3 iterations you trained {len(trained)} times. Every iteration trains once: M_0 to M_3 are four models, "
-                "three of them trained.")
+        return (
+            f"For 3 iterations you trained {len(trained)} times. Every iteration trains once: M_0 to M_3 are four models, "
+            "three of them trained."
+        )
     if len(sampled) != 3:
         return f"For 3 iterations you sampled {len(sampled)} times. Every iteration samples once, before it trains."
     for t, (start, pairs, reference) in enumerate(trained):
         now = f"M_{t}"
         if sampled[t] != now:
-            return (f"In iteration {t} the samples came from {sampled[t]!r}. They must come from the newest model, M_{t}: "
-                    "otherwise the model never learns from what it does now.")
+            return (
+                f"In iteration {t} the samples came from {sampled[t]!r}. They must come from the newest model, M_{t}: "
+                "otherwise the model never learns from what it does now."
+            )
         if start != now:
             return f"In iteration {t} training started from {start!r}. It starts from a copy of the newest model, M_{t}."
         if reference != now:
-            return (f"In iteration {t} the reference was {reference!r}. In this paper it is the model before, M_{t}, not M_0: the step "
-                    "is measured from where it starts.")
+            return (
+                f"In iteration {t} the reference was {reference!r}. In this paper it is the model before, M_{t}, not M_0: the step "
+                "is measured from where it starts."
+            )
         if isinstance(pairs, str) and pairs == f"pairs from samples of {now}":
-            return "You made pairs from samples that nobody graded: `pair` needs what `grade` returns."
+            return (
+                "You made pairs from samples that nobody graded: `pair` needs what `grade` returns."
+            )
         if pairs != f"pairs from graded samples of {now}":
             if now != "M_0" and "M_0" in str(pairs) or str(pairs).count("pairs from") > 1:
-                return (f"In iteration {t} training also got pairs of earlier models. The paper trains on the pairs of M_t alone and "
-                        "throws the others away.")
-            return (f"In iteration {t} training got {pairs!r} as its pairs. It needs `pair(grade(sample(M_{t}, questions)))` as it is.")
+                return (
+                    f"In iteration {t} training also got pairs of earlier models. The paper trains on the pairs of M_t alone and "
+                    "throws the others away."
+                )
+            return f"In iteration {t} training got {pairs!r} as its pairs. It needs `pair(grade(sample(M_{t}, questions)))` as it is."
     return None
 
 

@@ -18,25 +18,35 @@ def with_temperature(function) -> str:
     plain, scaled = torch.softmax(z, -1), torch.exp(z / temperature)
     mistakes = {
         "The temperature has no effect: divide the logits by it before you take the exponential.": plain,
-        "You multiplied the logits by the temperature. Then 2 sharpens where it should flatten: divide.": torch.softmax(z * temperature, -1),
-        "You divided the probabilities by the temperature: they no longer add up to 1. Divide the logits, before the softmax.":
-            plain / temperature,
+        "You multiplied the logits by the temperature. Then 2 sharpens where it should flatten: divide.": torch.softmax(
+            z * temperature, -1
+        ),
+        "You divided the probabilities by the temperature: they no longer add up to 1. Divide the logits, before the softmax.": plain
+        / temperature,
         "Your numbers do not add up to 1: divide the exponentials by their sum.": scaled,
-        "These are logits divided by the temperature. Now take the exponential, and divide by the sum.": z / temperature,
-        "You divided by the largest instead of by the sum, so the numbers do not add up to 1.": scaled / scaled.max(),
-        "These are logarithms of probabilities: take the exponential once more.": torch.log_softmax(z / temperature, -1),
-        "You subtracted the temperature from the logits or added it. That changes nothing, since the softmax ignores a shift: divide.":
-            torch.softmax(z - temperature, -1),
+        "These are logits divided by the temperature. Now take the exponential, and divide by the sum.": z
+        / temperature,
+        "You divided by the largest instead of by the sum, so the numbers do not add up to 1.": scaled
+        / scaled.max(),
+        "These are logarithms of probabilities: take the exponential once more.": torch.log_softmax(
+            z / temperature, -1
+        ),
+        "You subtracted the temperature from the logits or added it. That changes nothing, since the softmax ignores a shift: divide.": torch.softmax(
+            z - temperature, -1
+        ),
     }
     if _same(value, scaled / scaled.sum()):
         large, message = _numbers(function, 2, torch.tensor([1000.0, 999.0]), 1.0)
         if message or not _same(large, torch.softmax(torch.tensor([1.0, 0.0]), -1)):
-            return ("Right. One flaw to know of: for logits near 1,000 the exponentials overflow. Subtract the largest logit from all "
-                    "first, which changes nothing else; torch.softmax does so.")
+            return (
+                "Right. One flaw to know of: for logits near 1,000 the exponentials overflow. Subtract the largest logit from all "
+                "first, which changes nothing else; torch.softmax does so."
+            )
         return "Right: the temperature divides the logits, and the probabilities add up to 1."
     return _name(value, mistakes) or (
         f"For logits {z.tolist()} and temperature {temperature} it should be {_text(scaled / scaled.sum())}; yours is {_text(value)}, "
-        f"which adds up to {sum(value):.3g}.")
+        f"which adds up to {sum(value):.3g}."
+    )
 
 
 def nucleus(function) -> str:
@@ -46,29 +56,73 @@ def nucleus(function) -> str:
     if message:
         return message
     if len(value) != len(p):
-        return (f"There are {len(p)} tokens and you return {len(value)} numbers. Return one number for each token, in the order given, with 0 "
-                "for those that are cut.")
+        return (
+            f"There are {len(p)} tokens and you return {len(value)} numbers. Return one number for each token, in the order given, with 0 "
+            "for those that are cut."
+        )
     mistakes = {
-        "You kept the right tokens, but they add up to 0.9: divide each by the sum of the kept ones.": [0.2, 0.4, 0, 0.3],
-        "You stop one token too early: 0.4 + 0.3 is 0.7 and has not reached 0.75. The token that reaches top_p is kept, too.":
-            [0, 4 / 7, 0, 3 / 7],
-        "You stop one token too early, and what is left is not divided by its sum.": [0, 0.4, 0, 0.3],
+        "You kept the right tokens, but they add up to 0.9: divide each by the sum of the kept ones.": [
+            0.2,
+            0.4,
+            0,
+            0.3,
+        ],
+        "You stop one token too early: 0.4 + 0.3 is 0.7 and has not reached 0.75. The token that reaches top_p is kept, too.": [
+            0,
+            4 / 7,
+            0,
+            3 / 7,
+        ],
+        "You stop one token too early, and what is left is not divided by its sum.": [
+            0,
+            0.4,
+            0,
+            0.3,
+        ],
         "Nothing was cut. Go through the tokens from the most probable one down, not in the order given, nor from the smallest up.": p,
-        "The numbers are right but in the order of their size. Put each back in the place of its token.": [4 / 9, 3 / 9, 2 / 9, 0],
-        "The numbers are in the order of their size and not divided by their sum.": [0.4, 0.3, 0.2, 0],
-        "You divided by top_p. Divide by the sum of what was kept, which is a little more.": [0.2 / 0.75, 0.4 / 0.75, 0, 0.3 / 0.75],
-        "You cut away everything. top_p is not a threshold for one token: it is compared with the sum of the kept ones.": [0, 0, 0, 0],
-        "You kept only the most probable token: that is greedy. Go on until the kept ones together reach top_p.": [0, 1, 0, 0],
+        "The numbers are right but in the order of their size. Put each back in the place of its token.": [
+            4 / 9,
+            3 / 9,
+            2 / 9,
+            0,
+        ],
+        "The numbers are in the order of their size and not divided by their sum.": [
+            0.4,
+            0.3,
+            0.2,
+            0,
+        ],
+        "You divided by top_p. Divide by the sum of what was kept, which is a little more.": [
+            0.2 / 0.75,
+            0.4 / 0.75,
+            0,
+            0.3 / 0.75,
+        ],
+        "You cut away everything. top_p is not a threshold for one token: it is compared with the sum of the kept ones.": [
+            0,
+            0,
+            0,
+            0,
+        ],
+        "You kept only the most probable token: that is greedy. Go on until the kept ones together reach top_p.": [
+            0,
+            1,
+            0,
+            0,
+        ],
         "You kept the tail and cut the top.": [2 / 3, 0, 1 / 3, 0],
     }
     if not _same(value, [2 / 9, 4 / 9, 0, 3 / 9]):
         return _name(value, mistakes) or (
             f"For {p} and top_p {top_p} the kept ones are 0.4, 0.3 and 0.2, together 0.9, so it should be {_text([2 / 9, 4 / 9, 0, 3 / 9])}; "
-            f"yours is {_text(value)}.")
+            f"yours is {_text(value)}."
+        )
     edge, message = _numbers(function, 3, [0.5, 0.25, 0.25], 0.5)
     if message or not _same(edge, [1, 0, 0]):
-        return ("Almost: for 0.5, 0.25, 0.25 and top_p 0.5 the first token alone reaches 0.5, so it is kept alone; "
-                f"yours {'is ' + _text(edge) if edge else 'fails there'}. Stop as soon as the mass is equal to top_p.")
+        return (
+            "Almost: for 0.5, 0.25, 0.25 and top_p 0.5 the first token alone reaches 0.5, so it is kept alone; "
+            f"yours {'is ' + _text(edge) if edge else 'fails there'}. Stop as soon as the mass is equal to top_p."
+        )
     whole, message = _numbers(function, 3, [0.5, 0.25, 0.25], 1.0)
     if message or not _same(whole, [0.5, 0.25, 0.25]):
         return "Almost: with top_p 1 nothing should be cut, and yours cuts something."
@@ -83,20 +137,30 @@ def saved(function) -> str:
         return message
     without, shared = 4 * prompt + 100, prompt + 100
     mistakes = {
-        "That is the number of positions saved. Divide it by the positions without sharing.": without - shared,
-        "You saved the prompt for all answers, but it still has to be computed once: it is saved (N - 1) times, not N.": 4 * prompt / without,
-        "You divided by the positions with sharing. Compare with what it costs without.": (without - shared) / shared,
+        "That is the number of positions saved. Divide it by the positions without sharing.": without
+        - shared,
+        "You saved the prompt for all answers, but it still has to be computed once: it is saved (N - 1) times, not N.": 4
+        * prompt
+        / without,
+        "You divided by the positions with sharing. Compare with what it costs without.": (
+            without - shared
+        )
+        / shared,
         "That is the share that is left. Subtract it from 1.": shared / without,
         "You left the answers' own tokens out of the total.": (without - shared) / (4 * prompt),
         "You counted one answer's tokens only: add up all lengths.": 3 * prompt / (4 * prompt + 10),
-        "You took the mean length where the sum is needed: every answer has its own tokens.": 3 * prompt / (4 * prompt + 25),
+        "You took the mean length where the sum is needed: every answer has its own tokens.": 3
+        * prompt
+        / (4 * prompt + 25),
         "That is a percentage: return a share between 0 and 1.": 100 * (without - shared) / without,
-        "That is how many times more it costs without sharing. Return the share that is saved.": without / shared,
+        "That is how many times more it costs without sharing. Return the share that is saved.": without
+        / shared,
     }
     right = (without - shared) / without
     if not _same([value], [right]):
         return _name([value], {text: [wrong] for text, wrong in mistakes.items()}) or (
-            f"For a prompt of {prompt} tokens and answers of {lengths} it is ({without} - {shared}) / {without} = {right:.3f}; yours is {value:.4g}.")
+            f"For a prompt of {prompt} tokens and answers of {lengths} it is ({without} - {shared}) / {without} = {right:.3f}; yours is {value:.4g}."
+        )
     alone, message = _number(function, 60, [10])
     if message or not _same([alone], [0]):
         return "Almost: with a single answer nothing can be saved, so the result should be 0. Is N fixed in your function?"
@@ -115,20 +179,38 @@ def pass_at_k(function) -> str:
         "The formula with powers is biased: too low on average.": 1 - (1 - c / n) ** k,
         "That is the chance that none of the k is right. Subtract it from 1.": none,
         "That is the share of right samples, pass@1. How does k enter?": c / n,
-        "That is the chance that a drawn-anew sample is wrong k times. Count picks with math.comb, and subtract from 1.": (1 - c / n) ** k,
-        "You multiplied c/n by k. Chances of events that can happen together do not add.": k * c / n,
-        "You multiplied c/n by k and cut at 1. Chances of events that can happen together do not add.": min(1.0, k * c / n),
-        "That is the chance that all k are right. It is enough if one is: count the picks without any right one.": math.comb(c, k) / math.comb(n, k),
-        "You picked the k from the right ones. Count the picks from the n - c wrong ones.": 1 - math.comb(c, k) / math.comb(n, k),
-        "That is a number of picks, not a chance: divide by math.comb(n, k).": math.comb(n, k) - math.comb(n - c, k),
-        "That is the chance of exactly one right one. More than one is fine, too.": c * math.comb(n - c, k - 1) / math.comb(n, k),
+        "That is the chance that a drawn-anew sample is wrong k times. Count picks with math.comb, and subtract from 1.": (
+            1 - c / n
+        )
+        ** k,
+        "You multiplied c/n by k. Chances of events that can happen together do not add.": k
+        * c
+        / n,
+        "You multiplied c/n by k and cut at 1. Chances of events that can happen together do not add.": min(
+            1.0, k * c / n
+        ),
+        "That is the chance that all k are right. It is enough if one is: count the picks without any right one.": math.comb(
+            c, k
+        )
+        / math.comb(n, k),
+        "You picked the k from the right ones. Count the picks from the n - c wrong ones.": 1
+        - math.comb(c, k) / math.comb(n, k),
+        "That is a number of picks, not a chance: divide by math.comb(n, k).": math.comb(n, k)
+        - math.comb(n - c, k),
+        "That is the chance of exactly one right one. More than one is fine, too.": c
+        * math.comb(n - c, k - 1)
+        / math.comb(n, k),
     }
     if not _same([value], [1 - none]):
         return _name([value], {text: [wrong] for text, wrong in mistakes.items()}) or (
             f"For n = {n}, c = {c}, k = {k}: {math.comb(n - c, k)} of {math.comb(n, k)} picks hold no right one, so it is {1 - none:.4f}; "
-            f"yours is {value:.4g}.")
-    for case, expected, why in (((5, 4, 3), 1.0, "there are fewer wrong ones than k, so every pick holds a right one"),
-                                ((5, 0, 3), 0.0, "no sample is right"), ((4, 1, 2), 0.5, "3 of the 6 picks hold the right one")):
+            f"yours is {value:.4g}."
+        )
+    for case, expected, why in (
+        ((5, 4, 3), 1.0, "there are fewer wrong ones than k, so every pick holds a right one"),
+        ((5, 0, 3), 0.0, "no sample is right"),
+        ((4, 1, 2), 0.5, "3 of the 6 picks hold the right one"),
+    ):
         value, message = _number(function, *case)
         if message or not _same([value], [expected]):
             return f"Almost: for n, c, k = {case} it should be {expected}, since {why}; yours {f'is {value:.4g}' if not message else 'fails there'}."
@@ -138,7 +220,13 @@ def pass_at_k(function) -> str:
 def choose(function) -> str:
     """Exercise 1.5: the temperature with the most questions that have a winner and a loser."""
     n = 4
-    counts = {0.3: [4, 4, 4, 4, 4, 0], 0.7: [3, 4, 4, 1, 3, 4], 1.0: [1, 2, 1, 1, 4, 0], 1.3: [4, 4, 4, 0, 0, 0], 2.0: [0, 0, 1, 0, 0, 0]}
+    counts = {
+        0.3: [4, 4, 4, 4, 4, 0],
+        0.7: [3, 4, 4, 1, 3, 4],
+        1.0: [1, 2, 1, 1, 4, 0],
+        1.3: [4, 4, 4, 0, 0, 0],
+        2.0: [0, 0, 1, 0, 0, 0],
+    }
     value, message = call(function, counts, n)
     if message:
         return message
@@ -146,7 +234,7 @@ def choose(function) -> str:
         0.3: "You chose the temperature with the most right samples. There nearly every question is all right: no loser, no pair.",
         0.7: "You chose the temperature at which most questions have a winner. They need a loser as well: c must be below n, too.",
         1.3: "You chose the temperature at which half of all samples are right. On the whole they balance, but each question is all right or "
-             "all wrong. Look at the questions one by one.",
+        "all wrong. Look at the questions one by one.",
         2.0: "You chose the temperature at which most questions have a loser. They need a winner as well: c must be above 0, too.",
     }
     try:
@@ -156,17 +244,24 @@ def choose(function) -> str:
     if value in mistakes:
         return mistakes[value]
     if value != 1.0:
-        hint = " It looks like the share or number of usable questions; return the temperature where it is largest." if (
-            value in (4, 4 / 6)) else ""
+        hint = (
+            " It looks like the share or number of usable questions; return the temperature where it is largest."
+            if (value in (4, 4 / 6))
+            else ""
+        )
         return f"Your function returned {value:.4g}, which is no temperature of the table ({', '.join(map(str, counts))}).{hint}"
     other, message = _number(function, {0.5: [2, 2, 0], 1.0: [2, 0, 0]}, 3)
     if message or other != 0.5:
-        return ("Almost: for another table, {0.5: [2, 2, 0], 1.0: [2, 0, 0]} with n = 3, it should be 0.5. Does your function use "
-                "its own arguments?")
+        return (
+            "Almost: for another table, {0.5: [2, 2, 0], 1.0: [2, 0, 0]} with n = 3, it should be 0.5. Does your function use "
+            "its own arguments?"
+        )
     other, message = _number(function, {0.5: [5, 5, 0], 1.0: [1, 1, 1]}, 10)
     if message or other != 1.0:
-        return ("Almost: for {0.5: [5, 5, 0], 1.0: [1, 1, 1]} with n = 10 it should be 1.0. Do you count the pairs that could be made? A "
-                "question counts once, whether one of its samples is right or five.")
+        return (
+            "Almost: for {0.5: [5, 5, 0], 1.0: [1, 1, 1]} with n = 10 it should be 1.0. Do you count the pairs that could be made? A "
+            "question counts once, whether one of its samples is right or five."
+        )
     return "Right: at this temperature the most questions have a winner and a loser."
 
 
@@ -177,7 +272,10 @@ def _number(function, *arguments):
     try:
         return float(value), None
     except (TypeError, ValueError):
-        return None, f"Your function should return one number; it returned a {type(value).__name__}."
+        return (
+            None,
+            f"Your function should return one number; it returned a {type(value).__name__}.",
+        )
 
 
 def _numbers(function, length, *arguments):
@@ -187,9 +285,15 @@ def _numbers(function, length, *arguments):
     try:
         value = [float(x) for x in (value.tolist() if hasattr(value, "tolist") else value)]
     except (TypeError, ValueError):
-        return None, f"Your function should return one number for each token; it returned a {type(value).__name__}."
+        return (
+            None,
+            f"Your function should return one number for each token; it returned a {type(value).__name__}.",
+        )
     if length is not None and len(value) != length:
-        return None, f"There are {length} tokens and you return {len(value)} numbers: return one for each."
+        return (
+            None,
+            f"There are {length} tokens and you return {len(value)} numbers: return one for each.",
+        )
     return value, None
 
 

@@ -10,12 +10,15 @@ def call(function, *arguments):
     if function is None or function is ...:
         return None, UNSOLVED
     if not callable(function):
-        return None, f"Give the check your function itself, without calling it; it got a {type(function).__name__}."
+        return (
+            None,
+            f"Give the check your function itself, without calling it; it got a {type(function).__name__}.",
+        )
     try:
         value = function(*arguments)
     except NotImplementedError:
         return None, UNSOLVED
-    except Exception as error:                          # noqa: BLE001   whatever a student's code raises is told
+    except Exception as error:  # noqa: BLE001   whatever a student's code raises is told
         return None, f"Your function raised {type(error).__name__}: {error}"
     return (None, UNSOLVED) if value is None or value is ... else (value, None)
 
@@ -28,4 +31,7 @@ def number(function, *arguments):
     try:
         return float(value), None
     except (TypeError, ValueError):
-        return None, f"Your function returned a {type(value).__name__}; it should return one number."
+        return (
+            None,
+            f"Your function returned a {type(value).__name__}; it should return one number.",
+        )

@@ -32,17 +32,28 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-EXERCISE = re.compile(r"^[ ]*# SOLUTION\n(?P<solution>.*?)^[ ]*# STUB\n(?P<stub>.*?)^[ ]*# END\n?", re.S | re.M)
+EXERCISE = re.compile(
+    r"^[ ]*# SOLUTION\n(?P<solution>.*?)^[ ]*# STUB\n(?P<stub>.*?)^[ ]*# END\n?", re.S | re.M
+)
 LINK = re.compile(r"(?<=\]\()(?!https?://|#)(?P<target>[^)\s]+)(?=\))")
-KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-          "language_info": {"name": "python"}}
-QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 def view(source: str, solved: bool) -> nbformat.NotebookNode:
     """The notebook of a source, with solutions or with stubs."""
+
     def choose(match: re.Match) -> str:
-        return match["solution"] if solved else re.sub(r"^([ ]*)# ?", r"\1", match["stub"], flags=re.M)
+        return (
+            match["solution"] if solved else re.sub(r"^([ ]*)# ?", r"\1", match["stub"], flags=re.M)
+        )
 
     notebook = jupytext.reads(source, fmt="py:percent")
     for i, cell in enumerate(notebook.cells):
@@ -50,7 +61,10 @@ def view(source: str, solved: bool) -> nbformat.NotebookNode:
             cell.source = EXERCISE.sub(choose, cell.source + "\n").rstrip("\n")
         elif solved:
             cell.source = LINK.sub(_from_solutions, cell.source)
-        cell.id, cell.metadata = f"cell-{i:03d}", nbformat.from_dict({})         # ids that do not change with every build
+        cell.id, cell.metadata = (
+            f"cell-{i:03d}",
+            nbformat.from_dict({}),
+        )  # ids that do not change with every build
     notebook.metadata = nbformat.from_dict(KERNEL)
     return notebook
 
@@ -63,25 +77,41 @@ def _from_solutions(link: re.Match) -> str:
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int = 1800) -> None:
     """Run all cells in order in a fresh kernel; what the libraries say on stderr is not kept."""
-    NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True,
-                   resources={"metadata": {"path": str(folder)}}).execute()
-    notebook.metadata = nbformat.from_dict(KERNEL)          # executing adds the Python version of this machine
+    NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+    notebook.metadata = nbformat.from_dict(
+        KERNEL
+    )  # executing adds the Python version of this machine
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.metadata = nbformat.from_dict({})
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            cell.outputs = [
+                o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")
+            ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="beginnings of notebook names (default: all)")
     parser.add_argument("--no-run", action="store_true", help="leave the outputs empty")
     options = parser.parse_args()
     os.environ.update(QUIET)
-    sources = sorted(path for path in (NOTEBOOKS / "source").glob("*.py")
-                     if not options.names or path.stem.startswith(tuple(options.names)))
+    sources = sorted(
+        path
+        for path in (NOTEBOOKS / "source").glob("*.py")
+        if not options.names or path.stem.startswith(tuple(options.names))
+    )
     if not sources:
-        sys.exit(f"error: no source in {NOTEBOOKS / 'source'} begins with {' or '.join(options.names)}.")
+        sys.exit(
+            f"error: no source in {NOTEBOOKS / 'source'} begins with {' or '.join(options.names)}."
+        )
     for path in sources:
         for folder, solved in ((NOTEBOOKS, False), (NOTEBOOKS / "solutions", True)):
             notebook = view(path.read_text(), solved)

@@ -1,6 +1,6 @@
 """Write the tables of README.md from the result files in figures/, so that no number in them is typed by hand.
 
-    python scripts/readme_tables.py
+python scripts/readme_tables.py
 """
 
 from __future__ import annotations
@@ -23,51 +23,87 @@ def accuracy() -> str:
     means = pandas.read_csv(FIGURES / "accuracy_per_iteration_mean.csv")
     metrics = pandas.read_csv(FIGURES / "accuracy_per_iteration.csv")
     record = json.loads((FIGURES / "accuracy_per_iteration.json").read_text())
-    lines = ["| | greedy | sampled | new skeletons | majority of 8 | tokens |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | greedy | sampled | new skeletons | majority of 8 | tokens |",
+        "|---|---|---|---|---|---|",
+    ]
     for t in sorted(means.iteration.unique()):
         at = metrics[metrics.iteration == t]
-        cells = [_interval(means[(means.iteration == t) & (means.metric == m)].iloc[0]) for m in ("greedy", "sampled")]
-        cells += [f"{100 * at[at.metric == 'greedy_new_skeleton'].value.mean():.1f}",
-                  f"{100 * at[(at.metric == 'majority') & (at.k == 8)].value.mean():.1f}",
-                  f"{at[at.metric == 'mean_tokens'].value.mean():.0f}"]
+        cells = [
+            _interval(means[(means.iteration == t) & (means.metric == m)].iloc[0])
+            for m in ("greedy", "sampled")
+        ]
+        cells += [
+            f"{100 * at[at.metric == 'greedy_new_skeleton'].value.mean():.1f}",
+            f"{100 * at[(at.metric == 'majority') & (at.k == 8)].value.mean():.1f}",
+            f"{at[at.metric == 'mean_tokens'].value.mean():.0f}",
+        ]
         lines.append(f"| M{t} | " + " | ".join(cells) + " |")
     run = record["runs"][0]
-    lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {len(record['seeds'])} seeds with 95 % "
-              f"intervals over seeds and questions; new skeletons: greedy on the 150 questions of a form that neither M0 nor "
-              f"training has seen. One core of an {run['environment']['processor']} each, torch "
-              f"{run['environment']['versions']['torch']}, commit {run['environment']['commit']}. "
-              "Made with `python -m irpo_utils run --profile cpu --seed S --out runs/seed_S` for each seed and "
-              f"`{record['command']}`."]
+    lines += [
+        "",
+        f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {len(record['seeds'])} seeds with 95 % "
+        f"intervals over seeds and questions; new skeletons: greedy on the 150 questions of a form that neither M0 nor "
+        f"training has seen. One core of an {run['environment']['processor']} each, torch "
+        f"{run['environment']['versions']['torch']}, commit {run['environment']['commit']}. "
+        "Made with `python -m irpo_utils run --profile cpu --seed S --out runs/seed_S` for each seed and "
+        f"`{record['command']}`.",
+    ]
     return "\n".join(lines)
 
 
 def smollm2() -> str:
     """The real runs at small scale that figures/ holds, the one that was started from another after it."""
-    return "\n\n".join(_real_run(path) for path in sorted(FIGURES.glob("smollm2_135m_*.csv")) if not path.stem.endswith("_mean"))
+    return "\n\n".join(
+        _real_run(path)
+        for path in sorted(FIGURES.glob("smollm2_135m_*.csv"))
+        if not path.stem.endswith("_mean")
+    )
 
 
 def _real_run(path: Path) -> str:
     record, table = json.loads(path.with_suffix(".json").read_text()), pandas.read_csv(path)
     profile, run = record["profile"], record["runs"][0]
-    lines = [f"| {profile['task']} | greedy | sampled | pass@k | tokens | answered | pairs for the next |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| {profile['task']} | greedy | sampled | pass@k | tokens | answered | pairs for the next |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for t, at in table.groupby("iteration"):
         at = at.set_index("metric")
         passing = at.loc[["pass_at_k"]].sort_values("k").iloc[-1]
-        kept, used, asked = (at.value.get(f"pairs_{name}") for name in ("pairs", "used", "questions"))
+        kept, used, asked = (
+            at.value.get(f"pairs_{name}") for name in ("pairs", "used", "questions")
+        )
         # Tables of before 2026-11-26 count the questions before `max_pairs` cut the pairs; here it was one pair a question.
         pairs = f"{kept:.0f} from {min(kept, used):.0f} of {asked:.0f} questions" if kept else ""
-        cells = [_interval(at.loc["greedy"]), _interval(at.loc["sampled"]), f"{_interval(passing)} at k = {int(passing.k)}",
-                 f"{at.value['mean_tokens']:.0f}", f"{100 * (1 - at.value['no_answer_rate']):.0f}", pairs]
+        cells = [
+            _interval(at.loc["greedy"]),
+            _interval(at.loc["sampled"]),
+            f"{_interval(passing)} at k = {int(passing.k)}",
+            f"{at.value['mean_tokens']:.0f}",
+            f"{100 * (1 - at.value['no_answer_rate']):.0f}",
+            pairs,
+        ]
         lines.append(f"| M{t} | " + " | ".join(cells) + " |")
     means = pandas.read_csv(path.with_name(f"{path.stem}_mean.csv")).set_index("metric")
-    gains = [f"{name} {100 * row.value:+.1f} points ({100 * row.low:+.1f} to {100 * row.high:+.1f})" for name in ("greedy", "sampled")
-             if f"{name}_gain_over_M0" in means.index for row in [means.loc[f"{name}_gain_over_M0"]]]
-    lines += ["", f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; answered: "
-              "share of sampled completions with a final answer. "
-              + (f"M{profile['iterations']} against M0, paired by question: {', '.join(gains)}. " if gains else "")
-              + f"{run['seconds'] / 60:.0f} minutes on {run['environment']['threads']} thread(s) of an "
-              f"{run['environment']['processor']}. `{run['environment']['command']}`"]
+    gains = [
+        f"{name} {100 * row.value:+.1f} points ({100 * row.low:+.1f} to {100 * row.high:+.1f})"
+        for name in ("greedy", "sampled")
+        if f"{name}_gain_over_M0" in means.index
+        for row in [means.loc[f"{name}_gain_over_M0"]]
+    ]
+    lines += [
+        "",
+        f"Accuracy in % on {int(table[table.metric == 'greedy'].n.iloc[0])} test questions with 95 % intervals; answered: "
+        "share of sampled completions with a final answer. "
+        + (
+            f"M{profile['iterations']} against M0, paired by question: {', '.join(gains)}. "
+            if gains
+            else ""
+        )
+        + f"{run['seconds'] / 60:.0f} minutes on {run['environment']['threads']} thread(s) of an "
+        f"{run['environment']['processor']}. `{run['environment']['command']}`",
+    ]
     return "\n".join(lines)
 
 
@@ -75,22 +111,37 @@ def speed() -> str:
     """Ours against the plain recipe, stage by stage."""
     table = pandas.read_csv(FIGURES / "bench.csv")
     records = json.loads((FIGURES / "bench.json").read_text())
-    lines = ["| stage | ours | plain | times faster | memory, ours | plain |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| stage | ours | plain | times faster | memory, ours | plain |",
+        "|---|---|---|---|---|---|",
+    ]
     for what, variant, rows in _side_by_side(table):
-        ours, plain, ratio = (rows[rows.variant == f"{variant}{name}"].set_index("metric") for name in
-                              ("ours", _best_plain(rows, variant), "ours_vs_best_plain"))
-        unit, metric = (("s", "seconds") if what == "iteration" else ("tokens/s", "tokens_per_second"))
+        ours, plain, ratio = (
+            rows[rows.variant == f"{variant}{name}"].set_index("metric")
+            for name in ("ours", _best_plain(rows, variant), "ours_vs_best_plain")
+        )
+        unit, metric = (
+            ("s", "seconds") if what == "iteration" else ("tokens/s", "tokens_per_second")
+        )
         cells = [f"{side.value[metric]:,.0f} {unit}" for side in (ours, plain)]
         cells += [f"{ratio.ratio[metric]:.1f} ({ratio.low[metric]:.1f}–{ratio.high[metric]:.1f})"]
         cells += [f"{side.value.peak_mb:,.0f} MB" for side in (ours, plain)]
-        lines.append(f"| {what}{', ' + variant.rstrip('_') if variant else ''} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {what}{', ' + variant.rstrip('_') if variant else ''} | " + " | ".join(cells) + " |"
+        )
     first = next(iter(records.values()))
     llama = table[table.variant.str.endswith("llama_cpp") & (table.metric == "tokens_per_second")]
-    aside = "".join(f" llama.cpp draws the same completions one after another from the same 4-bit file at {row.value:,.0f} tokens/s "
-                    f"({row.low:,.0f}–{row.high:,.0f})." for row in llama.itertuples())
+    aside = "".join(
+        f" llama.cpp draws the same completions one after another from the same 4-bit file at {row.value:,.0f} tokens/s "
+        f"({row.low:,.0f}–{row.high:,.0f})."
+        for row in llama.itertuples()
+    )
     machine = f"{first['threads']} threads of an {first['processor']}, torch {first['versions']['torch']}."
-    lines += ["", f"Median over the turns with the least and the greatest.{aside} {machine} "
-              + " ".join(f"`{command}`" for command in records)]
+    lines += [
+        "",
+        f"Median over the turns with the least and the greatest.{aside} {machine} "
+        + " ".join(f"`{command}`" for command in records),
+    ]
     return "\n".join(lines)
 
 
@@ -103,7 +154,9 @@ def _side_by_side(table):
 
 
 def _best_plain(rows, prefix: str) -> str:
-    plain = rows[rows.variant.str.startswith(f"{prefix}plain") & (rows.metric == "tokens_per_second")]
+    plain = rows[
+        rows.variant.str.startswith(f"{prefix}plain") & (rows.metric == "tokens_per_second")
+    ]
     return plain.sort_values("value").variant.iloc[-1].removeprefix(prefix)
 
 
@@ -111,29 +164,54 @@ def comparison() -> str:
     """Every method after one iteration and after its last, with what it gains or loses against Iterative RPO."""
     means = pandas.read_csv(FIGURES / "comparison_mean.csv")
     record = json.loads((FIGURES / "comparison.json").read_text())
-    lines = ["| method | seeds | rate | greedy, M1 | against Iterative RPO | greedy, last | against Iterative RPO | sampled, last |",
-             "|---|---|---|---|---|---|---|---|"]
-    by_first = means[(means.metric == "greedy") & (means.iteration == 1)].sort_values("value", ascending=False)
+    lines = [
+        "| method | seeds | rate | greedy, M1 | against Iterative RPO | greedy, last | against Iterative RPO | sampled, last |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    by_first = means[(means.metric == "greedy") & (means.iteration == 1)].sort_values(
+        "value", ascending=False
+    )
     for name in ["few_shot", *by_first.method]:
         rows = means[means.method == name]
         last = rows.iteration.max()
-        first, end, sampled = (rows[(rows.iteration == t) & (rows.metric == metric)] for t, metric in
-                               ((1, "greedy"), (last, "greedy"), (last, "sampled")))
+        first, end, sampled = (
+            rows[(rows.iteration == t) & (rows.metric == metric)]
+            for t, metric in ((1, "greedy"), (last, "greedy"), (last, "sampled"))
+        )
         rate = record["rates"].get(study.LIKE.get(name, name))
         cells = [_interval(first.iloc[0]), _difference(first.iloc[0])] if len(first) else ["", ""]
-        cells += [f"{_interval(end.iloc[0])} M{last}", _difference(end.iloc[0])] if last != 1 else ["", ""]
+        cells += (
+            [f"{_interval(end.iloc[0])} M{last}", _difference(end.iloc[0])]
+            if last != 1
+            else ["", ""]
+        )
         cells += [_interval(sampled.iloc[0])]
-        lines.append(f"| {methods.get(name).title} | {int(rows.seeds.max())} | {rate if last else ''} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {methods.get(name).title} | {int(rows.seeds.max())} | {rate if last else ''} | "
+            + " | ".join(cells)
+            + " |"
+        )
     zero = means[(means.method == "irpo") & (means.iteration == 0)].set_index("metric")
-    lines.insert(2, f"| M0, zero-shot | {int(zero.seeds.max())} | | | | {_interval(zero.loc['greedy'])} M0 | | "
-                    f"{_interval(zero.loc['sampled'])} |")
-    runs, last = report.Records("comparison", FIGURES).runs, means[means.method == "irpo"].iteration.max()
-    same = statistics.mean(statistics.mean(report.accuracies(runs["irpo", seed], last, "greedy")) for seed in range(3))
-    lines += ["", f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over seeds; differences in points on the same "
-              "questions and seeds, so that a method with three is set against the same three of Iterative RPO, which stands at "
-              f"{100 * same:.1f} % with these after its last iteration. 95 % intervals over seeds and questions; in italics what is "
-              "within noise. The rate of each method is the best of three on the validation split, for variants that of their next "
-              f"relative. {record['runs']} runs on {', '.join(record['processors'])}. `{record['command']}`"]
+    lines.insert(
+        2,
+        f"| M0, zero-shot | {int(zero.seeds.max())} | | | | {_interval(zero.loc['greedy'])} M0 | | "
+        f"{_interval(zero.loc['sampled'])} |",
+    )
+    runs, last = (
+        report.Records("comparison", FIGURES).runs,
+        means[means.method == "irpo"].iteration.max(),
+    )
+    same = statistics.mean(
+        statistics.mean(report.accuracies(runs["irpo", seed], last, "greedy")) for seed in range(3)
+    )
+    lines += [
+        "",
+        f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over seeds; differences in points on the same "
+        "questions and seeds, so that a method with three is set against the same three of Iterative RPO, which stands at "
+        f"{100 * same:.1f} % with these after its last iteration. 95 % intervals over seeds and questions; in italics what is "
+        "within noise. The rate of each method is the best of three on the validation split, for variants that of their next "
+        f"relative. {record['runs']} runs on {', '.join(record['processors'])}. `{record['command']}`",
+    ]
     return "\n".join(lines)
 
 
@@ -151,7 +229,14 @@ def growth() -> str:
     for row in table.itertuples():
         name = {"n": "N", "questions": "questions", "hidden": "parameters (M)"}[row.axis]
         x = f"{row.parameters / 1e6:.1f}" if row.axis == "hidden" else row.x
-        cells = [name, x, f"{row.tokens:,}", f"{row.seconds:.1f}", f"{row.peak_mb:,.0f} MB", f"{row.tokens / row.seconds:,.0f}"]
+        cells = [
+            name,
+            x,
+            f"{row.tokens:,}",
+            f"{row.seconds:.1f}",
+            f"{row.peak_mb:,.0f} MB",
+            f"{row.tokens / row.seconds:,.0f}",
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -161,8 +246,12 @@ def reliability() -> str:
     table = pandas.read_csv(FIGURES / "reliability.csv")
     records = json.loads((FIGURES / "reliability.json").read_text())
     lines = ["| what was done | tried | held | |", "|---|---|---|---|"]
-    lines += [f"| {row.test} | {row.tried} | {row.held} | {row.note} |" for row in table.itertuples()]
-    machines = dict.fromkeys(f"{record['cpus']} cores of {record['processor']}" for record in records.values())
+    lines += [
+        f"| {row.test} | {row.tried} | {row.held} | {row.note} |" for row in table.itertuples()
+    ]
+    machines = dict.fromkeys(
+        f"{record['cpus']} cores of {record['processor']}" for record in records.values()
+    )
     commands = " ".join(f"`python scripts/check_reliability.py {what}`" for what in records)
     return "\n".join([*lines, "", f"On {' and on '.join(machines)}. {commands}"])
 
@@ -172,7 +261,11 @@ def matrix() -> str:
     table = pandas.read_csv(FIGURES / "test_matrix.csv", dtype=str, keep_default_na=False)
     lines = ["| Python | libraries | tests | |", "|---|---|---|---|"]
     for row in table.itertuples():
-        counts = f"{row.passed} passed, {row.failed} failed, {row.skipped} skipped" if row.passed else row.result
+        counts = (
+            f"{row.passed} passed, {row.failed} failed, {row.skipped} skipped"
+            if row.passed
+            else row.result
+        )
         lines.append(f"| {row.python} | {row.libraries}: {row.versions} | {counts} | {row.date} |")
     return "\n".join(lines)
 
@@ -183,10 +276,17 @@ def _interval(row) -> str:
 
 def fill(text: str) -> str:
     """README's text with every table block made anew."""
-    for name, table in (("accuracy", accuracy), ("smollm2", smollm2), ("speed", speed), ("growth", growth),
-                        ("comparison", comparison), ("reliability", reliability), ("matrix", matrix)):
+    for name, table in (
+        ("accuracy", accuracy),
+        ("smollm2", smollm2),
+        ("speed", speed),
+        ("growth", growth),
+        ("comparison", comparison),
+        ("reliability", reliability),
+        ("matrix", matrix),
+    ):
         block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.S)
-        text = block.sub(lambda match: f"{match[1]}{table()}\n{match[2]}", text)      # noqa: B023
+        text = block.sub(lambda match: f"{match[1]}{table()}\n{match[2]}", text)  # noqa: B023
     return text
 
 

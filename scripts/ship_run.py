@@ -28,16 +28,18 @@ from irpo_utils.profiles import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = "cpu"
-LIMIT = 10_000_000          # bytes
+LIMIT = 10_000_000  # bytes
 NO_MATTER = ("seed", *MAY_CHANGE)
-LEFT_OUT = {                # glob pattern: why
+LEFT_OUT = {  # glob pattern: why
     "iteration_*/samples": "`graded` holds the same rows and their grades",
     "accuracy_per_iteration.*": "the figure of five such runs is in `figures/`",
     "evaluations": "evaluations made after the run",
     ".*": "the lock",
     "**/cache-*": "what `datasets` noted while the run was read",
 }
-MACHINE = re.compile(rb"(?<![\w.])/(?:home|root|Users|work|workspace|tmp|mnt|opt|srv|var|private)/|[A-Z]:\\\\")
+MACHINE = re.compile(
+    rb"(?<![\w.])/(?:home|root|Users|work|workspace|tmp|mnt|opt|srv|var|private)/|[A-Z]:\\\\"
+)
 
 README = """\
 # A finished run of the default profile
@@ -61,7 +63,9 @@ compressed; `datasets.load_from_disk` reads them. The adapters' configurations n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a finished run directory")
     parser.add_argument("--out", type=Path, default=ROOT / "notebooks" / "shipped_run")
     options = parser.parse_args()
@@ -82,7 +86,9 @@ def ship(run: Path, out: Path) -> int:
         for sums in copy.rglob(checksums.NAME):
             renew(sums)
         (copy / "README.md").write_text(describe(run))
-        (copy / ".gitignore").write_text("cache-*\n")       # `datasets` writes such files beside what it reads
+        (copy / ".gitignore").write_text(
+            "cache-*\n"
+        )  # `datasets` writes such files beside what it reads
         size = inspect(copy)
         shutil.rmtree(out, ignore_errors=True)
         copy.rename(out)
@@ -94,14 +100,28 @@ def check(run: Path) -> None:
     settings, default = iteration.load_profile(run), profiles.get(PROFILE)
     free = {name: getattr(default, name) for name in NO_MATTER}
     if dataclasses.replace(settings, **free) != default:
-        raise UserError(f"{run} was not made with the profile {PROFILE}, which the notebooks' text describes. Make one with "
-                        f"`python -m irpo_utils run --profile {PROFILE} --out runs/{PROFILE}`.")
-    needed = [run / "metrics.csv", run / "timing.csv", run / f"iteration_{settings.iterations}" / "metrics.json"]
+        raise UserError(
+            f"{run} was not made with the profile {PROFILE}, which the notebooks' text describes. Make one with "
+            f"`python -m irpo_utils run --profile {PROFILE} --out runs/{PROFILE}`."
+        )
+    needed = [
+        run / "metrics.csv",
+        run / "timing.csv",
+        run / f"iteration_{settings.iterations}" / "metrics.json",
+    ]
     if missing := [str(path) for path in needed if not path.exists()]:
-        raise UserError(f"{run} is not finished: {', '.join(missing)} is missing. The command that made it goes on with it.")
-    damaged = [str(sums.parent) for sums in run.rglob(checksums.NAME) if checksums.read(sums.parent) is None]
+        raise UserError(
+            f"{run} is not finished: {', '.join(missing)} is missing. The command that made it goes on with it."
+        )
+    damaged = [
+        str(sums.parent)
+        for sums in run.rglob(checksums.NAME)
+        if checksums.read(sums.parent) is None
+    ]
     if damaged:
-        raise UserError(f"{', '.join(damaged)}: the checksums do not match. The command that made the run repairs it.")
+        raise UserError(
+            f"{', '.join(damaged)}: the checksums do not match. The command that made the run repairs it."
+        )
 
 
 def copy_files(run: Path, out: Path) -> None:
@@ -118,7 +138,9 @@ def slim(file: Path) -> bytes:
     """The content of a file as it is shipped."""
     if file.suffix == ".arrow":
         return compress(file)
-    if file.name == "adapter_config.json":                  # it names the base by its place on the machine of the run
+    if (
+        file.name == "adapter_config.json"
+    ):  # it names the base by its place on the machine of the run
         config = json.loads(file.read_text())
         config["base_model_name_or_path"] = profiles.get(PROFILE).model
         return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
@@ -146,31 +168,51 @@ def renew(sums: Path) -> None:
 
 def describe(run: Path) -> str:
     """The README of the shipped run, from what the run recorded."""
-    settings, machine = iteration.load_profile(run), json.loads((run / "environment.json").read_text())
+    settings, machine = (
+        iteration.load_profile(run),
+        json.loads((run / "environment.json").read_text()),
+    )
     metrics = pandas.read_csv(run / "metrics.csv")
-    accuracy = metrics[metrics.metric.isin(["greedy", "sampled"])].pivot(index="iteration", columns="metric", values="value")
+    accuracy = metrics[metrics.metric.isin(["greedy", "sampled"])].pivot(
+        index="iteration", columns="metric", values="value"
+    )
     minutes = pandas.read_csv(run / "timing.csv").seconds.sum() / 60
-    rows = [f"| M{t} | {100 * row.greedy:.1f} | {100 * row.sampled:.1f} |" for t, row in accuracy.iterrows()]
+    rows = [
+        f"| M{t} | {100 * row.greedy:.1f} | {100 * row.sampled:.1f} |"
+        for t, row in accuracy.iterrows()
+    ]
     run = Path(os.path.relpath(run, ROOT))
     command = f"python -m irpo_utils run --profile {PROFILE} --seed {settings.seed} --out {run}"
     return README.format(
-        command=machine.get("command") or command, run=run, seed=settings.seed, python=machine["python"], cpu=machine["processor"],
-        threads=machine["threads"], gpus=", ".join(machine["gpus"]) or "no GPU", commit=machine["commit"],
+        command=machine.get("command") or command,
+        run=run,
+        seed=settings.seed,
+        python=machine["python"],
+        cpu=machine["processor"],
+        threads=machine["threads"],
+        gpus=", ".join(machine["gpus"]) or "no GPU",
+        commit=machine["commit"],
         versions=", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
-        minutes=minutes, n=int(metrics[metrics.metric == "greedy"].n.max()),
+        minutes=minutes,
+        n=int(metrics[metrics.metric == "greedy"].n.max()),
         table="\n".join(["| | greedy | sampled |", "|---|---|---|", *rows]),
-        left_out="\n".join(f"- `{pattern}`: {why}" for pattern, why in LEFT_OUT.items()))
+        left_out="\n".join(f"- `{pattern}`: {why}" for pattern, why in LEFT_OUT.items()),
+    )
 
 
 def inspect(folder: Path) -> int:
     """The size of all files; raises if it is too large or a file names a place on a machine."""
-    contents = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    contents = {
+        file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    }
     named = [str(name) for name, content in contents.items() if MACHINE.search(content)]
     if named:
         raise UserError(f"These files name a folder of the machine: {', '.join(named)}.")
     size = sum(map(len, contents.values()))
     if size > LIMIT:
-        raise UserError(f"The run takes {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f} MB. Add to LEFT_OUT.")
+        raise UserError(
+            f"The run takes {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f} MB. Add to LEFT_OUT."
+        )
     return size
 
 

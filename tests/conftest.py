@@ -11,7 +11,9 @@ def real_data() -> Path:
     """The folder of real benchmark files (gsm8k/, svamp/, arc_challenge/, math/), which are not in the repository."""
     folder = os.environ.get("IRPO_TEST_DATA")
     if not folder or not Path(folder).is_dir():
-        pytest.skip("no real data: set IRPO_TEST_DATA to a folder with gsm8k/, svamp/, arc_challenge/ and math/")
+        pytest.skip(
+            "no real data: set IRPO_TEST_DATA to a folder with gsm8k/, svamp/, arc_challenge/ and math/"
+        )
     return Path(folder)
 
 

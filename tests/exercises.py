@@ -15,6 +15,10 @@ def defined(notebook: str, name: str, solved: bool = True, begins: str | None = 
     from make_notebooks import view
 
     cells = view((NOTEBOOKS / "source" / f"{notebook}.py").read_text(), solved).cells
-    [cell] = [cell for cell in cells if cell.cell_type == "code" and (begins or f"def {name}(") in cell.source]
+    [cell] = [
+        cell
+        for cell in cells
+        if cell.cell_type == "code" and (begins or f"def {name}(") in cell.source
+    ]
     exec(cell.source, scope)
     return scope[name]

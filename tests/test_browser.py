@@ -17,8 +17,16 @@ websocket = pytest.importorskip("websocket")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = "03_pairs.ipynb"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
-SECONDS = 240               # for each thing that is waited for; with the smoke profile a few are enough
+BROWSER = next(
+    filter(
+        None,
+        map(
+            shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+        ),
+    ),
+    None,
+)
+SECONDS = 240  # for each thing that is waited for; with the smoke profile a few are enough
 
 TAB = "[...jupyterapp.shell.widgets('main')].find(tab => tab.sessionContext)"
 CELLS = f"{TAB}.content.model.sharedModel.cells.filter(cell => cell.cell_type == 'code')"
@@ -33,12 +41,32 @@ class Page:
 
     def __init__(self, folder: Path):
         self.process = subprocess.Popen(
-            [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,1600",
-             "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port = wait(lambda: (folder / "DevToolsActivePort").exists() and (folder / "DevToolsActivePort").read_text().split("\n")[0])
+            [
+                BROWSER,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--window-size=1280,1600",
+                "--remote-debugging-port=0",
+                f"--user-data-dir={folder}",
+                "about:blank",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        port = wait(
+            lambda: (
+                (folder / "DevToolsActivePort").exists()
+                and (folder / "DevToolsActivePort").read_text().split("\n")[0]
+            )
+        )
         tabs = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list"))
         [address] = [tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page"]
-        self.socket, self.sent = websocket.create_connection(address, suppress_origin=True, timeout=SECONDS), 0
+        self.socket, self.sent = (
+            websocket.create_connection(address, suppress_origin=True, timeout=SECONDS),
+            0,
+        )
 
     def call(self, method: str, **parameters):
         self.sent += 1
@@ -72,20 +100,50 @@ def lab(tmp_path, monkeypatch):
     """The address of a JupyterLab on a copy of the notebooks, with nobody's settings."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     for folder in ("irpo_utils", "notebooks", "figures"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "phases"))
+        shutil.copytree(
+            ROOT / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "phases"),
+        )
     settings = tmp_path / "settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir(parents=True)            # cells out of sight are not drawn otherwise
+    settings.mkdir(parents=True)  # cells out of sight are not drawn otherwise
     (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    places = {
+        f"JUPYTER_{name}_DIR": str(tmp_path / name.lower())
+        for name in ("CONFIG", "DATA", "RUNTIME")
+    }
     process = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "notebooks", "--no-browser", "--allow-root", "--IdentityProvider.token=", "--ip=127.0.0.1",
-         f"--port={port}", "--ServerApp.port_retries=0", "--expose-app-in-browser", "--LabApp.extension_manager=readonly"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, **places, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
-             "PYTHONPATH": str(tmp_path), "IRPO_PROFILE": "smoke", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)})
+        [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "notebooks",
+            "--no-browser",
+            "--allow-root",
+            "--IdentityProvider.token=",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+            "--ServerApp.port_retries=0",
+            "--expose-app-in-browser",
+            "--LabApp.extension_manager=readonly",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={
+            **os.environ,
+            **places,
+            "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+            "PYTHONPATH": str(tmp_path),
+            "IRPO_PROFILE": "smoke",
+            "HF_HUB_OFFLINE": "1",
+            "TMPDIR": str(tmp_path),
+        },
+    )
     yield f"http://127.0.0.1:{port}"
     process.terminate()
     process.wait()
@@ -100,7 +158,9 @@ def answers(address: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-@pytest.mark.skipif(not (ROOT / "notebooks" / NOTEBOOK).exists(), reason=f"{NOTEBOOK} has not been made")
+@pytest.mark.skipif(
+    not (ROOT / "notebooks" / NOTEBOOK).exists(), reason=f"{NOTEBOOK} has not been made"
+)
 def test_a_notebook_runs_in_the_browser_and_its_figure_appears(lab, tmp_path):
     wait(lambda: answers(lab))
     page = Page(tmp_path / "browser")

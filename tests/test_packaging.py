@@ -18,7 +18,9 @@ def locked() -> dict[str, str]:
 
 
 def declared() -> list[str]:
-    return PROJECT["dependencies"] + [d for extra in PROJECT["optional-dependencies"].values() for d in extra]
+    return PROJECT["dependencies"] + [
+        d for extra in PROJECT["optional-dependencies"].values() for d in extra
+    ]
 
 
 @pytest.mark.parametrize("requirement", declared())
@@ -65,7 +67,9 @@ def test_python_range_is_said_once_the_same_everywhere():
 
 def test_installed_package_carries_the_seed_model():
     assert PROJECT["license"] == "Apache-2.0" and "Apache License" in (ROOT / "LICENSE").read_text()
-    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
     assert package_data == {"irpo_utils": ["seed_model/*"]}
 
 
@@ -77,7 +81,9 @@ def tracked() -> list[Path]:
 
 
 def test_no_pickles_and_no_evaluation_of_text_as_code():
-    forbidden = re.compile(r"(?<![\w.])(?:eval|exec)\(|import pickle|trust_remote_code=True|weights_only=False")
+    forbidden = re.compile(
+        r"(?<![\w.])(?:eval|exec)\(|import pickle|trust_remote_code=True|weights_only=False"
+    )
     for path in tracked():
         assert path.suffix not in {".pkl", ".pt", ".bin", ".pth"}, path
         if path.suffix == ".py" and "tests" not in path.parts:

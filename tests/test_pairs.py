@@ -12,8 +12,17 @@ def graded(verdicts: dict[str, str], texts: dict[str, list[str]] | None = None) 
     for question, letters in verdicts.items():
         for i, letter in enumerate(letters):
             text = texts[question][i] if texts and question in texts else f"{question} sample {i}"
-            rows.append({"id": question, "sample": i, "prompt": f"ask {question}", "prompt_ids": [1, 2, 3],
-                         "completion": text, "completion_ids": [10 + i, 4], "correct": letter == "w"})
+            rows.append(
+                {
+                    "id": question,
+                    "sample": i,
+                    "prompt": f"ask {question}",
+                    "prompt_ids": [1, 2, 3],
+                    "completion": text,
+                    "completion_ids": [10 + i, 4],
+                    "correct": letter == "w",
+                }
+            )
     return Dataset.from_list(rows)
 
 
@@ -30,6 +39,7 @@ def test_both_sets_are_walked_in_parallel_and_wrap_around():
 
 def test_number_of_distinct_pairs_is_the_smaller_of_k_and_the_least_common_multiple():
     import math
+
     for winners in range(1, 8):
         for losers in range(1, 8):
             for k in (1, 4, 10, 20):
@@ -47,14 +57,23 @@ def test_ids_and_texts_are_those_of_the_samples():
     data, _ = pairs.build_pairs(graded({"q": "lw"}), k=1)
     row = data[0]
     assert (row["chosen"], row["rejected"]) == ("q sample 1", "q sample 0")
-    assert (row["chosen_ids"], row["rejected_ids"], row["prompt_ids"]) == ([11, 4], [10, 4], [1, 2, 3])
+    assert (row["chosen_ids"], row["rejected_ids"], row["prompt_ids"]) == (
+        [11, 4],
+        [10, 4],
+        [1, 2, 3],
+    )
     assert row["prompt"] == "ask q"
 
 
 def test_questions_without_both_kinds_are_dropped_and_counted():
     data, counts = pairs.build_pairs(graded({"a": "www", "b": "lll", "c": "wl"}), k=1)
     assert set(data["id"]) == {"c"}
-    assert (counts["questions"], counts["used"], counts["all_right"], counts["all_wrong"]) == (3, 1, 1, 1)
+    assert (counts["questions"], counts["used"], counts["all_right"], counts["all_wrong"]) == (
+        3,
+        1,
+        1,
+        1,
+    )
 
 
 @pytest.mark.parametrize("letters, advice", [("ww", "too easy"), ("ll", "too weak")])
@@ -74,7 +93,9 @@ def test_textual_duplicates_are_left_out_and_counted():
 
 def test_the_same_text_may_win_once_and_lose_once():
     data, counts = pairs.build_pairs(graded({"q": "wl"}, {"q": ["same", "same"]}), k=1)
-    assert counts["duplicates"] == 0 and len(data) == 1      # a grader that contradicts itself is not hidden here
+    assert (
+        counts["duplicates"] == 0 and len(data) == 1
+    )  # a grader that contradicts itself is not hidden here
 
 
 def test_gold_chain_is_the_first_winner_and_saves_a_question_without_any():
@@ -93,13 +114,21 @@ def test_gold_without_a_loser_makes_no_pair():
 
 def test_over_long_pairs_are_dropped_and_counted():
     data = graded({"a": "wl", "b": "wl"})
-    long = data.map(lambda r: {"completion_ids": [9] * 50 if r["id"] == "a" and not r["correct"] else r["completion_ids"]})
+    long = data.map(
+        lambda r: {
+            "completion_ids": [9] * 50
+            if r["id"] == "a" and not r["correct"]
+            else r["completion_ids"]
+        }
+    )
     kept, counts = pairs.build_pairs(long, k=2, max_length=20)
     assert set(kept["id"]) == {"b"} and counts["over_long"] == 2 and counts["used"] == 1
 
 
 def test_a_completion_without_tokens_is_left_out():
-    data = graded({"a": "wll"}).map(lambda r: {"completion_ids": [] if r["sample"] == 1 else r["completion_ids"]})
+    data = graded({"a": "wll"}).map(
+        lambda r: {"completion_ids": [] if r["sample"] == 1 else r["completion_ids"]}
+    )
     kept, counts = pairs.build_pairs(data, k=2)
     assert sample_pairs(kept, "a") == [(0, 2), (0, 2)] and counts["empty"] == 1
 

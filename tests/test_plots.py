@@ -21,8 +21,19 @@ GREEDY, SAMPLED = (0.28, 0.43, 0.70, 0.88, 0.92), (0.13, 0.20, 0.31, 0.51, 0.68)
 
 
 def row(metric, value, half=0.03, seed=0, iteration=0, k=1, method="irpo", n=500, **more):
-    return {"method": method, "seed": seed, "iteration": iteration, "split": "test", "metric": metric, "k": k,
-            "value": value, "low": value - half, "high": value + half, "n": n, **more}
+    return {
+        "method": method,
+        "seed": seed,
+        "iteration": iteration,
+        "split": "test",
+        "metric": metric,
+        "k": k,
+        "value": value,
+        "low": value - half,
+        "high": value + half,
+        "n": n,
+        **more,
+    }
 
 
 def run_metrics(seeds=(0, 1, 2)) -> pd.DataFrame:
@@ -31,55 +42,108 @@ def run_metrics(seeds=(0, 1, 2)) -> pd.DataFrame:
     for seed in seeds:
         for t in range(5):
             at, shift = {"seed": seed, "iteration": t}, 0.01 * (seed - np.mean(seeds))
-            rows += [row("greedy", GREEDY[t] + shift, **at), row("sampled", SAMPLED[t] + shift, **at)]
+            rows += [
+                row("greedy", GREEDY[t] + shift, **at),
+                row("sampled", SAMPLED[t] + shift, **at),
+            ]
             for k in (8, 32) if t in (0, 4) else (8,):
-                rows += [row("majority", SAMPLED[t] + 0.1 + k / 1000, k=k, **at),
-                         row("distinct_answers", k / 4 + t, k=k, **at)]
+                rows += [
+                    row("majority", SAMPLED[t] + 0.1 + k / 1000, k=k, **at),
+                    row("distinct_answers", k / 4 + t, k=k, **at),
+                ]
             ks = (1, 8, 32) if t in (0, 4) else (1, 8)
             rows += [row("pass_at_k", 1 - (1 - SAMPLED[t]) ** k, k=k, **at) for k in ks]
             rows += [row(f"greedy_steps_{s}", GREEDY[t] - s / 100, n=100, **at) for s in (2, 3, 10)]
-            rows += [row("mean_tokens", 20 + 5 * t + seed, 0.5, **at), row("greedy_mean_tokens", 18 + 5 * t, 0.5, **at)]
+            rows += [
+                row("mean_tokens", 20 + 5 * t + seed, 0.5, **at),
+                row("greedy_mean_tokens", 18 + 5 * t, 0.5, **at),
+            ]
             if t:
-                rows += [row("kl_to_previous", 0.1 * t, 0.02, **at),
-                         row("chosen_logp_per_token", -0.2 * t, math.nan, **at),
-                         row("chosen_logp_per_token_before", -0.3 * t, math.nan, **at)]
+                rows += [
+                    row("kl_to_previous", 0.1 * t, 0.02, **at),
+                    row("chosen_logp_per_token", -0.2 * t, math.nan, **at),
+                    row("chosen_logp_per_token_before", -0.3 * t, math.nan, **at),
+                ]
     return pd.DataFrame(rows)
 
 
 def study() -> pd.DataFrame:
-    values = {("zero_shot", 0): 0.28, ("dpo", 1): 0.40, ("irpo", 1): 0.43, ("irpo", 4): 0.92, ("sft_gold", 1): 0.50}
-    return pd.DataFrame([row("greedy", value + 0.01 * (seed - 1), seed=seed, iteration=t, method=method,
-                             tokens=t * 250_000, seconds=t * 90)
-                         for (method, t), value in values.items() for seed in range(3)])
+    values = {
+        ("zero_shot", 0): 0.28,
+        ("dpo", 1): 0.40,
+        ("irpo", 1): 0.43,
+        ("irpo", 4): 0.92,
+        ("sft_gold", 1): 0.50,
+    }
+    return pd.DataFrame(
+        [
+            row(
+                "greedy",
+                value + 0.01 * (seed - 1),
+                seed=seed,
+                iteration=t,
+                method=method,
+                tokens=t * 250_000,
+                seconds=t * 90,
+            )
+            for (method, t), value in values.items()
+            for seed in range(3)
+        ]
+    )
 
 
 def gains() -> pd.DataFrame:
-    return pd.DataFrame([(0.05, 0.02, 0.08), (-0.01, -0.04, 0.03), (-0.2, -0.25, -0.15)],
-                        columns=["difference", "difference_low", "difference_high"])
+    return pd.DataFrame(
+        [(0.05, 0.02, 0.08), (-0.01, -0.04, 0.03), (-0.2, -0.25, -0.15)],
+        columns=["difference", "difference_low", "difference_high"],
+    )
 
 
 def stability() -> pd.DataFrame:
     """Only a high rate without alpha falls, and only in one of two seeds."""
-    return pd.DataFrame([
-        row("greedy", 0.5 if (rate, alpha, seed, t) == (1e-4, 0, 1, 2) else 0.3 + 0.3 * t, seed=seed, iteration=t,
-            learning_rate=rate, alpha=alpha)
-        for rate in (3e-5, 1e-4) for alpha in (0, 1) for seed in (0, 1) for t in (0, 1, 2)])
+    return pd.DataFrame(
+        [
+            row(
+                "greedy",
+                0.5 if (rate, alpha, seed, t) == (1e-4, 0, 1, 2) else 0.3 + 0.3 * t,
+                seed=seed,
+                iteration=t,
+                learning_rate=rate,
+                alpha=alpha,
+            )
+            for rate in (3e-5, 1e-4)
+            for alpha in (0, 1)
+            for seed in (0, 1)
+            for t in (0, 1, 2)
+        ]
+    )
 
 
 def logs() -> dict[str, pd.DataFrame]:
     step = np.arange(1, 31)
-    return {name: pd.DataFrame({"step": step, "logps_chosen": -30 + a * step, "logps_rejected": -33 - step})
-            for name, a in (("with NLL", 0.5), ("without NLL", -0.4))}
+    return {
+        name: pd.DataFrame(
+            {"step": step, "logps_chosen": -30 + a * step, "logps_rejected": -33 - step}
+        )
+        for name, a in (("with NLL", 0.5), ("without NLL", -0.4))
+    }
 
 
 def next_token_table() -> pd.DataFrame:
-    return pd.DataFrame({"temperature 0.5": [0.9, 0.1], "temperature 1": [0.75, 0.25]}, index=["Final", "57"])
+    return pd.DataFrame(
+        {"temperature 0.5": [0.9, 0.1], "temperature 1": [0.75, 0.25]}, index=["Final", "57"]
+    )
 
 
 def sweep_table() -> pd.DataFrame:
     values = {"right answers": (0.34, 0.19, 0.04), "usable questions": (0.6, 0.8, 0.2)}
-    return pd.DataFrame([{"metric": name, "temperature": t, "value": v, "low": v - 0.03, "high": v + 0.03}
-                         for name, vs in values.items() for t, v in zip((0.5, 1.0, 1.6), vs)])
+    return pd.DataFrame(
+        [
+            {"metric": name, "temperature": t, "value": v, "low": v - 0.03, "high": v + 0.03}
+            for name, vs in values.items()
+            for t, v in zip((0.5, 1.0, 1.6), vs)
+        ]
+    )
 
 
 FIGURES = {
@@ -93,11 +157,19 @@ FIGURES = {
     "dot_plot": lambda: plots.dot_plot(study()),
     "accuracy_against_tokens": lambda: plots.accuracy_against_tokens(study()),
     "heat_map": lambda: plots.heat_map(stability()),
-    "differences": lambda: plots.differences(gains(), ["beta 0.5", "N 4", "SFT on chosen, twice the data"]),
+    "differences": lambda: plots.differences(
+        gains(), ["beta 0.5", "N 4", "SFT on chosen, twice the data"]
+    ),
     "next_tokens": lambda: plots.next_tokens(next_token_table()),
     "sweep": lambda: plots.sweep(sweep_table(), "temperature", "Sampling temperature"),
-    "heat_map_of_all_shades": lambda: plots.heat_map(pd.DataFrame(
-        [row("greedy", percent / 100, learning_rate=1e-5 * (1 + percent), alpha=1) for percent in range(0, 101, 4)])),
+    "heat_map_of_all_shades": lambda: plots.heat_map(
+        pd.DataFrame(
+            [
+                row("greedy", percent / 100, learning_rate=1e-5 * (1 + percent), alpha=1)
+                for percent in range(0, 101, 4)
+            ]
+        )
+    ),
 }
 
 
@@ -108,19 +180,24 @@ def drawn(axes) -> dict[str, np.ndarray]:
 
 # ---------------------------------------------------------------- what every figure keeps
 
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_axes_are_labelled_and_the_text_holds_numbers(name):
     figure = FIGURES[name]()
     assert all(axes.get_xlabel() for axes in figure.axes if axes.get_label() != "<colorbar>")
-    assert all(axes.get_ylabel() or axes.get_subplotspec().colspan.start > 0 for axes in figure.axes)
-    assert sum(character.isdigit() for character in figure.alt_text) > 10 and figure.alt_text.endswith(".")
+    assert all(
+        axes.get_ylabel() or axes.get_subplotspec().colspan.start > 0 for axes in figure.axes
+    )
+    assert sum(
+        character.isdigit() for character in figure.alt_text
+    ) > 10 and figure.alt_text.endswith(".")
     assert "nan" not in figure.alt_text and plots.alt_text(figure) == figure.alt_text
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_text_lies_inside_the_figure_apart_from_other_text_and_with_contrast(name):
     figure = FIGURES[name]()
-    figure.savefig(BytesIO(), format="png")         # lays it out
+    figure.savefig(BytesIO(), format="png")  # lays it out
     for axes in figure.axes:
         around = [axes.xaxis.label, axes.yaxis.label, axes.title]
         for text in [text for text in [*around, *axes.texts] if text.get_text()]:
@@ -137,9 +214,13 @@ def test_text_lies_inside_the_figure_apart_from_other_text_and_with_contrast(nam
 
 def contrast(a, b) -> float:
     """Contrast ratio of WCAG 2; 4.5 is its level AA for text."""
+
     def luminance(colour):
-        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+        parts = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)
+        ]
         return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
     dark, light = sorted((luminance(a), luminance(b)))
     return (light + 0.05) / (dark + 0.05)
 
@@ -154,10 +235,14 @@ def test_the_background_is_opaque_so_that_dark_pages_do_not_shine_through(name):
 
 def test_pyplot_stays_out_so_that_a_notebook_shows_a_figure_once():
     code = "import sys, irpo_utils.plots as _; sys.exit(str({'matplotlib.pyplot', 'torch'} & set(sys.modules) or ''))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip()
+        == ""
+    )
 
 
 # ---------------------------------------------------------------- numbers given, numbers drawn
+
 
 def test_accuracy_per_iteration_draws_means_seeds_and_intervals():
     figure = plots.accuracy_per_iteration(run_metrics())
@@ -166,7 +251,9 @@ def test_accuracy_per_iteration_draws_means_seeds_and_intervals():
     assert lines["greedy"] == pytest.approx(np.column_stack([range(5), 100 * np.array(GREEDY)]))
     assert lines["sampled"][:, 1] == pytest.approx(100 * np.array(SAMPLED))
     assert lines["majority of 8"][:, 1] == pytest.approx(100 * (np.array(SAMPLED) + 0.108))
-    seeds = sorted(line.get_ydata()[4] for line in figure.axes[0].lines if line.get_label().startswith("_seed"))
+    seeds = sorted(
+        line.get_ydata()[4] for line in figure.axes[0].lines if line.get_label().startswith("_seed")
+    )
     assert seeds[-3:] == pytest.approx([91, 92, 93])
     half = 100 * math.hypot(4.303 * 0.01 / math.sqrt(3), 0.03)
     band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
@@ -176,8 +263,12 @@ def test_accuracy_per_iteration_draws_means_seeds_and_intervals():
 
 
 def test_accuracy_per_iteration_takes_better_intervals_where_given():
-    means = pd.DataFrame([{"iteration": t, "metric": "greedy", "value": v, "low": v - 0.2, "high": v + 0.01}
-                          for t, v in enumerate(GREEDY)])
+    means = pd.DataFrame(
+        [
+            {"iteration": t, "metric": "greedy", "value": v, "low": v - 0.2, "high": v + 0.01}
+            for t, v in enumerate(GREEDY)
+        ]
+    )
     figure = plots.accuracy_per_iteration(run_metrics(), means)
     assert "M_1 43.0 (23.0 to 44.0)" in figure.alt_text and "sampled: M_0 13.0 (" in figure.alt_text
 
@@ -197,21 +288,43 @@ def test_accuracy_by_steps_sorts_steps_as_numbers():
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_names_of_lines_that_end_together_stay_apart_within_the_axes(value):
-    table = pd.DataFrame([row(f"greedy_steps_{steps}", value, iteration=1) for steps in range(2, 7)])
+    table = pd.DataFrame(
+        [row(f"greedy_steps_{steps}", value, iteration=1) for steps in range(2, 7)]
+    )
     axes = plots.accuracy_by_steps(table).axes[0]
     heights = {text.get_text(): text.xy[1] for text in axes.texts}
     assert sorted(heights, key=heights.get) == [f"{steps} steps" for steps in range(2, 7)]
     heights = sorted(heights.values())
-    assert min(np.diff(heights)) > 4 and axes.get_ylim()[0] <= heights[0] and heights[-1] <= axes.get_ylim()[1]
+    assert (
+        min(np.diff(heights)) > 4
+        and axes.get_ylim()[0] <= heights[0]
+        and heights[-1] <= axes.get_ylim()[1]
+    )
 
 
 def test_the_largest_common_k_is_drawn():
-    table = pd.DataFrame([row("mean_tokens", 9), *(row("distinct_answers", k / 8, k=k) for k in (8, 16)),
-                          *(row("pass_at_k", k / 32, k=k) for k in (1, 16))])
+    table = pd.DataFrame(
+        [
+            row("mean_tokens", 9),
+            *(row("distinct_answers", k / 8, k=k) for k in (8, 16)),
+            *(row("pass_at_k", k / 32, k=k) for k in (1, 16)),
+        ]
+    )
     assert list(drawn(plots.diversity(table).axes[1])) == ["_seed 0", "among 16"]
     with pytest.raises(UserError, match="different k"):
-        plots.diversity(pd.concat([table, pd.DataFrame([row("distinct_answers", 2, k=4, iteration=1),
-                                                        row("pass_at_k", 0.5, k=1, iteration=1)])]))
+        plots.diversity(
+            pd.concat(
+                [
+                    table,
+                    pd.DataFrame(
+                        [
+                            row("distinct_answers", 2, k=4, iteration=1),
+                            row("pass_at_k", 0.5, k=1, iteration=1),
+                        ]
+                    ),
+                ]
+            )
+        )
 
 
 def test_lengths_warnings_and_diversity_draw_their_metrics():
@@ -220,12 +333,14 @@ def test_lengths_warnings_and_diversity_draw_their_metrics():
     assert lengths["greedy"][:, 1] == pytest.approx([18, 23, 28, 33, 38])
 
     left, right = plots.warning_numbers(run_metrics()).axes
-    assert drawn(left)["kl_to_previous"] == pytest.approx(np.array([[t, 0.1 * t] for t in (1, 2, 3, 4)]))
+    assert drawn(left)["kl_to_previous"] == pytest.approx(
+        np.array([[t, 0.1 * t] for t in (1, 2, 3, 4)])
+    )
     assert drawn(right)["after training"][:, 1] == pytest.approx([-0.2, -0.4, -0.6, -0.8])
     assert drawn(right)["before"][:, 1] == pytest.approx([-0.3, -0.6, -0.9, -1.2])
 
     left, right = plots.diversity(run_metrics()).axes
-    assert [name for name in drawn(left)] == ["pass@1", "pass@8"]         # what all iterations have
+    assert [name for name in drawn(left)] == ["pass@1", "pass@8"]  # what all iterations have
     assert drawn(left)["pass@8"][:, 1] == pytest.approx([100 * (1 - (1 - p) ** 8) for p in SAMPLED])
     assert drawn(right)["among 8"][:, 1] == pytest.approx([2, 3, 4, 5, 6])
 
@@ -241,7 +356,9 @@ def test_training_curves_share_an_axis_and_show_the_gap():
 
 
 def test_training_curves_smooth_over_a_window():
-    log = pd.DataFrame({"step": [1, 2, 3, 4], "logps_chosen": [-9, -3, -9, -3], "logps_rejected": [-9, -9, -9, -9]})
+    log = pd.DataFrame(
+        {"step": [1, 2, 3, 4], "logps_chosen": [-9, -3, -9, -3], "logps_rejected": [-9, -9, -9, -9]}
+    )
     lines = drawn(plots.training_curves({"run": log}, window=3).axes[0])
     assert lines["chosen"][:, 1] == pytest.approx([-6, -7, -5, -6])
     assert "_rows" in lines
@@ -257,7 +374,9 @@ def test_dot_plot_orders_methods_and_draws_every_seed():
     assert sorted(lines["_seeds irpo, iteration 4"][:, 0]) == pytest.approx([91, 92, 93])
     half = 100 * math.hypot(4.303 * 0.01 / math.sqrt(3), 0.03)
     assert lines["_interval dpo"][:, 0] == pytest.approx([40 - half, 40 + half])
-    assert f"irpo, iteration 4 92.0 ({92 - half:.1f} to {92 + half:.1f}); sft gold" in figure.alt_text
+    assert (
+        f"irpo, iteration 4 92.0 ({92 - half:.1f} to {92 + half:.1f}); sft gold" in figure.alt_text
+    )
 
 
 @pytest.mark.parametrize("x, scale, cost", [("tokens", 1e6, 250_000), ("seconds", 60, 90)])
@@ -272,7 +391,11 @@ def test_accuracy_against_cost(x, scale, cost):
 
 def test_differences_shows_which_can_be_told_from_zero():
     figure = plots.differences(gains(), ["a", "b", "c"])
-    dots = {tuple(line.get_xydata()[0].round(6)): line.get_color() for line in figure.axes[0].lines if line.get_marker() == "o"}
+    dots = {
+        tuple(line.get_xydata()[0].round(6)): line.get_color()
+        for line in figure.axes[0].lines
+        if line.get_marker() == "o"
+    }
     assert dots == {(5.0, 2): plots.BLUE, (-1.0, 1): plots.GREY, (-20.0, 0): plots.ORANGE}
     assert "a +5.0 (+2.0 to +8.0); b -1.0 (-4.0 to +3.0); c -20.0" in figure.alt_text
     with pytest.raises(UserError, match="a name for each"):
@@ -283,13 +406,19 @@ def test_heat_map_does_not_call_a_run_stable_that_could_not_go_on():
     table = stability()
     stopped = table[~((table.learning_rate == 3e-5) & (table.alpha == 1) & (table.iteration == 2))]
     text = plots.heat_map(stopped).alt_text
-    assert "alpha 1, learning rate 3e-5: 60.0;" in text and "alpha 1, learning rate 1e-4: 90.0, stable" in text
+    assert (
+        "alpha 1, learning rate 3e-5: 60.0;" in text
+        and "alpha 1, learning rate 1e-4: 90.0, stable" in text
+    )
 
 
 def test_heat_map_leaves_out_what_was_not_run():
     table = stability()
     text = plots.heat_map(table[~((table.learning_rate == 3e-5) & (table.alpha == 1))]).alt_text
-    assert "alpha 1, learning rate 3e-5" not in text and "alpha 1, learning rate 1e-4: 90.0, stable" in text
+    assert (
+        "alpha 1, learning rate 3e-5" not in text
+        and "alpha 1, learning rate 1e-4: 90.0, stable" in text
+    )
 
 
 def test_heat_map_frames_what_no_seed_falls_in():
@@ -304,10 +433,18 @@ def test_heat_map_frames_what_no_seed_falls_in():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["3e-5", "1e-4"]
 
 
-@pytest.mark.parametrize("draw, missing", [
-    (plots.accuracy_per_iteration, "greedy"), (plots.accuracy_by_steps, "greedy_steps"), (plots.diversity, "pass_at_k"),
-    (plots.lengths_per_iteration, "mean_tokens"), (plots.warning_numbers, "kl_to_previous"),
-    (plots.heat_map, "learning_rate"), (plots.accuracy_against_tokens, "tokens")])
+@pytest.mark.parametrize(
+    "draw, missing",
+    [
+        (plots.accuracy_per_iteration, "greedy"),
+        (plots.accuracy_by_steps, "greedy_steps"),
+        (plots.diversity, "pass_at_k"),
+        (plots.lengths_per_iteration, "mean_tokens"),
+        (plots.warning_numbers, "kl_to_previous"),
+        (plots.heat_map, "learning_rate"),
+        (plots.accuracy_against_tokens, "tokens"),
+    ],
+)
 def test_tables_without_the_metric_are_refused_by_name(draw, missing):
     with pytest.raises(UserError, match=missing):
         draw(pd.DataFrame([row("other", 0.5)]))
@@ -317,9 +454,12 @@ def test_tables_without_the_metric_are_refused_by_name(draw, missing):
 
 # ---------------------------------------------------------------- means over seeds
 
+
 def test_next_tokens_draws_a_bar_per_token_and_setting():
     axes = plots.next_tokens(next_token_table()).axes
-    assert [bar.get_width() for bar in axes[1].patches] == pytest.approx([75, 25]) and len(axes) == 2
+    assert [bar.get_width() for bar in axes[1].patches] == pytest.approx([75, 25]) and len(
+        axes
+    ) == 2
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["Final", "57"]
 
 
@@ -335,12 +475,25 @@ def test_summarise_one_seed_keeps_its_interval_and_several_add_their_spread():
     greedy = one.loc[("greedy", 2, 1), ["value", "low", "high", "n", "seeds"]]
     assert tuple(greedy) == pytest.approx((0.70, 0.67, 0.73, 500, 1))
     assert math.isnan(one.loc[("chosen_logp_per_token", 2, 1), "low"])
-    table = pd.DataFrame([row("greedy", value, seed=i) for i, value in enumerate((0.95, 0.97, 0.99))]
-                         + [row("kl_to_previous", value, math.nan, seed=i) for i, value in enumerate((1.0, 2.0, 6.0))])
+    table = pd.DataFrame(
+        [row("greedy", value, seed=i) for i, value in enumerate((0.95, 0.97, 0.99))]
+        + [
+            row("kl_to_previous", value, math.nan, seed=i)
+            for i, value in enumerate((1.0, 2.0, 6.0))
+        ]
+    )
     greedy, kl = plots.summarise(table).to_dict("records")
-    assert (greedy["value"], greedy["seeds"], greedy["high"]) == (pytest.approx(0.97), 3, 1.0)      # not above 1
+    assert (greedy["value"], greedy["seeds"], greedy["high"]) == (
+        pytest.approx(0.97),
+        3,
+        1.0,
+    )  # not above 1
     assert greedy["low"] == pytest.approx(0.97 - math.hypot(4.303 * 0.02 / math.sqrt(3), 0.03))
-    assert kl["high"] - 3 == pytest.approx(4.303 * np.std([1, 2, 6], ddof=1) / math.sqrt(3)) == 3 - kl["low"]
+    assert (
+        kl["high"] - 3
+        == pytest.approx(4.303 * np.std([1, 2, 6], ddof=1) / math.sqrt(3))
+        == 3 - kl["low"]
+    )
 
 
 def test_summarise_covers_what_new_seeds_and_questions_would_show():
@@ -349,22 +502,39 @@ def test_summarise_covers_what_new_seeds_and_questions_would_show():
     for _ in range(200):
         p = 0.5 + 0.05 * rng.standard_normal((5, 1)) + 0.3 * rng.choice([-1, 1], (1, 100))
         values = (rng.random((5, 100)) < p).mean(1)
-        rows = plots.summarise(pd.DataFrame([row("greedy", v, 1.96 * math.sqrt(v * (1 - v) / 100), seed=i)
-                                             for i, v in enumerate(values)]))
+        rows = plots.summarise(
+            pd.DataFrame(
+                [
+                    row("greedy", v, 1.96 * math.sqrt(v * (1 - v) / 100), seed=i)
+                    for i, v in enumerate(values)
+                ]
+            )
+        )
         hits.append(rows.low[0] <= 0.5 <= rows.high[0])
     assert 0.93 <= np.mean(hits) <= 1
 
 
 # ---------------------------------------------------------------- saving
 
+
 def test_save_writes_four_files_that_describe_themselves(tmp_path):
     metrics = run_metrics()
     figure = plots.accuracy_per_iteration(metrics)
     figure.alt_text += ' <"&>'
-    plots.save(figure, tmp_path / "new", "name", metrics, {"command": "make it", "seeds": [0, 1, 2]})
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"name.csv", "name.json", "name.png", "name.svg"}
+    plots.save(
+        figure, tmp_path / "new", "name", metrics, {"command": "make it", "seeds": [0, 1, 2]}
+    )
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "name.csv",
+        "name.json",
+        "name.png",
+        "name.svg",
+    }
     root = xml.parse(tmp_path / "new" / "name.svg").getroot()
-    assert root.get("role") == "img" and root.find("{http://www.w3.org/2000/svg}title").text == figure.alt_text
+    assert (
+        root.get("role") == "img"
+        and root.find("{http://www.w3.org/2000/svg}title").text == figure.alt_text
+    )
     record = json.loads((tmp_path / "new" / "name.json").read_text())
     assert record == {"command": "make it", "seeds": [0, 1, 2], "alt_text": figure.alt_text}
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "new" / "name.csv"), metrics)
@@ -386,15 +556,44 @@ def test_save_says_where_it_cannot_write(tmp_path):
 
 
 def test_majority_is_left_out_where_the_iterations_have_no_k_in_common():
-    rows = [{"method": "irpo", "seed": 0, "iteration": t, "split": "test", "metric": metric, "k": k, "value": 0.1, "low": 0.0, "high": 0.2, "n": 50}
-            for t, ks in ((0, 4), (1, 2)) for metric, k in (("greedy", 1), ("sampled", 1), ("majority", ks))]
+    rows = [
+        {
+            "method": "irpo",
+            "seed": 0,
+            "iteration": t,
+            "split": "test",
+            "metric": metric,
+            "k": k,
+            "value": 0.1,
+            "low": 0.0,
+            "high": 0.2,
+            "n": 50,
+        }
+        for t, ks in ((0, 4), (1, 2))
+        for metric, k in (("greedy", 1), ("sampled", 1), ("majority", ks))
+    ]
     text = plots.alt_text(plots.accuracy_per_iteration(pd.DataFrame(rows)))
     assert "greedy" in text.lower() and "majority" not in text.lower()
 
 
 @pytest.mark.parametrize("highest, top", [(0.9, 102), (0.24, 30), (0.01, 20)])
 def test_the_axis_of_accuracy_ends_above_what_is_drawn(highest, top):
-    rows = [{"metric": "greedy", "k": 1, "iteration": t, "seed": 0, "value": value, "low": 0.0, "high": highest, "n": 100, "method": "irpo",
-             "split": "test"} for t, value in enumerate((0.0, highest / 2))]
-    axes = plots.accuracy_per_iteration(pd.DataFrame(rows + [row | {"metric": "sampled"} for row in rows])).axes[0]
+    rows = [
+        {
+            "metric": "greedy",
+            "k": 1,
+            "iteration": t,
+            "seed": 0,
+            "value": value,
+            "low": 0.0,
+            "high": highest,
+            "n": 100,
+            "method": "irpo",
+            "split": "test",
+        }
+        for t, value in enumerate((0.0, highest / 2))
+    ]
+    axes = plots.accuracy_per_iteration(
+        pd.DataFrame(rows + [row | {"metric": "sampled"} for row in rows])
+    ).axes[0]
     assert axes.get_ylim() == (0, pytest.approx(top))

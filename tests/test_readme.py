@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def tables():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "scripts" / "readme_tables.py")
+    spec = importlib.util.spec_from_file_location(
+        "readme_tables", ROOT / "scripts" / "readme_tables.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -37,7 +39,9 @@ def test_the_reported_run_holds_what_it_promises():
     """Five seeds, iterations 0 to 4, greedy and sampled accuracy rising in each, 50 points gained."""
     table = pandas.read_csv(ROOT / "figures" / "accuracy_per_iteration.csv")
     assert table.seed.nunique() >= 5 and set(table.split) == {"test"}
-    assert table.groupby("iteration").seed.nunique().eq(table.seed.nunique()).all() and set(table.iteration) == set(range(5))
+    assert table.groupby("iteration").seed.nunique().eq(table.seed.nunique()).all() and set(
+        table.iteration
+    ) == set(range(5))
     for metric in ("greedy", "sampled"):
         means = table[table.metric == metric].groupby("iteration").value.mean()
         assert means.is_monotonic_increasing and means.is_unique, metric

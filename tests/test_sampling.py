@@ -23,7 +23,9 @@ def questions(task):
 
 
 def draw(loaded, questions, task, **settings):
-    return sampling.sample(*loaded, questions, task, **{"max_new_tokens": 60, "progress": False, **settings})
+    return sampling.sample(
+        *loaded, questions, task, **{"max_new_tokens": 60, "progress": False, **settings}
+    )
 
 
 def test_greedy_is_plain_generate_token_for_token(loaded, questions, task):
@@ -31,8 +33,10 @@ def test_greedy_is_plain_generate_token_for_token(loaded, questions, task):
     ours = draw(loaded, questions, task, n=1, temperature=0.0)
     for row in ours:
         ids = torch.tensor([row["prompt_ids"]])
-        theirs = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)
-        assert row["completion_ids"] == theirs[0, ids.shape[1]:].tolist()
+        theirs = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60
+        )
+        assert row["completion_ids"] == theirs[0, ids.shape[1] :].tolist()
 
 
 def test_prompt_is_the_chat_template_round_the_tasks_prompt(loaded, questions, task):
@@ -56,17 +60,26 @@ def test_a_completion_does_not_depend_on_its_batch(loaded, questions, task):
     part = draw(loaded, questions.select([7, 2]), task, n=4, seed=3)
     assert whole["completion_ids"][:] == small["completion_ids"][:]
     assert part["completion_ids"][:4] == whole["completion_ids"][28:32]
-    assert draw(loaded, questions, task, n=4, seed=4)["completion_ids"][:] != whole["completion_ids"][:]
+    assert (
+        draw(loaded, questions, task, n=4, seed=4)["completion_ids"][:]
+        != whole["completion_ids"][:]
+    )
 
 
 def test_rows_that_take_turns_never_run_out_of_memory_for_their_keys(loaded, task, monkeypatch):
     """While hardly any row is free, columns go on being taken: those of rows long gone have to be dropped in time."""
-    questions, settings = task.load("validation").select(range(60)), dict(n=1, max_new_tokens=30, seed=5, temperature=1.5)
+    questions, settings = (
+        task.load("validation").select(range(60)),
+        dict(n=1, max_new_tokens=30, seed=5, temperature=1.5),
+    )
     expected = draw(loaded, questions, task, batch_size=1, **settings)
     monkeypatch.setattr(sampling, "ROOM", 1)
     for share, size in ((1 / 4, 16), (3 / 8, 8)):
         monkeypatch.setattr(sampling, "FREE_SHARE", share)
-        assert draw(loaded, questions, task, batch_size=size, **settings)["completion_ids"][:] == expected["completion_ids"][:]
+        assert (
+            draw(loaded, questions, task, batch_size=size, **settings)["completion_ids"][:]
+            == expected["completion_ids"][:]
+        )
 
 
 def test_logprob_is_the_teacher_forced_one_at_temperature_1(loaded, questions, task):
@@ -77,7 +90,9 @@ def test_logprob_is_the_teacher_forced_one_at_temperature_1(loaded, questions, t
         with torch.no_grad():
             logps = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)
         n = len(row["prompt_ids"])
-        expected = sum(logps[n + i - 1, token].item() for i, token in enumerate(row["completion_ids"]))
+        expected = sum(
+            logps[n + i - 1, token].item() for i, token in enumerate(row["completion_ids"])
+        )
         assert row["logprob"] == pytest.approx(expected, abs=1e-3)
     scored = models.score(*loaded, samples["prompt_ids"][:], samples["completion_ids"][:])
     assert np.allclose(scored, samples["logprob"][:], atol=1e-3)
@@ -87,25 +102,45 @@ def test_logprob_is_the_teacher_forced_one_at_temperature_1(loaded, questions, t
 def test_first_two_tokens_are_distributed_as_the_model_says(loaded, questions, task, temperature):
     model, _ = loaded
     n = 3000
-    samples = draw(loaded, questions.select([0]), task, n=n, batch_size=n, max_new_tokens=2, seed=11, temperature=temperature)
+    samples = draw(
+        loaded,
+        questions.select([0]),
+        task,
+        n=n,
+        batch_size=n,
+        max_new_tokens=2,
+        seed=11,
+        temperature=temperature,
+    )
     prompt = samples[0]["prompt_ids"]
     with torch.no_grad():
-        first = torch.softmax(model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / temperature, -1).numpy()
+        first = torch.softmax(
+            model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / temperature, -1
+        ).numpy()
     drawn = np.array([row[0] for row in samples["completion_ids"]])
     assert_frequencies(drawn, first)
-    assert len(set(drawn.tolist())) > 5          # otherwise there would be little to compare
+    assert len(set(drawn.tolist())) > 5  # otherwise there would be little to compare
     common = int(np.bincount(drawn).argmax())
     with torch.no_grad():
-        second = torch.softmax(model(input_ids=torch.tensor([[*prompt, common]])).logits[0, -1].double() / temperature, -1).numpy()
-    assert_frequencies(np.array([row[1] for row in samples["completion_ids"] if row[0] == common]), second)
+        second = torch.softmax(
+            model(input_ids=torch.tensor([[*prompt, common]])).logits[0, -1].double() / temperature,
+            -1,
+        ).numpy()
+    assert_frequencies(
+        np.array([row[1] for row in samples["completion_ids"] if row[0] == common]), second
+    )
 
 
 def assert_frequencies(drawn, probabilities):
     """Within four standard errors for every token of which at least five are expected, and for all others together."""
     common = np.flatnonzero(probabilities * len(drawn) >= 5)
-    for tokens in [[token] for token in common] + [np.setdiff1d(np.arange(len(probabilities)), common)]:
+    for tokens in [[token] for token in common] + [
+        np.setdiff1d(np.arange(len(probabilities)), common)
+    ]:
         p = probabilities[tokens].sum()
-        assert abs(np.isin(drawn, tokens).mean() - p) <= 4 * np.sqrt(max(p * (1 - p), 1 / len(drawn)) / len(drawn))
+        assert abs(np.isin(drawn, tokens).mean() - p) <= 4 * np.sqrt(
+            max(p * (1 - p), 1 / len(drawn)) / len(drawn)
+        )
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (2.0, 0.4)])
@@ -114,7 +149,7 @@ def test_next_tokens_follows_temperature_and_nucleus(temperature, top_p):
     p = np.exp(logits.double().numpy() / temperature)
     p /= p.sum()
     kept = np.zeros_like(p)
-    for i in np.argsort(-p):                            # the definition, one token at a time
+    for i in np.argsort(-p):  # the definition, one token at a time
         if kept.sum() < top_p:
             kept[i] = p[i]
     kept /= kept.sum()
@@ -125,7 +160,12 @@ def test_next_tokens_follows_temperature_and_nucleus(temperature, top_p):
 
 def test_a_uniform_number_next_to_one_never_draws_an_impossible_token():
     logits = torch.tensor([[0.0, 0.0, -float("inf")]])
-    assert sampling.next_tokens(logits, torch.tensor([1 - 1e-12], dtype=torch.float64), 1.0, 1.0).item() == 1
+    assert (
+        sampling.next_tokens(
+            logits, torch.tensor([1 - 1e-12], dtype=torch.float64), 1.0, 1.0
+        ).item()
+        == 1
+    )
 
 
 def test_eos_is_there_only_if_it_was_sampled(loaded, questions, task):
@@ -142,14 +182,24 @@ def test_eos_is_there_only_if_it_was_sampled(loaded, questions, task):
 
 def test_text_of_other_scripts_and_control_characters_can_be_read(loaded, task):
     from datasets import Dataset
-    odd = Dataset.from_list([{"id": "a", "question": "Ωμέγα 数学 \x00\x07 \u202e🙂", "answer": "1"}])
+
+    odd = Dataset.from_list(
+        [{"id": "a", "question": "Ωμέγα 数学 \x00\x07 \u202e🙂", "answer": "1"}]
+    )
     assert len(draw(loaded, odd, task, n=2)) == 2
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(n=0), "n = 0"), (dict(temperature=-1), "temperature"), (dict(top_p=0), "top_p"), (dict(top_p=1.5), "top_p"),
-    (dict(max_new_tokens=0), "max_new_tokens"), (dict(max_new_tokens=5000), "context of 1024"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(n=0), "n = 0"),
+        (dict(temperature=-1), "temperature"),
+        (dict(top_p=0), "top_p"),
+        (dict(top_p=1.5), "top_p"),
+        (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(max_new_tokens=5000), "context of 1024"),
+    ],
+)
 def test_settings_out_of_range_are_refused(loaded, questions, task, settings, message):
     with pytest.raises(UserError, match=message):
         draw(loaded, questions, task, **settings)
@@ -165,11 +215,26 @@ def tiny(kind, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models.SEED_MODEL)
-    changes = {"gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
-               "qwen3": {"head_dim": 16}}.get(kind, {})
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **changes)
+    changes = {
+        "gemma3_text": {
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "qwen3": {"head_dim": 16},
+    }.get(kind, {})
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **changes,
+    )
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
@@ -181,12 +246,27 @@ def tiny(kind, tmp_path):
 def test_greedy_of_other_families_is_plain_generate(kind, task, questions, tmp_path):
     """With grouped heads, with a sliding window shorter than the text, and with rows refilled while others go on."""
     model, tokenizer = tiny(kind, tmp_path)
-    ours = sampling.sample(model, tokenizer, questions, task, n=1, temperature=0.0, max_new_tokens=30, batch_size=6, progress=False)
+    ours = sampling.sample(
+        model,
+        tokenizer,
+        questions,
+        task,
+        n=1,
+        temperature=0.0,
+        max_new_tokens=30,
+        batch_size=6,
+        progress=False,
+    )
     for row in ours:
         ids = torch.tensor([row["prompt_ids"]])
-        theirs = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30,
-                                pad_token_id=tokenizer.pad_token_id)
-        assert row["completion_ids"] == theirs[0, ids.shape[1]:].tolist()
+        theirs = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=30,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        assert row["completion_ids"] == theirs[0, ids.shape[1] :].tolist()
 
 
 def test_samples_do_not_depend_on_the_number_of_cores(loaded, questions, task):
@@ -209,7 +289,9 @@ def test_samples_do_not_depend_on_the_number_of_cores(loaded, questions, task):
         assert sum(same) >= 0.98 * len(same)
 
 
-def test_an_error_in_one_loop_reaches_the_caller_and_ends_the_others(loaded, questions, task, monkeypatch):
+def test_an_error_in_one_loop_reaches_the_caller_and_ends_the_others(
+    loaded, questions, task, monkeypatch
+):
     def fail(*arguments):
         raise RuntimeError("no uniform numbers today")
 
@@ -239,10 +321,12 @@ def test_every_row_is_used_again_while_questions_wait(loaded, questions, task, m
         torch.set_num_threads(threads)
     computed = sum(rows for rows, columns in widths if columns == 1)
     prefilled = sum(rows for rows, columns in widths if columns > 1)
-    assert prefilled == len(questions)                                    # each prompt once, not once per sample
+    assert prefilled == len(questions)  # each prompt once, not once per sample
     assert sum(samples["n_tokens"]) <= computed < 1.6 * sum(samples["n_tokens"])
     lengths = samples["n_tokens"][:]
-    assert computed < 0.8 * sum(32 * max(lengths[i : i + 32]) for i in range(0, len(lengths), 32))   # if each batch waited
+    assert computed < 0.8 * sum(
+        32 * max(lengths[i : i + 32]) for i in range(0, len(lengths), 32)
+    )  # if each batch waited
 
 
 def test_multiplied_out_gives_the_same_numbers_and_leaves_no_trace(loaded, questions, task):
@@ -264,31 +348,41 @@ def test_multiplied_out_gives_the_same_numbers_and_leaves_no_trace(loaded, quest
             assert torch.equal(model(input_ids=ids).logits, apart)
             for p, old in zip(lora, kept):
                 p.data.copy_(old)
-            assert not torch.allclose(model(input_ids=ids).logits, apart, atol=1e-2)      # the adapter did matter
+            assert not torch.allclose(
+                model(input_ids=ids).logits, apart, atol=1e-2
+            )  # the adapter did matter
         assert torch.allclose(apart, together, atol=1e-4)
     finally:
         for p, old in zip(lora, kept):
             p.data.copy_(old)
 
 
-def test_out_of_memory_means_fewer_at_once_and_the_same_completions(loaded, questions, task, monkeypatch):
+def test_out_of_memory_means_fewer_at_once_and_the_same_completions(
+    loaded, questions, task, monkeypatch
+):
     expected = draw(loaded, questions, task, n=4, batch_size=48)
     real, sizes, calls = sampling.next_tokens, [], []
 
     def next_tokens(logits, *args):
         calls.append(len(logits))
-        if len(logits) > 16 and len(calls) > 25:        # some completions are there by then
+        if len(logits) > 16 and len(calls) > 25:  # some completions are there by then
             sizes.append(len(logits))
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(logits, *args)
+
     monkeypatch.setattr(sampling, "next_tokens", next_tokens)
     found = draw(loaded, questions, task, n=4, batch_size=48)
-    assert sizes and found["completion_ids"][:] == expected["completion_ids"][:] and found["id"][:] == expected["id"][:]
+    assert (
+        sizes
+        and found["completion_ids"][:] == expected["completion_ids"][:]
+        and found["id"][:] == expected["id"][:]
+    )
 
 
 def test_out_of_memory_with_one_question_says_what_to_lower(loaded, questions, task, monkeypatch):
     def next_tokens(*args):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
     monkeypatch.setattr(sampling, "next_tokens", next_tokens)
     with pytest.raises(UserError, match="4 completions of a single question.*--n-samples"):
         draw(loaded, questions, task, n=4, batch_size=16)
@@ -300,4 +394,13 @@ def test_a_model_whose_numbers_are_not_finite_is_refused(questions, task, temper
     with torch.no_grad():
         model.get_output_embeddings().weight[7] = float("nan")
     with pytest.raises(UserError, match="not finite.*--dtype"):
-        sampling.sample(model, tokenizer, questions, task, n=1, temperature=temperature, max_new_tokens=4, progress=False)
+        sampling.sample(
+            model,
+            tokenizer,
+            questions,
+            task,
+            n=1,
+            temperature=temperature,
+            max_new_tokens=4,
+            progress=False,
+        )

@@ -32,18 +32,26 @@ def write(path: Path, *rows) -> Path:
 
 # --- word problems -------------------------------------------------------------------------------------------------
 
-FROZEN = {"train": "d778fea86c9f282ed785ff0bb27d1d51f39bb3bcefb69dae3ea6f7cd60089d33",
-          "validation": "4df911901679d3efedb2b0d8acc84ae9b4a6c734c5973d0e4ae4ce640966f649",
-          "test": "abb5664ff45b649ee81dd951855be417a85d14b1f90b42aebedd5648023f3ff7"}
+FROZEN = {
+    "train": "d778fea86c9f282ed785ff0bb27d1d51f39bb3bcefb69dae3ea6f7cd60089d33",
+    "validation": "4df911901679d3efedb2b0d8acc84ae9b4a6c734c5973d0e4ae4ce640966f649",
+    "test": "abb5664ff45b649ee81dd951855be417a85d14b1f90b42aebedd5648023f3ff7",
+}
 
 
 MASKS = dict.fromkeys(word_problems.NAMES, "@") | {
-    item: "%" for theme in word_problems.THEMES for word in theme.items for item in (word, word.capitalize())}
+    item: "%"
+    for theme in word_problems.THEMES
+    for word in theme.items
+    for item in (word, word.capitalize())
+}
 
 
 def mask(question: str) -> str:
     """The skeleton of a question found from its text alone: numbers, names and objects replaced."""
-    return re.sub(r"\w+", lambda word: "#" if word[0].isdigit() else MASKS.get(word[0], word[0]), question)
+    return re.sub(
+        r"\w+", lambda word: "#" if word[0].isdigit() else MASKS.get(word[0], word[0]), question
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +60,12 @@ def splits():
 
 
 def test_word_problems_never_change(splits):
-    digests = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in splits.items()}
-    assert digests == FROZEN, "the committed M0 and every committed result belong to the frozen questions"
+    digests = {
+        name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in splits.items()
+    }
+    assert digests == FROZEN, (
+        "the committed M0 and every committed result belong to the frozen questions"
+    )
 
 
 def test_word_problems_have_the_promised_sizes_and_share_no_question(splits):
@@ -67,7 +79,9 @@ def test_word_problems_vary_and_the_test_split_has_unseen_skeletons(splits):
     assert len(set(masks["train"])) >= 150 and len(set(masks["test"])) >= 150
     assert {row["steps"] for row in splits["test"]} == {2, 3, 4, 5, 6}
     known = set(masks["train"])
-    unseen = [row["new_skeleton"] for row, m in zip(splits["test"], masks["test"]) if m not in known]
+    unseen = [
+        row["new_skeleton"] for row, m in zip(splits["test"], masks["test"]) if m not in known
+    ]
     assert len(unseen) >= 0.2 * len(splits["test"])
     flagged = [m for row, m in zip(splits["test"], masks["test"]) if row["new_skeleton"]]
     assert not known & set(flagged), "a question marked as new has a skeleton of the training split"
@@ -77,24 +91,38 @@ def test_word_problem_solutions_are_true_and_use_the_numbers_of_the_story(splits
     operate = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
     for row in (row for rows in splits.values() for row in rows):
         *lines, last = row["solution"].split("\n")
-        known = {int(n) for n in re.findall(r"\d+", row["question"])} | {2, 3}      # "half", "doubles", "triples"
+        known = {int(n) for n in re.findall(r"\d+", row["question"])} | {
+            2,
+            3,
+        }  # "half", "doubles", "triples"
         for line in lines:
             a, symbol, b, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", line).groups()
-            assert operate[symbol](int(a), int(b)) == int(result) and (symbol != "/" or int(a) % int(b) == 0), line
+            assert operate[symbol](int(a), int(b)) == int(result) and (
+                symbol != "/" or int(a) % int(b) == 0
+            ), line
             assert {int(a), int(b)} <= known, (row["question"], line)
             known.add(int(result))
         assert len(lines) == row["steps"] and lines[-1].endswith("=" + row["answer"])
         assert last == f"Final answer: {row['answer']}"
-        assert word_problems.TASK.is_correct(word_problems.TASK.extract(row["solution"]), row["answer"])
+        assert word_problems.TASK.is_correct(
+            word_problems.TASK.extract(row["solution"]), row["answer"]
+        )
 
 
 def test_corpus_of_the_seed_model_has_no_question_and_no_held_out_skeleton_of_a_split(splits):
-    spec = importlib.util.spec_from_file_location("make_seed_model", REPOSITORY / "scripts/make_seed_model.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_seed_model", REPOSITORY / "scripts/make_seed_model.py"
+    )
     script = importlib.util.module_from_spec(spec)
-    sys.modules["make_seed_model"] = script             # dataclasses look their module up
+    sys.modules["make_seed_model"] = script  # dataclasses look their module up
     spec.loader.exec_module(script)
     questions = {normalised(row["question"]) for rows in splits.values() for row in rows}
-    held_out = {mask(row["question"]) for name in ("validation", "test") for row in splits[name] if row["new_skeleton"]}
+    held_out = {
+        mask(row["question"])
+        for name in ("validation", "test")
+        for row in splits[name]
+        if row["new_skeleton"]
+    }
     for phase in script.PHASES:
         for row in islice(script.corpus(phase, 0), 30_000):
             assert normalised(row["question"]) not in questions
@@ -107,16 +135,26 @@ def test_word_problems_prompt_is_the_one_m0_was_trained_with():
 
 # --- the same with four options ------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_word_choices_are_the_word_problems_with_four_options_one_of_which_is_right(splits, split):
     rows = word_choices.TASK.load(split)
     assert rows["question"][:] == [row["question"] for row in splits[split]]
     for row, same in zip(rows, splits[split], strict=True):
         values = [int(choice) for choice in row["choices"]]
-        assert len(values) == 4 and values == sorted(values) and values[0] > 0 and len(set(values)) == 4
+        assert (
+            len(values) == 4
+            and values == sorted(values)
+            and values[0] > 0
+            and len(set(values)) == 4
+        )
         assert row["choices"]["ABCD".index(row["answer"])] == same["answer"]
-        assert word_choices.TASK.extract(row["solution"], row) == row["answer"] and word_choices.TASK.solved(row["solution"], row)
-        assert all(word_choices.nearest(str(value), row["choices"]) for value in range(1, 600, 7))          # no whole number in doubt
+        assert word_choices.TASK.extract(row["solution"], row) == row[
+            "answer"
+        ] and word_choices.TASK.solved(row["solution"], row)
+        assert all(
+            word_choices.nearest(str(value), row["choices"]) for value in range(1, 600, 7)
+        )  # no whole number in doubt
     assert all(0.2 < rows["answer"][:].count(letter) / len(rows) < 0.3 for letter in "ABCD")
     assert word_choices.TASK.load(split)["choices"][:] == rows["choices"][:]
 
@@ -124,15 +162,40 @@ def test_word_choices_are_the_word_problems_with_four_options_one_of_which_is_ri
 def test_the_option_nearest_to_a_number_is_ticked_and_a_lucky_one_is_not_solved():
     from datasets import Dataset
 
-    said = {"41": "A", "59": "B", "74": "B", "90": "B", "91": "C", "-5": "A", "9,999": "D", "57.5": None, "many": None, "B": None}
-    samples = Dataset.from_list([{"completion": f"Final answer: {text}", "answer": "B", "finished": True,
-                                  "choices": ["41", "74", "107", "140"]} for text in said])
+    said = {
+        "41": "A",
+        "59": "B",
+        "74": "B",
+        "90": "B",
+        "91": "C",
+        "-5": "A",
+        "9,999": "D",
+        "57.5": None,
+        "many": None,
+        "B": None,
+    }
+    samples = Dataset.from_list(
+        [
+            {
+                "completion": f"Final answer: {text}",
+                "answer": "B",
+                "finished": True,
+                "choices": ["41", "74", "107", "140"],
+            }
+            for text in said
+        ]
+    )
     graded = grading.grade(samples, word_choices.TASK)
-    assert graded["extracted"][:] == [*said.values()] and graded["correct"][:] == [name == "B" for name in said.values()]
-    assert [word_choices.TASK.solved(row["completion"], row) for row in samples] == [text == "74" for text in said]
+    assert graded["extracted"][:] == [*said.values()] and graded["correct"][:] == [
+        name == "B" for name in said.values()
+    ]
+    assert [word_choices.TASK.solved(row["completion"], row) for row in samples] == [
+        text == "74" for text in said
+    ]
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
+
 
 def test_unknown_task_and_split_are_named():
     with pytest.raises(UserError, match="no task 'gsm9k'.*gsm8k.*--task jsonl"):
@@ -149,14 +212,20 @@ def test_embedded_task_refuses_data():
 
 
 def test_importing_all_tasks_is_light():
-    code = ("import sys; from irpo_utils import grading, tasks; [tasks.get(name) for name in tasks.NAMES];"
-            "heavy = {'torch', 'transformers', 'datasets', 'sympy', 'math_verify'} & set(sys.modules);"
-            "sys.exit(f'imported {heavy}' if heavy else 0)")
+    code = (
+        "import sys; from irpo_utils import grading, tasks; [tasks.get(name) for name in tasks.NAMES];"
+        "heavy = {'torch', 'transformers', 'datasets', 'sympy', 'math_verify'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
-SIZES = {"gsm8k": (6473, 1000, 1319), "svamp": (700, 100, 200), "arc_challenge": (946, 166, 1172),
-         "math": (4739, 836, 5000)}
+SIZES = {
+    "gsm8k": (6473, 1000, 1319),
+    "svamp": (700, 100, 200),
+    "arc_challenge": (946, 166, 1172),
+    "math": (4739, 836, 5000),
+}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -170,8 +239,14 @@ def test_real_files_load_in_the_promised_splits_without_overlap(real_data, name)
     ids = [i for split in SPLITS for i in parts[split]["id"]]
     assert len(set(ids)) == len(ids)
     for part in parts.values():
-        assert all(type(row[key]) is str and row[key].strip() for row in part for key in ("id", "question", "answer"))
-    again = task.load("validation", str(real_data))             # the folder above, and once more: the same rows
+        assert all(
+            type(row[key]) is str and row[key].strip()
+            for row in part
+            for key in ("id", "question", "answer")
+        )
+    again = task.load(
+        "validation", str(real_data)
+    )  # the folder above, and once more: the same rows
     assert again["id"] == parts["validation"]["id"]
 
 
@@ -184,9 +259,13 @@ def test_math_train_has_nothing_of_the_test_sets_and_no_example_is_in_a_split(re
     raw = [json.loads(line) for line in open(real_data / "math/train_8k.jsonl", encoding="utf-8")]
     parts = {split: math.TASK.load(split, str(real_data)) for split in (*SPLITS, "math500")}
     test = {normalised(q) for q in parts["test"]["question"]}
-    assert sum(normalised(row["question"]) in test for row in raw) == 2937        # the overlap is there in the file ...
+    assert (
+        sum(normalised(row["question"]) in test for row in raw) == 2937
+    )  # the overlap is there in the file ...
     ours = {normalised(q) for split in ("train", "validation") for q in parts[split]["question"]}
-    assert not ours & test and not ours & {normalised(q) for q in parts["math500"]["question"]}     # ... and not here
+    assert not ours & test and not ours & {
+        normalised(q) for q in parts["math500"]["question"]
+    }  # ... and not here
     assert len(parts["math500"]) == 500
     prompt = math.TASK.prompt(parts["test"][0])
     shown = re.findall(r"^Question: (.*)$", prompt, flags=re.MULTILINE)
@@ -202,31 +281,60 @@ def test_math_train_has_nothing_of_the_test_sets_and_no_example_is_in_a_split(re
 
 def test_prompts_are_those_of_the_paper():
     gsm = tasks.get("gsm8k").prompt({"question": "Why {x}?"})
-    assert gsm == ("Your task is to answer the question below. Give step by step reasoning before you answer, and when "
-                   'you\'re ready to answer, please use the format "Final answer: ..."\nQuestion: Why {x}?\nSolution:')
+    assert gsm == (
+        "Your task is to answer the question below. Give step by step reasoning before you answer, and when "
+        'you\'re ready to answer, please use the format "Final answer: ..."\nQuestion: Why {x}?\nSolution:'
+    )
     assert tasks.get("svamp").prompt({"question": "Why {x}?"}) == gsm
-    arc = tasks.get("arc_challenge").prompt({"question": "Which?", "choices": ["red", "blue", "green"]})
-    assert arc == ("Your task is to answer the question below. Give step by step reasoning before you answer, and when "
-                   'you\'re ready to answer, conclude using the format "Final answer: (insert letter here)"\n\n'
-                   "Question: Which?\n(A) red\n(B) blue\n(C) green\nSolution:")
-    assert tasks.get("math").prompt({"question": "What is $x$?", "examples": "Question: ...\n"}).startswith(
-        "Your task is to answer the last question below. Give step by step reasoning before you answer, and when "
-        "you're ready to answer, please wrap your answer in \\boxed, and conclude using the format "
-        '"Final answer: ..."\n\n'
-        "Question: ...\nQuestion: What is $x$?")
+    arc = tasks.get("arc_challenge").prompt(
+        {"question": "Which?", "choices": ["red", "blue", "green"]}
+    )
+    assert arc == (
+        "Your task is to answer the question below. Give step by step reasoning before you answer, and when "
+        'you\'re ready to answer, conclude using the format "Final answer: (insert letter here)"\n\n'
+        "Question: Which?\n(A) red\n(B) blue\n(C) green\nSolution:"
+    )
+    assert (
+        tasks.get("math")
+        .prompt({"question": "What is $x$?", "examples": "Question: ...\n"})
+        .startswith(
+            "Your task is to answer the last question below. Give step by step reasoning before you answer, and when "
+            "you're ready to answer, please wrap your answer in \\boxed, and conclude using the format "
+            '"Final answer: ..."\n\n'
+            "Question: ...\nQuestion: What is $x$?"
+        )
+    )
 
 
 def test_gsm8k_solutions_lose_their_marks_and_end_in_the_final_answer():
-    row = gsm8k.TASK.row({"question": "Q?", "answer": "She has 2*600 = <<2*600=1200>>1,200.\n#### 1,200"}, 0)
-    assert row == {"question": "Q?", "answer": "1200", "solution": "She has 2*600 = 1,200.\nFinal answer: 1200"}
+    row = gsm8k.TASK.row(
+        {"question": "Q?", "answer": "She has 2*600 = <<2*600=1200>>1,200.\n#### 1,200"}, 0
+    )
+    assert row == {
+        "question": "Q?",
+        "answer": "1200",
+        "solution": "She has 2*600 = 1,200.\nFinal answer: 1200",
+    }
 
 
 HUB = {
-    "gsm8k": [{"question": f"How much is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(40)],
-    "svamp": [{"ID": f"chal-{i}", "Body": f"Ann has {i} eggs", "Question": "How many?", "Answer": str(i)}
-              for i in range(40)],
-    "arc_challenge": [{"id": f"Mercury_{i}", "question": f"Which {i}?", "answerKey": "2",
-                       "choices": {"text": ["red", "blue"], "label": ["1", "2"]}} for i in range(40)],
+    "gsm8k": [
+        {"question": f"How much is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"}
+        for i in range(40)
+    ],
+    "svamp": [
+        {"ID": f"chal-{i}", "Body": f"Ann has {i} eggs", "Question": "How many?", "Answer": str(i)}
+        for i in range(40)
+    ],
+    "arc_challenge": [
+        {
+            "id": f"Mercury_{i}",
+            "question": f"Which {i}?",
+            "answerKey": "2",
+            "choices": {"text": ["red", "blue"], "label": ["1", "2"]},
+        }
+        for i in range(40)
+    ],
 }
 
 
@@ -234,16 +342,20 @@ HUB = {
 def test_hub_rows_load_like_files(monkeypatch, name):
     import datasets
 
-    def fake(hub, config=None, split=None):             # any other argument, trust_remote_code above all, is an error
+    def fake(
+        hub, config=None, split=None
+    ):  # any other argument, trust_remote_code above all, is an error
         offset = {"train": 0, "validation": 20, "test": 30}[split]
-        return datasets.Dataset.from_list(HUB[name][offset: offset + (20 if split == "train" else 10)])
+        return datasets.Dataset.from_list(
+            HUB[name][offset : offset + (20 if split == "train" else 10)]
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     train, test = (tasks.get(name).load(split) for split in ("train", "test"))
     assert {"id", "question", "answer"} <= set(train.column_names)
     assert not set(train["question"]) & set(test["question"])
     if name == "arc_challenge":
-        assert set(test["answer"]) == {"B"}             # labels 1 to 4 become letters
+        assert set(test["answer"]) == {"B"}  # labels 1 to 4 become letters
     if name == "svamp":
         assert all(row["question"] == f"Ann has {row['answer']} eggs, How many?" for row in train)
 
@@ -252,19 +364,29 @@ def test_math_from_the_hub_reads_all_subjects_and_math500(monkeypatch, real_data
     import datasets
 
     train = [json.loads(line) for line in open(real_data / "math/train_8k.jsonl", encoding="utf-8")]
-    keys = {hashlib.sha256(files.normalise(row["question"]).encode()).hexdigest()[:16]: row for row in train}
+    keys = {
+        hashlib.sha256(files.normalise(row["question"]).encode()).hexdigest()[:16]: row
+        for row in train
+    }
 
     def fake(hub, config=None, split=None):
-        rows = [{"problem": f"{config} {split} {i}?", "solution": f"So \\boxed{{{i}}}."} for i in range(5)]
+        rows = [
+            {"problem": f"{config} {split} {i}?", "solution": f"So \\boxed{{{i}}}."}
+            for i in range(5)
+        ]
         if split == "train" and config == "algebra":
-            rows += [{"problem": keys[k]["question"], "solution": f"\\boxed{{{keys[k]['answer']}}}"}
-                     for k in math.EXAMPLES]
+            rows += [
+                {"problem": keys[k]["question"], "solution": f"\\boxed{{{keys[k]['answer']}}}"}
+                for k in math.EXAMPLES
+            ]
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert len(math.TASK.load("test")) == 35 and len(math.TASK.load("math500")) == 5
     local = math.TASK.load("test", str(real_data))[0]["examples"]
-    assert math.TASK.load("train")[0]["examples"] == local, "the prompt must not depend on where the data come from"
+    assert math.TASK.load("train")[0]["examples"] == local, (
+        "the prompt must not depend on where the data come from"
+    )
 
 
 def test_without_a_network_the_error_offers_data(monkeypatch):
@@ -284,8 +406,12 @@ def test_without_a_network_the_error_offers_data(monkeypatch):
 GOOD = {
     "gsm8k": {"question": "Q?", "answer": "#### 3"},
     "svamp": {"ID": "chal-1", "Body": "B.", "Question": "Q?", "Answer": 3.0},
-    "arc_challenge": {"id": "1", "question": "Q?", "choices": {"text": ["a", "b"], "label": ["A", "B"]},
-                      "answerKey": "A"},
+    "arc_challenge": {
+        "id": "1",
+        "question": "Q?",
+        "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+        "answerKey": "A",
+    },
     "math": {"problem": "Q?", "solution": "\\boxed{3}"},
     "jsonl": {"question": "Q?", "answer": 3},
 }
@@ -303,9 +429,14 @@ SPECIAL = [
     ("svamp", {**GOOD["svamp"], "ID": "x", "Answer": "many"}, "not a number"),
     ("svamp", GOOD["svamp"], "'svamp-chal-1' was there before"),
     ("arc_challenge", {**GOOD["arc_challenge"], "id": "2", "answerKey": "C"}, "none of the labels"),
-    ("arc_challenge", {**GOOD["arc_challenge"], "id": "2", "choices": {"text": ["a"], "label": ["A"]}}, "two to five"),
+    (
+        "arc_challenge",
+        {**GOOD["arc_challenge"], "id": "2", "choices": {"text": ["a"], "label": ["A"]}},
+        "two to five",
+    ),
     ("math", {"problem": "Q?", "solution": "It is 3."}, "no answer"),
-    ("jsonl", {"question": "Q?"}, "'answer' is missing"), ("jsonl", {"question": 3, "answer": 3}, "not text"),
+    ("jsonl", {"question": "Q?"}, "'answer' is missing"),
+    ("jsonl", {"question": 3, "answer": 3}, "not text"),
     ("jsonl", {"question": "Q?", "answer": ""}, "empty"),
     ("jsonl", {"question": "Q?", "answer": True}, "not text or a number"),
     ("jsonl", {"question": "Q?", "answer": "C", "choices": ["red", "blue"]}, "none of the choices"),
@@ -316,7 +447,11 @@ SPECIAL = [
 
 def refused(name: str, line, folder: Path, reason: str) -> None:
     """The third line of test.jsonl (the second is empty) is broken: the error names file, line, reason and remedy."""
-    body = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+    body = (
+        line
+        if isinstance(line, bytes)
+        else (line if isinstance(line, str) else json.dumps(line)).encode()
+    )
     for split in ("train", "validation"):
         write(folder / f"{split}.jsonl", GOOD[name])
     (folder / "test.jsonl").write_bytes(json.dumps(GOOD[name]).encode() + b"\n\n" + body + b"\n")
@@ -354,32 +489,62 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 # --- questions of one's own ----------------------------------------------------------------------------------------
 
+
 def test_one_file_is_split_by_a_hash_that_ignores_order_case_and_punctuation(tmp_path):
     rows = [{"question": f"How much is {i} and one?", "answer": i + 1} for i in range(1000)]
-    changed = [{"question": r["question"].upper().replace("?", " ?"), "answer": r["answer"]} for r in rows]
+    changed = [
+        {"question": r["question"].upper().replace("?", " ?"), "answer": r["answer"]} for r in rows
+    ]
     random.Random(0).shuffle(changed)
     files_ = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *rows[:9], *changed)
-    first, second = ({s: jsonl.TASK.load(s, str(path))["question"] for s in SPLITS} for path in files_)
+    first, second = (
+        {s: jsonl.TASK.load(s, str(path))["question"] for s in SPLITS} for path in files_
+    )
     assert [round(len(first[s]), -2) for s in SPLITS] == [800, 100, 100]
     for split in SPLITS:
         assert {normalised(q) for q in first[split]} == {normalised(q) for q in second[split]}
 
 
 def test_questions_that_differ_in_a_sign_or_a_blank_are_all_kept(tmp_path):
-    rows = [{"question": f"What is {a}{sign}{b}?", "answer": a} for a in range(1, 21) for b in range(1, 21) for sign in "+-×÷"]
+    rows = [
+        {"question": f"What is {a}{sign}{b}?", "answer": a}
+        for a in range(1, 21)
+        for b in range(1, 21)
+        for sign in "+-×÷"
+    ]
     rows += [{"question": f"Sort {numbers}.", "answer": 1} for numbers in ("1 23", "12 3", "1 2 3")]
-    path = write(tmp_path / "a.jsonl", *rows, {"question": "what is 1 + 1", "answer": 2})       # the last one is a repetition
+    path = write(
+        tmp_path / "a.jsonl", *rows, {"question": "what is 1 + 1", "answer": 2}
+    )  # the last one is a repetition
     assert sum(len(jsonl.TASK.load(split, str(path))) for split in SPLITS) == len(rows)
 
 
 def test_optional_fields_travel_and_choices_become_letters(tmp_path):
     for split in SPLITS:
-        write(tmp_path / f"{split}.jsonl", {"question": f"{split}, red?", "answer": "Blue", "choices": ["red", "blue"]},
-              {"question": f"{split}, two?", "answer": 2.0, "solution": "Final answer: 2", "id": "mine"})
+        write(
+            tmp_path / f"{split}.jsonl",
+            {"question": f"{split}, red?", "answer": "Blue", "choices": ["red", "blue"]},
+            {
+                "question": f"{split}, two?",
+                "answer": 2.0,
+                "solution": "Final answer: 2",
+                "id": "mine",
+            },
+        )
     first, second = jsonl.TASK.load("test", str(tmp_path))
-    assert (first["answer"], first["choices"], first["id"]) == ("B", ["red", "blue"], "jsonl-test-00000")
-    assert (second["solution"], second["id"], second["choices"]) == ("Final answer: 2", "mine", None)
-    assert "(B) blue" in jsonl.TASK.prompt(first) and jsonl.TASK.prompt(second) == gsm8k.TASK.prompt(second)
+    assert (first["answer"], first["choices"], first["id"]) == (
+        "B",
+        ["red", "blue"],
+        "jsonl-test-00000",
+    )
+    assert (second["solution"], second["id"], second["choices"]) == (
+        "Final answer: 2",
+        "mine",
+        None,
+    )
+    assert "(B) blue" in jsonl.TASK.prompt(first) and jsonl.TASK.prompt(
+        second
+    ) == gsm8k.TASK.prompt(second)
 
 
 def test_a_file_too_small_to_split_is_refused(tmp_path):

@@ -13,6 +13,8 @@ NAMES = ("word_problems", "word_choices", "gsm8k", "svamp", "arc_challenge", "ma
 def get(name: str) -> Task:
     """The task of that name, one of `NAMES`; raises `UserError` for any other."""
     if name not in NAMES:
-        raise UserError(f"There is no task {name!r}. The tasks are {', '.join(NAMES)}; for questions of your own take "
-                        "--task jsonl --data FILE, a JSONL file whose lines have `question` and `answer`.")
+        raise UserError(
+            f"There is no task {name!r}. The tasks are {', '.join(NAMES)}; for questions of your own take "
+            "--task jsonl --data FILE, a JSONL file whose lines have `question` and `answer`."
+        )
     return importlib.import_module(f"irpo_utils.tasks.{name}").TASK

@@ -22,10 +22,10 @@ from irpo_utils.tasks.base import SPLITS, Task
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SIGNS = str.maketrans("−–×·⋅÷", "--***/")                       # as they are typed elsewhere
-LAYOUT = re.compile(r"(?:[^\w+\-*/^=<>!|≤≥≠√%]|_)+")           # what may differ in one and the same question
+SIGNS = str.maketrans("−–×·⋅÷", "--***/")  # as they are typed elsewhere
+LAYOUT = re.compile(r"(?:[^\w+\-*/^=<>!|≤≥≠√%]|_)+")  # what may differ in one and the same question
 SEED = 0
-HELD_OUT_SHARE = 0.15       # of train for validation, where a source has no validation split
+HELD_OUT_SHARE = 0.15  # of train for validation, where a source has no validation split
 
 
 def normalise(question: str) -> str:
@@ -38,7 +38,7 @@ def normalise(question: str) -> str:
     """
     text = unicodedata.normalize("NFKC", question).translate(SIGNS)
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
-    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})", "", text)                  # one-half is "one half", a - b stays
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})", "", text)  # one-half is "one half", a - b stays
     text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)
     return LAYOUT.sub(_between_digits, text).casefold() or "".join(question.split())
 
@@ -52,14 +52,18 @@ def _between_digits(gap: re.Match) -> str:
 def without(rows: list[dict], *others: list[dict]) -> list[dict]:
     """`rows` less the questions of `others` and less repetitions, by `normalise`."""
     seen = {normalise(row["question"]) for other in others for row in other}
-    return [row for row in rows if (key := normalise(row["question"])) not in seen and not seen.add(key)]
+    return [
+        row for row in rows if (key := normalise(row["question"])) not in seen and not seen.add(key)
+    ]
 
 
 def hold_out(rows: list[dict], count: int | None = None) -> tuple[list[dict], list[dict]]:
     """(rest, held out): `count` rows, or 15 %, drawn with a fixed seed; never more than 15 % of a small file."""
     share = int(HELD_OUT_SHARE * len(rows))
     held = set(random.Random(SEED).sample(range(len(rows)), min(count or share, share)))
-    return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
+    return [r for i, r in enumerate(rows) if i not in held], [
+        r for i, r in enumerate(rows) if i in held
+    ]
 
 
 def need(condition: object, reason: str) -> None:
@@ -68,7 +72,9 @@ def need(condition: object, reason: str) -> None:
         raise ValueError(reason)
 
 
-def convert_rows(raw_rows, where: str, convert: Callable[[dict, int], dict], expected: str) -> list[dict]:
+def convert_rows(
+    raw_rows, where: str, convert: Callable[[dict, int], dict], expected: str
+) -> list[dict]:
     """`convert(row, index)` of each (number, row); a row it does not understand is a `UserError` that names the row."""
     rows, ids = [], set()
     for number, raw in raw_rows:
@@ -85,8 +91,10 @@ def convert_rows(raw_rows, where: str, convert: Callable[[dict, int], dict], exp
             reason = str(error)
         else:
             continue
-        raise UserError(f"{where}{number}: {reason}. Each line has to be one JSON object with {expected}; mend or "
-                        "delete that line and start again.")
+        raise UserError(
+            f"{where}{number}: {reason}. Each line has to be one JSON object with {expected}; mend or "
+            "delete that line and start again."
+        )
     return rows
 
 
@@ -95,11 +103,15 @@ def read_jsonl(path: Path, convert: Callable[[dict, int], dict], expected: str) 
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Check the path given to --data.") from error
+        raise UserError(
+            f"Cannot read {path}: {error.strerror}. Check the path given to --data."
+        ) from error
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     rows = convert_rows(numbered, f"{path}, line ", convert, expected)
     if not rows:
-        raise UserError(f"{path} has no questions. Each line has to be one JSON object with {expected}.")
+        raise UserError(
+            f"{path} has no questions. Each line has to be one JSON object with {expected}."
+        )
     return rows
 
 
@@ -111,8 +123,10 @@ def local_path(task: str, data: str | None) -> Path | None:
     path = Path(base).expanduser()
     path = path / task if (path / task).is_dir() or not data else path
     if not path.exists():
-        raise UserError(f"There is no file or folder {path}. Check --data, or IRPO_DATA, under which each task has a "
-                        "folder of its name; without both the questions come from the hub.")
+        raise UserError(
+            f"There is no file or folder {path}. Check --data, or IRPO_DATA, under which each task has a "
+            "folder of its name; without both the questions come from the hub."
+        )
     return path
 
 
@@ -123,10 +137,13 @@ def load_hub(task: str, hub: str, config: str | None, split: str) -> list[dict]:
     limit_waiting()
     try:
         return list(datasets.load_dataset(hub, config, split=split))
-    except Exception as error:      # no network, hub down, gated, renamed: each library version has its own classes
-        raise UserError(f"Cannot load {hub} from the hub ({type(error).__name__}). Without a network give a folder of "
-                        f"JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with {task}/ in it."
-                        ) from error
+    except (
+        Exception
+    ) as error:  # no network, hub down, gated, renamed: each library version has its own classes
+        raise UserError(
+            f"Cannot load {hub} from the hub ({type(error).__name__}). Without a network give a folder of "
+            f"JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with {task}/ in it."
+        ) from error
 
 
 class FileTask(Task):
@@ -134,7 +151,7 @@ class FileTask(Task):
 
     hub: str
     config: str | None = None
-    expected: str                       # the fields of a raw row, for error messages
+    expected: str  # the fields of a raw row, for error messages
     splits_known: tuple[str, ...] = SPLITS
 
     def row(self, raw: dict, index: int) -> dict:
@@ -153,8 +170,10 @@ class FileTask(Task):
         elif optional and not (path / f"{name}.jsonl").exists():
             return []
         elif path.is_file():
-            raise UserError(f"{path} is a file; the task {self.name} reads a folder with {name}.jsonl in it. For one "
-                            "file of your own questions take --task jsonl.")
+            raise UserError(
+                f"{path} is a file; the task {self.name} reads a folder with {name}.jsonl in it. For one "
+                "file of your own questions take --task jsonl."
+            )
         else:
             rows = read_jsonl(path / f"{name}.jsonl", self.row, self.expected)
         return [{"id": f"{self.name}-{name}-{index:05d}", **row} for index, row in enumerate(rows)]
@@ -168,8 +187,12 @@ class FileTask(Task):
         from datasets import Dataset
 
         if split not in self.splits_known:
-            raise UserError(f"There is no split {split!r} of {self.name}; take one of {', '.join(self.splits_known)}.")
+            raise UserError(
+                f"There is no split {split!r} of {self.name}; take one of {', '.join(self.splits_known)}."
+            )
         rows = self.splits(local_path(self.name, data))[split]
         if not rows:
-            raise UserError(f"The split {split} of {self.name} is empty: too few questions, or the file is missing.")
+            raise UserError(
+                f"The split {split} of {self.name} is empty: too few questions, or the file is missing."
+            )
         return Dataset.from_list(rows)

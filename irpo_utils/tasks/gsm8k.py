@@ -18,8 +18,10 @@ from irpo_utils.tasks import numbers
 from irpo_utils.tasks.files import FileTask, hold_out, need, without
 
 VALIDATION = 1000
-PROMPT = ("Your task is to answer the question below. Give step by step reasoning before you answer, and when you're "
-          'ready to answer, please use the format "Final answer: ..."\nQuestion: {question}\nSolution:')
+PROMPT = (
+    "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're "
+    'ready to answer, please use the format "Final answer: ..."\nQuestion: {question}\nSolution:'
+)
 
 
 class GSM8K(numbers.NumberTask, FileTask):
@@ -37,10 +39,16 @@ class GSM8K(numbers.NumberTask, FileTask):
         """`solution` loses its calculator marks and ends in the "Final answer:" that the prompt asks for."""
         solution, mark, answer = raw["answer"].rpartition("####")
         answer = answer.strip().replace(",", "")
-        need(mark and numbers.parse(answer) is not None, "`answer` does not end in #### and a number")
+        need(
+            mark and numbers.parse(answer) is not None, "`answer` does not end in #### and a number"
+        )
         need(raw["question"].strip(), "`question` is empty")
         solution = re.sub(r"<<.*?>>", "", solution).strip()
-        return {"question": raw["question"], "answer": answer, "solution": f"{solution}\nFinal answer: {answer}"}
+        return {
+            "question": raw["question"],
+            "answer": answer,
+            "solution": f"{solution}\nFinal answer: {answer}",
+        }
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
         """Official test; official train less 1,000 held-out rows for validation."""

@@ -54,44 +54,75 @@ class JSONL(FileTask):
         if _is_number(row.get("answer", "")):
             return gsm8k.TASK.extract(completion)
         line = numbers.final_line(completion)
-        return (_plain(line) or None) if line is not None and len(line) <= numbers.MAX_LINE else None
+        return (
+            (_plain(line) or None) if line is not None and len(line) <= numbers.MAX_LINE else None
+        )
 
     def is_correct(self, extracted: str | None, answer: str) -> bool:
         """Equal as numbers if the gold answer is one without words, otherwise as text but for case and full stop."""
         if extracted is None:
             return False
-        return gsm8k.TASK.is_correct(extracted, answer) if _is_number(answer) else _plain(extracted) == _plain(answer)
+        return (
+            gsm8k.TASK.is_correct(extracted, answer)
+            if _is_number(answer)
+            else _plain(extracted) == _plain(answer)
+        )
 
     def row(self, raw: dict, index: int) -> dict:
         """The row with every field as text, and a letter for an answer that is one of the choices."""
         question, answer, choices = raw["question"], raw["answer"], raw.get("choices")
         need(isinstance(question, str) and question.strip(), "`question` is empty or not text")
-        need(isinstance(answer, (str, int, float)) and not isinstance(answer, bool), "`answer` is not text or a number")
+        need(
+            isinstance(answer, (str, int, float)) and not isinstance(answer, bool),
+            "`answer` is not text or a number",
+        )
         answer = str(answer).strip()
         need(_plain(answer), "`answer` is empty")
         if choices is not None:
-            need(isinstance(choices, list) and 2 <= len(choices) <= 5 and all(isinstance(c, str) for c in choices),
-                 "`choices` is not a list of two to five texts")
+            need(
+                isinstance(choices, list)
+                and 2 <= len(choices) <= 5
+                and all(isinstance(c, str) for c in choices),
+                "`choices` is not a list of two to five texts",
+            )
             answer = arc_challenge.letter(answer, choices)
             need(answer, "`answer` is none of the choices")
         need(isinstance(raw.get("solution", ""), (str, type(None))), "`solution` is not text")
-        row = {"question": question, "answer": answer, "solution": raw.get("solution"), "choices": choices}
+        row = {
+            "question": question,
+            "answer": answer,
+            "solution": raw.get("solution"),
+            "choices": choices,
+        }
         return row | ({"id": str(raw["id"])} if raw.get("id") is not None else {})
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
         """The three files of a folder, or one file split 80/10/10; columns that no row has are left out."""
         if path is None:
-            raise UserError("The task jsonl needs questions: --data FILE, a JSONL file with one object a line that has "
-                            f"{EXPECTED}.")
+            raise UserError(
+                "The task jsonl needs questions: --data FILE, a JSONL file with one object a line that has "
+                f"{EXPECTED}."
+            )
         if path.is_dir():
             parts = {name: self.read(path, name) for name in ("train", "validation", "test")}
         else:
-            rows = [{"id": f"{path.stem}-{i:05d}", **r} for i, r in enumerate(read_jsonl(path, self.row, EXPECTED))]
-            parts = {name: [row for row in rows if _split_of(row) == name] for name in ("train", "validation", "test")}
+            rows = [
+                {"id": f"{path.stem}-{i:05d}", **r}
+                for i, r in enumerate(read_jsonl(path, self.row, EXPECTED))
+            ]
+            parts = {
+                name: [row for row in rows if _split_of(row) == name]
+                for name in ("train", "validation", "test")
+            }
         rows = [row for part in parts.values() for row in part]
         empty = {key for key in ("solution", "choices") if not any(row[key] for row in rows)}
-        return {name: [{key: value for key, value in row.items() if key not in empty} for row in without(part)]
-                for name, part in parts.items()}
+        return {
+            name: [
+                {key: value for key, value in row.items() if key not in empty}
+                for row in without(part)
+            ]
+            for name, part in parts.items()
+        }
 
 
 TASK = JSONL()

@@ -38,70 +38,142 @@ from pathlib import Path
 from irpo_utils import UserError
 from irpo_utils.tasks import numbers
 from irpo_utils.tasks.base import FINAL_ANSWER, SPLITS
-from irpo_utils.tasks.files import FileTask, convert_rows, hold_out, load_hub, need, normalise, without
+from irpo_utils.tasks.files import (
+    FileTask,
+    convert_rows,
+    hold_out,
+    load_hub,
+    need,
+    normalise,
+    without,
+)
 
-TIME_LIMIT = 3.0                            # seconds of processor time for one comparison
-PATIENCE = 20                               # times as long by the clock, for a child that is not given the processor
-START_LIMIT = 120.0                         # seconds by the clock for starting the process that makes the comparisons
-SIGPROF = getattr(signal, "SIGPROF", None)  # how the kernel ends a child whose processor time is used up
-MEMORY_LIMIT = 2 << 30                      # bytes
-MAX_LENGTH, MAX_DEPTH = 300, 8              # characters and nested brackets of an answer that is compared at all
-NUMBER = re.compile(r"(-?\s*(?:[\d,./\s]|\\frac(?=[\d\s{])|[{}])+)(?:(?:\\text)?\s*\{?\s*"
-                    rf"({'|'.join(numbers.MAGNITUDES)})\s*\}}?)?", re.ASCII)
-TOO_COMPLEX = re.compile(r"\d{31}|\^\s*\{?\s*[-+]?\d{5}|[)}\]]\s*\^\s*\{?\s*-?\d{3}|\^\s*\{[^{}]*\^|\^\s*[^\s{]\s*\^"
-                         r"|\d{5}\s*!|[!)}]\s*!|\\binom\D*\d{4}|\\(?:sum|prod|i*nt|lim)(?![a-z])")
+TIME_LIMIT = 3.0  # seconds of processor time for one comparison
+PATIENCE = 20  # times as long by the clock, for a child that is not given the processor
+START_LIMIT = 120.0  # seconds by the clock for starting the process that makes the comparisons
+SIGPROF = getattr(
+    signal, "SIGPROF", None
+)  # how the kernel ends a child whose processor time is used up
+MEMORY_LIMIT = 2 << 30  # bytes
+MAX_LENGTH, MAX_DEPTH = (
+    300,
+    8,
+)  # characters and nested brackets of an answer that is compared at all
+NUMBER = re.compile(
+    r"(-?\s*(?:[\d,./\s]|\\frac(?=[\d\s{])|[{}])+)(?:(?:\\text)?\s*\{?\s*"
+    rf"({'|'.join(numbers.MAGNITUDES)})\s*\}}?)?",
+    re.ASCII,
+)
+TOO_COMPLEX = re.compile(
+    r"\d{31}|\^\s*\{?\s*[-+]?\d{5}|[)}\]]\s*\^\s*\{?\s*-?\d{3}|\^\s*\{[^{}]*\^|\^\s*[^\s{]\s*\^"
+    r"|\d{5}\s*!|[!)}]\s*!|\\binom\D*\d{4}|\\(?:sum|prod|i*nt|lim)(?![a-z])"
+)
 # What the library reads as if it were not there, and what looks like a number to it and like two to a reader.
-NOT_UNDERSTOOD = re.compile(r"'|\\(?:approx|equiv|l?dots|mod|phantom|[hv]space)(?![a-zA-Z])|[^\x20-\x7e]|(?<!frac)\d \d"
-                            r"|\d\s*\\(?:math|text)[a-z]*\s*\{\s*\d|(?<![\\a-zA-Z])(?:is|are|not|than)(?![a-zA-Z])"
-                            r"|\\(?:text[a-z]*|mbox|mathrm)\s*\{[^{}]{3,}\}\s*\S"
-                            r"|(?<![\\a-zA-Z{])(?!sqrt|sinh|cosh|tanh)[a-zA-Z]{4,}")
+NOT_UNDERSTOOD = re.compile(
+    r"'|\\(?:approx|equiv|l?dots|mod|phantom|[hv]space)(?![a-zA-Z])|[^\x20-\x7e]|(?<!frac)\d \d"
+    r"|\d\s*\\(?:math|text)[a-z]*\s*\{\s*\d|(?<![\\a-zA-Z])(?:is|are|not|than)(?![a-zA-Z])"
+    r"|\\(?:text[a-z]*|mbox|mathrm)\s*\{[^{}]{3,}\}\s*\S"
+    r"|(?<![\\a-zA-Z{])(?!sqrt|sinh|cosh|tanh)[a-zA-Z]{4,}"
+)
 # A product without a sign, which the library takes for a mixed number, 3(4) for 7, or for a function, \pi(2).
 PRODUCT = re.compile(r"(?:(?<=\))|(?<=\\pi)|(?<=\d)(?<![\^_]\d))\s*(?=\()|(?<=\))\s*(?=\d|\\frac)")
 FORMULA = re.compile(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)")
-OPERATOR = re.compile(r"(?:[-+*/^<≠√]|(?<![=-])>|\\(?:neq?|not|leq?|geq?|lt|gt|pm|mp|times|cdot|sqrt))\s*$")
+OPERATOR = re.compile(
+    r"(?:[-+*/^<≠√]|(?<![=-])>|\\(?:neq?|not|leq?|geq?|lt|gt|pm|mp|times|cdot|sqrt))\s*$"
+)
 WORD, BASE = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*"), re.compile(r"[\dA-Z})]_")
-SYMBOLS = str.maketrans({**numbers.FULL_WIDTH, **dict.fromkeys("−–‐‑﹣", "-"), **dict.fromkeys("·⋅∙", "\\cdot "),
-                         "×": "\\times ", "÷": "/", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∪": "\\cup ",
-                         "∩": "\\cap ", "∈": "\\in ", "’": "'", "\u200b": None, "\u2060": None, "\ufeff": None})
-HEADER = ("Your task is to answer the last question below. Give step by step reasoning before you answer, and when "
-          "you're ready to answer, please wrap your answer in \\boxed, and conclude using the format "
-          '"Final answer: ..."\n\n')
+SYMBOLS = str.maketrans(
+    {
+        **numbers.FULL_WIDTH,
+        **dict.fromkeys("−–‐‑﹣", "-"),
+        **dict.fromkeys("·⋅∙", "\\cdot "),
+        "×": "\\times ",
+        "÷": "/",
+        "≤": "\\le ",
+        "≥": "\\ge ",
+        "≠": "\\ne ",
+        "±": "\\pm ",
+        "∪": "\\cup ",
+        "∩": "\\cap ",
+        "∈": "\\in ",
+        "’": "'",
+        "\u200b": None,
+        "\u2060": None,
+        "\ufeff": None,
+    }
+)
+HEADER = (
+    "Your task is to answer the last question below. Give step by step reasoning before you answer, and when "
+    "you're ready to answer, please wrap your answer in \\boxed, and conclude using the format "
+    '"Final answer: ..."\n\n'
+)
 # Our solutions of four problems of the training split, found by the start of the hash of the normalised question.
 EXAMPLES = {
     "8221f0850c6ab33a": r"As $\frac{1}{25} = 5^{-2}$, the exponents must agree: $2n + 1 = -2$. So $2n = -3$ and "
-                        r"$n = \boxed{-\frac{3}{2}}$.",
+    r"$n = \boxed{-\frac{3}{2}}$.",
     "1a8eaad33bd5066e": r"The arrangement is fixed by the places of the three X. There are $\binom{5}{3} = 10$ ways to "
-                        r"choose them, all equally likely, and one of them reads XOXOX. The probability is "
-                        r"$\boxed{\frac{1}{10}}$.",
+    r"choose them, all equally likely, and one of them reads XOXOX. The probability is "
+    r"$\boxed{\frac{1}{10}}$.",
     "28de1bcdc7f65d48": r"From $\frac{4}{3} \pi r^3 = 36 \pi$ we get $r^3 = 27$, so $r = 3$. The surface area is "
-                        r"$4 \pi r^2 = 4 \pi \cdot 9 = \boxed{36\pi}$.",
+    r"$4 \pi r^2 = 4 \pi \cdot 9 = \boxed{36\pi}$.",
     "9ff63d501b016959": r"We have $x = \rho \sin \phi \cos \theta = 4 \cdot 1 \cdot \frac{1}{2} = 2$, "
-                        r"$y = \rho \sin \phi \sin \theta = 4 \cdot 1 \cdot \left( -\frac{\sqrt{3}}{2} \right) = "
-                        r"-2 \sqrt{3}$ and $z = \rho \cos \phi = 0$. The point is $\boxed{(2, -2 \sqrt{3}, 0)}$."}
-SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-            "precalculus")
+    r"$y = \rho \sin \phi \sin \theta = 4 \cdot 1 \cdot \left( -\frac{\sqrt{3}}{2} \right) = "
+    r"-2 \sqrt{3}$ and $z = \rho \cos \phi = 0$. The point is $\boxed{(2, -2 \sqrt{3}, 0)}$.",
+}
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 # Words behind a number that are no unit: they change it, or take it back; i and e are numbers.
-NO_UNIT = (r"(?!\s*[ie]\s*\}|[^{}]*\b(?:log|sin|cos|tan|sec|csc|cot|exp|sqrt|pi|times|plus|minus|over|squared|cubed|"
-           r"factorial|choose|mod|modulo|hundred|thousand|[a-z]*illion|not|never|wrong|incorrect|false|more|less|fewer|"
-           r"than|is|was|are)\b)")
-TIDY = tuple((re.compile(pattern), replacement) for pattern, replacement in (
-    (rf",?\\!\s*|\{{,\}}|{numbers.GROUPS}", ""),                                # 15,\!000  15{,}000  15\,000
-    (r"(?<!\\)\\(?:(?:left|right|displaystyle|quad)(?![a-zA-Z])|[,;:()\[\]$% ])|[$%]|^\*+|\*+$|[.\s]+$", " "),
-    (r"π|(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "), (r"∞|(?<![a-zA-Z\\])infinity\b", r"\\infty "),
-    (r"(?:√|(?<![a-zA-Z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"), (r"\*\*", "^"),
-    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\\(?!frac|sqrt)[a-zA-Z]+|\w)", r"\\frac{\1}"),       # \frac\pi 2
-    (r"(\\frac\{[^{}]*\})\s*(\\(?!frac|sqrt)[a-zA-Z]+|\w)", r"\1{\2}"), (r"_\s*(?:\{\s*\(?(\d+)\)?\s*\}|(\d))", r"_{\1\2}"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", " "),
-    (r"^(?!.*(?:\b(?:not|never|cannot)\b|n't\b))[^\\\d${}()\[\]]*\b(?:is|are|equals)\b:?", ""),     # "The answer is"
-    (r"^\s*(?:minus|negative)\b", "-"), (r"\\(?:text|mathrm)\s*\{\s*([ie])\s*\}", r" \1"),
-    (r"^\s*[a-zA-Z]\s*(?:=|\\in\b)(?=[^=]+$)", ""),                             # x = 5, x \in [1, 2]
-    (r",?\s*(?:\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (rf"(?<=[^\s(,])\s*\\(?:text[a-z]*|mbox|mathrm)\s*\{{{NO_UNIT}[^{{}}\d]*\}}(?:\s*\^\s*\{{?[23]\}}?)?\s*(?=$|,)", ""),
-    (rf"(?<=\d)\s+{NO_UNIT}[a-z]{{3,}}[a-z .]*(?=$|,)", ""),                    # units: \text{ cm}^2, 5 dollars
-    (r"^\s*\\(?:text|mbox|mathrm)[a-z]*\s*\{([^{}]*)\}\s*$", r"\1"),           # the answer is a word
-    (r"^\s*\(\s*(?:\\text\s*\{\s*)?([A-Za-z])[\s}]*\)\s*$", r"\1"),            # (C)
-    (r"\s*,\s+|\s+,|,(?!\d{3}(?!\d))|(?<=^[(\[]\d),|(?<=^[(\[]\d\d),|(?<=^[(\[]\d{3}),", ", "),     # the pair (4,112)
-    (r"(?!(?<=\d)\s+\d)(?:(?<=[^,\s])\s+(?![a-zA-Z])|(?<![a-zA-Z,])\s+)", "")))  # but "\pi x" and "1 1/2" need theirs
+NO_UNIT = (
+    r"(?!\s*[ie]\s*\}|[^{}]*\b(?:log|sin|cos|tan|sec|csc|cot|exp|sqrt|pi|times|plus|minus|over|squared|cubed|"
+    r"factorial|choose|mod|modulo|hundred|thousand|[a-z]*illion|not|never|wrong|incorrect|false|more|less|fewer|"
+    r"than|is|was|are)\b)"
+)
+TIDY = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (rf",?\\!\s*|\{{,\}}|{numbers.GROUPS}", ""),  # 15,\!000  15{,}000  15\,000
+        (
+            r"(?<!\\)\\(?:(?:left|right|displaystyle|quad)(?![a-zA-Z])|[,;:()\[\]$% ])|[$%]|^\*+|\*+$|[.\s]+$",
+            " ",
+        ),
+        (r"π|(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+        (r"∞|(?<![a-zA-Z\\])infinity\b", r"\\infty "),
+        (r"(?:√|(?<![a-zA-Z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}"),
+        (r"\*\*", "^"),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\frac\s*(\\(?!frac|sqrt)[a-zA-Z]+|\w)", r"\\frac{\1}"),  # \frac\pi 2
+        (r"(\\frac\{[^{}]*\})\s*(\\(?!frac|sqrt)[a-zA-Z]+|\w)", r"\1{\2}"),
+        (r"_\s*(?:\{\s*\(?(\d+)\)?\s*\}|(\d))", r"_{\1\2}"),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", " "),
+        (
+            r"^(?!.*(?:\b(?:not|never|cannot)\b|n't\b))[^\\\d${}()\[\]]*\b(?:is|are|equals)\b:?",
+            "",
+        ),  # "The answer is"
+        (r"^\s*(?:minus|negative)\b", "-"),
+        (r"\\(?:text|mathrm)\s*\{\s*([ie])\s*\}", r" \1"),
+        (r"^\s*[a-zA-Z]\s*(?:=|\\in\b)(?=[^=]+$)", ""),  # x = 5, x \in [1, 2]
+        (r",?\s*(?:\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
+        (
+            rf"(?<=[^\s(,])\s*\\(?:text[a-z]*|mbox|mathrm)\s*\{{{NO_UNIT}[^{{}}\d]*\}}(?:\s*\^\s*\{{?[23]\}}?)?\s*(?=$|,)",
+            "",
+        ),
+        (rf"(?<=\d)\s+{NO_UNIT}[a-z]{{3,}}[a-z .]*(?=$|,)", ""),  # units: \text{ cm}^2, 5 dollars
+        (r"^\s*\\(?:text|mbox|mathrm)[a-z]*\s*\{([^{}]*)\}\s*$", r"\1"),  # the answer is a word
+        (r"^\s*\(\s*(?:\\text\s*\{\s*)?([A-Za-z])[\s}]*\)\s*$", r"\1"),  # (C)
+        (
+            r"\s*,\s+|\s+,|,(?!\d{3}(?!\d))|(?<=^[(\[]\d),|(?<=^[(\[]\d\d),|(?<=^[(\[]\d{3}),",
+            ", ",
+        ),  # the pair (4,112)
+        (r"(?!(?<=\d)\s+\d)(?:(?<=[^,\s])\s+(?![a-zA-Z])|(?<![a-zA-Z,])\s+)", ""),
+    )
+)  # but "\pi x" and "1 1/2" need theirs
 
 
 def boxed(text: str) -> str | None:
@@ -125,18 +197,24 @@ def last_boxed(text: str) -> str | None:
 
 def _final(rest: str) -> str | None:
     """The answer in what follows "Final answer:": its boxes, else its only formula among words, else its line."""
-    rest = rest.lstrip()[:10 * MAX_LENGTH]
+    rest = rest.lstrip()[: 10 * MAX_LENGTH]
     line = rest.split("\n", 1)[0]
     places = [match.start() for match in re.finditer(r"\\(?:boxed|fbox)", line)]
     if places:
         boxes = [boxed(rest[place:]) for place in places]
-        after = "" if None in boxes else line[places[-1]:].partition(boxes[-1])[2].lstrip("} ")
-        return None if None in boxes or _denied(line[:places[0]]) or _changed("", after) else ", ".join(boxes)
-    if line.count("{") > line.count("}") or "\\begin" in line and "\\end" not in line:      # goes on below
+        after = "" if None in boxes else line[places[-1] :].partition(boxes[-1])[2].lstrip("} ")
+        return (
+            None
+            if None in boxes or _denied(line[: places[0]]) or _changed("", after)
+            else ", ".join(boxes)
+        )
+    if (
+        line.count("{") > line.count("}") or "\\begin" in line and "\\end" not in line
+    ):  # goes on below
         line = rest.split("\n\n", 1)[0]
     first, *others = [*FORMULA.finditer(line), None]
     if len(others) == 1:
-        before, after = line[:first.start()], line[first.end():]
+        before, after = line[: first.start()], line[first.end() :]
         if not re.search(r"[\d\\=]", before + after) and not _changed(before, after):
             return first[1] or first[2]
     return line
@@ -144,20 +222,25 @@ def _final(rest: str) -> str | None:
 
 def _last_box(completion: str) -> str | None:
     place = max(completion.rfind("\\boxed"), completion.rfind("\\fbox"))
-    before = completion[max(place - MAX_LENGTH, 0):max(place, 0)].rpartition("\n")[2]
+    before = completion[max(place - MAX_LENGTH, 0) : max(place, 0)].rpartition("\n")[2]
     return None if _denied(before) else last_boxed(completion)
 
 
 def _denied(before: str) -> bool:
     r"""Whether what stands before a box denies it or turns its sign: "not \boxed{5}". (Bounds are no matter there.)"""
-    return bool(re.search(r"(?:[-√]|\\(?:neq?|not|sqrt))\s*$", before)
-                or re.search(numbers.DENIED, f"{_words(before)}\0", re.IGNORECASE))
+    return bool(
+        re.search(r"(?:[-√]|\\(?:neq?|not|sqrt))\s*$", before)
+        or re.search(numbers.DENIED, f"{_words(before)}\0", re.IGNORECASE)
+    )
 
 
 def _changed(before: str, after: str) -> bool:
     """Whether the words or operators around a formula make another value of it: "not $5$", "-$5$", "$5$ million"."""
-    return bool(OPERATOR.search(before) or re.match(r"\s*(?:[+*^<>!]|/\s*(?![a-z]))", after)
-                or numbers.CHANGED.search(f"{_words(before)}\0{_words(after)}"))
+    return bool(
+        OPERATOR.search(before)
+        or re.match(r"\s*(?:[+*^<>!]|/\s*(?![a-z]))", after)
+        or numbers.CHANGED.search(f"{_words(before)}\0{_words(after)}")
+    )
 
 
 def _words(text: str) -> str:
@@ -170,10 +253,17 @@ def canonical(text: str) -> str:
     >>> canonical(r"$x = \dfrac{1}{2}$."), canonical(r"15,\!000 \text{ cm}^2"), canonical(r"\left( 3, \pi \right)")
     ('0.5', '15000', '(3, \\pi)')
     """
-    text = numbers.UNICODE_POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda match: re.sub("(.+)⁄(.+)", r"\\frac{\1}{\2}",
-                                                   unicodedata.normalize("NFKC", match[0])), text).translate(SYMBOLS)
-    for _ in range(3):                      # what stood inside \\text{} may be tidied in turn
+    text = numbers.UNICODE_POWER.sub(
+        lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text
+    )
+    text = re.sub(
+        "[¼-¾⅐-⅞]",
+        lambda match: re.sub(
+            "(.+)⁄(.+)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", match[0])
+        ),
+        text,
+    ).translate(SYMBOLS)
+    for _ in range(3):  # what stood inside \\text{} may be tidied in turn
         text, before = " ".join(text.split()), text
         for pattern, replacement in TIDY:
             text = pattern.sub(replacement, text).strip()
@@ -219,13 +309,30 @@ class NoVerdict(Exception):
 def _settled(gold: str, answer: str) -> bool:
     if re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", gold) == re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer):
         return True
-    if not gold or not answer or _number(gold) and _number(answer) or too_complex(gold) or too_complex(answer):
+    if (
+        not gold
+        or not answer
+        or _number(gold)
+        and _number(answer)
+        or too_complex(gold)
+        or too_complex(answer)
+    ):
         return False
-    if _ends(gold) != _ends(answer) or "_" in gold and "_" in answer or BASE.search(answer) and "_" not in gold:
+    if (
+        _ends(gold) != _ends(answer)
+        or "_" in gold
+        and "_" in answer
+        or BASE.search(answer)
+        and "_" not in gold
+    ):
         return False
-    if "\\approx" in gold or "=" in gold and not re.search("[a-z]", gold):    # all false equations are equal to it
+    if (
+        "\\approx" in gold or "=" in gold and not re.search("[a-z]", gold)
+    ):  # all false equations are equal to it
         return False
-    if WORD.fullmatch(gold) or WORD.fullmatch(answer):      # to the library "cat" is c*a*t, and so is "act"
+    if WORD.fullmatch(gold) or WORD.fullmatch(
+        answer
+    ):  # to the library "cat" is c*a*t, and so is "act"
         return gold.casefold() == answer.casefold()
     if NOT_UNDERSTOOD.search(answer):
         return False
@@ -245,23 +352,37 @@ class Verifier:
     def equal(self, gold: str, answer: str) -> bool | None:
         """The library's verdict; None if it ran out of time or memory, or the child died. Safe from any thread."""
         with self.lock:
-            for _ in range(2):              # once more if the child had gone for another reason than this question
+            for _ in range(
+                2
+            ):  # once more if the child had gone for another reason than this question
                 if self.process is None:
                     self._start()
-                reply, late = self._exchange(json.dumps([gold, answer, TIME_LIMIT]) + "\n", PATIENCE * TIME_LIMIT)
+                reply, late = self._exchange(
+                    json.dumps([gold, answer, TIME_LIMIT]) + "\n", PATIENCE * TIME_LIMIT
+                )
                 if reply in ("0", "1") or late:
                     break
         return {"1": True, "0": False}.get(reply)
 
     def _start(self) -> None:
         if find_spec("math_verify") is None:
-            raise UserError("The task math needs the library math-verify: pip install 'math-verify[antlr4_13_2]'.")
+            raise UserError(
+                "The task math needs the library math-verify: pip install 'math-verify[antlr4_13_2]'."
+            )
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "irpo_utils.tasks.math"], env=os.environ | {"PYTHONPATH": path}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
+            [sys.executable, "-m", "irpo_utils.tasks.math"],
+            env=os.environ | {"PYTHONPATH": path},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
         if not self._exchange("", START_LIMIT)[0]:
-            raise UserError("The grader of the task math did not start; `python -m irpo_utils.tasks.math` says why.")
+            raise UserError(
+                "The grader of the task math did not start; `python -m irpo_utils.tasks.math` says why."
+            )
 
     def _exchange(self, line: str, limit: float) -> tuple[str, bool]:
         """Write a line, read a line: (reply, whether the time was up). Without a clear reply the child is ended."""
@@ -272,9 +393,9 @@ class Verifier:
             self.process.stdin.write(line)
             self.process.stdin.flush()
             reply = self.process.stdout.readline().strip()
-        except OSError:                     # the child is gone
+        except OSError:  # the child is gone
             pass
-        finally:                            # also after Ctrl-C: an unread reply would be taken for the next question's
+        finally:  # also after Ctrl-C: an unread reply would be taken for the next question's
             timer.cancel()
             timer.join()
             if (late.is_set() or reply in ("", "?")) and self.stop() == -(SIGPROF or 0):
@@ -286,10 +407,10 @@ class Verifier:
         process, self.process = self.process, None
         if process is None or self.owner != os.getpid():
             return None
-        process.kill()                      # no effect on one that has ended by itself
+        process.kill()  # no effect on one that has ended by itself
         try:
             process.communicate()
-        except OSError:                     # what could not be written to it any more
+        except OSError:  # what could not be written to it any more
             pass
         return process.returncode
 
@@ -313,14 +434,19 @@ def _near(gold, answer) -> bool:
 def _limit_memory() -> None:
     try:
         import resource
+
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    except (ImportError, ValueError, OSError):      # not on Windows and not on every macOS: the time limit remains
+    except (
+        ImportError,
+        ValueError,
+        OSError,
+    ):  # not on Windows and not on every macOS: the time limit remains
         pass
 
 
 def _short_of_memory() -> bool:
     """Whether this process has come near the limit; the library keeps quiet about a `MemoryError` of its own."""
-    try:                                            # not `getrusage`, which counts what the parent had before the start
+    try:  # not `getrusage`, which counts what the parent had before the start
         peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         return False
@@ -329,7 +455,7 @@ def _short_of_memory() -> bool:
 
 def _limit_time(seconds: float) -> None:
     """The kernel ends this process when it has used so much processor time from now on, even in C code; 0 for never."""
-    if SIGPROF is not None:                         # not on Windows: there the clock alone decides
+    if SIGPROF is not None:  # not on Windows: there the clock alone decides
         signal.signal(SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -342,19 +468,28 @@ def serve() -> None:
     logging.disable()
     _limit_memory()
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                                   # what a library prints is no reply
-    read = functools.partial(parse, extraction_config=[LatexExtractionConfig()], fallback_mode="no_fallback",
-                             parsing_timeout=None, raise_on_error=True)
+    os.dup2(2, 1)  # what a library prints is no reply
+    read = functools.partial(
+        parse,
+        extraction_config=[LatexExtractionConfig()],
+        fallback_mode="no_fallback",
+        parsing_timeout=None,
+        raise_on_error=True,
+    )
 
     def same(gold: str, answer: str) -> str:
         try:
-            gold, answer = (read("$" + PRODUCT.sub(r"\\cdot ", text) + "$") for text in (gold, answer))
-            equal = verify(gold, answer, timeout_seconds=None, raise_on_error=True) and _near(gold[0], answer[0])
+            gold, answer = (
+                read("$" + PRODUCT.sub(r"\\cdot ", text) + "$") for text in (gold, answer)
+            )
+            equal = verify(gold, answer, timeout_seconds=None, raise_on_error=True) and _near(
+                gold[0], answer[0]
+            )
         except Exception as error:
             return "?" if isinstance(error, MemoryError) or _short_of_memory() else "0"
         return "1" if equal else "?" if _short_of_memory() else "0"
 
-    same("x+1", "1+x")                              # the first one imports more of the library: nobody's time
+    same("x+1", "1+x")  # the first one imports more of the library: nobody's time
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         gold, answer, seconds = json.loads(line)
@@ -392,9 +527,14 @@ class MATH(FileTask):
         question, solution = raw.get("problem") or raw["question"], raw.get("solution")
         answer = raw["answer"] if "answer" in raw else last_boxed(raw["solution"])
         need(question.strip(), "the question is empty")
-        need(isinstance(answer, str), "there is no answer, neither as a field nor in a \\boxed{} of the solution")
+        need(
+            isinstance(answer, str),
+            "there is no answer, neither as a field nor in a \\boxed{} of the solution",
+        )
         row = {"question": question, "answer": answer}
-        return row | ({"solution": f"{solution.strip()}\nFinal answer: ${answer}$"} if solution else {})
+        return row | (
+            {"solution": f"{solution.strip()}\nFinal answer: ${answer}$"} if solution else {}
+        )
 
     def read(self, path: Path | None, name: str, optional: bool = False) -> list[dict]:
         """As for every task, but on the hub the subjects are one by one, and MATH-500 is a data set of its own."""
@@ -404,7 +544,9 @@ class MATH(FileTask):
         if name == "math500":
             raw = load_hub(self.name, "HuggingFaceH4/MATH-500", None, "test")
         else:
-            raw = [row for subject in SUBJECTS for row in load_hub(self.name, self.hub, subject, name)]
+            raw = [
+                row for subject in SUBJECTS for row in load_hub(self.name, self.hub, subject, name)
+            ]
         rows = convert_rows(enumerate(raw), f"{self.hub}, {name}, row ", self.row, self.expected)
         return [{"id": f"{self.name}-{name}-{index:05d}", **row} for index, row in enumerate(rows)]
 
@@ -415,7 +557,9 @@ class MATH(FileTask):
         examples, train = self._take_examples(without(train, test, math500))
         train, validation = hold_out(train)
         parts = {"train": train, "validation": validation, "test": test, "math500": math500}
-        return {name: [row | {"examples": examples} for row in rows] for name, rows in parts.items()}
+        return {
+            name: [row | {"examples": examples} for row in rows] for name, rows in parts.items()
+        }
 
     def _take_examples(self, train: list[dict]) -> tuple[str, list[dict]]:
         """(text of the worked examples, the other rows)."""
@@ -427,10 +571,15 @@ class MATH(FileTask):
             else:
                 rest.append(row)
         if len(found) < len(EXAMPLES):
-            raise UserError(f"{len(EXAMPLES) - len(found)} of the four worked examples of MATH's prompt are not in its "
-                            "training file; take the whole file, or --task jsonl for other questions.")
-        return "".join(f"Question: {found[key]['question']}\nSolution: {solution}\nFinal answer: "
-                       f"${found[key]['answer']}$\n" for key, solution in EXAMPLES.items()), rest
+            raise UserError(
+                f"{len(EXAMPLES) - len(found)} of the four worked examples of MATH's prompt are not in its "
+                "training file; take the whole file, or --task jsonl for other questions."
+            )
+        return "".join(
+            f"Question: {found[key]['question']}\nSolution: {solution}\nFinal answer: "
+            f"${found[key]['answer']}$\n"
+            for key, solution in EXAMPLES.items()
+        ), rest
 
 
 TASK = MATH()

@@ -28,11 +28,19 @@ class SVAMP(GSM8K):
 
     def row(self, raw: dict, index: int) -> dict:
         """Body and question become one text; a body that stops without a full stop gets a comma, as it goes on."""
-        body, question, answer = raw["Body"].strip(), raw["Question"].strip(), numbers.parse(str(raw["Answer"]))
+        body, question, answer = (
+            raw["Body"].strip(),
+            raw["Question"].strip(),
+            numbers.parse(str(raw["Answer"])),
+        )
         need(body and question, "`Body` or `Question` is empty")
         need(answer is not None, "`Answer` is not a number")
         joint = " " if body[-1] in ".!?," else ", "
-        return {"id": f"svamp-{raw['ID']}", "question": f"{body}{joint}{question}", "answer": numbers.show(answer)}
+        return {
+            "id": f"svamp-{raw['ID']}",
+            "question": f"{body}{joint}{question}",
+            "answer": numbers.show(answer),
+        }
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
         """70, 10 and 20 % of all rows, the same from whatever source: sorted by id, then shuffled with a fixed seed."""

@@ -36,7 +36,10 @@ def options(row: dict) -> dict:
     place = min(rng.randrange(OPTIONS), number - 1)
     widest = min(number // 2, (number - 1) // place if place else number)
     step = rng.randrange(1, max(1, widest) + 1, 2)
-    return {"choices": [str(number + (i - place) * step) for i in range(OPTIONS)], "answer": ascii_uppercase[place]}
+    return {
+        "choices": [str(number + (i - place) * step) for i in range(OPTIONS)],
+        "answer": ascii_uppercase[place],
+    }
 
 
 def nearest(number: str, choices: list[str]) -> str | None:
@@ -47,7 +50,11 @@ def nearest(number: str, choices: list[str]) -> str | None:
     """
     value = parse(number)
     distances = [abs(value - int(choice)) for choice in choices]
-    return ascii_uppercase[distances.index(min(distances))] if distances.count(min(distances)) == 1 else None
+    return (
+        ascii_uppercase[distances.index(min(distances))]
+        if distances.count(min(distances)) == 1
+        else None
+    )
 
 
 class WordChoices(Task):
@@ -67,7 +74,9 @@ class WordChoices(Task):
 
     def solved(self, completion: str, row: dict) -> bool:
         """Whether the number itself is right: the letter may be so by luck."""
-        return NUMBERS.is_correct(NUMBERS.extract(completion), row["choices"][ascii_uppercase.index(row["answer"])])
+        return NUMBERS.is_correct(
+            NUMBERS.extract(completion), row["choices"][ascii_uppercase.index(row["answer"])]
+        )
 
     def load(self, split: str, data: str | None = None) -> Dataset:
         """The rows of that split of word_problems with `choices`, and a letter as `answer`; raises the same `UserError`s."""
