@@ -1,0 +1,1 @@
+"""Faster ways to do what the core does plainly; one module with a class `Engine` each."""
