@@ -1,7 +1,7 @@
 """Stage 5: how good M_t is, with intervals. Accuracies are fractions of 1, intervals are 95 %.
 
-The first half is statistics on numpy arrays. `score` applies it to graded completions, `evaluate`
-samples, grades and scores, and `compare` pairs two models on the same questions.
+`score` applies the statistics to graded completions, `evaluate` samples, grades and scores, and
+`compare` pairs two models on the same questions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from irpo_utils.sampling import sample
 
 Z = 1.959964  # two-sided 95 % point of the normal distribution
 RESAMPLES = 2000
-COMMON_K = 8  # majority votes are also counted at this k, so that runs with another k compare
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
@@ -52,22 +51,6 @@ def majority_vote(extracted: list[str | None], is_correct) -> float:
         return 0.0
     first = [answer for answer, count in votes.items() if count == max(votes.values())]
     return sum(bool(is_correct(answer)) for answer in first) / len(first)
-
-
-def mcnemar(correct_a, correct_b) -> dict:
-    """Exact two-sided McNemar test on the same questions: `p`, and the four counts.
-
-    Only questions that exactly one of the two answers correctly tell them apart: without a
-    difference, each of them is a fair coin toss.
-    """
-    a, b = _paired(correct_a, correct_b)
-    if not np.isin([a, b], (0, 1)).all():
-        raise UserError("McNemar's test needs 0 or 1 per question; else use `paired_difference`.")
-    only_a, only_b, both = int((a > b).sum()), int((a < b).sum()), int((a * b).sum())
-    n = only_a + only_b
-    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
-    counts = {"only_a": only_a, "only_b": only_b, "both": both, "neither": len(a) - n - both}
-    return {"p": min(1.0, 2 * tail / 2**n), **counts}
 
 
 def bootstrap_mean(values, seed: int = 0) -> tuple[float, float, float]:
@@ -116,72 +99,41 @@ def proportion_row(metric: str, correct) -> dict:
     return {"metric": metric, "k": 1, "value": successes / n, "low": low, "high": high, "n": n}
 
 
-def score(
-    greedy: Dataset, sampled: Dataset, k: int, questions: Dataset | None = None
-) -> list[dict]:
+def score(greedy: Dataset, sampled: Dataset, k: int) -> list[dict]:
     """Rows `metric`, `k`, `value`, `low`, `high`, `n` (questions) from graded completions.
 
     greedy: one completion per question; sampled: k per question. The column `k` is how many
     completions of a question a number looks at: 1 for means over single completions, more for
-    `pass_at_k`, `majority` and `distinct_answers`. `questions` adds accuracy by `steps` and by
-    `new_skeleton` if it has these columns.
+    `pass_at_k` (powers of two up to k, and k) and `majority`.
     """
     columns = ["id", "correct", "extracted", "finished", "n_tokens"]
-    single, many = group(greedy.select_columns(columns)), group(sampled.select_columns(columns))
-    sizes = [{len(rows) for rows in groups.values()} for groups in (single, many)]
-    if set(single) != set(many) or sizes != [{1}, {k}]:
+    first, many = group(greedy.select_columns(columns)), group(sampled.select_columns(columns))
+    sizes = [{len(rows) for rows in groups.values()} for groups in (first, many)]
+    if set(first) != set(many) or sizes != [{1}, {k}]:
         raise UserError(f"Every question needs one greedy and k = {k} sampled completions.")
-    first = {i: rows[0] for i, rows in single.items()}
-    groups = [many[i] for i in first]
-
-    def mean(of) -> list[float]:
-        return [float(np.mean([of(row) for row in rows])) for rows in groups]
-
+    correct = [sum(row["correct"] for row in rows) for rows in many.values()]
     rows = [
-        proportion_row("greedy", [row["correct"] for row in first.values()]),
-        bootstrap_row("greedy_mean_tokens", [row["n_tokens"] for row in first.values()]),
-        proportion_row("greedy_truncated_rate", [not row["finished"] for row in first.values()]),
-        share_row("sampled", mean(lambda row: row["correct"])),
-        bootstrap_row("mean_tokens", mean(lambda row: row["n_tokens"])),
-        share_row("truncated_rate", mean(lambda row: not row["finished"])),
-        share_row("no_answer_rate", mean(lambda row: row["extracted"] is None)),
+        proportion_row("greedy", [rows[0]["correct"] for rows in first.values()]),
+        share_row("sampled", [c / k for c in correct]),
+        bootstrap_row("mean_tokens", per_question(many, lambda row: row["n_tokens"])),
+        share_row("truncated_rate", per_question(many, lambda row: not row["finished"])),
+        share_row("no_answer_rate", per_question(many, lambda row: row["extracted"] is None)),
+        share_row("majority", [majority(rows) for rows in many.values()], k),
     ]
-    for size in sorted({min(COMMON_K, k), k}):
-        rows.append(share_row("majority", [_blocks(_majority, r, size) for r in groups], size))
-        distinct = [_blocks(_distinct, r, size) for r in groups]
-        rows.append(bootstrap_row("distinct_answers", distinct, size))
-    correct = [sum(row["correct"] for row in rows) for rows in groups]
     for size in sorted({2**i for i in range(k.bit_length())} | {k}):
         rows.append(share_row("pass_at_k", [pass_at_k(k, c, size) for c in correct], size))
-    return rows + _by_kind(first, questions or [])
+    return rows
 
 
-def _majority(rows: list[dict]) -> float:
+def per_question(groups: dict[str, list[dict]], of) -> list[float]:
+    """The mean of `of(row)` for each question."""
+    return [float(np.mean([of(row) for row in rows])) for rows in groups.values()]
+
+
+def majority(rows: list[dict]) -> float:
+    """`majority_vote` of the graded completions of one question."""
     correct = {row["extracted"] for row in rows if row["correct"]}
     return majority_vote([row["extracted"] for row in rows], lambda answer: answer in correct)
-
-
-def _distinct(rows: list[dict]) -> int:
-    return len({row["extracted"] for row in rows} - {None})
-
-
-def _blocks(count, rows: list[dict], size: int) -> float:
-    """The mean of `count` over disjoint blocks of `size` completions; an incomplete one is left out."""
-    starts = range(0, len(rows) - size + 1, size)
-    return float(np.mean([count(rows[start : start + size]) for start in starts]))
-
-
-def _by_kind(first: dict[str, dict], questions) -> list[dict]:
-    """Greedy accuracy by number of steps, and for unseen and seen question templates."""
-    groups: dict[str, list[bool]] = {}
-    for question in questions:
-        correct = first[question["id"]]["correct"]
-        if question.get("new_skeleton") is not None:
-            kind = "new" if question["new_skeleton"] else "seen"
-            groups.setdefault(f"greedy_{kind}_skeleton", []).append(correct)
-        if question.get("steps") is not None:
-            groups.setdefault(f"greedy_steps_{question['steps']}", []).append(correct)
-    return [proportion_row(metric, groups[metric]) for metric in sorted(groups)]
 
 
 @dataclass
@@ -201,45 +153,30 @@ def evaluate(
     The paper votes over 32 samples at temperature 0.8 (section 3.1). `options` go to
     `sampling.sample`.
     """
-    both = answers(model, tokenizer, questions, task, k, temperature, **options)
-    rows = score(both["greedy"], both["sampled"], k, questions)
-    return Evaluation(Dataset.from_list(rows), both["greedy"], both["sampled"])
-
-
-def answers(
-    model, tokenizer, questions, task, k: int, temperature: float, **options
-) -> DatasetDict:
-    """Graded completions: one `greedy` and k `sampled` ones per question.
-
-    The prompts are left out: they are those of the questions, and most of the size.
-    """
     top_p = options.pop("top_p", 1.0)
     greedy = sample(model, tokenizer, questions, task, 1, 0.0, **options)
     sampled = sample(model, tokenizer, questions, task, k, temperature, top_p, **options)
+    both = graded(greedy, sampled, task)
+    rows = score(both["greedy"], both["sampled"], k)
+    return Evaluation(Dataset.from_list(rows), both["greedy"], both["sampled"])
+
+
+def graded(greedy: Dataset, sampled: Dataset, task) -> DatasetDict:
+    """Both graded, without the prompts, which are those of the questions and most of the size."""
     both = DatasetDict({"greedy": grade(greedy, task), "sampled": grade(sampled, task)})
     return both.remove_columns(["prompt", "prompt_ids"])
-
-
-def compare(graded_a: Dataset, graded_b: Dataset) -> dict:
-    """What b gains over a on the same questions, one completion each, matched by `id`.
-
-    Keys: `difference` (b - a, fraction of 1), `low`, `high`, `p_mcnemar`, `only_a`, `only_b`, `n`.
-    """
-    a, b = correct_per_question(graded_a), correct_per_question(graded_b)
-    if set(a) != set(b) or len(a) != len(graded_a) or len(b) != len(graded_b):
-        raise UserError(
-            f"compare needs the same questions on both sides ({len(set(a) ^ set(b))} ids are on one "
-            "side only) with one completion each, such as the greedy ones. For sampled completions, "
-            "give `correct_per_question` of both to `paired_difference`."
-        )
-    values_a, values_b = list(a.values()), [b[i] for i in a]
-    difference, low, high = paired_difference(values_a, values_b)
-    test = mcnemar(values_a, values_b)
-    counts = {"only_a": test["only_a"], "only_b": test["only_b"], "n": len(a)}
-    return {"difference": difference, "low": low, "high": high, "p_mcnemar": test["p"], **counts}
 
 
 def correct_per_question(graded: Dataset) -> dict[str, float]:
     """Share of correct completions by question id."""
     groups = group(graded.select_columns(["id", "correct"]))
-    return {i: float(np.mean([row["correct"] for row in rows])) for i, rows in groups.items()}
+    values = per_question(groups, lambda row: row["correct"])
+    return dict(zip(groups, values, strict=True))
+
+
+def compare(graded_a: Dataset, graded_b: Dataset) -> tuple[float, float, float]:
+    """(difference, low, high): what b gains over a on the same questions, matched by `id`."""
+    a, b = correct_per_question(graded_a), correct_per_question(graded_b)
+    if set(a) != set(b):
+        raise UserError(f"{len(set(a) ^ set(b))} questions are on one side only: nothing to pair.")
+    return paired_difference(list(a.values()), [b[i] for i in a])

@@ -2,8 +2,8 @@
 
     runs/NAME/
       profile.json  metrics.csv
-      iteration_0/  evaluation/  samples/ graded/ pairs/  metrics.json          made with M_0
-      iteration_1/  adapter/ training_log.jsonl  drift/ evaluation/  samples/ ...    M_1, and its data
+      iteration_0/  evaluation/  samples/ graded/ pairs/  metrics.json           made with M_0
+      iteration_1/  adapter/  evaluation/  samples/ graded/ pairs/  metrics.json     M_1, ...
 
 `Folder` stores each artefact and does not make again what is there. `ops.run` passes a storage that
 also survives kills within a stage, full disks and damaged files.
@@ -12,6 +12,7 @@ also survives kills within a stage, full disks and damaged files.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -21,21 +22,8 @@ import pandas
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm.auto import tqdm
 
-from irpo_utils import (
-    UserError,
-    evaluation,
-    grading,
-    logprobs,
-    methods,
-    pairs,
-    sampling,
-    tasks,
-    training,
-)
+from irpo_utils import UserError, evaluation, grading, methods, pairs, sampling, tasks, training
 from irpo_utils.profiles import Profile
-
-KL_QUESTIONS = 256  # completions for the KL to the previous model, one per question
-DRIFT_PAIRS = 128  # pairs whose log-probabilities are compared with the previous model
 
 
 def run(profile: Profile, out, keep=None, engine=None, progress: bool = True) -> list[dict]:
@@ -46,39 +34,44 @@ def run(profile: Profile, out, keep=None, engine=None, progress: bool = True) ->
     `k`, `value`, `low`, `high`, `n`.
     """
     stages = Stages(methods.apply(profile), keep or Folder(out), engine, progress)
-    p, history = stages.p, []
+    p = stages.p
     stages.evaluate(0)
     for t in range(p.iterations):
         if stages.method.train is None:
             samples = stages.sample(t)
             graded = stages.grade(t, samples)
-            history.append(stages.pair(t, graded))
-        stages.train(t + 1, history if p.keep_pairs else history[-1:])
+            stages.pair(t, graded)
+        stages.train(t + 1)
         stages.evaluate(t + 1)
     return stages.keep.table(range(p.iterations + 1))
 
 
 class Stages:
-    """The stages of one run; each is computed once and then read from `keep`."""
+    """The stages of one run; each result is computed once and then read from `keep`."""
 
     def __init__(self, p: Profile, keep: Folder, engine=None, progress: bool = True):
-        self.p, self.keep, self.method = p, keep, methods.get(p.method)
-        self.task = tasks.get(p.task)
+        self.p, self.keep, self.method, self.task = (
+            p,
+            keep,
+            methods.get(p.method),
+            tasks.get(p.task),
+        )
         self.train_questions = self.task.load("train", p.data).shuffle(seed=p.seed)
         self.eval_questions = first(self.task.load(p.eval_split, p.data), p.n_eval_questions)
         if self.method.examples:
             examples = self.task.load("train", p.data).select(range(self.method.examples))
-            self.task = tasks.base.FewShot(self.task, list(examples))
-        self.engine = engine or sampling.find_engine(p.engine)
+            self.task = tasks.FewShot(self.task, list(examples))
+        self.engine, self.progress = engine or find_engine(p.engine), progress
+        self.history: list[Dataset] = []  # the pairs of all iterations so far
         keep.check(self)
         self.model, self.tokenizer = self.engine.load(p, keep.revision)
         keep.begin(self)
-        self.options = {
-            "max_new_tokens": p.max_new_tokens,
-            "batch_size": p.sampling_batch_size,
-            "progress": progress,
-            "engine": self.engine,
-        }
+
+    def draw(self, questions, n: int, temperature: float, seed: int, top_p: float = 1.0) -> Dataset:
+        """n completions per question of the model as it is."""
+        p, parts = self.p, (self.model, self.tokenizer, questions, self.task, n, temperature)
+        sizes = p.max_new_tokens, seed, p.sampling_batch_size
+        return sampling.sample(*parts, top_p, *sizes, self.progress, self.engine)
 
     def sample(self, t: int) -> Dataset | None:
         """N completions of M_t per training question; None if the method needs none."""
@@ -87,18 +80,12 @@ class Stages:
         # A method that starts from another one's M_1 trains on the samples of M_0.
         adapter = None if self.method.start and t == 0 else self.keep.adapter(t)
 
-        def draw(questions):
+        def make(questions) -> Dataset:
             self.engine.use(self.model, adapter)
-            temperature, seed = self.p.temperature_of(t), self.seed(t, 1)
-            settings = {"top_p": self.p.top_p, "seed": seed, **self.options}
-            return self._sample(questions, self.p.n_samples, temperature, **settings)
+            p, temperature = self.p, self.p.temperature_of(t)
+            return self.draw(questions, p.n_samples, temperature, self.seed(t, 1), p.top_p)
 
-        return self.keep.dataset(t, "samples", draw, over=self.questions(t))
-
-    def _sample(self, questions, n: int, temperature: float, **settings) -> Dataset:
-        return sampling.sample(
-            self.model, self.tokenizer, questions, self.task, n, temperature, **settings
-        )
+        return self.keep.dataset(t, "samples", make, over=self.questions(t))
 
     def grade(self, t: int, samples: Dataset | None) -> Dataset | None:
         """Reward 1 where the final answer equals the gold answer, or the method's own reward."""
@@ -107,123 +94,67 @@ class Stages:
         graded = self.keep.dataset(t, "graded", lambda: grading.grade(samples, self.task))
         return methods.reward(graded, self.method.reward)
 
-    def pair(self, t: int, graded: Dataset | None) -> Dataset:
-        """K pairs per question: what M_{t+1} is trained on."""
-        (preferences, counts) = self.keep.dataset(t, "pairs", lambda: self._pair(t, graded))
+    def pair(self, t: int, graded: Dataset | None) -> None:
+        """K pairs per question, for training M_{t+1}."""
+
+        def make() -> tuple[Dataset, dict]:
+            p, questions, seed = self.p, self.questions(t), self.seed(t, 2)
+            if graded is None:
+                prompts, _ = self.prompts(questions)
+                limits = p.max_length, p.max_pairs, seed
+                return pairs.gold_pairs(questions, prompts, self.tokenizer, *limits)
+            gold = pairs.gold_completions(questions, self.tokenizer) if p.gold else None
+            options = p.max_length, p.max_pairs, p.deduplicate, p.pairing, seed
+            return pairs.build_pairs(graded, p.k_pairs, gold, *options)
+
+        preferences, counts = self.keep.dataset(t, "pairs", make)
+        self.history.append(preferences)
         n = counts["questions"]
         rows = [{"metric": f"pairs_{key}", "value": value, "n": n} for key, value in counts.items()]
-        self._report(t, rows)
-        return preferences
+        self.report(t, rows)
 
-    def _pair(self, t: int, graded: Dataset | None):
-        p, questions = self.p, self.questions(t)
-        if graded is None:
-            prompts, _ = self.prompts(questions)
-            preferences, counts = pairs.gold_pairs(questions, prompts, self.tokenizer, p.max_length)
-        else:
-            gold = pairs.gold_completions(questions, self.tokenizer) if p.gold else None
-            preferences, counts = pairs.build_pairs(
-                graded, p.k_pairs, gold, p.max_length, p.deduplicate, p.pairing, self.seed(t, 2)
-            )
-        if p.max_pairs is not None and len(preferences) > p.max_pairs:
-            preferences = first(preferences.shuffle(seed=self.seed(t, 2)), p.max_pairs)
-            used, gold = len(set(preferences["id"])), preferences["chosen_sample"][:].count(-1)
-            counts |= {"pairs": p.max_pairs, "used": used, "gold_winners": gold}
-        return preferences, counts
-
-    def train(self, t: int, history: list[Dataset]) -> None:
-        """M_t from M_{t-1}, which is also the reference."""
+    def train(self, t: int) -> None:
+        """M_t from M_{t-1}, which is also the reference, and its pairs."""
         p, seed = self.p, self.seed(t, 3)
 
         def make(**extra) -> Dataset:
             self.engine.use(self.model, self.keep.adapter(t - 1))
-            parts = self.model, self.tokenizer
+            model = self.model, self.tokenizer
             if self.method.train:
-                return self.method.train(*parts, self.questions(t - 1), self.task, p, seed)
-            return training.train(
-                *parts,
-                self._with_reference(t, concatenate_datasets(history)),
-                p.alpha,
-                p.beta,
-                p.learning_rate,
-                batch_size=p.batch_size,
-                micro_batch_size=p.micro_batch_size,
-                loss=p.loss,
-                **{"trainer": self.engine.trainer(self.model), "seed": seed} | extra,
-                num_train_epochs=p.epochs,
-                max_steps=p.max_steps,
-                warmup_steps=p.warmup_ratio,
-                lr_scheduler_type=p.lr_scheduler,
-                max_grad_norm=p.max_grad_norm,
-                gradient_checkpointing=p.gradient_checkpointing,
-                optim=p.optimizer,
-                disable_tqdm=not self.options["progress"],
-            )
+                return self.method.train(*model, self.questions(t - 1), self.task, p, seed)
+            preferences = concatenate_datasets(self.history if p.keep_pairs else self.history[-1:])
+            options = {"trainer": self.engine.trainer(self.model), "loss": p.loss, "seed": seed}
+            options |= {"batch_size": p.batch_size, "micro_batch_size": p.micro_batch_size}
+            options |= {"num_train_epochs": p.epochs, "max_steps": p.max_steps}
+            options |= {"warmup_steps": p.warmup_ratio, "lr_scheduler_type": p.lr_scheduler}
+            options |= {"max_grad_norm": p.max_grad_norm, "optim": p.optimizer}
+            options |= {"gradient_checkpointing": p.gradient_checkpointing}
+            options |= {"disable_tqdm": not self.progress} | extra
+            return training.train(*model, preferences, p.alpha, p.beta, p.learning_rate, **options)
 
-        self.history = history
         self.keep.train(t, make, self)
 
-    def _with_reference(self, t: int, preferences: Dataset) -> Dataset:
-        """The pairs; with the log-probabilities of M_0 if that is the reference."""
-        if self.p.reference == "previous":
-            return preferences
-        self.engine.use(self.model, self.keep.adapter(0))
-        for side in ("chosen", "rejected"):
-            column = f"ref_{side}_logps"
-            preferences = preferences.add_column(column, self._score(preferences, f"{side}_ids"))
-        self.engine.use(self.model, self.keep.adapter(t - 1))
-        return preferences
-
-    def _score(self, rows: Dataset, column: str) -> list[float]:
-        prompts, responses = list(rows["prompt_ids"]), list(rows[column])
-        return logprobs.score(self.model, self.tokenizer, prompts, responses)
-
     def evaluate(self, t: int) -> None:
-        """Accuracy of M_t with intervals, and how far it moved from M_{t-1}."""
+        """Accuracy of M_t: greedy, and over k samples per question."""
         p = self.p
         k = p.eval_samples_ends if t in (0, p.iterations) else p.eval_samples
 
-        def draw(questions):
+        def make(questions):
             self.engine.use(self.model, self.keep.adapter(t))
-            parts = self.model, self.tokenizer, questions, self.task, k, p.eval_temperature
-            return evaluation.answers(*parts, seed=self.seed(0, 4), **self.options)
+            greedy = self.draw(questions, 1, 0.0, self.seed(0, 4))
+            sampled = self.draw(questions, k, p.eval_temperature, self.seed(0, 4))
+            return evaluation.graded(greedy, sampled, self.task)
 
-        answers = self.keep.dataset(t, "evaluation", draw, over=self.eval_questions)
-        rows = evaluation.score(answers["greedy"], answers["sampled"], k, self.eval_questions)
-        if t > 0:
-            drift = self.keep.dataset(t, "drift", lambda: self._drift(t))
-            rows += drift_rows(drift)
-        self._report(t, rows)
+        answers = self.keep.dataset(t, "evaluation", make, over=self.eval_questions)
+        rows = evaluation.score(answers["greedy"], answers["sampled"], k)
+        self.report(t, rows + self.keep.evaluated(t, self, answers))
 
-    def _drift(self, t: int) -> Dataset:
-        """Log-probabilities under M_t and M_{t-1} of M_t's samples and of the pairs it learnt from.
-
-        Columns: `kind` (sample, chosen, rejected), `logp`, `logp_previous` (nats), `n_tokens`.
-        """
-        self.engine.use(self.model, self.keep.adapter(t))
-        questions = first(self.eval_questions, KL_QUESTIONS)
-        settings = {"seed": self.seed(t, 5), **self.options, "progress": False}
-        parts = {"sample": (self._sample(questions, 1, 1.0, **settings), "completion_ids")}
-        if self.method.train is None:
-            preferences = first(concatenate_datasets(self.history), DRIFT_PAIRS)
-            parts |= {side: (preferences, f"{side}_ids") for side in ("chosen", "rejected")}
-        now = {kind: self._score(*part) for kind, part in parts.items()}
-        self.engine.use(self.model, self.keep.adapter(t - 1))
-        rows = []
-        for kind, (data, column) in parts.items():
-            lengths, before = map(len, data[column]), self._score(data, column)
-            for logp, previous, n in zip(now[kind], before, lengths, strict=True):
-                row = {"kind": kind, "logp": logp, "logp_previous": previous, "n_tokens": n}
-                rows.append(row)
-        self.engine.use(self.model, self.keep.adapter(t))
-        return Dataset.from_list(rows)
-
-    def _report(self, t: int, rows: list[dict]) -> None:
+    def report(self, t: int, rows: list[dict]) -> None:
         """Add rows to the metrics of iteration t."""
         p = self.p
         head = {"method": p.method, "seed": p.seed, "iteration": t, "split": p.eval_split}
-        tail = {"k": 0, "low": None, "high": None}
-        self.keep.metrics(t, [head | tail | row for row in rows])
+        columns = {"metric": None, "k": 0, "value": None, "low": None, "high": None, "n": None}
+        self.keep.metrics(t, [head | columns | row for row in rows])
 
     def questions(self, t: int) -> Dataset:
         """The training questions of iteration t."""
@@ -234,27 +165,20 @@ class Stages:
 
     def prompts(self, questions: Dataset):
         """The rendered prompts of the questions, as text and as token ids."""
-        new = self.p.max_new_tokens
-        return sampling.render_prompts(self.model, self.tokenizer, questions, self.task, new)
+        settings = self.task, self.p.max_new_tokens
+        return sampling.render_prompts(self.model, self.tokenizer, questions, *settings)
 
     def seed(self, t: int, purpose: int) -> int:
         """Different random numbers for every iteration and purpose, the same when resumed."""
         return (self.p.seed * 1000 + t) * 10 + purpose
 
 
-def drift_rows(drift: Dataset) -> list[dict]:
-    """Metrics: KL(M_t || M_{t-1}) per completion in nats, and log-probability per token of the pairs."""
-    table = drift.to_pandas()
-    samples = table[table.kind == "sample"]
-    rows = [evaluation.bootstrap_row("kl_to_previous", samples.logp - samples.logp_previous)]
-    for side in ("chosen", "rejected"):
-        part = table[table.kind == side]
-        for name, logp in (("_before", part.logp_previous), ("", part.logp)):
-            if len(part):
-                value = float((logp / part.n_tokens).mean())
-                name = f"{side}_logp_per_token{name}"
-                rows.append({"metric": name, "value": value, "n": len(part)})
-    return rows
+def find_engine(name: str):
+    """The engine of that name, from the module of that name in `irpo_utils/engines`."""
+    try:
+        return importlib.import_module(f"irpo_utils.engines.{name}").Engine()
+    except ModuleNotFoundError as error:
+        raise UserError(f"There is no engine {name!r} ({error}). Use plain or cpu.") from error
 
 
 class Folder:
@@ -267,13 +191,12 @@ class Folder:
 
     def check(self, stages: Stages) -> None:
         """Called before the model is loaded: refuse a directory made with other settings."""
-        text = json.dumps(dataclasses.asdict(stages.p), indent=1) + "\n"
-        path = self.out / "profile.json"
+        self.start = Path(stages.p.start) if stages.p.start else None
+        text, path = json.dumps(dataclasses.asdict(stages.p), indent=1), self.out / "profile.json"
         if path.exists() and path.read_text() != text:
             raise UserError(f"{self.out} was made with other settings. Choose another --out.")
         self.out.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        self.start = Path(stages.p.start) if stages.p.start else None
 
     def begin(self, stages: Stages) -> None:
         """Called when the model is loaded."""
@@ -287,7 +210,7 @@ class Folder:
         return self.folder(t) / "adapter" if t > 0 else self.start
 
     def dataset(self, t: int, name: str, make, over: Dataset | None = None):
-        """The artefact, read from disk, or made by `make()`, or by `make(over)` where `over` is given."""
+        """The artefact from disk, or made by `make()`, or by `make(over)` where `over` is given."""
         place = self.folder(t) / name
         if not place.exists():
             content = make() if over is None else make(over)
@@ -295,7 +218,7 @@ class Folder:
         return load(place)
 
     def train(self, t: int, make, stages: Stages) -> None:
-        """Make the adapter of M_t by `make()`, which returns the training log, unless it is there."""
+        """Make the adapter of M_t with `make()`, which returns the training log."""
         if not self.adapter(t).exists():
             log = make()
             self.put(self.adapter(t), lambda folder: save_adapter(stages.model, log, folder))
@@ -308,13 +231,17 @@ class Folder:
         write(partial)
         os.replace(partial, place)
 
+    def evaluated(self, t: int, stages: Stages, answers) -> list[dict]:
+        """Called after each evaluation; returns further rows for the metrics."""
+        return []
+
     def metrics(self, t: int, rows: list[dict]) -> None:
-        """Add rows to metrics.json of iteration t; a row replaces an older one of its metric and k."""
+        """Add rows to metrics.json of iteration t; a row replaces an older one of its kind."""
         path = self.folder(t) / "metrics.json"
         old = json.loads(path.read_text()) if path.exists() else []
         new = {(row["metric"], row["k"]): row for row in [*old, *rows]}
         path.write_text(json.dumps(list(new.values()), indent=0) + "\n")
-        self.report(t, {row["metric"]: row["value"] for row in rows})
+        describe(t, {row["metric"]: row["value"] for row in rows})
 
     def table(self, iterations) -> list[dict]:
         """The metrics of all iterations, also written to metrics.csv."""
@@ -323,19 +250,14 @@ class Folder:
         pandas.DataFrame(rows).to_csv(self.out / "metrics.csv", index=False)
         return rows
 
-    def report(self, t: int, value: dict) -> None:
-        """A line on the screen."""
-        if "greedy" in value:
-            line = f"M_{t}: greedy {value['greedy']:.1%}, sampled {value['sampled']:.1%}"
-            if "kl_to_previous" in value:
-                line += f"; KL to M_{t - 1} {value['kl_to_previous']:.2f} nats"
-            tqdm.write(line)
-        else:
-            tqdm.write(
-                f"     {value['pairs_pairs']} pairs from {value['pairs_used']} of "
-                f"{value['pairs_questions']} questions ({value['pairs_all_right']} all correct, "
-                f"{value['pairs_all_wrong']} all incorrect)"
-            )
+
+def describe(t: int, value: dict) -> None:
+    """New metrics on the screen, in a line."""
+    if "greedy" in value:
+        tqdm.write(f"M_{t}: greedy {value['greedy']:.1%}, sampled {value['sampled']:.1%}")
+    else:
+        count = {name.removeprefix("pairs_"): number for name, number in value.items()}
+        tqdm.write("     {pairs} pairs from {used} of {questions} questions".format(**count))
 
 
 def first(data: Dataset, n: int | None) -> Dataset:

@@ -6,7 +6,7 @@ All numbers are natural logarithms (nats). Prompt tokens are conditioned on and 
 from __future__ import annotations
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 
 LOGITS = {"cpu": 2**24, "cuda": 2**28}  # numbers in the logits of one batch: 64 MB and 1 GB in fp32
 
@@ -62,24 +62,22 @@ def score(model, tokenizer, prompts, responses, batch_size: int = 64) -> list[fl
     Rows are batched by length. `batch_size` is a limit: it is smaller where the logits of a batch
     would be large, and halved when memory runs out.
     """
-    longest = max(map(len, responses), default=0) + 1
+    longest, scores = max(map(len, responses), default=0) + 1, [0.0] * len(prompts)
     room = LOGITS[model.device.type] // (longest * model.config.get_text_config().vocab_size)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    scores = [0.0] * len(prompts)
-
-    @find_executable_batch_size(starting_batch_size=max(1, min(batch_size, room)))
-    def score_all(size):
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            batch = pad_batch(
-                [prompts[i] for i in rows],
-                [responses[i] for i in rows],
-                tokenizer.pad_token_id,
-                model.device,
-            )
-            for i, value in zip(rows, response_logps(model, batch).sum(-1).tolist(), strict=True):
-                scores[i] = value
-
-    if order:
-        score_all()
+    size = max(1, min(batch_size, room))
+    while order:
+        rows = order[:size]
+        parts = [prompts[i] for i in rows], [responses[i] for i in rows]
+        try:
+            batch = pad_batch(*parts, tokenizer.pad_token_id, model.device)
+            sums = response_logps(model, batch).sum(-1).tolist()
+        except RuntimeError as error:
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+            size //= 2
+            continue
+        for i, value in zip(rows, sums, strict=True):
+            scores[i] = value
+        order = order[len(rows) :]
     return scores

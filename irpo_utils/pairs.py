@@ -1,8 +1,8 @@
-"""Stage 3: chosen and rejected completions as preference pairs (section 2 of the paper, footnote 2).
+"""Stage 3: chosen and rejected completions as preference pairs (section 2 and footnote 2).
 
-The paper "iterates over G^w and G^l simultaneously" and restarts a set at its first element when it
-reaches its end. This is a zip with wrap-around, not a random draw. A question with an empty set is
-left out.
+The paper "iterates over G^w and G^l simultaneously" and restarts a set at its first element when
+it reaches its end. This is a zip with wrap-around, not a random draw. A question with an empty set
+is left out.
 """
 
 from __future__ import annotations
@@ -14,18 +14,12 @@ from datasets import Dataset
 from irpo_utils import UserError, models
 from irpo_utils.sampling import check_ids
 
+# questions with completions; those that give pairs; those with no rejected and with no chosen
+# completion; completions that repeat an earlier one, and that have no token; pairs that occur again
+# after wrapping around both sets; pairs longer than max_length; pairs with a gold solution; pairs
 COUNTS = (
-    "questions",  # with completions
-    "used",  # that give pairs
-    "all_right",  # all completions correct: no rejected one
-    "all_wrong",  # no completion correct: no chosen one
-    "duplicates",  # completions that repeat an earlier one of the same question and reward
-    "empty",  # completions without a token
-    "repeated",  # pairs that occur again after wrapping around both sets
-    "over_long",  # pairs dropped by max_length
-    "gold_winners",  # pairs whose chosen completion is the gold solution
-    "pairs",
-)
+    "questions used all_right all_wrong duplicates empty repeated over_long gold_winners pairs"
+).split()
 
 
 def build_pairs(
@@ -33,16 +27,17 @@ def build_pairs(
     k: int = 4,
     gold=None,
     max_length: int | None = None,
+    max_pairs: int | None = None,
     deduplicate: bool = True,
     pairing: str = "wrap_around",
     seed: int = 0,
 ) -> tuple[Dataset, dict[str, int]]:
-    """K pairs per question: (pairs, counts); `COUNTS` says what is counted.
+    """K pairs per question: (pairs, counts); see `COUNTS`.
 
     graded: completions of one model with `reward` (or `correct`), see `grading.grade`.
-    gold: optional rows `id`, `completion`, `completion_ids` (see `gold_completions`), which come
-        first among the chosen, as the paper does on GSM8K.
+    gold: rows of `gold_completions`, which come first among the chosen, as the paper does on GSM8K.
     max_length: drop pairs whose prompt and longer response have more tokens (section 3.1).
+    max_pairs: keep this many random pairs.
     deduplicate: leave out completions that repeat an earlier one. The paper describes no such step;
         without it a question whose samples agree gives the same pair K times.
     pairing: "wrap_around" (the paper) or "random" (K draws with replacement), for comparison.
@@ -51,13 +46,7 @@ def build_pairs(
     `chosen_sample` (-1 for a gold solution), `rejected_sample`.
     Raises `UserError` beginning "no pairs" if nothing is left.
     """
-    if k < 1 or pairing not in ("wrap_around", "random"):
-        raise UserError(
-            f"k = {k} must be at least 1, and pairing = {pairing!r} must be wrap_around or random."
-        )
-    check_ids(
-        [(row["id"], row["sample"]) for row in graded.select_columns(["id", "sample"])], "samples"
-    )
+    check_ids(list(zip(graded["id"], graded["sample"], strict=True)), "samples")
     gold_of = {row["id"]: {**row, "sample": -1} for row in gold or []}
     rng, rows, counts = random.Random(seed), [], dict.fromkeys(COUNTS, 0)
     for question, completions in group(graded).items():
@@ -70,18 +59,32 @@ def build_pairs(
             continue
         indices = walk(len(chosen), len(rejected), k)
         if pairing == "random":
-            indices = [(rng.randrange(len(chosen)), rng.randrange(len(rejected))) for _ in range(k)]
+            indices = [(rng.randrange(len(chosen)), rng.randrange(len(rejected))) for _ in indices]
         counts["repeated"] += k - len(set(indices))
-        new = [make_pair(completions[0], chosen[w], rejected[l]) for w, l in indices]
-        kept = [pair for pair in new if max_length is None or length(pair) <= max_length]
-        counts["over_long"] += len(new) - len(kept)
-        counts["used"] += bool(kept)
-        counts["gold_winners"] += sum(pair["chosen_sample"] == -1 for pair in kept)
-        rows += kept
-    counts["pairs"] = len(rows)
-    if not rows:
-        raise UserError(_no_pairs(counts))
-    return Dataset.from_list(rows), counts
+        rows += [make_pair(completions[0], chosen[i], rejected[j]) for i, j in indices]
+    return _limited(rows, max_length, max_pairs, seed, counts)
+
+
+def _limited(rows, max_length, max_pairs, seed: int, counts) -> tuple[Dataset, dict[str, int]]:
+    """The pairs that are not too long and not too many."""
+    kept = [pair for pair in rows if max_length is None or length(pair) <= max_length]
+    counts["over_long"] = len(rows) - len(kept)
+    if not kept:
+        raise UserError(
+            "no pairs: of {questions} questions, all completions were correct for {all_right} and "
+            "all incorrect for {all_wrong}; {over_long} pairs were longer than --max-length. If most "
+            "are incorrect, draw more samples (--n-samples), add gold solutions (--gold true), or "
+            "look at `extracted` and `reason` of the graded data; if most are correct, raise "
+            "--temperature or use harder questions. Other settings need another --out.".format(
+                **counts
+            )
+        )
+    data = Dataset.from_list(kept)
+    if max_pairs is not None and len(data) > max_pairs:
+        data = data.shuffle(seed=seed).select(range(max_pairs))
+    gold = data["chosen_sample"][:].count(-1)
+    counts |= {"pairs": len(data), "used": len(set(data["id"])), "gold_winners": gold}
+    return data, counts
 
 
 def walk(n_chosen: int, n_rejected: int, k: int) -> list[tuple[int, int]]:
@@ -122,36 +125,23 @@ def gold_completions(questions, tokenizer) -> list[dict]:
     return rows
 
 
-def gold_pairs(questions, prompts: list[str], tokenizer, max_length: int | None = None):
-    """Gold solutions over an empty completion, for SFT on them: (pairs, counts) as `build_pairs`.
+def gold_pairs(questions, prompts: list[str], tokenizer, max_length=None, max_pairs=None, seed=0):
+    """Gold solutions over a lone end token, which SFT does not look at: (pairs, counts).
 
-    `prompts` are the rendered prompts of the questions. SFT does not look at the rejected
-    completion, which is a lone end token. Raises `UserError` beginning "no pairs" without solutions.
+    `prompts` are the rendered prompts of the questions.
     """
     gold = {row["id"]: {**row, "sample": -1} for row in gold_completions(questions, tokenizer)}
+    if not gold:
+        raise UserError("no pairs: the questions have no gold solutions. Use a task that has them.")
     nothing = {"completion": "", "completion_ids": [models.turn_end(tokenizer)], "sample": 0}
     rows = []
     for row, prompt in zip(questions, prompts, strict=True):
         if row["id"] in gold:
             ids = tokenizer(prompt, add_special_tokens=False).input_ids
-            rows.append(
-                make_pair({**row, "prompt": prompt, "prompt_ids": ids}, gold[row["id"]], nothing)
-            )
-    kept = [pair for pair in rows if max_length is None or length(pair) <= max_length]
-    if not kept:
-        raise UserError(
-            f"no pairs: all {len(rows)} gold solutions are longer than the limit. Raise --max-length."
-            if rows
-            else "no pairs: the questions have no gold solutions. Use a task that has them, e.g. gsm8k."
-        )
-    counts = dict.fromkeys(COUNTS, 0) | {
-        "questions": len(questions),
-        "used": len(kept),
-        "gold_winners": len(kept),
-        "over_long": len(rows) - len(kept),
-        "pairs": len(kept),
-    }
-    return Dataset.from_list(kept), counts
+            question = {"id": row["id"], "prompt": prompt, "prompt_ids": ids}
+            rows.append(make_pair(question, gold[row["id"]], nothing))
+    counts = dict.fromkeys(COUNTS, 0) | {"questions": len(questions)}
+    return _limited(rows, max_length, max_pairs, seed, counts)
 
 
 def group(rows) -> dict[str, list[dict]]:
@@ -194,23 +184,3 @@ def _usable(completions: list[dict], deduplicate: bool, counts: dict) -> list[di
             kept.append(row)
             seen.add(row["completion"])
     return kept
-
-
-def _no_pairs(counts) -> str:
-    cause = (
-        f"no pairs: of {counts['questions']} questions, all completions were correct for "
-        f"{counts['all_right']} and all incorrect for {counts['all_wrong']}"
-    )
-    if counts["over_long"]:
-        return f"{cause}, and {counts['over_long']} pairs were longer than the limit. Raise --max-length."
-    if counts["all_wrong"] >= counts["all_right"]:
-        return (
-            f"{cause}. The model is too weak for these questions, or its answers are not read: draw "
-            "more samples (--n-samples), add gold solutions (--gold true), use easier questions or a "
-            "stronger model, and look at `extracted` and `reason` in the graded data. Other settings "
-            "need another --out."
-        )
-    return (
-        f"{cause}. The questions are too easy for the model: raise --temperature or --n-samples, or "
-        "use harder questions. Other settings need another --out."
-    )

@@ -1,36 +1,39 @@
 """Stage 4: train M_{t+1} from M_t on the preference pairs with DPO + NLL (Eq. 1 of the paper, v3).
 
-    L = -log σ( β [log π_θ(w|x) - log π_t(w|x)] - β [log π_θ(l|x) - log π_t(l|x)] )  -  α log π_θ(w|x) / |w|
+    L = - log σ( β [log π_θ(w|x) - log π_t(w|x)] - β [log π_θ(l|x) - log π_t(l|x)] )
+        - α log π_θ(w|x) / |w|
 
 The log-ratios are sums over the response tokens. The NLL is divided by the length of its own
 response, per sequence, then averaged over the batch. Prompt tokens are in neither term. Training
 starts from M_t, and M_t is the reference.
 
 TRL's `DPOTrainer` pads the batches, scores the reference, steps, logs and saves. Only the loss is
-ours: TRL's `loss_type=["sigmoid", "sft"]` averages the NLL over all tokens of a micro-batch, so long
-chosen responses count more than the paper's Eq. 1 says.
+ours: TRL's `loss_type=["sigmoid", "sft"]` averages the NLL over all tokens of a micro-batch, so
+long chosen responses count more than in Eq. 1.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 import tempfile
 import time
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import logsigmoid
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
 from irpo_utils import UserError, models
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# At the first step the policy is the reference, so log-ratios differ from 0 by rounding only: at most
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+# At the first step the policy is the reference: log-ratios differ from 0 by rounding only, at most
 # this share of a response's log-probability.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
@@ -39,9 +42,8 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 class PairLogps:
     """A batch of pairs as a loss sees it; every field is a tensor (batch,).
 
-    `chosen`, `rejected`: log-probabilities summed over the response tokens, in nats; `ref_chosen`,
-    `ref_rejected`: the same under the reference; `n_chosen`, `n_rejected`: response tokens.
-    A loss in `CHOSEN_ONLY` gets `chosen` and `n_chosen`, and None for the rest.
+    `chosen`, `rejected`: log-probabilities summed over the response tokens, in nats; `ref_...`: the
+    same under the reference; `n_...`: response tokens. A loss in `CHOSEN_ONLY` gets the first two.
     """
 
     chosen: torch.Tensor
@@ -53,9 +55,9 @@ class PairLogps:
 
 
 def dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, *, alpha, beta):
-    """The two terms of Eq. 1 per pair: (loss_dpo, loss_nll); the loss is loss_dpo + alpha * loss_nll.
+    """The two terms of Eq. 1 per pair: (loss_dpo, loss_nll). The loss is loss_dpo + alpha * loss_nll.
 
-    All arguments are tensors (batch,), see `PairLogps`. `alpha` does not scale what is returned.
+    All arguments are tensors (batch,), see `PairLogps`. `alpha` does not scale the second term.
     """
     ratio_chosen, ratio_rejected = chosen - ref_chosen, rejected - ref_rejected
     loss_dpo = -logsigmoid(beta * (ratio_chosen - ratio_rejected))
@@ -64,23 +66,9 @@ def dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, *, alpha,
 
 
 def _dpo_nll(pairs: PairLogps, alpha: float, beta: float):
-    loss_dpo, loss_nll = dpo_nll_loss(
-        pairs.chosen,
-        pairs.rejected,
-        pairs.ref_chosen,
-        pairs.ref_rejected,
-        pairs.n_chosen,
-        alpha=alpha,
-        beta=beta,
-    )
+    logps = pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected
+    loss_dpo, loss_nll = dpo_nll_loss(*logps, pairs.n_chosen, alpha=alpha, beta=beta)
     return loss_dpo + alpha * loss_nll, {"loss_dpo": loss_dpo, "loss_nll": loss_nll}
-
-
-def _dpo_nll_per_token(pairs: PairLogps, alpha: float, beta: float):
-    """As TRL averages the NLL: over all tokens of the micro-batch. For comparison."""
-    _, terms = _dpo_nll(pairs, alpha, beta)
-    terms["loss_nll"] = -pairs.chosen / pairs.n_chosen.float().mean()
-    return terms["loss_dpo"] + alpha * terms["loss_nll"], terms
 
 
 def _sft(pairs: PairLogps, alpha: float, beta: float):
@@ -90,7 +78,7 @@ def _sft(pairs: PairLogps, alpha: float, beta: float):
 
 
 # A loss takes (pairs: PairLogps, alpha, beta) and returns the loss per pair and the terms to log.
-LOSSES = {"dpo_nll": _dpo_nll, "dpo_nll_per_token": _dpo_nll_per_token, "sft": _sft}
+LOSSES = {"dpo_nll": _dpo_nll, "sft": _sft}
 CHOSEN_ONLY = {"sft"}  # losses that need neither the rejected responses nor a reference
 
 
@@ -102,23 +90,26 @@ class IterativeRPOTrainer(DPOTrainer):
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the pairs of the whole batch
+    starts_from_reference = True
 
     def __init__(self, *args, loss: str, alpha: float, **options):
         self.loss_name, self.alpha = loss, alpha
         super().__init__(*args, **options)
-        self.remove_callback(PrinterCallback)  # the bar of `Watch` replaces these two
-        self.remove_callback(ProgressCallback)
-        self.started = time.perf_counter()
+        self.remove_callback(PrinterCallback)  # `Bar` replaces these, which print every log row
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Bar)
+        self.started, self.overflows = time.perf_counter(), 0
 
     def _prepare_dataset(self, dataset, *args):
         return dataset  # the sampled tokens; text that is tokenised again can differ from them
 
-    def _precompute_ref_logps(self, dataset, *args):
-        given = "ref_chosen_logps" in dataset.column_names
-        return dataset if given else super()._precompute_ref_logps(dataset, *args)
+    def _precompute_ref_logps(self, *args):
+        quiet = {"TQDM_DISABLE": "1"} if self.args.disable_tqdm else {}
+        with mock.patch.dict(os.environ, quiet):  # the only switch that TRL has for this bar
+            return super()._precompute_ref_logps(*args)
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = [*IDS, "ref_chosen_logps", "ref_rejected_logps", "length"]
+        self._signature_columns = [*IDS, *REFERENCE, "length"]
 
     def _get_num_items_in_batch(self, batches, device):
         """Pairs in one optimiser step, over all micro-batches and processes."""
@@ -139,18 +130,14 @@ class IterativeRPOTrainer(DPOTrainer):
         ids, attention, response = (inputs[name] for name in names)
         if self.loss_name in CHOSEN_ONLY:
             ids, attention, response = (x.chunk(2)[0] for x in (ids, attention, response))
-        logps = model(
-            input_ids=ids,
-            attention_mask=attention,
-            labels=ids.masked_fill(response == 0, -100),
-            use_cache=False,
-            fused_lm_head=True,  # TRL's head: per-token log-probabilities without the full logits
-        ).log_probs.sum(1)
+        batch = {"input_ids": ids, "attention_mask": attention, "use_cache": False}
+        labels = ids.masked_fill(response == 0, -100)
+        # TRL's head gives per-token log-probabilities without the full logits.
+        logps = model(**batch, labels=labels, fused_lm_head=True).log_probs.sum(1)
         if self.loss_name in CHOSEN_ONLY:
             return PairLogps(logps, response.sum(1))
-        chosen, rejected = logps.chunk(2)
-        n_chosen, n_rejected = response.sum(1).chunk(2)
-        reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        (chosen, rejected), (n_chosen, n_rejected) = logps.chunk(2), response.sum(1).chunk(2)
+        reference = (inputs[name] for name in REFERENCE)
         return PairLogps(chosen, n_chosen, rejected, n_rejected, *reference)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -159,9 +146,9 @@ class IterativeRPOTrainer(DPOTrainer):
         weights = inputs.get("weights", torch.ones_like(loss))
         self._record({"loss": loss, **terms}, pairs, weights)
         self._metrics["train"]["tokens"].append(self.n_tokens(inputs))
-        pairs_in_batch = len(loss) if num_items_in_batch is None else num_items_in_batch
+        in_batch = len(loss) if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, so each process multiplies by their number.
-        return (weights * loss).sum() / pairs_in_batch * self.accelerator.num_processes
+        return (weights * loss).sum() / in_batch * self.accelerator.num_processes
 
     @torch.no_grad()
     def _record(self, columns: dict, pairs: PairLogps, weights) -> None:
@@ -170,30 +157,57 @@ class IterativeRPOTrainer(DPOTrainer):
         if pairs.rejected is not None:
             chosen = self.beta * (pairs.chosen - pairs.ref_chosen)
             rejected = self.beta * (pairs.rejected - pairs.ref_rejected)
-            columns |= {
-                "logps/rejected": pairs.rejected,
-                "rewards/chosen": chosen,
-                "rewards/rejected": rejected,
-                "rewards/margins": chosen - rejected,
-                "rewards/accuracies": (chosen > rejected).float(),
-            }
+            columns |= {"rewards/chosen": chosen, "rewards/rejected": rejected}
+            columns |= {"rewards/margins": chosen - rejected, "logps/rejected": pairs.rejected}
+            columns |= {"rewards/accuracies": (chosen > rejected).float()}
         for name, values in columns.items():
             self._metrics["train"][name].append(torch.stack([weights * values, weights], 1))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row per optimiser step: TRL averages over micro-batches, this over pairs."""
         metrics, gather = self._metrics["train"], self.accelerator.gather
-        if metrics:
-            logs["tokens"] = int(gather(torch.stack(metrics.pop("tokens"))).sum())
-            logs["seconds"] = time.perf_counter() - self.started
+        tokens = metrics.pop("tokens", None)
+        if tokens:
             for name, parts in metrics.items():
                 total, pairs = gather(torch.cat(parts)).sum(0).tolist()
                 metrics[name] = [total / pairs]
+            logs["tokens"] = int(gather(torch.stack(tokens)).sum())
+            logs["seconds"] = time.perf_counter() - self.started
         super().log(logs, start_time)
+        if tokens:
+            self._check_numbers(logs)
+
+    def _check_numbers(self, logs: dict[str, float]) -> None:
+        """Stop if numbers are not finite, or if the reference is not what training starts from."""
+        step = self.state.global_step
+        self.overflows = 0 if math.isfinite(logs["grad_norm"]) else self.overflows + 1
+        # The loss scaling of fp16 looks for its scale by overflowing a few times.
+        if not math.isfinite(logs["loss"]) or self.overflows > (10 if self.args.fp16 else 0):
+            raise UserError(
+                f"Training stopped at step {step}: the loss is {logs['loss']} and the gradient norm "
+                f"{logs['grad_norm']}. Lower --learning-rate, or use a wider --dtype."
+            )
+        if step == 1 and self.starts_from_reference and "rewards/chosen" in logs:
+            for side in ("chosen", "rejected"):
+                ratio, size = abs(logs[f"rewards/{side}"]) / self.beta, abs(logs[f"logps/{side}"])
+                if ratio > ROUNDING[self.model.dtype] * (1 + size):
+                    raise UserError(
+                        "The reference is not the model that training starts from: at the first step "
+                        f"the {side} responses have a log-ratio of {ratio:.4f} nats, not 0. Install "
+                        "the versions of requirements.lock, and use the model for nothing else."
+                    )
 
     def _save(self, output_dir=None, state_dict=None):
         # Without the last argument PEFT looks for the base on the hub.
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+
+class Bar(ProgressCallback):
+    """transformers' progress bar, with two numbers next to it instead of a printed row per step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "nll_chosen" in logs:
+            self.training_bar.set_postfix(loss=logs["loss"], nll=logs["nll_chosen"])
 
 
 def train(
@@ -213,10 +227,9 @@ def train(
 ) -> Dataset:
     """Train the adapter of `model` (M_t) in place into M_{t+1}; returns the training log.
 
-    pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`), and
-        optionally `ref_chosen_logps`, `ref_rejected_logps` of another reference than M_t.
+    pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`).
     batch_size: pairs per optimiser step. micro_batch_size: pairs per forward pass, on which the
-        result does not depend (except with the loss "dpo_nll_per_token").
+        result does not depend.
     loss: an entry of `LOSSES`; alpha weighs the NLL term, alpha = 0 is DPO.
     trainer: a subclass of `IterativeRPOTrainer`. callbacks: `transformers.TrainerCallback`s.
     config: further settings of TRL's `DPOConfig`, such as num_train_epochs, max_steps, seed, optim,
@@ -229,42 +242,33 @@ def train(
     """
     _check(pairs, alpha, loss)
     draw_adapter(model, config.get("seed", 0))
-    known = [name for name in pairs.column_names if name.endswith(("_ids", "_logps"))]
-    lengths = [sum(map(len, row.values())) for row in pairs.select_columns(list(IDS))]
-    data = pairs.select_columns(known).add_column("length", lengths)
-    own_reference = loss not in CHOSEN_ONLY and "ref_chosen_logps" not in known
+    data = pairs.select_columns(list(IDS))
+    data = data.add_column("length", [sum(map(len, row.values())) for row in data])
     checkpoint = config.pop("resume_from_checkpoint", None)
-    with tempfile.TemporaryDirectory() as folder, _restored(model):
-        with _fp32_adapter(model):
-            running = (trainer or IterativeRPOTrainer)(
-                model,
-                args=_config(
-                    model,
-                    folder,
-                    loss,
-                    batch_size,
-                    micro_batch_size,
-                    {"beta": beta, "learning_rate": learning_rate, **config},
-                ),
-                train_dataset=data,
-                processing_class=tokenizer,
-                callbacks=[Watch(ROUNDING[model.dtype] if own_reference else None), *callbacks],
-                loss=loss,
-                alpha=alpha,
-            )
+    settings = config | {"beta": beta, "learning_rate": learning_rate}
+    with tempfile.TemporaryDirectory() as folder, _restored(model) as trained:
+        args = _config(model, {"output_dir": folder} | settings, loss, batch_size, micro_batch_size)
+        running = (trainer or IterativeRPOTrainer)(
+            model,
+            args=args,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+            loss=loss,
+            alpha=alpha,
+        )
+        for parameter in trained:
+            parameter.requires_grad_(True)
         running.train(resume_from_checkpoint=checkpoint)
-    model.eval()
     return Dataset.from_list([row for row in running.state.log_history if "tokens" in row])
 
 
-def _config(model, folder, loss, batch_size, micro_batch_size, settings) -> DPOConfig:
+def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size) -> DPOConfig:
     """`DPOConfig` with the defaults of this package, changed by `settings`."""
+    on_cpu = model.device.type == "cpu"
     defaults = {
-        "output_dir": folder,
         "precompute_ref_log_probs": loss not in CHOSEN_ONLY,
-        "precompute_ref_batch_size": 64,
         "max_length": None,  # `build_pairs` has dropped what is too long
-        "weight_decay": 0.0,
         "warmup_steps": 0.1,  # share of the steps
         "lr_scheduler_type": "cosine",
         "train_sampling_strategy": "group_by_length",
@@ -274,111 +278,40 @@ def _config(model, folder, loss, batch_size, micro_batch_size, settings) -> DPOC
         "save_strategy": "no",
         "report_to": "none",
         "bf16": False,  # the base has its dtype, and the adapter stays in fp32
-        # Gradients of an fp16 base would be rounded to 0 without loss scaling.
-        "fp16": model.dtype == torch.float16 and model.device.type == "cuda",
-        "use_cpu": model.device.type == "cpu",
+        "fp16": model.dtype == torch.float16 and not on_cpu,  # loss scaling for small gradients
+        "use_cpu": on_cpu,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
     }
     config = DPOConfig(**(defaults | settings))
-    config.per_device_train_batch_size, config.gradient_accumulation_steps = micro_batches(
-        batch_size, micro_batch_size, config.world_size
-    )
-    config.data_seed = config.seed
-    return config
-
-
-def micro_batches(batch_size: int, micro_batch_size: int | None, processes: int = 1):
-    """(pairs per forward pass of one process, passes per optimiser step)."""
-    share, rest = divmod(batch_size, processes)
-    if rest:
-        raise UserError(
-            f"batch_size = {batch_size} must be a multiple of the number of processes, {processes}."
-        )
+    share = batch_size // config.world_size
     micro = min(micro_batch_size or share, share)
-    if share % micro:
+    if not share or batch_size % (micro * config.world_size):
         raise UserError(
             f"batch_size = {batch_size} must be a multiple of micro_batch_size = {micro} times the "
-            f"number of processes, {processes}."
+            f"number of processes, {config.world_size}."
         )
-    return micro, share // micro
-
-
-class Watch(TrainerCallback):
-    """The progress bar, and two reasons to stop: numbers that are not finite, a wrong reference.
-
-    rounding: relative error allowed at the first step, where the policy is the reference; None if
-    the pairs bring another reference.
-    """
-
-    def __init__(self, rounding: float | None):
-        self.rounding, self.overflows = rounding, 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            disable=args.disable_tqdm,
-            leave=False,
-        )
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "tokens" not in logs:
-            return  # the summary at the end
-        self.bar.update()
-        self.bar.set_postfix(loss=logs["loss"], nll=logs["nll_chosen"])
-        finite = math.isfinite(logs["grad_norm"])
-        self.overflows = 0 if finite else self.overflows + 1
-        # The loss scaling of fp16 looks for its scale by overflowing a few times.
-        if not math.isfinite(logs["loss"]) or self.overflows > (10 if args.fp16 else 0):
-            raise UserError(
-                f"Training stopped at step {state.global_step}: the loss is {logs['loss']} and the "
-                f"gradient norm {logs['grad_norm']}. Lower --learning-rate, or use a wider --dtype."
-            )
-        if self.rounding is not None and state.global_step == 1:
-            self._check_reference(logs, args.beta)
-
-    def _check_reference(self, logs, beta: float) -> None:
-        for side in ("chosen", "rejected"):
-            ratio = abs(logs[f"rewards/{side}"]) / beta
-            if ratio > self.rounding * (1 + abs(logs[f"logps/{side}"])):
-                raise UserError(
-                    f"The reference is not the model that training started from: the {side} responses "
-                    f"have a log-ratio of {ratio:.4f} nats at the first step, not 0. Install the "
-                    "versions of requirements.lock, and let nothing else use the model during training."
-                )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-@contextlib.contextmanager
-def _fp32_adapter(model):
-    """Keep TRL from rounding the adapter of a quantised model to bf16, where small steps vanish.
-
-    TRL casts the parameters that require gradients when the trainer is made.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    config.per_device_train_batch_size, config.gradient_accumulation_steps = micro, share // micro
+    return config
 
 
 @contextlib.contextmanager
 def _restored(model):
-    """Undo what training leaves on the model: TRL's patched forward, its copy of M_t, and hooks."""
-    base = model.get_base_model()
+    """Hide the trained parameters from a new trainer; afterwards undo what training leaves behind.
+
+    TRL rounds the parameters of a quantised model that require gradients to bf16, where small steps
+    vanish. It also patches the forward of the base, and adds a copy of M_t as the adapter "ref".
+    """
+    base, trained = model.get_base_model(), [p for p in model.parameters() if p.requires_grad]
     hooks = base.get_input_embeddings()._forward_hooks
     before, forward = set(hooks), base.__dict__.get("forward")
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
-        yield
+        yield trained
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         base.__dict__.pop("forward", None)
         if forward is not None:
             base.forward = forward
@@ -387,6 +320,7 @@ def _restored(model):
         base.gradient_checkpointing_disable()
         for key in set(hooks) - before:
             del hooks[key]
+        model.eval()
 
 
 def draw_adapter(model, seed: int) -> None:
@@ -404,14 +338,9 @@ def draw_adapter(model, seed: int) -> None:
 
 def _check(pairs, alpha: float, loss: str) -> None:
     if missing := sorted(set(IDS) - set(pairs.column_names)):
-        raise UserError(
-            f"The pairs lack the columns {', '.join(missing)}. Build them with pairs.build_pairs."
-        )
+        raise UserError(f"The pairs lack {', '.join(missing)}. Use pairs.build_pairs.")
     if len(pairs) == 0:
-        raise UserError(
-            "no pairs: there is nothing to train on. See the counts of pairs.build_pairs."
-        )
+        raise UserError("no pairs: there is nothing to train on.")
     if loss not in LOSSES or alpha < 0:
-        raise UserError(
-            f"loss = {loss!r} must be one of {', '.join(LOSSES)}, and alpha = {alpha} at least 0."
-        )
+        known = ", ".join(LOSSES)
+        raise UserError(f"loss = {loss!r} must be one of {known}, and alpha = {alpha} at least 0.")

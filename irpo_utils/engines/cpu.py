@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import eager_mask
 
 from irpo_utils import UserError, logprobs, sampling
+from irpo_utils.engines import Engine as PlainEngine
 from irpo_utils.engines import shared_prompt
 
 FREE_SHARE = 1 / 8  # slots are filled again, or dropped, when this share of them is free
@@ -31,7 +32,7 @@ ROOM = 16  # columns that no row needs any more before they are dropped
 MERGED_BYTES = 2**31  # most memory for merged matrices
 
 
-class Engine(sampling.Engine):
+class Engine(PlainEngine):
     """Fast sampling and training on a CPU; it also works on a GPU."""
 
     def load(self, p, revision: str | None = None):
