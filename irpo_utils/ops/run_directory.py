@@ -378,13 +378,13 @@ def read_profile(run: str | Path) -> Profile:
     path = Path(run) / "profile.json"
     try:
         settings = dict(json.loads(path.read_text()))
-        engine = settings.pop("sampler", None)
-        if engine is not None:  # runs of version 0.1
-            settings["engine"] = "vllm" if engine == "vllm" else "cpu"
+        if "dpo_weight" in settings:  # runs of version 0.1
+            served = settings.pop("sampler", "transformers") == "vllm"
             per_token = settings.pop("nll_per", "sequence") == "token"
+            chosen_only = settings.pop("dpo_weight") == 0
+            settings["engine"] = "vllm" if served else "cpu"
             settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
-            if settings.pop("dpo_weight", 1.0) == 0:
-                settings["loss"] = "sft"
+            settings["loss"] = "sft" if chosen_only else settings["loss"]
         return Profile(**settings)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
