@@ -1,0 +1,1 @@
+"""Operations around a run: planning, storage, export."""
