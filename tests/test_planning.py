@@ -528,7 +528,7 @@ def test_at_the_break_even_of_memory_copies_just_fit():
         e = planning.Estimate(made.profile, made.shape, made.machine, size)
         e.frozen += made.break_even.largest_base - made.break_even.base
         assert max(e.memory().values()) == pytest.approx(made.room)
-        smaller = dataclasses.replace(made.machine, memory=40e9)
+        smaller = made.machine._replace(memory=40e9)
         even = planning.break_even(planning.Estimate(made.profile, made.shape, smaller, size))
         assert even.largest_base < even.base  # 36 GB on 40 do not fit
 
@@ -779,9 +779,7 @@ def tiny_machine(monkeypatch):
     from irpo_utils import iteration
 
     here = planning.find_machine("cpu")
-    monkeypatch.setattr(
-        planning, "find_machine", lambda text=None: dataclasses.replace(here, memory=0.2e9)
-    )
+    monkeypatch.setattr(planning, "find_machine", lambda text=None: here._replace(memory=0.2e9))
 
     def begin(*args, **kwargs):
         raise UserError("the run has begun")

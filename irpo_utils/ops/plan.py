@@ -44,21 +44,18 @@ Sharing = namedtuple("Sharing", "memory sent hours")
 # largest with which copies fit; tokens of a micro-batch, and from how many on it takes longer to
 # compute a layer than to gather the next one.
 BreakEven = namedtuple("BreakEven", "gpus copies split base largest_base positions hidden_from")
+# Tokens of a prompt (mean, longest) and of a completion (mean); questions per split; where the
+# numbers come from.
+TaskSize = namedtuple("TaskSize", "prompt longest completion train validation test source")
+# `count` GPUs or cores of a CPU; the rest is of one, speeds as reached: bytes of `memory`, FLOPs
+# per second by dtype, bytes per second of its memory and to a GPU of the same (`link`) or another
+# node (`between`). `layers`: by engine, milliseconds that a layer adds to a step, with a base in
+# 16 bits and in NF4. `dtype`: the default there. `note`, `measured`: what the speed rests on.
+Machine = namedtuple(
+    "Machine", "name count memory flops bandwidth layers dtype note measured link between"
+)
 # Settings for training, and the peak bytes with them.
 Choice = namedtuple("Choice", "micro_batch_size gradient_checkpointing quantize memory")
-
-
-@dataclass
-class TaskSize:
-    """Tokens of a prompt (mean, longest) and of a completion (mean), and questions per split."""
-
-    prompt: int
-    longest: int
-    completion: int
-    train: int
-    validation: int
-    test: int
-    source: str  # where these numbers come from
 
 
 @dataclass
@@ -109,26 +106,6 @@ HUB = {model.pop("hub"): name for name, model in DATA["models"].items()}
 SHAPES = {name: Shape(**model) for name, model in DATA["models"].items()}
 
 
-@dataclass
-class Machine:
-    """`count` GPUs or cores of a CPU; the other numbers are those of one, and speeds as reached.
-
-    `layers`: for each engine the milliseconds that one layer adds to a step, with a base in 16
-    bits and in NF4. `link`, `between`: bytes per second to a GPU of the same or another node.
-    """
-
-    name: str
-    count: int
-    memory: float
-    flops: dict[str, float]
-    bandwidth: float
-    layers: dict[str, dict]
-    dtype: str  # the default there
-    note: str  # what the speed rests on
-    link: float
-    between: float
-
-
 def plan(
     profile: Profile, machine: str | None = None, price: float | None = None, must_fit: bool = True
 ) -> Plan:
@@ -160,7 +137,7 @@ def plan(
         f"sizes: prompts of {e.size.prompt} tokens, completions of {length}: {e.size.source}",
         f"expected: {PAIR_SHARE:.0%} of the possible pairs; at most: all, at full length",
         f"speed: {e.machine.note}; {engine[e.ms]} ms per layer and step of engine {e.engine} "
-        f"({'measured' if engine['measured'] else 'assumed'})",
+        f"({e.machine.measured if engine['measured'] else 'assumed'})",
     ]
     if e.engine == "vllm":
         assumptions.append("memory: that of the server is counted on the same GPUs")
@@ -172,10 +149,7 @@ def plan(
 
 
 def break_even(e: Estimate) -> BreakEven | None:
-    """Training with a copy of the model per GPU against split layers; None if one GPU trains.
-
-    Copies have to fit in all stages. A vLLM server holds a part of the base as well.
-    """
+    """A copy of the model per GPU, fitting in all stages, against split layers; None: one GPU."""
     if e.ranks == 1 or not e.p.iterations:
         return None
     copies, split = e.replace(shard=False), e.replace(shard=True)
@@ -218,10 +192,8 @@ def what_fits(made: Plan) -> dict | None:
         "sampling_batch_size": halves[0],
         "micro_batch_size": [n for n in halves[1] if e.share % n == 0],
     }
-    candidates = []
-    for values in itertools.product(*([None, *values] for values in options.values())):
-        changes = dict(zip(options, values, strict=True))
-        candidates.append({name: value for name, value in changes.items() if value is not None})
+    choices = [[(), *((name, value) for value in values)] for name, values in options.items()]
+    candidates = [dict(filter(None, changes)) for changes in itertools.product(*choices)]
     candidates.sort(key=len)
     if made.break_even and not p.shard:
         split = {"shard": True, "engine" if hasattr(p, "engine") else "sampler": "vllm"}
@@ -237,11 +209,10 @@ def what_fits(made: Plan) -> dict | None:
 def training_bytes(shape, pairs, lengths, checkpointing, width=2, one_row=True, on_cpu=False):
     """(positions, bytes of a layer's activations, peak bytes) of a micro-batch of so many pairs.
 
-    `lengths`: tokens of the prompt and of a completion. `width`: bytes of a number. Kept per
-    position: inputs of norms and LoRA's A in fp32 (copies if the base has 16 bits); queries, keys,
-    values and attention output; gate, silu and up; on a CPU the softmax, its dropout and a mask.
-    At the peak: all layers (with checkpointing their inputs and one layer), a layer's gradients,
-    and the completions' logits, twice in the compute dtype and twice in fp32.
+    `lengths`: tokens of the prompt and of a completion. `width`: bytes of a number. Per position:
+    inputs of norms and LoRA's A in fp32, the four of attention and three of the MLP; on a CPU the
+    softmax, its dropout and a mask. At the peak: all layers (with checkpointing their inputs and
+    one layer), a layer's gradients, and the logits, twice in the compute dtype and twice in fp32.
     """
     s, (prompt, new) = shape, lengths
     rows = pairs if one_row else 2 * pairs
@@ -292,6 +263,8 @@ class Estimate:
         self.width = 4 if self.dtype == "float32" else 2
         self.nf4 = p.quantize and not p.dequantize
         self.ms = "nf4_ms" if self.nf4 else "ms"
+        layers = machine.layers.items()  # seconds that all layers add to a step or pass
+        self.overhead = {name: 1e-3 * s.layers * layer[self.ms] for name, layer in layers}
         # The "cpu" engine samples M_0 from a merged, unpacked copy of a small base.
         self.merges = self.nf4 and self.engine == "cpu" and 4 * s.linear <= 2**31
         self.base, self.unpacked = s.base_bytes(self.nf4, self.width)
@@ -340,21 +313,17 @@ class Estimate:
         return [draw for draw in draws if draw[2] > 0]
 
     def memory(self) -> dict[str, float]:
-        """Peak bytes per stage on one GPU, for the longest prompts and completions.
-
-        On a CPU the pages of the model's file count as well. Of split layers a GPU holds its part,
-        two whole layers (one at work, the next on its way), and all that is outside the layers. A
-        server splits the model over the GPUs of a node and stays there during training.
-        """
+        """Peak bytes per stage on one GPU, for the longest prompts and completions."""
         p, s, parts = self.p, self.shape, self.ranks if self.p.shard else 1
+        # On a CPU the pages of the model's file count as well.
         fixed = CPU_PROCESS + s.parameters * self.width if self.on_cpu else CUDA_CONTEXT
         fixed += self.frozen / parts
-        if parts > 1:
+        if parts > 1:  # one layer at work, the next on its way, and what is outside the layers
             fixed += 2 * (self.frozen - self.outside) / s.layers + self.outside
         unpacked = s.linear * self.width if self.merges else self.unpacked
         drawing = self.decoding_bytes(self.questions, p.n_samples)
         evaluating = max(self.decoding_bytes(n, k) for n, k, _ in self.evaluations())
-        if self.engine == "vllm":
+        if self.engine == "vllm":  # a server for each node, which stays there during training
             held = self.frozen + max(drawing, evaluating)
             fixed += CUDA_CONTEXT + held / self.served + self.unpacked
             drawing = evaluating = unpacked = 0
@@ -376,13 +345,11 @@ class Estimate:
         return max(1, min(self.p.sampling_batch_size // self.loops // n, there)) * n
 
     def decoding_bytes(self, questions: int, n: int) -> float:
-        """Cache of all rows, and of one layer once more while rows move; prefill; probabilities.
-
-        A word of the vocabulary has a logit and five numbers in fp32, ten with top-p, in each row.
-        """
+        """Cache of all rows, and of one layer again while rows move; prefill; probabilities."""
         s, rows, longest = self.shape, self.rows(questions, n), self.size.longest
         prompts, columns = min(PREFILL, rows // n), longest + self.p.max_new_tokens + ROOM
         cache = (rows * columns * (1 + 1 / s.layers) + prompts * longest) * self.token
+        # Per row and word of the vocabulary a logit, and five numbers in fp32, with top-p ten.
         words = rows * s.vocabulary * (self.width + (40 if self.p.top_p < 1 else 20))
         return self.loops * (cache + words + self.forward_bytes(prompts, longest))
 
@@ -420,26 +387,23 @@ class Estimate:
         }
 
     def decoding_seconds(self, questions: int, n: int, times: int, length: float) -> float:
-        """Each prompt once; then steps of all rows: weights, cache, and the layers' overhead.
-
-        The plain engine does not refill rows: its batches last as long as a completion can be.
-        """
+        """Each prompt once; then steps of all rows: weights, cache, and the layers' overhead."""
         here = questions * n / (self.loops if self.on_cpu else self.draw_on)
         rows = min(self.rows(questions, n), max(1, here))
         cache = rows * (self.size.prompt + length / 2) * self.token / self.machine.bandwidth
         unpacked = not self.nf4 or (self.merges and self.width == 4)
         step = (self.product_seconds(rows, unpacked) + cache) * self.loops / self.cores
+        # The plain engine does not refill rows: a batch lasts as long as a completion can be.
         waiting = self.p.max_new_tokens / length if self.engine == "plain" else 1
-        step += waiting * self.overhead(self.engine)
+        step += waiting * self.overhead[self.engine]
         prefill = self.forward_seconds(questions * self.size.prompt, self.draw_on)
         return times * (here / rows * length * step + prefill)
 
     def training_work(self, pairs: float, length: float) -> tuple[float, float]:
         """(tokens, seconds) of one iteration, the reference's log-probabilities included.
 
-        Passes of 2 FLOPs per weight and token: forward, backward for the activations (a frozen base
-        has no gradients), with checkpointing forward again. Activations are written and read, and
-        their gradients written. Split layers are sent while others are computed.
+        Activations are written and read, and their gradients written. Split layers are sent while
+        others are computed.
         """
         p, length = self.p, min(length, self.new)
         if p.keep_pairs and not self.online:
@@ -452,23 +416,17 @@ class Estimate:
         positions, layer, _ = self.micro_batch(self.size.prompt, length)
         step = self.passes * self.product_seconds(positions, not self.nf4)
         step += 3 * self.shape.layers * layer / self.machine.bandwidth
-        step = step / self.cores + self.passes * self.overhead("training")
+        step = step / self.cores + self.passes * self.overhead["training"]
         each = step * self.batch / self.micro / self.ranks
         sent = self.sent_per_step() / self.link
         seconds = shown / self.batch * (max(each, sent) if p.shard else each + sent)
         tokens = shown * (prompts * self.size.prompt + 2 * length)
         return tokens, seconds + self.forward_seconds(reference, self.score_on)
 
-    def overhead(self, engine: str) -> float:
-        """Seconds that all layers add to a step of decoding, or to a pass of training."""
-        return 1e-3 * self.machine.layers[engine][self.ms] * self.shape.layers
-
     def product_seconds(self, tokens: float, unpacked: bool) -> float:
-        """All matrix products for so many tokens on one GPU or core: the roofline.
-
-        NF4 weights are read, written unpacked and read again, as by bitsandbytes.
-        """
+        """All matrix products for so many tokens on one GPU or core: the roofline."""
         s, m = self.shape, self.machine
+        # NF4 weights are read, written unpacked and read again, as by bitsandbytes.
         weight = self.width if unpacked else NF4_BYTES + 2 * self.width
         read = s.linear * weight + s.head * self.width
         return max(read / m.bandwidth, 2 * (s.linear + s.head) * tokens / m.flops[self.dtype])
@@ -491,7 +449,7 @@ def task_size(p: Profile) -> TaskSize:
         sizes = (sum(tokens) // len(tokens), max(tokens), assumed.completion)
     except Exception:  # of any kind: the run itself reports what is wrong with the data
         source = f"assumed, because the questions of {task.name} cannot be read here"
-        return dataclasses.replace(assumed, source=source)
+        return assumed._replace(source=source)
     source = f"prompts measured ({CHARACTERS} characters a token), completions assumed as in gsm8k"
     return TaskSize(*sizes, *(max(1, len(rows)) for rows in splits.values()), source)
 
@@ -532,11 +490,11 @@ def find_machine(text: str | None = None) -> Machine:
         same = [gpu for gpu in GPUS if re.search(rf"\b{GPUS[gpu]['pattern']}\b", here.name)]
         same.sort(key=lambda gpu: abs(1e9 * GPUS[gpu]["memory"] - here.total_memory))
         made = _machine(same[0] if same else "T4-16GB", count, here.total_memory)
-        made.name = here.name
-        if not same:
-            made.note = f"{here.name} is unknown, a T4's speed is assumed: {made.note}"
-            made.dtype = "bfloat16" if getattr(here, "major", 0) >= 8 else "float16"
-        return made
+        if same:
+            return made._replace(name=here.name)
+        dtype = "bfloat16" if getattr(here, "major", 0) >= 8 else "float16"
+        note = f"{here.name} is unknown, a T4's speed is assumed: {made.note}"
+        return made._replace(name=here.name, dtype=dtype, note=note)
     count, name = re.fullmatch(r"(?:(\d+)[xX])?(.*)", text or "cpu", re.DOTALL).groups()
     name = {known.lower(): known for known in (*GPUS, "cpu")}.get(name.lower())
     if name is None or count == "0":
@@ -556,12 +514,13 @@ def _machine(name: str, count: int, memory: float) -> Machine:
     dtypes, share = ("bfloat16", "float16", "float32"), c["bandwidth"]["share"]
     flops = {dtype: 1e12 * sheet["tflops"] * c["flops"][dtype] for dtype in dtypes}
     bandwidth, link = 1e9 * sheet["bandwidth"] * share, 1e9 * c["link"]["share"]
-    note = f"{c['flops']['bfloat16']:.0%} of FLOPS (assumed), {share:.0%} of bandwidth (measured"
-    note += ")" if name == c["machine"] else f" on {c['machine']}, assumed here)"
+    here = name == c["machine"]
+    measured = "measured" if here else f"measured on {c['machine']}, assumed here"
+    note = f"{c['flops']['bfloat16']:.0%} of FLOPS (assumed), {share:.0%} of bandwidth ({measured})"
     if name == "cpu":
         note = "as cores did in figures/bench.csv (measured)"
     links = (link * sheet["link"], link * DATA["between_nodes"])
-    speeds = (flops, bandwidth, c["layers"], sheet["dtype"], note, *links)
+    speeds = (flops, bandwidth, c["layers"], sheet["dtype"], note, measured, *links)
     return Machine(name, count, memory, *speeds)
 
 
@@ -569,7 +528,7 @@ def table(made: Plan) -> str:
     """The plan as text: a row for each stage, the total, and what was assumed."""
     m, p, priced = made.machine, made.profile, made.total.cost is not None
     kind = f"{'4-bit base, ' if p.quantize and not p.dequantize else ''}{p.dtype or m.dtype}"
-    place = f"{m.count} x {m.name}" if m.name != "cpu" else f"{m.count} CPU cores"
+    place = f"{m.count} x {m.name if m.name != 'cpu' else 'CPU core'}"
     model = f"{p.model} ({_count(made.shape.parameters)} parameters, {kind})"
     cells = [["", "peak memory", "tokens", "at most", "time", "at most", "cost"]]
     for name, memory, tokens, most, hours, longest, cost in (*made.stages, made.total):
