@@ -34,7 +34,7 @@ def memory(profile="smollm2-360m", machine=GPU, **changes) -> dict:
 
 
 def saved_profile(path, **changes) -> profiles.Profile:
-    """The settings that something was measured with, which profiles of today may not have any more."""
+    """The settings of a measurement; fields that profiles no longer have are left out."""
     saved = json.loads(path.read_text())
     known = {field.name for field in dataclasses.fields(profiles.Profile)}
     return profiles.Profile(
@@ -291,7 +291,7 @@ def test_memory_is_that_of_one_gpu_and_time_that_of_all():
     one, eight = (planning.plan(profiles.get("smollm2-135m"), f"{n}xA100-80GB") for n in (1, 8))
     assert one.total.memory == eight.total.memory and one.total.tokens == eight.total.tokens
     assert stages(one)["sampling"].hours == pytest.approx(8 * stages(eight)["sampling"].hours)
-    # Each GPU has 2 pairs of a step of 16 instead of 8: less arithmetic, and the same overhead of its layers.
+    # Each GPU has 2 pairs of a step instead of 8: less arithmetic, the same overhead of layers.
     assert 1.9 < stages(one)["training"].hours / stages(eight)["training"].hours < 2.5
 
 
@@ -410,7 +410,7 @@ def test_the_largest_micro_batch_that_fits_divides_the_batch():
     for batch_size in (1, 12, 30):
         chosen = [choose(gigabytes=n, batch_size=batch_size) for n in (6, 10, 14, 20, 30)]
         assert all(batch_size % choice.micro_batch_size == 0 for choice in chosen)
-        for choice, gigabytes in zip(chosen, (6, 10, 14, 20, 30)):
+        for choice, gigabytes in zip(chosen, (6, 10, 14, 20, 30), strict=True):
             assert choice.memory <= 0.95e9 * gigabytes
     assert [c.micro_batch_size for c in chosen] == sorted(c.micro_batch_size for c in chosen)
     assert choose(lengths=(265, 800), gigabytes=20)[0] < choose(lengths=(265, 100), gigabytes=20)[0]
@@ -423,7 +423,9 @@ def test_where_nothing_fits_the_smallest_settings_are_chosen():
 def test_the_choice_needs_what_the_plan_says():
     choice = choose("llama-3.2-1b", 24, batch_size=16)
     names = ("micro_batch_size", "gradient_checkpointing", "quantize")
-    settings = dict(zip(names, choice), optimizer="adamw_torch", sampling_batch_size=16)
+    settings = dict(
+        zip(names, choice, strict=False), optimizer="adamw_torch", sampling_batch_size=16
+    )
     planned = memory("llama-3.2-1b", **settings)["training"]
     assert planned == pytest.approx(choice.memory, rel=0.01)
 
@@ -460,7 +462,8 @@ def test_what_the_refusal_advises_is_enough_and_no_more(profile, machine, change
     with pytest.raises(UserError, match=f"too little.*It fits with {option}") as refusal:
         planning.plan(profile, machine)
     words = str(refusal.value).split("fits with ")[1].split(". ")[0].replace("true", "1").split()
-    advised = dict(zip((word[2:].replace("-", "_") for word in words[::2]), map(int, words[1::2])))
+    names = [word[2:].replace("-", "_") for word in words[::2]]
+    advised = dict(zip(names, map(int, words[1::2]), strict=True))
     planning.plan(dataclasses.replace(profile, **advised), machine)
     for name in advised:
         milder = {**advised, name: advised[name] * 2 if name.endswith("size") else False}
@@ -572,7 +575,7 @@ def test_a_step_keeps_no_more_gpus_busy_than_it_has_micro_batches():
 
 
 def test_the_papers_own_hardware_is_what_the_arithmetic_asks_for():
-    """Section 3.1: answers were written by a node of eight V100-32GB, training took eight nodes of eight A100-80GB."""
+    """Section 3.1: a node of eight V100-32GB sampled, eight nodes of eight A100-80GB trained."""
     weights = 2 * planning.find_shape("llama-2-70b-chat").parameters  # 16 bits
     v100, a100 = (planning.find_machine(name) for name in ("V100-32GB", "A100-80GB"))
     assert v100.memory < weights < 8 * v100.memory  # split over the node, not on one GPU

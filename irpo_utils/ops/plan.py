@@ -3,7 +3,7 @@
 Memory is counted tensor by tensor from the model's shape. Time is a roofline (Williams et al.
 2009): a matrix product takes as long as its arithmetic or as reading its weights, whichever is
 slower; reading the cache and each layer's overhead in Python are added. What is known about
-machines, tasks and models is in machines.yaml. Units are bytes and seconds unless stated.
+machines, models and tasks is in machines.py. Units are bytes and seconds unless stated.
 """
 
 from __future__ import annotations
@@ -11,28 +11,31 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
-import re
 from collections import namedtuple
-from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
-
-from irpo_utils import UserError, methods, models, tasks
+from irpo_utils import UserError, methods
+from irpo_utils.ops.machines import (  # noqa: F401  (notebooks use the tables)
+    DATA,
+    GPUS,
+    NF4_BYTES,
+    SHAPES,
+    TASKS,
+    Machine,
+    Shape,
+    TaskSize,
+    find_machine,
+    find_shape,
+    task_size,
+)
 from irpo_utils.profiles import Profile
 
-DATA = yaml.safe_load(Path(__file__).with_name("machines.yaml").read_text(encoding="utf-8"))
-GPUS = DATA["gpus"]
 OVERVIEW = ("cpu", "T4-16GB", "RTX4090-24GB", "A100-80GB", "H200-141GB")
 NODE = 8  # GPUs of a node
 RESERVE = 0.05  # share of the memory that stays free: the allocator cannot use every gap
 CUDA_CONTEXT, CPU_PROCESS = 0.8e9, 0.5e9  # the libraries themselves: assumed, measured
-NF4_BYTES = (4 + 0.127) / 8  # per weight, with its share of the constants (Dettmers et al. 2023)
 PAIR_SHARE = 0.75  # of the possible pairs: 0.58 to 0.86 in notebooks/shipped_run
 KL_QUESTIONS = 256  # as in `iteration`
 PREFILL, ROOM = 32, 16  # prompts prefilled at once, and spare columns of the cache, when decoding
-CHARACTERS, TEMPLATE = 4, 26  # per token; tokens around a question. Fits GSM8K, SVAMP and ARC.
 
 # A row of the plan: peak bytes on one GPU; tokens and hours of all iterations, and their cost.
 Stage = namedtuple("Stage", "name memory tokens tokens_at_most hours hours_at_most cost")
@@ -44,66 +47,8 @@ Sharing = namedtuple("Sharing", "memory sent hours")
 # largest with which copies fit; tokens of a micro-batch, and from how many on it takes longer to
 # compute a layer than to gather the next one.
 BreakEven = namedtuple("BreakEven", "gpus copies split base largest_base positions hidden_from")
-# Tokens of a prompt (mean, longest) and of a completion (mean); questions per split; where the
-# numbers come from.
-TaskSize = namedtuple("TaskSize", "prompt longest completion train validation test source")
-# `count` GPUs or cores of a CPU; the rest is of one, speeds as reached: bytes of `memory`, FLOPs
-# per second by dtype, bytes per second of its memory and to a GPU of the same (`link`) or another
-# node (`between`). `layers`: by engine, milliseconds that a layer adds to a step, with a base in
-# 16 bits and in NF4. `dtype`: the default there. `note`, `measured`: what the speed rests on.
-Machine = namedtuple(
-    "Machine", "name count memory flops bandwidth layers dtype note measured link between"
-)
 # Settings for training, and the peak bytes with them.
 Choice = namedtuple("Choice", "micro_batch_size gradient_checkpointing quantize memory")
-
-
-@dataclass
-class Shape:
-    """A decoder like Llama's. `linear` (quantised, with LoRA), `head`, `parameters`: weights."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool = True  # embeddings and output layer are one matrix
-    family: str = "llama"  # the first part of the config's `model_type`
-    sliding: bool = False  # some layers have a sliding window, so a pair cannot be one row
-
-    def __post_init__(self):
-        h, i, family = self.hidden, self.intermediate, self.family
-        self.query, self.kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = [(h, self.query), (h, self.kv), (h, self.kv), (self.query, h)]
-        self.matrices = [*attention, (h, i), (h, i), (i, h)]
-        self.linear = self.layers * sum(a * b for a, b in self.matrices)
-        self.head = self.vocabulary * h
-        small = (4 if family == "gemma3" else 2) * h  # norms
-        small += 2 * self.head_dim if family in ("qwen3", "gemma3") else 0  # norms of q and k
-        small += self.query + 2 * self.kv if family == "qwen2" else 0  # biases
-        embeddings = self.head if self.tied else 2 * self.head
-        self.parameters = self.linear + embeddings + self.layers * small + h
-
-    def lora(self, rank: int) -> int:
-        """Weights of a LoRA adapter on all linear layers."""
-        return self.layers * rank * sum(a + b for a, b in self.matrices)
-
-    def base_bytes(self, nf4: bool, width: int) -> tuple[float, float]:
-        """Of the base and, in NF4, of the largest matrix of a layer, unpacked while in use."""
-        linear = self.linear * (NF4_BYTES if nf4 else width)
-        unpacked = max(a * b for a, b in self.matrices) * width if nf4 else 0
-        return linear + (self.parameters - self.linear) * width, unpacked
-
-    def adapter_bytes(self, rank: int, optimizer: str) -> float:
-        """Weights and gradients in fp32, gradients again for a repeated step, two moments."""
-        return (12 + (2 if "8bit" in optimizer else 8)) * self.lora(rank)
-
-
-TASKS = {name: TaskSize(**size) for name, size in DATA["tasks"].items()}
-HUB = {model.pop("hub"): name for name, model in DATA["models"].items()}
-SHAPES = {name: Shape(**model) for name, model in DATA["models"].items()}
 
 
 def plan(
@@ -185,12 +130,14 @@ def what_fits(made: Plan) -> dict | None:
     """The fewest and smallest changes of settings with which the run fits; None: there are none."""
     p, size = made.profile, task_size(made.profile)
     e = Estimate(p, made.shape, made.machine, size)
-    halves = [[n >> i for i in range(1, 30) if n >> i] for n in (p.sampling_batch_size, e.micro)]
+    rows, pairs = (
+        [n >> i for i in range(1, 30) if n >> i] for n in (p.sampling_batch_size, e.micro)
+    )
     options = {
         "quantize": [] if p.quantize else [True],
         "gradient_checkpointing": [] if p.gradient_checkpointing else [True],
-        "sampling_batch_size": halves[0],
-        "micro_batch_size": [n for n in halves[1] if e.share % n == 0],
+        "sampling_batch_size": rows,
+        "micro_batch_size": [n for n in pairs if e.share % n == 0],
     }
     choices = [[(), *((name, value) for value in values)] for name, values in options.items()]
     candidates = [dict(filter(None, changes)) for changes in itertools.product(*choices)]
@@ -281,8 +228,8 @@ class Estimate:
         # Processes share a batch in equal parts, so that some GPUs may stay without work.
         busy = 1 if self.on_cpu or self.online else min(count, p.batch_size)
         self.ranks = max(n for n in range(1, busy + 1) if p.batch_size % n == 0)
-        batch = p.batch_size * p.n_samples // 2 if self.online else p.batch_size
-        self.share = max(1, batch // self.ranks)  # pairs of one process in a step
+        batch = max(1, p.batch_size * p.n_samples // 2) if self.online else p.batch_size
+        self.share = batch // self.ranks  # pairs of one process in a step
         self.requested = min(p.micro_batch_size or self.share, self.share)
         self.batch = min(batch, self.pairs(1.0) * (max(1, p.iterations) if p.keep_pairs else 1))
         self.micro = min(self.requested, math.ceil(self.batch / self.ranks))
@@ -306,7 +253,7 @@ class Estimate:
         return min(possible, self.p.max_pairs or math.inf)
 
     def evaluations(self) -> list[tuple[int, int, int]]:
-        """(questions, completions of each, times): greedy, for the KL, sampled at the ends, else."""
+        """(questions, completions of each, times): greedy, for KL, sampled at both ends, between."""
         p, n, last = self.p, self.n_eval, self.p.iterations
         draws = [(n, 1, last + 1), (min(KL_QUESTIONS, n), 1, last)]
         draws += [(n, p.eval_samples_ends, min(2, last + 1)), (n, p.eval_samples, last - 1)]
@@ -434,94 +381,6 @@ class Estimate:
     def forward_seconds(self, tokens: float, workers: int) -> float:
         """So many tokens in one forward pass on so many GPUs or cores, limited by arithmetic."""
         return 2 * self.shape.linear * tokens / self.machine.flops[self.dtype] / workers
-
-
-def task_size(p: Profile) -> TaskSize:
-    """Sizes of the profile's task: from machines.yaml, or for `jsonl` and new tasks measured."""
-    task = tasks.get(p.task)
-    known, assumed = TASKS.get(task.name), TASKS["jsonl"]
-    if known and not (task.name == "jsonl" and p.data):
-        return known
-    try:
-        splits = {split: task.load(split, p.data) for split in ("train", "validation", "test")}
-        texts = [task.prompt(row) for row in itertools.islice(splits["train"], 2000)]
-        tokens = [len(text) // CHARACTERS + TEMPLATE for text in texts]
-        sizes = (sum(tokens) // len(tokens), max(tokens), assumed.completion)
-    except Exception:  # of any kind: the run itself reports what is wrong with the data
-        source = f"assumed, because the questions of {task.name} cannot be read here"
-        return assumed._replace(source=source)
-    source = f"prompts measured ({CHARACTERS} characters a token), completions assumed as in gsm8k"
-    return TaskSize(*sizes, *(max(1, len(rows)) for rows in splits.values()), source)
-
-
-def find_shape(name: str) -> Shape:
-    """The shape of a model in machines.yaml, or from config.json in a folder or on the hub."""
-    name = HUB.get(name, name)
-    if name in SHAPES:
-        return SHAPES[name]
-    from transformers import AutoConfig
-
-    path = models.find(name)
-    try:
-        c = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
-        h, heads = c.hidden_size, c.num_attention_heads
-        kv_heads = getattr(c, "num_key_value_heads", None) or heads
-        head_dim = getattr(c, "head_dim", None) or h // heads
-        mlp, family = getattr(c, "intermediate_size", None) or 4 * h, c.model_type.split("_")[0]
-        sliding = "sliding_attention" in (getattr(c, "layer_types", None) or [])
-        sliding = sliding or bool(getattr(c, "sliding_window", None))
-        sizes = (c.num_hidden_layers, h, mlp, heads, kv_heads, head_dim, c.vocab_size)
-        return Shape(*sizes, c.tie_word_embeddings, family, sliding)
-    except (OSError, ValueError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"The shape of the model {name} could not be read from its config.json ({reason}). "
-            f"Without network give a folder as --model, or one of: seed, {', '.join(SHAPES)}."
-        ) from error
-
-
-def find_machine(text: str | None = None) -> Machine:
-    """The machine named, such as "8xA100-80GB" or "cpu"; None: this computer's GPU or CPU."""
-    import psutil
-    import torch
-
-    if text is None and torch.cuda.is_available():
-        here, count = torch.cuda.get_device_properties(0), int(os.environ.get("WORLD_SIZE", "1"))
-        same = [gpu for gpu in GPUS if re.search(rf"\b{GPUS[gpu]['pattern']}\b", here.name)]
-        same.sort(key=lambda gpu: abs(1e9 * GPUS[gpu]["memory"] - here.total_memory))
-        made = _machine(same[0] if same else "T4-16GB", count, here.total_memory)
-        if same:
-            return made._replace(name=here.name)
-        dtype = "bfloat16" if getattr(here, "major", 0) >= 8 else "float16"
-        note = f"{here.name} is unknown, a T4's speed is assumed: {made.note}"
-        return made._replace(name=here.name, dtype=dtype, note=note)
-    count, name = re.fullmatch(r"(?:(\d+)[xX])?(.*)", text or "cpu", re.DOTALL).groups()
-    name = {known.lower(): known for known in (*GPUS, "cpu")}.get(name.lower())
-    if name is None or count == "0":
-        raise UserError(
-            f"There is no machine {text!r}. Give a number of GPUs and their name, such as "
-            f"8xA100-80GB, or cpu. The GPUs are {', '.join(GPUS)}."
-        )
-    if name == "cpu":
-        memory = psutil.virtual_memory().total
-        return _machine("cpu", int(count or torch.get_num_threads()), memory)
-    return _machine(name, int(count or 1), 1e9 * GPUS[name]["memory"])
-
-
-def _machine(name: str, count: int, memory: float) -> Machine:
-    """The machine at the calibrated shares of its data sheet; `memory` in bytes."""
-    sheet, c = GPUS.get(name, DATA["cpu"]), DATA["calibration"]["cpu" if name == "cpu" else "gpu"]
-    dtypes, share = ("bfloat16", "float16", "float32"), c["bandwidth"]["share"]
-    flops = {dtype: 1e12 * sheet["tflops"] * c["flops"][dtype] for dtype in dtypes}
-    bandwidth, link = 1e9 * sheet["bandwidth"] * share, 1e9 * c["link"]["share"]
-    here = name == c["machine"]
-    measured = "measured" if here else f"measured on {c['machine']}, assumed here"
-    note = f"{c['flops']['bfloat16']:.0%} of FLOPS (assumed), {share:.0%} of bandwidth ({measured})"
-    if name == "cpu":
-        note = "as cores did in figures/bench.csv (measured)"
-    links = (link * sheet["link"], link * DATA["between_nodes"])
-    speeds = (flops, bandwidth, c["layers"], sheet["dtype"], note, measured, *links)
-    return Machine(name, count, memory, *speeds)
 
 
 def table(made: Plan) -> str:
