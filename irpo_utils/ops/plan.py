@@ -253,7 +253,7 @@ class Estimate:
         return min(possible, self.p.max_pairs or math.inf)
 
     def evaluations(self) -> list[tuple[int, int, int]]:
-        """(questions, completions of each, times): greedy, for KL, sampled at both ends, between."""
+        """(questions, completions of each, times): greedy, for KL, sampled at the ends, between."""
         p, n, last = self.p, self.n_eval, self.p.iterations
         draws = [(n, 1, last + 1), (min(KL_QUESTIONS, n), 1, last)]
         draws += [(n, p.eval_samples_ends, min(2, last + 1)), (n, p.eval_samples, last - 1)]
