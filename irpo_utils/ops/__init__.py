@@ -1,1 +1,1 @@
-"""Operations around a run: planning, storage, export."""
+"""What a long run needs: storage that survives a kill, a plan, checks, export, the command line."""
