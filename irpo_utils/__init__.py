@@ -1,17 +1,19 @@
-"""Iterative Reasoning Preference Optimization (Pang et al., NeurIPS 2024, arXiv 2404.19733), one module per stage.
+"""Iterative Reasoning Preference Optimization (Pang et al., NeurIPS 2024, arXiv 2404.19733).
 
     questions ──sample──▶ samples ──grade──▶ graded ──build_pairs──▶ pairs ──train──▶ adapter of M_{t+1}
         ▲                                                                                   │
         └──────────────── next iteration: sample from M_{t+1} ◀─────── evaluate ◀───────────┘
 
-Nothing is imported here: `from irpo_utils import sampling` loads what sampling needs and no more.
+Each arrow is one function in the module of that name, and `iteration.run` calls them in this order.
+The modules in this folder and the basic tasks are the whole algorithm. What makes it faster is in
+`engines/`, what makes long runs safe is in `ops/`, and what needs several GPUs is in `scale/`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one paragraph that names the cause and what to do.
+    """A mistake that the user can fix: the message is one paragraph with the cause and the fix.
 
     The command line prints it without a traceback and exits with status 1.
     """

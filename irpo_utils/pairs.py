@@ -1,27 +1,25 @@
-"""Stage 3: winners and losers into preference pairs (section 2 of the paper, footnote 2).
+"""Stage 3: chosen and rejected completions as preference pairs (section 2 and footnote 2).
 
-The paper "iterates over G^w and G^l simultaneously" and starts a set again at its first element when its end is
-reached: a zip with wrap-around, not a random draw. A question with an empty set is left out.
+The paper "iterates over G^w and G^l simultaneously" and restarts a set at its first element when
+it reaches its end. This is a zip with wrap-around, not a random draw. A question with an empty set
+is left out.
 """
 
 from __future__ import annotations
 
 import random
 
-from irpo_utils import UserError, models
+from datasets import Dataset
 
+from irpo_utils import UserError, models
+from irpo_utils.sampling import check_ids
+
+# questions with completions; those that give pairs; those with no rejected and with no chosen
+# completion; completions that repeat an earlier one, and that have no token; pairs that occur again
+# after wrapping around both sets; pairs longer than max_length; pairs with a gold solution; pairs
 COUNTS = (
-    "questions",
-    "used",
-    "all_right",
-    "all_wrong",
-    "duplicates",
-    "empty",
-    "repeated",
-    "over_long",
-    "gold_winners",
-    "pairs",
-)
+    "questions used all_right all_wrong duplicates empty repeated over_long gold_winners pairs"
+).split()
 
 
 def build_pairs(
@@ -29,175 +27,160 @@ def build_pairs(
     k: int = 4,
     gold=None,
     max_length: int | None = None,
+    max_pairs: int | None = None,
     deduplicate: bool = True,
     pairing: str = "wrap_around",
     seed: int = 0,
-):
-    """K pairs per question: (`Dataset` of pairs, counts).
+) -> tuple[Dataset, dict[str, int]]:
+    """K pairs per question: (pairs, counts); see `COUNTS`.
 
-    graded: completions of one model with `correct` (the columns of `grading.grade`).
-    gold: optional rows `id`, `completion`, `completion_ids` (see `gold_completions`) put in front of the winners, as
-        the paper does on GSM8K, so that the set of winners is never empty.
-    max_length: pairs whose prompt and longer response together have more tokens are dropped (section 3.1).
-    deduplicate: a completion that repeats the text of an earlier one of the same question and verdict is left out.
-        The paper describes no such step; without it a question whose samples agree gives the same pair K times.
-    pairing: "wrap_around" (the paper) or "random" (K draws with replacement by `seed`), for comparison.
+    graded: completions of one model with `reward` (or `correct`), see `grading.grade`.
+    gold: rows of `gold_completions`, which come first among the chosen, as the paper does on GSM8K.
+    max_length: drop pairs whose prompt and longer response have more tokens (section 3.1).
+    max_pairs: keep this many random pairs.
+    deduplicate: leave out completions that repeat an earlier one. The paper describes no such step;
+        without it a question whose samples agree gives the same pair K times.
+    pairing: "wrap_around" (the paper) or "random" (K draws with replacement), for comparison.
 
-    Columns: `id`, `prompt`, `chosen`, `rejected`, `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_sample` (-1 for a
-    gold chain), `rejected_sample`. Counts: `questions`, `used`, `all_right`, `all_wrong`, `duplicates`, `empty`,
-    `repeated` (the same pair once more, after wrapping round both sets), `over_long`, `gold_winners`, `pairs`.
-    Raises `UserError` beginning "no pairs" where nothing is left.
+    Columns: `id`, `prompt`, `chosen`, `rejected`, `prompt_ids`, `chosen_ids`, `rejected_ids`,
+    `chosen_sample` (-1 for a gold solution), `rejected_sample`.
+    Raises `UserError` beginning "no pairs" if nothing is left.
     """
-    from datasets import Dataset
-
-    if k < 1 or pairing not in ("wrap_around", "random"):
-        raise UserError(
-            f"k = {k} must be at least 1 and pairing = {pairing!r} either wrap_around or random."
-        )
-    rng, rows = random.Random(seed), []
-    gold_by_id = {row["id"]: {**row, "sample": -1} for row in gold} if gold is not None else {}
-    counts = dict.fromkeys(COUNTS, 0)
-    for question_id, completions in _by_question(graded).items():
+    check_ids(list(zip(graded["id"], graded["sample"], strict=True)), "samples")
+    gold_of = {row["id"]: {**row, "sample": -1} for row in gold or []}
+    rng, rows, counts = random.Random(seed), [], dict.fromkeys(COUNTS, 0)
+    for question, completions in group(graded).items():
         counts["questions"] += 1
-        winners, losers = _split(completions, gold_by_id.get(question_id), deduplicate, counts)
-        if not winners or not losers:
-            counts["all_wrong" if not winners else "all_right"] += 1
+        chosen, rejected = split(completions, gold_of.get(question))
+        chosen = _usable(chosen, deduplicate, counts)
+        rejected = _usable(rejected, deduplicate, counts)
+        if not chosen or not rejected:
+            counts["all_right" if chosen else "all_wrong"] += 1
             continue
-        indices = (
-            walk(len(winners), len(losers), k)
-            if pairing == "wrap_around"
-            else [(rng.randrange(len(winners)), rng.randrange(len(losers))) for _ in range(k)]
+        indices = walk(len(chosen), len(rejected), k)
+        if pairing == "random":
+            indices = [(rng.randrange(len(chosen)), rng.randrange(len(rejected))) for _ in indices]
+        counts["repeated"] += k - len(set(indices))
+        rows += [make_pair(completions[0], chosen[i], rejected[j]) for i, j in indices]
+    return _limited(rows, max_length, max_pairs, seed, counts)
+
+
+def _limited(rows, max_length, max_pairs, seed: int, counts) -> tuple[Dataset, dict[str, int]]:
+    """The pairs that are not too long and not too many."""
+    kept = [pair for pair in rows if max_length is None or length(pair) <= max_length]
+    counts["over_long"] = len(rows) - len(kept)
+    if not kept:
+        raise UserError(
+            "no pairs: of {questions} questions, all completions were correct for {all_right} and "
+            "all incorrect for {all_wrong}; {over_long} pairs were longer than --max-length. If most "
+            "are incorrect, draw more samples (--n-samples), add gold solutions (--gold true), or "
+            "look at `extracted` and `reason` of the graded data; if most are correct, raise "
+            "--temperature or use harder questions. Other settings need another --out.".format(
+                **counts
+            )
         )
-        counts["repeated"] += len(indices) - len(set(indices))
-        new = [_pair(completions[0], winners[w], losers[l]) for w, l in indices]
-        kept = [pair for pair in new if max_length is None or _length(pair) <= max_length]
-        counts["over_long"] += len(new) - len(kept)
-        counts["used"] += bool(kept)
-        counts["gold_winners"] += sum(pair["chosen_sample"] == -1 for pair in kept)
-        rows += kept
-    counts["pairs"] = len(rows)
-    if not rows:
-        raise UserError(_no_pairs(counts))
-    return Dataset.from_list(rows), counts
+    data = Dataset.from_list(kept)
+    if max_pairs is not None and len(data) > max_pairs:
+        data = data.shuffle(seed=seed).select(range(max_pairs))
+    gold = data["chosen_sample"][:].count(-1)
+    counts |= {"pairs": len(data), "used": len(set(data["id"])), "gold_winners": gold}
+    return data, counts
 
 
-def walk(n_winners: int, n_losers: int, k: int) -> list[tuple[int, int]]:
-    """K index pairs (winner, loser), both sets walked in parallel and begun again at their ends (footnote 2).
+def walk(n_chosen: int, n_rejected: int, k: int) -> list[tuple[int, int]]:
+    """K index pairs (chosen, rejected): both sets in parallel, restarted at their ends (footnote 2).
 
     >>> walk(2, 3, 4)
     [(0, 0), (1, 1), (0, 2), (1, 0)]
     """
-    return [(i % n_winners, i % n_losers) for i in range(k)]
+    return [(i % n_chosen, i % n_rejected) for i in range(k)]
+
+
+def split(completions: list[dict], gold: dict | None = None) -> tuple[list[dict], list[dict]]:
+    """(chosen, rejected) of one question, in the order of the samples, the gold solution first.
+
+    Rewards of 0 and 1 are split as in the paper. Other rewards are split half-way between the lowest
+    and the highest, so that every chosen completion has a higher reward than every rejected one. If
+    all rewards are equal, they count as 0 and 1 would: all chosen from 0.5 on, else all rejected.
+    """
+    rewards = [row["reward"] if "reward" in row else float(row["correct"]) for row in completions]
+    both_ends = rewards + ([max(1.0, *rewards)] if gold else [])
+    middle = (min(both_ends) + max(both_ends)) / 2
+    if min(both_ends) == max(both_ends):
+        middle = 0.5 if middle < 0.5 else -float("inf")
+    chosen = [row for row, reward in zip(completions, rewards, strict=True) if reward > middle]
+    rejected = [row for row, reward in zip(completions, rewards, strict=True) if reward <= middle]
+    return ([gold] if gold else []) + chosen, rejected
 
 
 def gold_completions(questions, tokenizer) -> list[dict]:
-    """The gold solutions as completions that end in EOS, for `build_pairs(gold=...)`; questions without one are left out."""
-    return [
-        {
-            "id": row["id"],
-            "completion": row["solution"],
-            "completion_ids": tokenizer(
-                models.plain_text(tokenizer, row["solution"]), add_special_tokens=False
-            ).input_ids
-            + [tokenizer.eos_token_id],
-        }
-        for row in questions
-        if row.get("solution")
-    ]
+    """The gold solutions as completions, which end as the model's own do; others are left out."""
+    end = models.turn_end(tokenizer)
+    rows = []
+    for row in questions:
+        if row.get("solution"):
+            text = models.plain_text(tokenizer, row["solution"])
+            ids = tokenizer(text, add_special_tokens=False).input_ids + [end]
+            rows.append({"id": row["id"], "completion": row["solution"], "completion_ids": ids})
+    return rows
 
 
-def gold_pairs(questions, prompts: list[str], tokenizer, max_length: int | None = None):
-    """Gold solutions over an empty answer, one pair a question, for SFT on them: (`Dataset` of pairs, counts).
+def gold_pairs(questions, prompts: list[str], tokenizer, max_length=None, max_pairs=None, seed=0):
+    """Gold solutions over a lone end token, which SFT does not look at: (pairs, counts).
 
-    `prompts` are the rendered prompts of the questions. With a DPO weight of 0 the loser, a lone EOS, is not learnt
-    from. Columns and counts are those of `build_pairs`. Raises `UserError` beginning "no pairs" where no question
-    has a solution, or none a short enough one.
+    `prompts` are the rendered prompts of the questions.
     """
-    from datasets import Dataset
-
-    gold = {row["id"]: row for row in gold_completions(questions, tokenizer)}
-    eos = {"completion": "", "completion_ids": [tokenizer.eos_token_id], "sample": 0}
-    encoded = tokenizer(prompts, add_special_tokens=False).input_ids
-    pairs = [
-        _pair(
-            {"id": row["id"], "prompt": prompt, "prompt_ids": ids},
-            {**gold[row["id"]], "sample": -1},
-            eos,
-        )
-        for row, prompt, ids in zip(questions, prompts, encoded, strict=True)
-        if row["id"] in gold
-    ]
-    kept = [pair for pair in pairs if max_length is None or _length(pair) <= max_length]
-    if not kept:
-        raise UserError(
-            "no pairs: the questions have no gold solutions. Take a task that has them, such as gsm8k."
-            if not pairs
-            else f"no pairs: all {len(pairs)} gold solutions are longer than the limit. Raise --max-length."
-        )
-    counts = dict.fromkeys(COUNTS, 0)
-    return Dataset.from_list(kept), counts | {
-        "questions": len(questions),
-        "used": len(kept),
-        "gold_winners": len(kept),
-        "over_long": len(pairs) - len(kept),
-        "pairs": len(kept),
-    }
+    gold = {row["id"]: {**row, "sample": -1} for row in gold_completions(questions, tokenizer)}
+    if not gold:
+        raise UserError("no pairs: the questions have no gold solutions. Use a task that has them.")
+    nothing = {"completion": "", "completion_ids": [models.turn_end(tokenizer)], "sample": 0}
+    rows = []
+    for row, prompt in zip(questions, prompts, strict=True):
+        if row["id"] in gold:
+            ids = tokenizer(prompt, add_special_tokens=False).input_ids
+            question = {"id": row["id"], "prompt": prompt, "prompt_ids": ids}
+            rows.append(make_pair(question, gold[row["id"]], nothing))
+    counts = dict.fromkeys(COUNTS, 0) | {"questions": len(questions)}
+    return _limited(rows, max_length, max_pairs, seed, counts)
 
 
-def _by_question(graded) -> dict[str, list[dict]]:
+def group(rows) -> dict[str, list[dict]]:
+    """Rows by question id, in order."""
     groups: dict[str, list[dict]] = {}
-    for row in graded:
+    for row in rows:
         groups.setdefault(row["id"], []).append(row)
     return groups
 
 
-def _split(completions, gold, deduplicate, counts) -> tuple[list[dict], list[dict]]:
-    """Winners and losers of one question, in the order of the samples, the gold chain first among the winners."""
-    winners = [gold] if gold else []
-    losers: list[dict] = []
-    for row in completions:
-        side = winners if row["correct"] else losers
-        if not row["completion_ids"]:
-            counts["empty"] += 1
-        elif deduplicate and any(row["completion"] == other["completion"] for other in side):
-            counts["duplicates"] += 1
-        else:
-            side.append(row)
-    return winners, losers
-
-
-def _pair(row, winner, loser) -> dict:
+def make_pair(question: dict, chosen: dict, rejected: dict) -> dict:
+    """One row of the pairs from a row with `id`, `prompt`, `prompt_ids` and two completions."""
     return {
-        "id": row["id"],
-        "prompt": row["prompt"],
-        "chosen": winner["completion"],
-        "rejected": loser["completion"],
-        "prompt_ids": row["prompt_ids"],
-        "chosen_ids": winner["completion_ids"],
-        "rejected_ids": loser["completion_ids"],
-        "chosen_sample": winner["sample"],
-        "rejected_sample": loser["sample"],
+        "id": question["id"],
+        "prompt": question["prompt"],
+        "chosen": chosen["completion"],
+        "rejected": rejected["completion"],
+        "prompt_ids": question["prompt_ids"],
+        "chosen_ids": chosen["completion_ids"],
+        "rejected_ids": rejected["completion_ids"],
+        "chosen_sample": chosen["sample"],
+        "rejected_sample": rejected["sample"],
     }
 
 
-def _length(pair) -> int:
+def length(pair: dict) -> int:
+    """Tokens of the prompt and the longer response."""
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
-def _no_pairs(counts) -> str:
-    cause = (
-        f"no pairs: of {counts['questions']} questions, every sample was right for {counts['all_right']} and every "
-        f"one wrong for {counts['all_wrong']}"
-    )
-    if counts["over_long"]:
-        return f"{cause}, and {counts['over_long']} pairs were longer than the limit. Raise --max-length."
-    if counts["all_wrong"] >= counts["all_right"]:
-        return (
-            f"{cause}. The model is too weak for these questions or its answers are not read: draw more samples "
-            "(--n-samples), add gold solutions as winners (--gold true), take easier questions or a stronger "
-            "model, and look at `extracted` and `reason` in the graded data. Other settings need another --out."
-        )
-    return (
-        f"{cause}. The questions are too easy for the model: raise --temperature or --n-samples so that some "
-        "samples go wrong, or take harder questions. Other settings need another --out."
-    )
+def _usable(completions: list[dict], deduplicate: bool, counts: dict) -> list[dict]:
+    """Completions with at least one token, and no text twice."""
+    kept, seen = [], set()
+    for row in completions:
+        if not row["completion_ids"]:
+            counts["empty"] += 1
+        elif deduplicate and row["completion"] in seen:
+            counts["duplicates"] += 1
+        else:
+            kept.append(row)
+            seen.add(row["completion"])
+    return kept

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
 from irpo_utils import UserError
-from irpo_utils.hub import limit_waiting
 from irpo_utils.tasks.base import SPLITS, Task
 
 if TYPE_CHECKING:
@@ -134,7 +133,6 @@ def load_hub(task: str, hub: str, config: str | None, split: str) -> list[dict]:
     """Rows of a hub data set, or a `UserError` that offers --data; code in the repository is never run."""
     import datasets
 
-    limit_waiting()
     try:
         return list(datasets.load_dataset(hub, config, split=split))
     except (

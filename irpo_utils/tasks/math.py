@@ -463,6 +463,7 @@ def _limit_time(seconds: float) -> None:
 def serve() -> None:
     """The child: reads [gold, answer, seconds] as JSON lines, answers 1 or 0 for each, or ? if memory was too short."""
     import logging
+
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()

@@ -1,10 +1,11 @@
 """Whether evaluation questions are among the training questions, checked before every run.
 
-Three nets, from fine to coarse: the same text, spacing apart; the same letters, digits and signs of operation, whatever
-the case and punctuation; and a run of 13 words in common (the measure of Brown et al. 2020, GPT-3, appendix C). The first
-two are the same question. The third is a hint: templates and standard phrases share words, too.
+Three nets, from fine to coarse: the same text up to spacing; the same letters, digits and signs,
+whatever the case and punctuation; and a run of 13 words in common (Brown et al. 2020, GPT-3,
+appendix C). The first two are the same question. The third is a hint, because templates and
+standard phrases also share words.
 
-What a model saw before it came here no such check can find. See notebook 07 for how to tell.
+No such check can find what a model saw before it came here. Notebook 07 shows how to tell.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ SHOWN, KEPT = 3, 20  # examples in an error message, and on record
 
 @dataclass
 class Overlap:
-    """Counts of evaluation questions, out of `questions`, that training has as well; each net counts what it catches."""
+    """Counts of evaluation questions, out of `questions`, that training also has."""
 
     questions: int
     exact: int = 0
     normalised: int = 0  # includes the exact ones
-    train_rows: int = 0  # training questions that are, normalised, evaluation questions
-    n_gram: int = (
-        0  # evaluation questions that share 13 words in a row, the same questions included
-    )
+    train_rows: int = 0  # training questions that are evaluation questions
+    n_gram: int = 0  # evaluation questions that share 13 words in a row, the same ones included
     examples: list[dict] = field(default_factory=list)  # `train`, `evaluation`: ids; `question`
 
 
@@ -47,37 +46,42 @@ def find(train, evaluation) -> Overlap:
         overlap.n_gram += any(gram in grams for gram in n_grams(row["question"]))
         if form in same:
             overlap.normalised += 1
-            if len(overlap.examples) < KEPT:
-                overlap.examples.append(
-                    {"train": same[form], "evaluation": row["id"], "question": row["question"]}
-                )
+            ids = {"train": same[form], "evaluation": row["id"]}
+            overlap.examples.append({**ids, "question": row["question"]})
+    overlap.examples = overlap.examples[:KEPT]
     overlap.train_rows = sum(normalise(row["question"]) in forms for row in train)
     return overlap
 
 
 def check(train, evaluation, allow: bool = False) -> Overlap:
-    """`find`, but the same question on both sides is a `UserError` with count and examples, unless `allow`."""
+    """`find`; the same question on both sides is a `UserError` with examples, unless `allow`."""
     overlap = find(train, evaluation)
     if overlap.normalised and not allow:
+        shown = overlap.examples[:SHOWN]
         examples = "; ".join(
-            f"{e['train']} is {e['evaluation']}, {_short(e['question'])}"
-            for e in overlap.examples[:SHOWN]
+            f"{e['train']} is {e['evaluation']}, {_short(e['question'])}" for e in shown
         )
         raise UserError(
-            f"{overlap.normalised} of {overlap.questions} evaluation questions are training questions as well "
-            f"({overlap.exact} word for word): {examples}. The accuracy would be that of a memory. Take these "
-            f"{overlap.train_rows} rows out of the training file, evaluate on another set, or, to do it all the "
-            "same, add --allow-overlap true."
+            f"{overlap.normalised} of {overlap.questions} evaluation questions are also training "
+            f"questions ({overlap.exact} word for word): {examples}. The accuracy would measure "
+            f"memory. Remove these {overlap.train_rows} rows from the training file, evaluate on "
+            "another set, or add --allow-overlap true to continue anyway."
         )
     return overlap
 
 
 def describe(overlap: Overlap) -> str:
     """One line for the screen."""
-    line = f"{overlap.n_gram} of {overlap.questions} evaluation questions share {N_GRAM} words in a row with a training question"
+    share = overlap.n_gram / max(1, overlap.questions)
+    line = (
+        f"{overlap.n_gram} of {overlap.questions} evaluation questions share {N_GRAM} words in a row "
+        f"with a training question ({share:.1%})."
+    )
     if overlap.normalised:
-        line = f"{overlap.normalised} of {overlap.questions} evaluation questions ARE training questions, as allowed; {line}"
-    return line + f" ({overlap.n_gram / max(1, overlap.questions):.1%})."
+        line = (
+            f"{overlap.normalised} evaluation questions ARE training questions, as allowed; {line}"
+        )
+    return line
 
 
 def n_grams(question: str, n: int = N_GRAM) -> list[tuple[str, ...]]:

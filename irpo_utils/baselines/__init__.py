@@ -1,0 +1,84 @@
+"""Methods beyond the paper's own tables; importing this package adds them to `METHODS`."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import Counter
+
+from irpo_utils.methods import METHODS, SFT, Method
+
+
+def by_majority(rows: list[dict]) -> list[float]:
+    """1 for the most frequent answer of the question; the gold answer is not used."""
+    votes = Counter(row["extracted"] for row in rows if row["extracted"] is not None)
+    first = votes.most_common(1)[0][0] if votes else None
+    return [float(first is not None and row["extracted"] == first) for row in rows]
+
+
+def by_own_likelihood(rows: list[dict]) -> list[float]:
+    """1 for the half of the completions that the model itself finds likelier per token."""
+    scores = [row["logprob"] / row["n_tokens"] for row in rows]
+    middle = sorted(scores)[(len(rows) - 1) // 2]
+    return [float(score > middle) for score in scores]
+
+
+def by_luck(rows: list[dict]) -> list[float]:
+    """1 for the gold answer and for one incorrect answer in four, as in multiple choice."""
+
+    def lucky(row) -> bool:
+        answer = f"{row['id']} {row['extracted']}"
+        return row["extracted"] is not None and zlib.crc32(answer.encode()) % 4 == 0
+
+    return [float(row["correct"] or lucky(row)) for row in rows]
+
+
+def at_random(rows: list[dict]) -> list[float]:
+    """As many completions rewarded as are correct, but random ones: a control."""
+    rng = random.Random("".join([rows[0]["id"], *(row["completion"] for row in rows)]))
+    return [float(correct) for correct in rng.sample([row["correct"] for row in rows], len(rows))]
+
+
+def never(rows: list[dict]) -> list[float]:
+    """0 for all completions: the gold solution is chosen against each of them."""
+    return [0.0 for _ in rows]
+
+
+def by_grpo(*arguments):
+    """See `grpo.train`; imported late, because TRL's trainer takes seconds to load."""
+    from irpo_utils.baselines import grpo
+
+    return grpo.train(*arguments)
+
+
+METHODS.update(
+    {
+        "shuffled": Method("Random labels", "control", reward=at_random),
+        "few_shot": Method(
+            "M0 with four examples",
+            "Wei et al. 2022, arXiv 2201.11903",
+            {"iterations": 0},
+            examples=4,
+        ),
+        "self_consistency": Method(
+            "Majority as reward", "after Prasad et al. 2024, arXiv 2411.04109", reward=by_majority
+        ),
+        "self_rewarding": Method(
+            "Own likelihood as reward",
+            "after Yuan et al. 2024, arXiv 2401.10020",
+            reward=by_own_likelihood,
+        ),
+        # Without the paper's own loss: `alpha` adds an NLL term that SPIN does not have.
+        "spin": Method(
+            "Gold vs. sampled (SPIN-style)",
+            "after Chen et al. 2024, arXiv 2401.01335",
+            {"gold": True},
+            reward=never,
+        ),
+        "grpo": Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo),
+        "irpo_lucky": Method("Iterative RPO, lucky chosen", "control", reward=by_luck),
+        "star_lucky": Method(
+            "Rejection-sampling SFT, lucky chosen", "control", SFT, reward=by_luck
+        ),
+    }
+)

@@ -1,0 +1,107 @@
+"""Training with one row per pair, `prompt | chosen | rejected`: the prompt is computed once.
+
+TRL's batch has two rows per pair, each with the prompt. The loss and the gradients are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from irpo_utils import logprobs
+from irpo_utils.training import CHOSEN_ONLY, IterativeRPOTrainer, PairLogps
+
+
+def possible(model) -> bool:
+    """Whether a mask of our own may be given: models with sliding windows build several masks."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    return not getattr(config, "sliding_window", None) and "sliding_attention" not in kinds
+
+
+def pair_batch(prompts, chosen, rejected, pad_id: int, dtype=torch.float32) -> dict:
+    """Token ids of B pairs as tensors; L = P + C + R columns.
+
+    `input_ids`, `position_ids` (B, L): both responses continue the prompt's positions.
+    `attention_mask` (B, 1, L, L), additive: the rejected response does not see the chosen one.
+    `response_mask` (B, C + R), `n_columns`: C.
+    """
+    widths = [max(1, *map(len, part)) for part in (prompts, chosen, rejected)]
+    starts = (0, widths[0], widths[0] + widths[1])
+    ids = torch.full((len(prompts), sum(widths)), pad_id)
+    filled, positions = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
+    for row, parts in enumerate(zip(prompts, chosen, rejected, strict=True)):
+        n_prompt = len(parts[0])
+        offsets = (widths[0] - n_prompt, starts[1], starts[2])  # the prompt is padded on the left
+        for part, at, position in zip(parts, offsets, (0, n_prompt, n_prompt), strict=True):
+            ids[row, at : at + len(part)] = torch.tensor(part)
+            positions[row, at : at + len(part)] = torch.arange(position, position + len(part))
+            filled[row, at : at + len(part)] = True
+    allowed = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    allowed[starts[2] :, starts[1] : starts[2]] = False
+    visible = allowed & filled[:, None, :]
+    mask = torch.zeros(visible.shape, dtype=dtype)
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "attention_mask": mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None],
+        "response_mask": filled[:, widths[0] :].long(),
+        "n_columns": torch.tensor(widths[1]),
+    }
+
+
+def pair_logps(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the chosen and the rejected responses of a `pair_batch`, (B,), nats."""
+    width, split = batch["response_mask"].shape[1], int(batch["n_columns"])
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits
+    # The last prompt token predicts the first token of both responses.
+    predicting = torch.cat([logits[:, :split], logits[:, :1], logits[:, split + 1 : -1]], 1)
+    targets = batch["input_ids"][:, -width:]
+    logps = logprobs.token_logps(predicting, targets) * batch["response_mask"]
+    return logps[:, :split].sum(-1), logps[:, split:].sum(-1)
+
+
+class SharedPromptTrainer(IterativeRPOTrainer):
+    """`IterativeRPOTrainer` with one row per pair."""
+
+    def __init__(self, model, **options):
+        self.pad_id, self.dtype = options["processing_class"].pad_token_id, model.dtype
+        super().__init__(model, data_collator=self.collate, **options)
+
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """B pairs as B rows; without the rejected responses for a loss that does not need them."""
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        prompts, chosen, rejected = ([row[name] for row in rows] for name in names)
+        if self.loss_name in CHOSEN_ONLY:
+            rejected = [[] for _ in rows]
+        batch = pair_batch(prompts, chosen, rejected, self.pad_id, self.dtype)
+        lengths = [[len(ids) for ids in side] for side in (prompts, chosen, rejected)]
+        batch["lengths"] = torch.tensor(lengths).T
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
+
+    def n_pairs(self, inputs) -> int:
+        return len(inputs["lengths"])
+
+    def n_tokens(self, inputs) -> torch.Tensor:
+        return inputs["lengths"].sum()
+
+    def compute_ref_log_probs(self, model, inputs):
+        """Called by TRL for the precomputed reference; the model is M_t as it is now."""
+        with torch.no_grad(), self.accelerator.autocast():
+            return pair_logps(model, inputs)
+
+    def pair_logps(self, model, inputs) -> PairLogps:
+        chosen, rejected = pair_logps(model, inputs)
+        _, n_chosen, n_rejected = inputs["lengths"].unbind(1)
+        if self.loss_name in CHOSEN_ONLY:
+            return PairLogps(chosen, n_chosen)
+        reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        return PairLogps(chosen, n_chosen, rejected, n_rejected, *reference)

@@ -1,0 +1,321 @@
+"""The command line. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from irpo_utils import UserError
+from irpo_utils.scale import processes
+
+NOT_WRITABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; a mistake that the user can fix becomes one paragraph and exit status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"run": run, "plan": plan, "evaluate": evaluate, "plot": plot}
+    parser = argparse.ArgumentParser(prog="python -m irpo_utils", description="Iterative RPO.")
+    parser.add_argument("command", choices=commands, help="`COMMAND --help` lists its options")
+    command = parser.parse_args(arguments[:1] or ["--help"]).command
+    before = signal.signal(signal.SIGTERM, _terminate)  # sent before a machine is taken away
+    sys.unraisablehook, hook = _raise_again, sys.unraisablehook
+    try:
+        return _report(commands[command], arguments[1:])
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends more than one
+        if processes.speaks_last():
+            resumes = "the same command resumes it" if command == "run" else "run it again"
+            print(f"\nStopped. What was finished is kept: {resumes}.", file=sys.stderr)
+        return 143 if isinstance(interrupt, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+
+
+def _report(command, arguments: list[str]) -> int:
+    try:
+        command(arguments)
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        return _fail(
+            f"cannot write to {error.filename or 'the output'}: {error.strerror}. Choose another "
+            "--out or free some space, then run the same command again."
+        )
+    except RuntimeError as error:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        first = str(error).splitlines()[0][:200]
+        if should_reduce_batch_size(error):
+            return _fail(
+                f"Out of memory ({first}). Run the same command to resume, with a smaller "
+                "--sampling-batch-size or --micro-batch-size, with --gradient-checkpointing true, or "
+                "on a GPU with more memory. `python -m irpo_utils plan` shows what a run needs."
+            )
+        lost = re.search("connection|gloo|nccl|timed out|abort", str(error), re.IGNORECASE)
+        if processes.count() == 1 or not lost:
+            raise
+        return _fail(
+            "Another process of this run has ended; its own message, if any, is above. Run the same "
+            f"command to resume, with any number of processes. ({first})"
+        )
+    return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C."""
+
+
+def _terminate(*_):
+    raise Terminated
+
+
+def _raise_again(lost) -> None:
+    """An interrupt during the deletion of an object, which Python would drop: a moment later again."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    terminated = isinstance(lost.exc_value, Terminated)
+    number = signal.SIGTERM if terminated else signal.SIGINT
+    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+
+
+def _fail(message: str) -> int:
+    """One paragraph on the screen; of several processes the first one prints it if it can."""
+    if not processes.speaks_last():
+        time.sleep(5)  # the one that prints it then ends all others
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def run(arguments: list[str]) -> None:
+    """Iterative RPO with a profile; every field of the profile is an option."""
+    profile, options = parse_profile(arguments)
+    quiet_libraries()
+    import pandas
+
+    from irpo_utils import methods, plots
+    from irpo_utils.ops import plan as planning
+    from irpo_utils.ops import run as runs
+    from irpo_utils.ops.environment import environment
+
+    try:
+        planned = planning.plan(methods.apply(profile), price=options.price, must_fit=False)
+        if not options.quiet and processes.is_first():
+            print(f"{planning.table(planned)}\n", flush=True)
+        planning.check(planned)
+    except UserError as error:
+        if not options.ignore_plan:
+            raise
+        print(f"ignored: {error}\n", file=sys.stderr)
+    metrics = pandas.DataFrame(runs.run(profile, options.out, progress=not options.quiet))
+    if processes.is_first():
+        figure = plots.accuracy_per_iteration(metrics)
+        record = {"command": _command("run", arguments), "seed": profile.seed, **environment()}
+        plots.save(figure, options.out, "accuracy_per_iteration", metrics, record)
+        path = Path(options.out) / "accuracy_per_iteration.png"
+        print(f"\n{accuracy_table(metrics)}\n\nFigure: {path}")
+
+
+def plan(arguments: list[str]) -> None:
+    """Memory, tokens, hours and cost of a run before it starts; without --profile of all profiles."""
+    profile, options = parse_profile(arguments, "plan")
+    quiet_libraries()
+    from irpo_utils import methods, profiles
+    from irpo_utils.ops import plan as planning
+
+    if profile is not None:
+        made = planning.plan(methods.apply(profile), options.gpus, options.price, must_fit=False)
+        print(planning.table(made))
+        planning.check(made)
+        return
+    if options.price is not None:
+        raise UserError("--price needs a --profile: the table of all profiles shows hours only.")
+    each = {n: parse_profile([*arguments, "--profile", n], "plan")[0] for n in profiles.names()}
+    print(planning.overview(each, [options.gpus] if options.gpus else planning.OVERVIEW))
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Evaluate the iterations of a finished run again: another task, more samples, another split."""
+    parser = _parser("evaluate", evaluate)
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("--task", help="another task than the run's")
+    parser.add_argument("--data", help="local folder or file of that task")
+    parser.add_argument("--split", help="validation or test (default: the run's)")
+    parser.add_argument(
+        "--iterations", type=int, nargs="+", help="which M_t (default: the first and the last)"
+    )
+    parser.add_argument("--k", type=int, default=32, help="completions per question (default: 32)")
+    parser.add_argument("--out", help="folder for the table (default: RUN/evaluations)")
+    parser.add_argument(
+        "--allow-overlap",
+        choices=("true", "false"),
+        default="false",
+        help="continue although these questions are among the training questions",
+    )
+    options = vars(parser.parse_args(arguments))
+    quiet_libraries()
+    from irpo_utils.ops import run as runs
+
+    for name in ("data", "out"):
+        runs.check_path(options[name], name)
+    options["allow_overlap"] = options["allow_overlap"] == "true"
+    text = runs.evaluate_run(**options)
+    if processes.is_first():
+        print(text)
+
+
+def plot(arguments: list[str]) -> None:
+    """Draw accuracy per iteration of one or several runs (seeds), with the table behind it."""
+    parser = _parser("plot", plot)
+    parser.add_argument("runs", nargs="+", help="run directories that differ in their seed")
+    parser.add_argument("--out", default="figures", help="folder (default: figures)")
+    name = "accuracy_per_iteration"
+    parser.add_argument("--name", default=name, help=f"name of the files (default: {name})")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    from irpo_utils import plots
+    from irpo_utils.ops import run as runs
+
+    runs.check_path(options.out, "out")
+    metrics, summary, record = runs.collect(options.runs)
+    figure = plots.accuracy_per_iteration(metrics, summary)
+    record = {"command": _command("plot", arguments), **record}
+    plots.save(figure, options.out, options.name, metrics, record)
+    summary.to_csv(Path(options.out) / f"{options.name}_mean.csv", index=False)
+    print(f"{accuracy_table(summary)}\n\nFigure: {Path(options.out) / options.name}.png")
+
+
+def _parser(name: str, command) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"python -m irpo_utils {name}", description=command.__doc__)
+
+
+def accuracy_table(metrics) -> str:
+    """Accuracy per iteration as text, with 95 % intervals."""
+    titles = {"greedy": "greedy", "sampled": "sampled", "majority": "majority vote"}
+    titles |= {"pass_at_k": "pass@k", "mean_tokens": "tokens"}
+    titles = {name: title for name, title in titles.items() if name in set(metrics.metric)}
+    lines = [f"{'':8}" + "".join(f"{title:>24}" for title in titles.values())]
+    for t, rows in metrics.groupby("iteration"):
+        cells = []
+        for name in titles:
+            found = rows[rows.metric == name].sort_values("k")
+            cells.append(_cell(found.iloc[-1]) if len(found) else "")
+        lines.append(f"M_{t:<6}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(row) -> str:
+    if row.metric == "mean_tokens":
+        return f"{row.value:.1f}"
+    known = row.low is not None and row.low == row.low  # NaN is not equal to itself
+    interval = f" ({100 * row.low:.1f}-{100 * row.high:.1f})" if known else ""
+    k = f" @{int(row.k)}" if row.metric in ("majority", "pass_at_k") else ""
+    return f"{100 * row.value:.1f}{interval}{k}"
+
+
+def parse_profile(arguments: list[str], command: str = "run"):
+    """The profile with the options given (None for all profiles), and the other options."""
+    from transformers import HfArgumentParser
+
+    from irpo_utils import profiles
+
+    common = argparse.ArgumentParser(add_help=False)
+    default = {"run": "cpu", "plan": "all"}[command]
+    listed = ", ".join(profiles.names())
+    common.add_argument("--profile", default=default, help=f"one of {listed} (default: {default})")
+    common.add_argument("--price", type=float, help="price of the machine per hour")
+    if command == "run":
+        common.add_argument("--out", help="run directory (default: runs/PROFILE)")
+        common.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
+        common.add_argument(
+            "--ignore-plan", action="store_true", help="run although the plan says it does not fit"
+        )
+    else:
+        machines = "8xA100-80GB, cpu, 2xcpu for two cores, ..."
+        common.add_argument("--gpus", help=f"{machines} (default: this computer)")
+    common.error = lambda message: _refuse(message, command)
+    options, rest = common.parse_known_args(arguments)
+    name = "cpu" if options.profile == "all" and command == "plan" else options.profile
+    base = profiles.get(name)
+    prog, text = f"python -m irpo_utils {command}", globals()[command].__doc__
+    parser = HfArgumentParser(profiles.Profile, parents=[common], prog=prog, description=text)
+    parser.set_defaults(**dataclasses.asdict(base))
+    parser.error = common.error
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    _check_known(rest, flags, command)
+    rest, changes = _split_off_none(rest)
+    given = {word.partition("=")[0][2:].replace("-", "_") for word in rest if word[:2] == "--"}
+    values = vars(parser.parse_args(rest))
+    changes |= {key: values[key] for key in given if key in values}
+    profile = profiles.get(name, **changes)
+    if command == "run":
+        options.out = options.out or f"runs/{options.profile}"
+    return (None if options.profile == "all" else profile), options
+
+
+def _check_known(words: list[str], flags: set[str], command: str) -> None:
+    for word in (word.partition("=")[0] for word in words if word.startswith("--")):
+        if word not in flags:
+            close = difflib.get_close_matches(word, [f for f in flags if "_" not in f], n=3)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise UserError(
+                f"There is no option {word}.{hint} `python -m irpo_utils {command} --help` lists them."
+            )
+
+
+def _split_off_none(words: list[str]) -> tuple[list[str], dict]:
+    """Take out `--option none`; `all` means the same for a number of questions."""
+    from irpo_utils.profiles import Profile
+
+    kinds, rest, changes, i = Profile.__annotations__, [], {}, 0
+    while i < len(words):
+        name = words[i][2:].replace("-", "_") if words[i].startswith("--") else ""
+        value = words[i + 1].lower() if i + 1 < len(words) else ""
+        none = value == "none" or (value == "all" and "questions" in name)
+        if none and "None" in kinds.get(name, ""):
+            changes[name] = None
+            i += 2
+        else:
+            rest.append(words[i])
+            i += 1
+    return rest, changes
+
+
+def _refuse(message: str, command: str):
+    raise UserError(
+        f"{message[:1].upper()}{message[1:]}. `python -m irpo_utils {command} --help` lists the "
+        "options and what they take."
+    )
+
+
+def quiet_libraries() -> None:
+    """Progress bars of our own stages only, without the loading bars and advice of the libraries."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+    import warnings
+
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # optional kernels not found
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def _command(name: str, arguments: list[str]) -> str:
+    return " ".join(["python -m irpo_utils", name, *arguments])

@@ -1,0 +1,55 @@
+"""How far M_t moved from M_{t-1}: the two numbers that announce a collapse."""
+
+from __future__ import annotations
+
+from datasets import Dataset, concatenate_datasets
+
+from irpo_utils import evaluation, iteration, logprobs
+
+KL_QUESTIONS = 256  # completions for the KL to the previous model, one per question
+PAIRS = 128  # pairs whose log-probabilities are compared
+
+
+def measure(t: int, stages: iteration.Stages) -> Dataset:
+    """Log-probabilities under M_t and M_{t-1} of M_t's samples and of the pairs it was trained on.
+
+    Columns: `kind` (sample, chosen, rejected), `logp`, `logp_previous` (nats), `n_tokens`. Both
+    columns come from `logprobs.score`, so that a model against itself gives exactly 0.
+    """
+    use, adapter = stages.engine.use, stages.keep.adapter
+    use(stages.model, adapter(t))
+    questions = iteration.first(stages.eval_questions, KL_QUESTIONS)
+    parts = {"sample": (stages.draw(questions, 1, 1.0, stages.seed(t, 5)), "completion_ids")}
+    if stages.history:
+        preferences = iteration.first(concatenate_datasets(stages.history[-1:]), PAIRS)
+        parts |= {side: (preferences, f"{side}_ids") for side in ("chosen", "rejected")}
+
+    def score_all() -> list[float]:
+        scores = []
+        for rows, column in parts.values():
+            texts = list(rows["prompt_ids"]), list(rows[column])
+            scores += logprobs.score(stages.model, stages.tokenizer, *texts)
+        return scores
+
+    now = score_all()
+    use(stages.model, adapter(t - 1))
+    before = score_all()
+    use(stages.model, adapter(t))
+    kinds = [(kind, len(ids)) for kind, (rows, column) in parts.items() for ids in rows[column]]
+    columns = {"kind": [kind for kind, _ in kinds], "logp": now, "logp_previous": before}
+    return Dataset.from_dict(columns | {"n_tokens": [n for _, n in kinds]})
+
+
+def rows(drift: Dataset) -> list[dict]:
+    """Metrics: KL(M_t || M_{t-1}) per completion (nats), log-probabilities of pairs per token."""
+    table = drift.to_pandas()
+    samples = table[table.kind == "sample"]
+    found = [evaluation.bootstrap_row("kl_to_previous", samples.logp - samples.logp_previous)]
+    for side in ("chosen", "rejected"):
+        part = table[table.kind == side]
+        for name, logp in (("_before", part.logp_previous), ("", part.logp)):
+            if len(part):
+                value = float((logp / part.n_tokens).mean())
+                row = {"metric": f"{side}_logp_per_token{name}", "value": value, "n": len(part)}
+                found.append(row)
+    return found

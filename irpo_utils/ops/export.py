@@ -1,0 +1,114 @@
+"""Models and adapters as files: fingerprints, checks, and M_t as one ordinary model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from irpo_utils import UserError, models
+from irpo_utils.profiles import Profile
+
+PIECE = 2**20  # bytes
+
+
+def fingerprint(model) -> str | None:
+    """What tells this base from another of the same name: the hub's commit, or a hash of the files.
+
+    Of files over 256 MiB every 16th MiB is read, and the end: a full hash would take minutes.
+    """
+    base = model.get_base_model()
+    names = {hub: short for short, hub in models.HUB_NAMES.items()}
+    folder = Path(models.find(names.get(base.name_or_path, base.name_or_path)))
+    if not folder.is_dir():
+        return base.config._commit_hash
+    digest, kinds = hashlib.sha256(), ("*.json", "*.jinja", "*.safetensors")
+    for path in sorted(file for kind in kinds for file in folder.glob(kind)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        step = PIECE if size < 2**28 else 16 * PIECE
+        with path.open("rb") as file:
+            for start in [*range(0, size, step), max(0, size - PIECE)]:
+                file.seek(start)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def commit_of(known: str | None) -> str | None:
+    """The hub's commit in a fingerprint; None for the hash of a folder, which is longer."""
+    return known if known and re.fullmatch("[0-9a-f]{40}", known) else None
+
+
+def check_adapter(folder: Path, p: Profile) -> None:
+    """Refuse an adapter that is not readable, or that belongs to another model than the profile's."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+            names = list(weights.keys())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"--start {p.start} is neither an adapter folder nor a run directory: "
+            f"adapter_config.json or adapter_model.safetensors is missing in {folder}, or damaged "
+            f"({error})."
+        ) from error
+    if not any("lora_" in name for name in names):
+        raise UserError(
+            f"{folder}/adapter_model.safetensors has no LoRA weights. Give another --start."
+        )
+    kinds = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
+    if beyond := [name for name in kinds if config.get(name)]:
+        raise UserError(
+            f"The adapter in {folder} was made with {' and '.join(beyond)}. Here every matrix has the "
+            "scale lora_alpha / lora_r, so it would be another one. Give another --start."
+        )
+    hub = models.HUB_NAMES.get(p.model, p.model)
+    base = config.get("base_model_name_or_path")
+    compared = (
+        ("model", hub if base == p.model else base, hub),
+        ("lora_r", config.get("r"), p.lora_r),
+        ("lora_alpha", config.get("lora_alpha"), p.lora_alpha),
+    )
+    for name, there, now in compared:
+        if there != now:
+            raise UserError(
+                f"The adapter in {folder} was made with {name} {there!r}, this run has {now!r}. Give "
+                f"--{name.replace('_', '-')} {there}, or another --start."
+            )
+
+
+def merge(name: str, adapter: str | Path, folder: str | Path, dtype: str | None = None) -> Path:
+    """M_t as one ordinary model in `folder` (safetensors and tokenizer), to serve or share.
+
+    W + (alpha / r) B A from the base before quantisation, rounded to `dtype` once. The adapter was
+    trained on the 4-bit base, so the merged model differs a little from M_t: evaluate it again.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty. Give the merged model a new folder.")
+    model, tokenizer = models.load(name, adapter, quantize=False, device="cpu", dtype=dtype)
+    model.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def describe(model) -> dict:
+    """Type, parameters and precision of a loaded model, for records."""
+    base = model.get_base_model()
+    sizes = {name: n_weights(p) for name, p in base.named_parameters() if "lora_" not in name}
+    return {
+        "type": base.config.model_type,
+        "parameters": sum(sizes.values()),
+        "adapter_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "four_bit": bool(getattr(base, "is_loaded_in_4bit", False)),
+        "dtype": str(base.dtype).removeprefix("torch."),
+    }
+
+
+def n_weights(parameter) -> int:
+    """Number of weights, also of NF4 storage, which packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()

@@ -1,0 +1,66 @@
+"""Models and data from the hub: a time limit, and errors in plain words."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+from accelerate.utils.memory import should_reduce_batch_size
+
+from irpo_utils import UserError, models
+
+
+def limit_waiting() -> None:
+    """Let every request to the hub fail after HF_HUB_DOWNLOAD_TIMEOUT (10 seconds by default).
+
+    Some calls of the library set no limit at all, and wait for a silent server without end.
+    """
+    from huggingface_hub import constants, get_session
+
+    def limit(request):
+        seconds, given = constants.HF_HUB_DOWNLOAD_TIMEOUT, request.extensions.get("timeout", {})
+        kinds = ("connect", "read", "write", "pool")
+        limits = {kind: min(given.get(kind) or seconds, seconds) for kind in kinds}
+        request.extensions["timeout"] = limits
+
+    session = get_session()
+    if not getattr(session, "waits_within_limit", False):
+        hooks = [*session.event_hooks["request"], limit]
+        session.event_hooks = {**session.event_hooks, "request": hooks}
+        session.waits_within_limit = True
+
+
+@contextlib.contextmanager
+def explained(name: str):
+    """Turn what the libraries raise while a model is loaded into a `UserError` with cause and fix."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what the libraries raise depends on the file that they fail on
+        text = str(error)
+        gpu = should_reduce_batch_size(error) or re.search("CUDA|out of memory|driver", text)
+        if isinstance(error, RuntimeError) and gpu:
+            raise  # a problem of the GPU, not of the model
+        raise UserError(_explain(models.find(name), text or type(error).__name__)) from error
+
+
+def _explain(path: str, text: str) -> str:
+    first = text.strip().splitlines()[0][:300]
+    if re.search(r"gated|\b40[13]\b", text):  # as a word: ports have such digits as well
+        return (
+            f"The model {path} is gated: accept its licence on its hub page, make a read token there, "
+            "and log in with `hf auth login` (or set HF_TOKEN)."
+        )
+    if "trust_remote_code" in text or "custom code" in text:
+        return f"The model {path} asks to run its own code, which is refused. Use another model."
+    if Path(path).is_dir():
+        return (
+            f"The model folder {path} could not be loaded: {first} It needs safetensors files and a "
+            "tokenizer, written by `save_pretrained`."
+        )
+    return (
+        f"The model {path} could not be loaded: {first} Without a network, give --model a local "
+        "folder, or use --model seed."
+    )

@@ -1,0 +1,266 @@
+"""A run with all that a long one needs: checks before it starts, crash-safe storage, evaluation again."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pandas
+from datasets import load_from_disk
+from tqdm.auto import tqdm
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from irpo_utils import UserError, baselines, evaluation, iteration, methods, tasks
+from irpo_utils.engines import Engine
+from irpo_utils.ops import checksums, contamination, export, hub, statistics
+from irpo_utils.ops.run_directory import RunDirectory, digest, find_start, is_whole, read_profile
+from irpo_utils.profiles import Profile
+from irpo_utils.scale import processes
+
+assert baselines  # adds its methods to the table
+
+
+def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
+    """`iteration.run` with checks and crash-safe storage; the same call resumes at any point.
+
+    Raises `UserError` for mistakes before anything is written, for an `out` that was made with other
+    settings or is in use, and for what the stages refuse.
+    """
+    check_path(out, "out")
+    hub.limit_waiting()
+    processes.wait()  # joins the processes, if there are several
+    progress = progress and processes.is_first()
+    p = methods.apply(profile)
+    overlap = check(p, out)
+    keep = RunDirectory(out, progress)
+    with keep.lock():
+        text = json.dumps(dataclasses.asdict(overlap), indent=1) + "\n"
+        keep.write(keep.out / "contamination.json", text)
+        if progress:
+            tqdm.write(contamination.describe(overlap))
+        rows = iteration.run(profile, out, keep, engine_of(p), progress)
+        processes.wait()
+    return rows
+
+
+def check(p: Profile, out: str | Path) -> contamination.Overlap:
+    """Refuse what cannot work before the model is loaded; returns the overlap of the questions."""
+    method, task = methods.get(p.method), tasks.get(p.task)
+    train = task.load("train", p.data).shuffle(seed=p.seed)
+    questions = iteration.first(task.load(p.eval_split, p.data), p.n_eval_questions)
+    for option, value, known in (
+        ("--lr-scheduler", p.lr_scheduler, SchedulerType),
+        ("--optimizer", p.optimizer, OptimizerNames),
+    ):
+        if value not in (names := sorted(kind.value for kind in known)):
+            raise UserError(f"{option} is {value!r}; transformers knows {', '.join(names)}.")
+    if p.report_to != "none" and importlib.util.find_spec(p.report_to) is None:
+        raise UserError(
+            f"--report-to {p.report_to} needs that package: `pip install {p.report_to}`."
+        )
+    if method.start and not p.start:
+        raise UserError(
+            f"The method {p.method} starts from M_1 of the method {method.start}. Make that first: run "
+            f"with --method {method.start} --iterations 1 --out DIR; then add --start "
+            "DIR/iteration_1/adapter here."
+        )
+    if method.train and (p.n_samples < 2 or processes.count() > 1):
+        raise UserError(
+            f"--method {p.method} compares the completions of a question in one process: --n-samples "
+            "must be at least 2, and the command must run without a launcher such as torchrun."
+        )
+    own_probe = Path(out) / "iteration_0" / "pairs"
+    if p.probe and Path(p.probe).expanduser().resolve() != own_probe.resolve():
+        if not (Path(p.probe).expanduser() / "state.json").is_file():
+            raise UserError(
+                f"--probe {p.probe} is no folder of pairs, such as RUN/iteration_0/pairs."
+            )
+    if p.start and checksums.read(Path(out) / "iteration_0" / "adapter") is None:
+        find_start(p)
+    return contamination.check([*train, *learnt_before(p)], questions, p.allow_overlap)
+
+
+def check_path(path, option: str) -> None:
+    """`datasets` takes a path with "::" or "://" for an address and would write to another file."""
+    if "::" in str(path) or "://" in str(path):
+        raise UserError(f"--{option} is {str(path)!r}: it must be a path without '::' and '://'.")
+
+
+def engine_of(p: Profile) -> Engine:
+    """The engine of the profile, for the processes of this run; its errors name cause and fix."""
+    engine = iteration.find_engine(p.engine)
+    load = engine.load
+
+    def load_explained(p: Profile, revision: str | None = None):
+        with hub.explained(p.model):
+            return load(p, revision)
+
+    engine.load = load_explained
+    if p.shard:
+        from irpo_utils.scale import fsdp
+
+        fsdp.check(p)
+        engine = fsdp.ShardedEngine(engine)
+    return processes.SharedEngine(engine) if processes.count() > 1 else engine
+
+
+def learnt_before(p: Profile) -> list[dict]:
+    """The training questions of the runs that `p` starts from, as far as their data are there."""
+    start = Path(p.start).expanduser().resolve() if p.start else None
+    places = (start, *start.parents[:2]) if start else ()
+    run_folder = next((place for place in places if (place / "profile.json").is_file()), None)
+    if not run_folder:
+        return []
+    before = read_profile(run_folder)
+    if (before.task, before.data) == (p.task, p.data):
+        return learnt_before(before)
+    try:
+        return [*tasks.get(before.task).load("train", before.data), *learnt_before(before)]
+    except UserError as error:
+        tqdm.write(
+            f"The training questions of --start {p.start} could not be compared with the evaluation "
+            f"questions: {error}"
+        )
+        return []
+
+
+def evaluate_run(
+    run: str | Path,
+    task: str | None = None,
+    data: str | None = None,
+    split: str | None = None,
+    iterations: list[int] | None = None,
+    k: int = 32,
+    out: str | Path | None = None,
+    allow_overlap: bool = False,
+) -> str:
+    """Evaluate M_t of a run again, perhaps on another task; writes a table and returns it as text.
+
+    iterations: which M_t, by default the first and the last; the text ends with their paired
+    comparison. Raises `UserError` if these are questions that the run was trained on.
+    """
+    p = read_profile(run)
+    split, folder = split or p.eval_split, Path(out) if out else Path(run) / "evaluations"
+    wanted = iterations if iterations is not None else sorted({0, p.iterations})
+    if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
+        raise UserError(
+            f"--k must be at least 1, and --iterations from 0 to {p.iterations}, the last of {run}."
+        )
+    for t in wanted:
+        adapter = Path(run) / f"iteration_{t}" / "adapter"
+        if (t > 0 or p.start) and checksums.read(adapter) is None:
+            raise UserError(f"{adapter} is missing or damaged. Run the command of {run} again.")
+    data = data or (p.data if task in (None, p.task) else None)
+    changed = {"task": task or p.task, "data": data, "eval_split": split, "n_eval_questions": None}
+    now = dataclasses.replace(
+        p, **changed, shard=False, allow_overlap=allow_overlap or p.allow_overlap
+    )
+    keep = _OtherEvaluation(run, p, now)
+    stages = iteration.Stages(now, keep, engine_of(now), processes.is_first())
+    rows, results = [], {}
+    options = {"max_new_tokens": p.max_new_tokens, "batch_size": p.sampling_batch_size}
+    options |= {"progress": processes.is_first(), "engine": stages.engine}
+    for t in wanted:
+        stages.engine.use(stages.model, keep.adapter(t))
+        parts = stages.model, stages.tokenizer, stages.eval_questions, stages.task
+        results[t] = evaluation.evaluate(
+            *parts, k, p.eval_temperature, seed=p.seed, **stages.options
+        )
+        head = {"method": p.method, "seed": p.seed, "iteration": t, "split": split}
+        rows += [head | row for row in results[t].metrics]
+        if processes.is_first():  # after each one: an interrupt keeps what is there
+            folder.mkdir(parents=True, exist_ok=True)
+            pandas.DataFrame(rows).to_csv(folder / f"{now.task}_{split}.csv", index=False)
+    text = pandas.DataFrame(rows).to_string(index=False)
+    if len(wanted) > 1:
+        difference = evaluation.compare(results[wanted[0]].greedy, results[wanted[-1]].greedy)
+        text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
+    return text
+
+
+class _OtherEvaluation(iteration.Folder):
+    """The adapters of a finished run, for other evaluation questions; nothing is stored in it."""
+
+    def __init__(self, run, p: Profile, now: Profile):
+        super().__init__(run)
+        self.p, self.now = p, now
+        self.known = RunDirectory(run).inputs()
+        self.start = self.folder(0) / "adapter" if p.start else None
+        self.revision = export.commit_of(self.known.get("model"))
+
+    def check(self, stages) -> None:
+        learnt = tasks.get(self.p.task).load("train", self.p.data)
+        if self.known.get("training questions") not in (None, digest(learnt)):
+            if not self.now.allow_overlap:
+                raise UserError(
+                    f"The training questions of {self.out} have changed since it was trained, so they "
+                    "cannot be compared with these. Restore the data, or add --allow-overlap true."
+                )
+        train = [*learnt, *learnt_before(self.p)]
+        overlap = contamination.check(train, stages.eval_questions, self.now.allow_overlap)
+        if processes.is_first():
+            tqdm.write(contamination.describe(overlap))
+
+    def begin(self, stages) -> None:
+        known = self.known.get("model")
+        if known and export.fingerprint(stages.model) not in (None, known):
+            raise UserError(
+                f"The model {self.p.model} is no longer the one that {self.out} was made with. "
+                "Restore it."
+            )
+
+
+def collect(runs: list[str | Path]):
+    """Metrics of several runs (seeds) of one profile: (all rows, means with intervals, record).
+
+    The intervals of the means resample seeds and questions together; the gain of the last iteration
+    over M_0 is paired, question by question.
+    """
+    all_profiles = [read_profile(run) for run in runs]
+    first = all_profiles[0]
+    for run, p in zip(runs, all_profiles, strict=True):
+        if dataclasses.replace(p, seed=0) != dataclasses.replace(first, seed=0):
+            raise UserError(f"{run} and {runs[0]} differ in more than their seed.")
+        known, own = RunDirectory(runs[0]).inputs(), RunDirectory(run).inputs()
+        for name in ("model", "evaluation questions"):
+            if known.get(name) and own.get(name) and known[name] != own[name]:
+                raise UserError(f"{run} and {runs[0]} have different {name}.")
+        if not is_whole(Path(run)):
+            raise UserError(
+                f"{run} is not finished, or something in it is damaged. Run its command again."
+            )
+    tables = [pandas.read_csv(Path(run) / "metrics.csv") for run in runs]
+    means, shared = [], {"method": first.method, "split": first.eval_split, "seeds": len(runs)}
+    for metric in ("greedy", "sampled"):
+        for t in range(first.iterations + 1):
+            matrix = [accuracy_per_question(run, t, metric) for run in runs]
+            row = statistics.share_row(metric, matrix)
+            means.append(shared | {"iteration": t, **row})
+        if first.iterations:
+            last = [accuracy_per_question(run, first.iterations, metric) for run in runs]
+            start = [accuracy_per_question(run, 0, metric) for run in runs]
+            gains = [
+                [b - a for a, b in zip(*pair, strict=True)]
+                for pair in zip(start, last, strict=True)
+            ]
+            row = statistics.row(f"{metric}_gain_over_M0", gains)
+            means.append(shared | {"iteration": first.iterations, **row})
+    record = {"seeds": [p.seed for p in all_profiles], "profile": dataclasses.asdict(first)}
+    record["runs"] = [_made(run, p.seed) for run, p in zip(runs, all_profiles, strict=True)]
+    order = ["method", "iteration", "split", "metric", "k", "value", "low", "high", "n", "seeds"]
+    return pandas.concat(tables, ignore_index=True), pandas.DataFrame(means)[order], record
+
+
+def _made(run: str | Path, seed: int) -> dict:
+    environment = json.loads((Path(run) / "environment.json").read_text())
+    seconds = float(pandas.read_csv(Path(run) / "timing.csv").seconds.sum())
+    return {"seed": seed, "environment": environment, "seconds": seconds}
+
+
+def accuracy_per_question(run: str | Path, t: int, metric: str) -> list[float]:
+    """Share of correct completions of M_t for each question; `metric` is greedy or sampled."""
+    data = load_from_disk(str(Path(run) / f"iteration_{t}" / "evaluation"))[metric]
+    return list(evaluation.correct_per_question(data).values())

@@ -1,0 +1,132 @@
+"""Statistics beyond one evaluation: several seeds, McNemar's test, and further metrics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from irpo_utils import UserError
+from irpo_utils.evaluation import (
+    RESAMPLES,
+    Z,
+    bootstrap_row,
+    majority,
+    per_question,
+    proportion_row,
+    wilson_interval,
+)
+from irpo_utils.evaluation import (
+    share_row as one_share_row,
+)
+from irpo_utils.pairs import group
+
+# Two-sided 95 % points of Student's t with 1, 2, ... degrees of freedom.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def t_quantile(degrees: int) -> float:
+    """Two-sided 95 % point of Student's t; from 11 degrees on an expansion, within 0.003."""
+    if degrees <= len(T_95):
+        return T_95[degrees - 1]
+    first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
+    return Z + first / degrees + second / degrees**2
+
+
+def seed_and_question_interval(matrix, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high) of `matrix[seed, question]`, for the mean over all seeds and questions.
+
+    Resamples both; a resample takes the same questions for each of its seeds. Give the matrix of
+    differences to compare two methods. With one seed the interval holds for that seed only. A single
+    new run scatters more than the mean.
+    """
+    if not len(matrix) or {len(row) for row in matrix} != {max(1, len(matrix[0]))}:
+        raise UserError("matrix[seed, question] needs the same questions for every seed.")
+    matrix = spread = np.array(matrix, dtype=float)
+    n_seeds, n_questions = matrix.shape
+    if n_seeds > 1:
+        # A bootstrap over few seeds is too narrow (five that differ much: 87 % instead of 95 %). So
+        # the distances of the seeds from their mean are stretched to what Student's t asks for.
+        effects = matrix.mean(1, keepdims=True) - matrix.mean()
+        stretch = t_quantile(n_seeds - 1) / Z * math.sqrt(n_seeds / (n_seeds - 1))
+        spread = matrix + effects * (stretch - 1)
+    rng, means = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        of_questions = spread[rng.integers(n_seeds, size=n_seeds)].mean(0)
+        means.append(of_questions[rng.integers(n_questions, size=n_questions)].mean())
+    low, high = np.clip(np.percentile(means, (2.5, 97.5)), matrix.min(), matrix.max())
+    return float(matrix.mean()), float(low), float(high)
+
+
+def row(metric: str, matrix, k: int = 1) -> dict:
+    """One row of a metrics table."""
+    value, low, high = seed_and_question_interval(matrix)
+    n = len(matrix[0])
+    return {"metric": metric, "k": k, "value": value, "low": low, "high": high, "n": n}
+
+
+def share_row(metric: str, matrix, k: int = 1) -> dict:
+    """`row`; if all shares are 0 or all are 1, Wilson's interval instead of a point."""
+    made = row(metric, matrix, k)
+    made["low"], made["high"] = no_point(made["value"], made["low"], made["high"], made["n"])
+    return made
+
+
+def no_point(value: float, low: float, high: float, n: int) -> tuple[float, float]:
+    """(low, high), or Wilson's interval where a share of n questions is 0 or 1 for each of them."""
+    return wilson_interval(round(value * n), n) if low == high and value in (0, 1) else (low, high)
+
+
+def mcnemar(correct_a, correct_b) -> dict:
+    """Exact two-sided McNemar test on the same questions: `p`, and the four counts.
+
+    Only questions that exactly one of the two answers correctly tell them apart: without a
+    difference, each of them is a fair coin toss.
+    """
+    a, b = (np.asarray(side, dtype=float) for side in (correct_a, correct_b))
+    if not np.isin([a, b], (0, 1)).all():
+        raise UserError("McNemar's test needs 0 or 1 per question; else use `paired_difference`.")
+    only_a, only_b, both = int((a > b).sum()), int((a < b).sum()), int((a * b).sum())
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    counts = {"only_a": only_a, "only_b": only_b, "both": both, "neither": len(a) - n - both}
+    return {"p": min(1.0, 2 * tail / 2**n), **counts}
+
+
+COMMON_K = 8  # majority votes are also counted at this k, so that runs with another k compare
+
+
+def further_rows(greedy, sampled, k: int, questions) -> list[dict]:
+    """Metrics that `evaluation.score` leaves out: lengths of greedy completions, votes at 8, kinds.
+
+    `questions` give greedy accuracy by `steps` and by `new_skeleton` if they have these columns.
+    """
+    first, many = group(greedy), list(group(sampled).values())
+    rows = [
+        bootstrap_row("greedy_mean_tokens", per_question(first, lambda row: row["n_tokens"])),
+        proportion_row("greedy_truncated_rate", [not r[0]["finished"] for r in first.values()]),
+    ]
+    for size in sorted({min(COMMON_K, k), k}):
+        distinct = [_in_blocks(_distinct, rows_, size) for rows_ in many]
+        rows.append(bootstrap_row("distinct_answers", distinct, size))
+        votes = [_in_blocks(majority, rows_, size) for rows_ in many]
+        rows.append(one_share_row("majority", votes, size))
+    kinds: dict[str, list[bool]] = {}
+    for question in questions:
+        correct = first[question["id"]][0]["correct"]
+        if question.get("new_skeleton") is not None:
+            kind = "new" if question["new_skeleton"] else "seen"
+            kinds.setdefault(f"greedy_{kind}_skeleton", []).append(correct)
+        if question.get("steps") is not None:
+            kinds.setdefault(f"greedy_steps_{question['steps']}", []).append(correct)
+    return rows + [proportion_row(metric, kinds[metric]) for metric in sorted(kinds)]
+
+
+def _distinct(rows: list[dict]) -> int:
+    return len({row["extracted"] for row in rows} - {None})
+
+
+def _in_blocks(count, rows: list[dict], size: int) -> float:
+    """The mean of `count` over disjoint blocks of `size` completions; an incomplete one is left out."""
+    starts = range(0, len(rows) - size + 1, size)
+    return float(np.mean([count(rows[start : start + size]) for start in starts]))

@@ -1,0 +1,65 @@
+"""Signs of a collapse: during training, and from one evaluation to the next."""
+
+from __future__ import annotations
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+KL_WARNING = 4.0  # nats per completion; no run in figures/stability.csv that kept rising had more
+STEPS = 10  # the last steps that are averaged
+
+
+def of_training(rows: list[dict], steps: int, beta: float) -> list[str]:
+    """What the last rows of a training log say, once warm-up is over; `steps` is the total."""
+    last = rows[-STEPS:]
+    if len(rows) < max(20, steps // 5) or "rewards/accuracies" not in last[0]:
+        return []
+    accuracy = sum(row["rewards/accuracies"] for row in last) / len(last)
+    ratio = sum(row["rewards/chosen"] for row in last) / len(last) / beta
+    found = []
+    if accuracy < 0.5:
+        found.append(
+            f"rejected completions gain on chosen ones: reward accuracy {accuracy:.2f} over {STEPS} "
+            "steps"
+        )
+    if ratio < -1:
+        found.append(
+            f"chosen completions lose probability: {ratio:.1f} nats against the reference over "
+            f"{STEPS} steps. Lower --learning-rate, or raise --alpha"
+        )
+    return found
+
+
+def of_evaluation(t: int, before: dict, now: dict) -> list[str]:
+    """What the metrics of M_t say next to those of M_{t-1}; both map metric to value."""
+    found, cut = [], before["truncated_rate"]
+    if now["truncated_rate"] > min(max(2 * cut, 0.1), (1 + cut) / 2):
+        found.append(
+            f"length is running off: {now['truncated_rate']:.0%} of the completions of M_{t} do not "
+            f"end, of M_{t - 1} {cut:.0%}"
+        )
+    if now["sampled"] < before["sampled"] - 0.05:
+        found.append(
+            f"accuracy fell: sampled {before['sampled']:.1%} to {now['sampled']:.1%}. Return to "
+            f"M_{t - 1}, and lower --learning-rate or raise --alpha"
+        )
+    if now.get("kl_to_previous", 0) > KL_WARNING:
+        found.append(f"a long step: KL to M_{t - 1} is {now['kl_to_previous']:.1f} nats")
+    return found
+
+
+class CollapseWarning(TrainerCallback):
+    """Calls `warn` once for each sign of a collapse, with the step that shows it."""
+
+    def __init__(self, warn):
+        self.warn, self.known = warn, set()
+
+    def on_log(self, args, state, control, **kwargs):
+        rows = [row for row in state.log_history if "tokens" in row]
+        for sign in of_training(rows, state.max_steps, args.beta):
+            kind = sign.partition(":")[0]
+            if kind not in self.known:
+                self.known.add(kind)
+                text = f"{sign} (step {state.global_step})"
+                tqdm.write(f"warning: {text}")
+                self.warn(text)

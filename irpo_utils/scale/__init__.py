@@ -1,0 +1,1 @@
+"""More than one process: `torchrun`, split models, a vLLM server."""
