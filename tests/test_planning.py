@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from irpo_utils import UserError, models, profiles, tasks
+from irpo_utils import UserError, baselines, models, profiles, tasks  # noqa: F401  (GRPO)
 from irpo_utils import __main__ as cli
 from irpo_utils.ops import plan as planning
 
@@ -87,7 +87,7 @@ def smollm2() -> str:
 
 
 def test_parameters_of_the_seed_model_are_those_in_its_file():
-    assert planning.find_shape("seed").parameters == stored_parameters(models.SEED_MODEL)
+    assert planning.find_shape("seed").parameters == stored_parameters(models.find("seed"))
 
 
 def test_smollm2_in_the_table_is_smollm2_on_disk():
@@ -101,7 +101,7 @@ def test_lora_parameters_are_those_that_peft_makes():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models.SEED_MODEL))
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models.find("seed")))
         model = get_peft_model(
             base, LoraConfig(r=7, target_modules="all-linear", task_type="CAUSAL_LM")
         )
@@ -260,7 +260,9 @@ def test_four_bits_hold_the_base_in_a_quarter():
 
 
 def test_sampling_from_four_bits_holds_an_unpacked_copy_of_a_small_model_beside_them():
-    packed, plain = memory("qwen2.5-0.5b"), memory("qwen2.5-0.5b", dequantize=True)
+    packed, plain = (
+        memory("qwen2.5-0.5b", engine="cpu", dequantize=unpacked) for unpacked in (False, True)
+    )
     linear = 357_826_560
     assert packed["sampling"] - plain["sampling"] == pytest.approx(linear * 4.127 / 8)
     assert packed["training"] < plain["training"]
@@ -337,9 +339,11 @@ def test_what_is_possible_at_most_is_more_than_what_is_expected():
 
 def test_each_profile_has_a_plan_also_with_fields_that_are_not_known_yet():
     extended = dataclasses.make_dataclass(
-        "Extended", [("novelty", str, "new")], bases=(profiles.Profile,)
+        "Extended",
+        [("novelty", str, dataclasses.field(default="new", metadata={"low": None}))],
+        bases=(profiles.Profile,),
     )
-    for profile in (*profiles.PROFILES.values(), extended()):
+    for profile in (*map(profiles.get, profiles.names()), extended()):
         total = planning.plan(profile, GPU, must_fit=False).total
         assert 0 < total.hours < 10_000 and 1e9 < total.memory < 1e12
 
@@ -367,12 +371,7 @@ def test_memory_of_training_follows_the_pairs_that_there_are():
 
 
 def with_engine(engine, **changes):
-    profile = profiles.get("smollm2-135m", **changes)
-    profile.engine = engine  # a field that a profile may have
-    kind = dataclasses.make_dataclass(
-        "WithEngine", [("engine", str, engine)], bases=(profiles.Profile,)
-    )
-    return kind(**{f.name: getattr(profile, f.name) for f in dataclasses.fields(profiles.Profile)})
+    return profiles.get("smollm2-135m", engine=engine, **changes)
 
 
 def test_engines_differ_in_time_and_not_in_tokens():
@@ -499,13 +498,13 @@ def test_a_base_too_large_for_one_gpu_is_split_over_several():
     profile = profiles.get("paper", optimizer="paged_adamw_8bit")
     for optimizer in ("paged_adamw_8bit", "paged_adamw_32bit"):
         with pytest.raises(
-            UserError, match="It fits with --shard true --sampler vllm --optimizer adamw_torch"
+            UserError, match="It fits with --shard true --engine vllm --optimizer adamw_torch"
         ):
             planning.plan(dataclasses.replace(profile, optimizer=optimizer), "8xV100-32GB")
     with pytest.raises(UserError, match="No setting makes it fit"):  # GRPO is not trained in parts
         planning.plan(dataclasses.replace(profile, method="grpo"), "8xV100-32GB")
     planning.plan(
-        dataclasses.replace(profile, shard=True, sampler="vllm", optimizer="adamw_torch"),
+        dataclasses.replace(profile, shard=True, engine="vllm", optimizer="adamw_torch"),
         "8xV100-32GB",
     )
 
@@ -525,7 +524,7 @@ def test_copies_send_the_adapters_gradients_and_split_layers_the_base_twice():
 
 
 def test_at_the_break_even_of_memory_copies_just_fit():
-    for changes in ({}, {"sampler": "vllm"}):
+    for changes in ({}, {"engine": "vllm"}):
         made = planning.plan(profiles.get("paper", **changes), "8xA100-80GB")
         size = planning.task_size(made.profile)
         e = planning.Estimate(made.profile, made.shape, made.machine, size)
@@ -552,7 +551,7 @@ def test_a_process_of_a_node_knows_no_slow_link_and_scores_where_it_trains():
     )
     assert few.split == many.split and few.gpus == many.gpus == 8
     some, all_of_them = (
-        planning.plan(profiles.get("paper", sampler="vllm"), f"{n}xA100-80GB") for n in (16, 64)
+        planning.plan(profiles.get("paper", engine="vllm"), f"{n}xA100-80GB") for n in (16, 64)
     )
     assert stages(some)["training"].hours == stages(all_of_them)["training"].hours
     assert stages(some)["sampling"].hours == pytest.approx(
@@ -732,27 +731,10 @@ def test_the_default_plan_is_short_and_honest():
 
 
 def test_plan_command(capsys):
-    assert (
-        cli.main(
-            [
-                "plan",
-                "--profile",
-                "smollm2-135m",
-                "--gpus",
-                "1xT4-16GB",
-                "--price",
-                "0.5",
-                "--n-samples",
-                "4",
-            ]
-        )
-        == 0
-    )
+    small = ["plan", "--profile", "smollm2-135m", "--gpus", "1xT4-16GB", "--price", "0.5"]
+    assert cli.main([*small, "--n-samples", "4"]) == 0
     fewer = capsys.readouterr().out
-    assert (
-        cli.main(["plan", "--profile", "smollm2-135m", "--gpus", "1xT4-16GB", "--price", "0.5"])
-        == 0
-    )
+    assert cli.main(small) == 0
     assert "cost" in fewer and "float16" in fewer and capsys.readouterr().out != fewer
     assert cli.main(["plan", "--profile", "paper", "--gpus", "1xT4-16GB"]) == 1
     shown = capsys.readouterr()
@@ -764,7 +746,7 @@ def test_plan_command(capsys):
 def test_plan_of_all_profiles_shows_who_fits_where(capsys):
     assert cli.main(["plan"]) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
-    assert set(profiles.PROFILES) <= set(rows)
+    assert set(profiles.names()) <= set(rows)
     hour = rows["paper"].index("h")
     assert (
         rows["paper"][hour - 4 : hour - 1] == ["-"] * 3
@@ -779,7 +761,7 @@ def test_plan_of_all_profiles_shows_who_fits_where(capsys):
 @pytest.fixture
 def tiny_machine(monkeypatch):
     """This computer, with hardly any memory; and a run that ends where it would begin."""
-    from irpo_utils import iteration
+    from irpo_utils.ops import run as runs
 
     here = planning.find_machine("cpu")
     monkeypatch.setattr(planning, "find_machine", lambda text=None: here._replace(memory=0.2e9))
@@ -787,7 +769,7 @@ def tiny_machine(monkeypatch):
     def begin(*args, **kwargs):
         raise UserError("the run has begun")
 
-    monkeypatch.setattr(iteration, "run", begin)
+    monkeypatch.setattr(runs, "run", begin)
 
 
 def test_run_refuses_what_does_not_fit_before_anything_is_written(tiny_machine, tmp_path, capsys):
@@ -808,7 +790,7 @@ def test_run_shows_the_plan_and_goes_on_where_it_is_to_be_ignored(tiny_machine, 
     assert not hasattr(profiles.Profile(), "ignore_plan")
 
 
-@pytest.mark.parametrize("name", [name for name in profiles.PROFILES if name != "paper"])
+@pytest.mark.parametrize("name", [name for name in profiles.names() if name != "paper"])
 def test_every_profile_fits_a_gpu_of_24_gb_and_the_papers_one_of_80(name):
     planning.plan(profiles.get(name), "1xRTX4090-24GB")
     planning.plan(profiles.get("paper"), "8xA100-80GB")

@@ -61,7 +61,7 @@ def plan(
     """
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price is {price}: give the machine's cost per hour, 0 or more.")
-    p = methods.apply(profile)
+    p = dataclasses.replace(profile, **methods.get(profile.method).settings)
     e = Estimate(p, find_shape(p.model), find_machine(machine), task_size(p))
     if not (e.on_cpu or e.online) and e.share % e.requested:
         raise UserError(
