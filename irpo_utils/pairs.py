@@ -46,7 +46,8 @@ def build_pairs(
     `chosen_sample` (-1 for a gold solution), `rejected_sample`.
     Raises `UserError` beginning "no pairs" if nothing is left.
     """
-    check_ids(list(zip(graded["id"], graded["sample"], strict=True)), "samples")
+    graded = list(graded)
+    check_ids([(row["id"], row["sample"]) for row in graded], "samples")
     gold_of = {row["id"]: {**row, "sample": -1} for row in gold or []}
     rng, rows, counts = random.Random(seed), [], dict.fromkeys(COUNTS, 0)
     for question, completions in group(graded).items():
@@ -125,23 +126,15 @@ def gold_completions(questions, tokenizer) -> list[dict]:
     return rows
 
 
-def gold_pairs(questions, prompts: list[str], tokenizer, max_length=None, max_pairs=None, seed=0):
-    """Gold solutions over a lone end token, which SFT does not look at: (pairs, counts).
-
-    `prompts` are the rendered prompts of the questions.
-    """
-    gold = {row["id"]: {**row, "sample": -1} for row in gold_completions(questions, tokenizer)}
-    if not gold:
-        raise UserError("no pairs: the questions have no gold solutions. Use a task that has them.")
-    nothing = {"completion": "", "completion_ids": [models.turn_end(tokenizer)], "sample": 0}
+def empty_completions(questions, prompts: list[str], tokenizer) -> list[dict]:
+    """A lone end token per question with reward 0: what gold solutions are paired with for SFT."""
     rows = []
-    for row, prompt in zip(questions, prompts, strict=True):
-        if row["id"] in gold:
-            ids = tokenizer(prompt, add_special_tokens=False).input_ids
-            question = {"id": row["id"], "prompt": prompt, "prompt_ids": ids}
-            rows.append(make_pair(question, gold[row["id"]], nothing))
-    counts = dict.fromkeys(COUNTS, 0) | {"questions": len(questions)}
-    return _limited(rows, max_length, max_pairs, seed, counts)
+    for question, prompt in zip(questions, prompts, strict=True):
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        row = {"id": question["id"], "sample": 0, "prompt": prompt, "prompt_ids": ids}
+        empty = {"completion": "", "completion_ids": [models.turn_end(tokenizer)], "reward": 0.0}
+        rows.append(row | empty)
+    return rows
 
 
 def group(rows) -> dict[str, list[dict]]:

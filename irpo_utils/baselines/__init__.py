@@ -1,4 +1,4 @@
-"""Methods beyond the paper's own tables; importing this package adds them to `METHODS`."""
+"""Methods beyond the paper's own tables; importing this package adds them to the tables."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 
 from irpo_utils.methods import METHODS, SFT, Method
+from irpo_utils.training import LOSSES
 
 
 def by_majority(rows: list[dict]) -> list[float]:
@@ -51,6 +52,14 @@ def by_grpo(*arguments):
     return grpo.train(*arguments)
 
 
+def dpo_nll_per_token(pairs, alpha: float, beta: float):
+    """Eq. 1 with the NLL averaged as TRL does: over all tokens of the micro-batch."""
+    _, terms = LOSSES["dpo_nll"](pairs, alpha, beta)
+    terms["loss_nll"] = -pairs.chosen / pairs.n_chosen.float().mean()
+    return terms["loss_dpo"] + alpha * terms["loss_nll"], terms
+
+
+LOSSES["dpo_nll_per_token"] = dpo_nll_per_token
 METHODS.update(
     {
         "shuffled": Method("Random labels", "control", reward=at_random),

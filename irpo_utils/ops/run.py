@@ -17,6 +17,7 @@ from irpo_utils import UserError, baselines, evaluation, iteration, methods, tas
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub, statistics
 from irpo_utils.ops.run_directory import RunDirectory, digest, find_start, is_whole, read_profile
+from irpo_utils.ops.storage import Folder
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
@@ -91,7 +92,7 @@ def check_path(path, option: str) -> None:
 
 def engine_of(p: Profile) -> Engine:
     """The engine of the profile, for the processes of this run; its errors name cause and fix."""
-    engine = iteration.find_engine(p.engine)
+    engine = iteration.plugin(f"engines.{p.engine}").Engine()
     load = engine.load
 
     def load_explained(p: Profile, revision: str | None = None):
@@ -181,7 +182,7 @@ def evaluate_run(
     return text
 
 
-class _OtherEvaluation(iteration.Folder):
+class _OtherEvaluation(Folder):
     """The adapters of a finished run, for other evaluation questions; nothing is stored in it."""
 
     def __init__(self, run, p: Profile, now: Profile):

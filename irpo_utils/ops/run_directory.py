@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 import pandas
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError, iteration
-from irpo_utils.ops import checksums, drift, export, statistics, trainer, warnings
+from irpo_utils.ops import checksums, drift, export, statistics, storage, trainer, warnings
 from irpo_utils.ops.environment import MACHINE, environment
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
@@ -49,8 +49,8 @@ MAY_CHANGE = (
 ).split()
 
 
-class RunDirectory(iteration.Folder):
-    """`iteration.Folder` for long runs; several processes may share it, and the first one writes."""
+class RunDirectory(storage.Folder):
+    """`storage.Folder` for long runs; several processes may share it, and the first one writes."""
 
     def __init__(self, out: str | Path, progress: bool = True):
         super().__init__(out)
@@ -191,8 +191,8 @@ class RunDirectory(iteration.Folder):
         """As `Folder.dataset`; with `over`, blocks of questions are stored one by one."""
         if over is not None:
             make = functools.partial(self._blocks, t, name, make, over)
-        place = self.stage(t, name, make, iteration.save)
-        return iteration.load(place)
+        self.stage(t, name, make, storage.save)
+        return super().dataset(t, name, make)
 
     def _blocks(self, t: int, name: str, make, over: Dataset):
         p, kept = self.p, self.unfinished(t, name)
@@ -201,8 +201,8 @@ class RunDirectory(iteration.Folder):
         for start in range(0, len(over), size):
             rows = over.select(range(start, min(start + size, len(over))))
             place = kept / f"block_{start:06d}_of_{size}"
-            self._make(place, {}, functools.partial(make, rows), iteration.save)
-            parts.append(iteration.load(place))
+            self._make(place, {}, functools.partial(make, rows), storage.save)
+            parts.append(load_from_disk(str(place)))
         if isinstance(parts[0], DatasetDict):
             return DatasetDict({k: concatenate_datasets([p[k] for p in parts]) for k in parts[0]})
         return concatenate_datasets(parts)
@@ -219,7 +219,7 @@ class RunDirectory(iteration.Folder):
             )
 
         def save(log, folder: Path) -> None:
-            iteration.save_adapter(stages.model, log, folder)
+            storage.save_adapter(stages.model, log, folder)
             config = json.loads((folder / "adapter_config.json").read_text())
             config["target_modules"] = sorted(config["target_modules"])  # a set without an order
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -321,9 +321,8 @@ class RunDirectory(iteration.Folder):
         self.table(range(t + 1))
         if not processes.is_first():
             return
-        iteration.describe(t, value)
+        storage.describe(t, rows)
         if "kl_to_previous" in value:
-            tqdm.write(f"     KL to M_{t - 1} {value['kl_to_previous']:.2f} nats per completion")
             before = json.loads((self.folder(t - 1) / "metrics.json").read_text())
             known = {row["metric"]: row["value"] for row in before}
             for warning in warnings.of_evaluation(t, known, value):
@@ -379,13 +378,13 @@ def read_profile(run: str | Path) -> Profile:
     path = Path(run) / "profile.json"
     try:
         settings = dict(json.loads(path.read_text()))
-        engine = settings.pop("sampler", None)
-        if engine is not None:  # runs of version 0.1
-            settings["engine"] = "vllm" if engine == "vllm" else "cpu"
+        if "dpo_weight" in settings:  # runs of version 0.1
+            served = settings.pop("sampler", "transformers") == "vllm"
             per_token = settings.pop("nll_per", "sequence") == "token"
+            chosen_only = settings.pop("dpo_weight") == 0
+            settings["engine"] = "vllm" if served else "cpu"
             settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
-            if settings.pop("dpo_weight", 1.0) == 0:
-                settings["loss"] = "sft"
+            settings["loss"] = "sft" if chosen_only else settings["loss"]
         return Profile(**settings)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(

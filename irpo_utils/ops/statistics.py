@@ -16,9 +16,7 @@ from irpo_utils.evaluation import (
     proportion_row,
     wilson_interval,
 )
-from irpo_utils.evaluation import (
-    share_row as one_share_row,
-)
+from irpo_utils.evaluation import share_row as one_share_row
 from irpo_utils.pairs import group
 
 # Two-sided 95 % points of Student's t with 1, 2, ... degrees of freedom.

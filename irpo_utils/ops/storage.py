@@ -1,0 +1,113 @@
+"""The plain storage of a run: one folder per artefact, moved into place when it is complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas
+from datasets import Dataset, load_from_disk
+from tqdm.auto import tqdm
+
+from irpo_utils import UserError
+from irpo_utils.iteration import Stages
+
+
+class Folder:
+    """The storage of a run: one folder per artefact, which is not made again when it is there."""
+
+    revision: str | None = None  # commit of a hub model
+
+    def __init__(self, out: str | Path):
+        self.out = Path(out)
+
+    def check(self, stages: Stages) -> None:
+        """Called before the model is loaded: refuse a directory made with other settings."""
+        self.start = Path(stages.p.start) if stages.p.start else None
+        text, path = json.dumps(dataclasses.asdict(stages.p), indent=1), self.out / "profile.json"
+        if path.exists() and path.read_text() != text:
+            raise UserError(f"{self.out} was made with other settings. Choose another --out.")
+        self.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def begin(self, stages: Stages) -> None:
+        """Called when the model is loaded."""
+
+    def folder(self, t: int) -> Path:
+        """Where the artefacts of iteration t are."""
+        return self.out / f"iteration_{t}"
+
+    def adapter(self, t: int) -> Path | None:
+        """The adapter of M_t; None is a zero adapter."""
+        return self.folder(t) / "adapter" if t > 0 else self.start
+
+    def dataset(self, t: int, name: str, make, over: Dataset | None = None):
+        """The artefact from disk, or made by `make()`, or by `make(over)` where `over` is given.
+
+        It is a `Dataset`, a `DatasetDict`, or (`Dataset`, counts).
+        """
+        place = self.folder(t) / name
+        if not place.exists():
+            content = make() if over is None else make(over)
+            self.put(place, lambda folder: save(content, folder))
+        data, counts = load_from_disk(str(place)), place / "counts.json"
+        return (data, json.loads(counts.read_text())) if counts.exists() else data
+
+    def train(self, t: int, make, stages: Stages) -> None:
+        """Make the adapter of M_t with `make()`, which returns the training log."""
+        if not self.adapter(t).exists():
+            log = make()
+            self.put(self.adapter(t), lambda folder: save_adapter(stages.model, log, folder))
+
+    def put(self, place: Path, write) -> None:
+        """Write a folder under another name, then move it: it is there as a whole or not at all."""
+        partial = place.with_name(f".{place.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        os.replace(partial, place)
+
+    def evaluated(self, t: int, stages: Stages, answers) -> list[dict]:
+        """Called after each evaluation; returns further rows for the metrics."""
+        return []
+
+    def metrics(self, t: int, rows: list[dict]) -> None:
+        """Add rows to metrics.json of iteration t, and show the main ones."""
+        path = self.folder(t) / "metrics.json"
+        old = json.loads(path.read_text()) if path.exists() else []
+        new = {(row["metric"], row["k"]): row for row in [*old, *rows]}
+        path.write_text(json.dumps(list(new.values()), indent=0) + "\n")
+        describe(t, rows)
+
+    def table(self, iterations) -> list[dict]:
+        """The metrics of all iterations, also written to metrics.csv."""
+        paths = [self.folder(t) / "metrics.json" for t in iterations]
+        rows = [row for path in paths for row in json.loads(path.read_text())]
+        pandas.DataFrame(rows).to_csv(self.out / "metrics.csv", index=False)
+        return rows
+
+
+def describe(t: int, rows: list[dict]) -> None:
+    """The main metrics in a line on the screen."""
+    shown = ("greedy", "sampled", "kl_to_previous", "pairs_pairs", "pairs_used", "pairs_questions")
+    line = [f"{row['metric']} {row['value']:.4g}" for row in rows if row["metric"] in shown]
+    tqdm.write(f"M_{t}: {', '.join(line)}")
+
+
+def save(content, folder: Path) -> None:
+    """A `Dataset` or `DatasetDict`, or (`Dataset`, counts)."""
+    data, counts = content if isinstance(content, tuple) else (content, None)
+    data.save_to_disk(str(folder))
+    if counts is not None:
+        (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
+
+
+def save_adapter(model, log: Dataset, folder: Path) -> None:
+    """The adapter in PEFT's format, and the training log next to it."""
+    # Without the last argument PEFT looks for the base on the hub.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+    log.to_json(folder / "training_log.jsonl")
