@@ -70,7 +70,7 @@ def test_installed_package_carries_the_seed_model():
     package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-data"
     ]
-    assert package_data == {"irpo_utils": ["seed_model/*"]}
+    assert {"seed_model/*", "ops/*.yaml"} <= set(package_data["irpo_utils"])
 
 
 def tracked() -> list[Path]:

@@ -100,7 +100,7 @@ for name in SIZES:
 # with what is computed from them in 32 bits: 2 bytes and five times 4.
 
 # %%
-from irpo_utils import planning
+from irpo_utils.ops import plan as planning
 
 GSM8K = planning.TASKS["gsm8k"]
 print("tokens of a prompt:", GSM8K.prompt, "on average,", GSM8K.longest, "at most")

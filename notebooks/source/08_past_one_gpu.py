@@ -41,7 +41,8 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from irpo_utils import models, planning, profiles
+from irpo_utils import models, profiles
+from irpo_utils.ops import plan as planning
 from irpo_utils.__main__ import calm_libraries
 
 calm_libraries()                               # no loading bars
@@ -784,7 +785,7 @@ growing.round(2)
 # NBVAL_IGNORE_OUTPUT
 made = plans["paper", 64]
 print(planning.table(made))
-assert made.break_even.cards < made.machine.count
+assert made.break_even.gpus < made.machine.count
 
 # %% [markdown]
 # **Only a part of the cards has work.** A step has 16 pairs, and one pair is the least that a process can take. A process has its
@@ -828,17 +829,17 @@ assert even.base < even.largest_base <= made.room - rest
 # %%
 def link(made):
     """Bytes per second from card to card: that of the node, or the slower one where the ring leaves it."""
-    return made.machine.between if made.break_even.cards > planning.NODE else made.machine.link
+    return made.machine.between if made.break_even.gpus > planning.NODE else made.machine.link
 
 def hidden_from(made):
-    shape, P, machine = made.shape, made.break_even.cards, made.machine
+    shape, P, machine = made.shape, made.break_even.gpus, made.machine
     outside = 2 * (shape.parameters - shape.linear)
     G = (P - 1) / P * (2 * (planning.NF4_BYTES * shape.linear + 4 * shape.lora(16)) + outside)
     return G / link(made) * machine.flops["bfloat16"] / (3 * 2 * (shape.linear + shape.head))
 
 for n in (8, 64):
     even = plans["paper", n].break_even
-    print(f"{even.cards} of {n} cards, {link(plans['paper', n]) / 1e9:.0f} GB/s from card to card: hidden from"
+    print(f"{even.gpus} of {n} cards, {link(plans['paper', n]) / 1e9:.0f} GB/s from card to card: hidden from"
           f" {hidden_from(plans['paper', n]):,.0f} tokens on, a micro-batch has {even.positions:,.0f};"
           f" hours: copies {even.copies.hours:.1f}, split {even.split.hours:.1f}")
     assert abs(hidden_from(plans["paper", n]) / even.hidden_from - 1) < 1e-6
