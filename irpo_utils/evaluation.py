@@ -174,9 +174,10 @@ def correct_per_question(graded: Dataset) -> dict[str, float]:
     return dict(zip(groups, values, strict=True))
 
 
-def compare(graded_a: Dataset, graded_b: Dataset) -> tuple[float, float, float]:
-    """(difference, low, high): what b gains over a on the same questions, matched by `id`."""
+def compare(graded_a: Dataset, graded_b: Dataset) -> dict:
+    """What b gains over a on the same questions: `difference` (of accuracies), `low`, `high`, `n`."""
     a, b = correct_per_question(graded_a), correct_per_question(graded_b)
     if set(a) != set(b):
         raise UserError(f"{len(set(a) ^ set(b))} questions are on one side only: nothing to pair.")
-    return paired_difference(list(a.values()), [b[i] for i in a])
+    difference, low, high = paired_difference(list(a.values()), [b[i] for i in a])
+    return {"difference": difference, "low": low, "high": high, "n": len(a)}

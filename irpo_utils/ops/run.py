@@ -90,6 +90,11 @@ def check_path(path, option: str) -> None:
         raise UserError(f"--{option} is {str(path)!r}: it must be a path without '::' and '://'.")
 
 
+def load_model(p: Profile):
+    """M_0 and its tokenizer, as a run of this profile loads them."""
+    return engine_of(p).load(p)
+
+
 def engine_of(p: Profile) -> Engine:
     """The engine of the profile, for the processes of this run; its errors name cause and fix."""
     engine = iteration.plugin(f"engines.{p.engine}").Engine()
