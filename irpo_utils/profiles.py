@@ -18,6 +18,12 @@ import yaml
 from irpo_utils import UserError, methods
 
 RECIPES = Path(__file__).parent / "recipes"
+AT_LEAST = {
+    0: "seed iterations alpha warmup_ratio",
+    1: "lora_r lora_alpha n_questions n_samples max_new_tokens sampling_batch_size k_pairs max_length "
+    "max_pairs batch_size micro_batch_size probe_every n_eval_questions eval_samples "
+    "eval_samples_ends",
+}
 CHOICES = {
     "pairing": ("wrap_around", "random"),
     "reference": ("previous", "start"),
@@ -26,9 +32,9 @@ CHOICES = {
 }
 
 
-def _option(default: Any, text: str, low: float | None = None):
-    """A field with its help text on the command line and its lowest value."""
-    metadata = {"help": text, "low": low}
+def _option(default: Any, text: str):
+    """A field with its help text on the command line."""
+    metadata = {"help": text}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -43,73 +49,76 @@ class Profile:
     method: str = _option("irpo", "an entry of methods.METHODS, e.g. irpo or sft_gold")
     start: str | None = _option(None, "adapter folder or finished run to start from")
     data: str | None = _option(None, "local folder or file with the questions; none: the hub")
-    seed: int = _option(0, "seed of the choice of questions, of sampling and of training", 0)
-    iterations: int = _option(4, "T: how often to sample, grade, pair and train", 0)
+    seed: int = _option(0, "seed of the choice of questions, of sampling and of training")
+    iterations: int = _option(4, "T: how often to sample, grade, pair and train")
     engine: str = _option("plain", "how to compute: plain, or a module of irpo_utils/engines")
 
     quantize: bool = _option(True, "keep the base in 4 bits (NF4, double quantisation)")
     dequantize: bool = _option(False, "unpack the 4-bit weights once: same numbers, more memory")
     shard: bool = _option(False, "split every layer over the processes of torchrun (FSDP2)")
     dtype: str | None = _option(None, "float32, bfloat16, float16; none: the device's best")
-    lora_r: int = _option(16, "rank of the LoRA matrices", 1)
-    lora_alpha: int = _option(32, "LoRA scale times rank", 1)
+    lora_r: int = _option(16, "rank of the LoRA matrices")
+    lora_alpha: int = _option(32, "LoRA scale times rank")
     pad_token: str | None = _option(None, "pad token for tokenizers that have none")
 
-    n_questions: int | None = _option(600, "training questions per iteration; none: all", 1)
+    n_questions: int | None = _option(600, "training questions per iteration; none: all")
     fresh_questions: bool = _option(False, "other questions in every iteration")
-    n_samples: int = _option(8, "N: completions per question and iteration", 1)
+    n_samples: int = _option(8, "N: completions per question and iteration")
     temperature: list[float] = _option([1.0], "per iteration; the last one is used from then on")
     top_p: float = _option(1.0, "nucleus sampling mass")
-    max_new_tokens: int = _option(80, "longest completion in tokens", 1)
-    sampling_batch_size: int = _option(256, "completions decoded at once", 1)
+    max_new_tokens: int = _option(80, "longest completion in tokens")
+    sampling_batch_size: int = _option(256, "completions decoded at once")
 
-    k_pairs: int = _option(4, "K: pairs per question", 1)
+    k_pairs: int = _option(4, "K: pairs per question")
     gold: bool = _option(False, "add the gold solution to the chosen ones, as the paper on GSM8K")
     deduplicate: bool = _option(True, "leave out completions that repeat an earlier one")
     pairing: str = _option("wrap_around", "wrap_around (the paper) or random")
     keep_pairs: bool = _option(False, "train on the pairs of all iterations so far")
-    max_length: int | None = _option(None, "drop pairs with more tokens than this", 1)
-    max_pairs: int | None = _option(None, "keep this many random pairs (the paper: 60,000)", 1)
+    max_length: int | None = _option(None, "drop pairs with more tokens than this")
+    max_pairs: int | None = _option(None, "keep this many random pairs (the paper: 60,000)")
 
     loss: str = _option("dpo_nll", "an entry of training.LOSSES, e.g. dpo_nll or sft")
-    alpha: float = _option(1.0, "weight of the NLL term; 0 is DPO", 0)
+    alpha: float = _option(1.0, "weight of the NLL term; 0 is DPO")
     beta: float = _option(0.1, "DPO's beta")
     reference: str = _option("previous", "previous (M_t, the paper) or start (M_0)")
     learning_rate: float = _option(2e-5, "peak learning rate of AdamW")
     epochs: float = _option(1.0, "passes over the pairs")
-    max_steps: int = _option(-1, "exactly this many optimiser steps instead of epochs", -1)
-    batch_size: int = _option(16, "pairs per optimiser step", 1)
-    micro_batch_size: int | None = _option(None, "pairs per forward pass; fewer save memory", 1)
-    warmup_ratio: float = _option(0.1, "share of the steps with rising learning rate", 0)
+    max_steps: int = _option(-1, "exactly this many optimiser steps instead of epochs")
+    batch_size: int = _option(16, "pairs per optimiser step")
+    micro_batch_size: int | None = _option(None, "pairs per forward pass; fewer save memory")
+    warmup_ratio: float = _option(0.1, "share of the steps with rising learning rate")
     lr_scheduler: str = _option("cosine", "schedule after warm-up, as named in transformers")
     max_grad_norm: float = _option(1.0, "gradient clipping")
     gradient_checkpointing: bool = _option(False, "recompute activations: less memory, slower")
     optimizer: str = _option("adamw_torch", "optimiser as named in transformers")
     probe: str | None = _option(None, "pairs whose log-probabilities are logged; none: the run's")
-    probe_every: int | None = _option(None, "log them every so many steps", 1)
+    probe_every: int | None = _option(None, "log them every so many steps")
     report_to: str = _option("none", "tensorboard, trackio, wandb or none")
 
     allow_overlap: bool = _option(False, "allow evaluation questions among the training ones")
     eval_split: str = _option("test", "split to evaluate on: choose settings on validation")
-    n_eval_questions: int | None = _option(None, "questions of that split; none: all", 1)
-    eval_samples: int = _option(8, "completions per question for sampled accuracy, pass@k", 1)
-    eval_samples_ends: int = _option(32, "the same at M_0 and at the last iteration", 1)
+    n_eval_questions: int | None = _option(None, "questions of that split; none: all")
+    eval_samples: int = _option(8, "completions per question for sampled accuracy, pass@k")
+    eval_samples_ends: int = _option(32, "the same at M_0 and at the last iteration")
     eval_temperature: float = _option(1.0, "temperature of those completions")
 
     def __post_init__(self):
         """Refuse what cannot work, naming the option."""
         for known in dataclasses.fields(self):
-            value, low = getattr(self, known.name), known.metadata["low"]
-            if low is not None:
-                self._need(value is None or value >= low, known.name, f"at least {low}")
+            value = getattr(self, known.name)
             if one_of := CHOICES.get(known.name):
                 self._need(value in one_of, known.name, f"one of {', '.join(map(str, one_of))}")
             if isinstance(value, str):  # `datasets` would write such a path to another file
                 self._need(not re.search("::|://", value), known.name, "without '::' and '://'")
+        for low, listed in AT_LEAST.items():
+            for name in listed.split():
+                value = getattr(self, name)
+                self._need(value is None or value >= low, name, f"at least {low}")
         for name in ("learning_rate", "beta", "max_grad_norm", "eval_temperature", "epochs"):
             self._need(0 < getattr(self, name) < math.inf, name, "above 0")
         good = self.temperature and min(self.temperature) > 0
         self._need(good, "temperature", "one number above 0, or one per iteration")
+        self._need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "-1 or above 0")
         self._need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         self._need(self.warmup_ratio < 1, "warmup_ratio", "a share below 1")
         micro = self.micro_batch_size or self.batch_size
