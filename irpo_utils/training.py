@@ -268,6 +268,7 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
     on_cpu = model.device.type == "cpu"
     defaults = {
         "precompute_ref_log_probs": loss not in CHOSEN_ONLY,
+        "num_train_epochs": 1,
         "max_length": None,  # `build_pairs` has dropped what is too long
         "warmup_steps": 0.1,  # share of the steps
         "lr_scheduler_type": "cosine",
