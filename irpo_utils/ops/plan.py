@@ -43,8 +43,7 @@ Plan = namedtuple("Plan", "profile shape machine room stages total assumptions b
 # One way to train on several GPUs: peak bytes on a GPU, bytes it sends per step, hours in all.
 Sharing = namedtuple("Sharing", "memory sent hours")
 # A copy of the model per GPU against split layers (FSDP2): bytes of the frozen `base`, and the
-# largest with which copies fit; tokens of a micro-batch, and from how many on it takes longer to
-# compute a layer than to gather the next one.
+# largest with which copies fit; tokens of a micro-batch, and from how many on gathering is hidden.
 BreakEven = namedtuple("BreakEven", "gpus copies split base largest_base positions hidden_from")
 # Settings for training, and the peak bytes with them.
 Choice = namedtuple("Choice", "micro_batch_size gradient_checkpointing quantize memory")
