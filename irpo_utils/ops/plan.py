@@ -2,8 +2,7 @@
 
 Memory is counted tensor by tensor from the model's shape. Time is a roofline (Williams et al.
 2009): a matrix product takes as long as its arithmetic or as reading its weights, whichever is
-slower; reading the cache and each layer's overhead in Python are added. What is known about
-machines, models and tasks is in machines.py. Units are bytes and seconds unless stated.
+slower; reading the cache and each layer's overhead are added. Units: bytes, seconds.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ Plan = namedtuple("Plan", "profile shape machine room stages total assumptions b
 # One way to train on several GPUs: peak bytes on a GPU, bytes it sends per step, hours in all.
 Sharing = namedtuple("Sharing", "memory sent hours")
 # A copy of the model per GPU against split layers (FSDP2): bytes of the frozen `base`, and the
-# largest with which copies fit; tokens of a micro-batch, and from how many on it takes longer to
-# compute a layer than to gather the next one.
+# largest with which copies fit; tokens of a micro-batch, and from how many on gathering is hidden.
 BreakEven = namedtuple("BreakEven", "gpus copies split base largest_base positions hidden_from")
 # Settings for training, and the peak bytes with them.
 Choice = namedtuple("Choice", "micro_batch_size gradient_checkpointing quantize memory")
@@ -56,8 +54,9 @@ def plan(
 ) -> Plan:
     """What a run takes on `machine` ("8xA100-80GB"; "2xcpu": two cores; None: this computer).
 
-    `price`: of the whole machine per hour. Raises `UserError` for a machine or a model that cannot
-    be found and, with `must_fit`, for a run that does not fit.
+    `price`: of the whole machine per hour. The method's settings are applied, its factor of K by
+    `methods.apply` before. Raises `UserError` if the machine or the model cannot be found and, with
+    `must_fit`, if the run does not fit.
     """
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price is {price}: give the machine's cost per hour, 0 or more.")
@@ -85,9 +84,8 @@ def plan(
         f"({e.machine.measured if engine['measured'] else 'assumed'})",
     ]
     if e.engine == "vllm":
-        assumptions.append("memory: that of the server is counted on the same GPUs")
-    *stages, total = stages
-    made = Plan(p, e.shape, e.machine, e.room, stages, total, assumptions, break_even(e))
+        assumptions[-1] += "; the server's memory is counted on the same GPUs"
+    made = Plan(p, e.shape, e.machine, e.room, stages[:-1], stages[-1], assumptions, break_even(e))
     if must_fit:
         check(made)
     return made
@@ -173,18 +171,19 @@ def training_bytes(shape, pairs, lengths, checkpointing, width=2, one_row=True, 
 
 
 def choose_training(
-    shape, lengths, free_bytes, batch_size, lora_r=16, dtype="bfloat16", optimizer="adamw_torch"
+    shape, lengths, free_bytes, batch_size, lora_r=16, dtype="bfloat16", optimizer="", one_row=True
 ) -> Choice:
     """Settings for training on one GPU: the fastest that fit, as far as memory decides.
 
     `lengths`: tokens of the longest prompt and completion. `free_bytes`: free memory of the GPU
-    before it is used. Neither checkpointing nor NF4 where that fits, else the first, the second,
-    or both; then the largest micro-batch that divides `batch_size`. If nothing fits, the smallest.
+    before it is used. `one_row`: the pair's completions share a prompt. Neither checkpointing nor
+    NF4 where that fits, else the first, the second, or both; then the largest micro-batch that
+    divides `batch_size`. If nothing fits, the smallest.
     """
-    width = 4 if dtype == "float32" else 2
+    width, one_row = 4 if dtype == "float32" else 2, one_row and not shape.sliding
     sizes = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     for quantize, checkpointing, micro in itertools.product((False, True), (False, True), sizes):
-        batch = training_bytes(shape, micro, lengths, checkpointing, width, not shape.sliding)
+        batch = training_bytes(shape, micro, lengths, checkpointing, width, one_row)
         fixed = CUDA_CONTEXT + sum(shape.base_bytes(quantize, width))
         memory = fixed + shape.adapter_bytes(lora_r, optimizer) + batch[2]
         if memory <= free_bytes * (1 - RESERVE):
@@ -309,9 +308,10 @@ class Estimate:
 
     def micro_batch(self, prompt: float, new: float) -> tuple[float, float, float]:
         """`training_bytes` of a micro-batch with these lengths in tokens."""
-        layout = (self.width, not (self.shape.sliding or self.online), self.on_cpu)
-        checkpointing = self.p.gradient_checkpointing
-        return training_bytes(self.shape, self.micro, (prompt, new), checkpointing, *layout)
+        two_rows = self.shape.sliding or self.online or self.engine == "plain"
+        layout = (self.width, not two_rows, self.on_cpu)
+        again = self.p.gradient_checkpointing
+        return training_bytes(self.shape, self.micro, (prompt, new), again, *layout)
 
     def sent_per_step(self) -> float:
         """Bytes that a GPU sends per step in a ring: an all-reduce is two, a reduce-scatter one."""

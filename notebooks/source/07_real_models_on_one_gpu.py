@@ -191,9 +191,9 @@ assert plan.total.cost == PRICE * plan.total.hours and plan.total.memory <= plan
 # %%
 # NBVAL_IGNORE_OUTPUT
 cards = ("T4-16GB", "RTX4090-24GB", "A100-80GB", "H200-141GB")
-overview = planning.overview(profiles.PROFILES, cards)
+overview = planning.overview({name: profiles.get(name) for name in profiles.names()}, cards)
 print(overview)
-assert all(name in overview for name in profiles.PROFILES)
+assert all(name in overview for name in profiles.names())
 
 # %% [markdown]
 # Read a row before you rent. A dear card that is three times as fast may cost less in the end than a cheap one, so compare the
