@@ -25,7 +25,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from irpo_utils import UserError
-from irpo_utils.evaluation import t_quantile
+from irpo_utils.ops.statistics import t_quantile
 
 BLUE, ORANGE, GREEN, PINK, SKY, BROWN, GREY = CYCLE = (
     "#0072B2",
