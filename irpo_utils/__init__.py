@@ -9,7 +9,14 @@ The modules in this folder and the basic tasks are the whole algorithm. What mak
 `engines/`, what makes long runs safe is in `ops/`, and what needs several GPUs is in `scale/`.
 """
 
+import os
+
 __version__ = "0.2.0"
+
+# Some hosted notebooks set these without a launcher, and accelerate would wait for other processes.
+if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+    os.environ.pop("WORLD_SIZE", None)
+    os.environ.pop("LOCAL_RANK", None)
 
 
 class UserError(Exception):

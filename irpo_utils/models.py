@@ -47,7 +47,8 @@ def default_dtype(device: str, asked: str | None = None) -> torch.dtype:
     A CPU without bf16 instructions needs 6 to 30 times as long for a product in bf16: it computes
     in fp32 instead, and a warning says so.
     """
-    slow = device == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    computes = device == "cpu" and not torch.cuda.is_available()  # else it is loaded for a GPU
+    slow = computes and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     if asked == "bfloat16" and slow:
         logging.getLogger(__name__).warning("No bf16 instructions on this CPU: float32 is used.")
         return torch.float32

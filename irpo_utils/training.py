@@ -121,8 +121,8 @@ class IterativeRPOTrainer(DPOTrainer):
         return len(inputs["input_ids"]) // 2
 
     def n_tokens(self, inputs) -> torch.Tensor:
-        """Tokens that the model processes in a micro-batch."""
-        return inputs["attention_mask"].sum()
+        """Tokens of each pair of a micro-batch, (B,), the prompt counted twice."""
+        return inputs["attention_mask"].sum(1).view(2, -1).sum(0)
 
     def pair_logps(self, model, inputs) -> PairLogps:
         """From TRL's batch (2B, L): B rows with chosen responses, then B with the rejected ones."""
@@ -145,7 +145,7 @@ class IterativeRPOTrainer(DPOTrainer):
         loss, terms = LOSSES[self.loss_name](pairs, self.alpha, self.beta)
         weights = inputs.get("weights", torch.ones_like(loss))
         self._record({"loss": loss, **terms}, pairs, weights)
-        self._metrics["train"]["tokens"].append(self.n_tokens(inputs))
+        self._metrics["train"]["tokens"].append((weights * self.n_tokens(inputs)).sum())
         in_batch = len(loss) if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, so each process multiplies by their number.
         return (weights * loss).sum() / in_batch * self.accelerator.num_processes
@@ -259,6 +259,7 @@ def train(
         )
         for parameter in trained:
             parameter.requires_grad_(True)
+        torch.manual_seed(args.seed)  # the order of the pairs, whatever was scored before
         running.train(resume_from_checkpoint=checkpoint)
     return Dataset.from_list([row for row in running.state.log_history if "tokens" in row])
 

@@ -35,9 +35,9 @@ MERGED_BYTES = 2**31  # most memory for merged matrices
 class Engine(PlainEngine):
     """Fast sampling and training on a CPU; it also works on a GPU."""
 
-    def load(self, p, revision: str | None = None):
+    def load(self, p, revision: str | None = None, **options):
         """The plain model with attention that reads grouped keys where they are."""
-        model, tokenizer = super().load(p, revision)
+        model, tokenizer = super().load(p, revision, **options)
         if p.dequantize:
             dequantize(model)
         if model.device.type == "cpu":

@@ -100,9 +100,9 @@ def engine_of(p: Profile) -> Engine:
     engine = iteration.plugin(f"engines.{p.engine}").Engine()
     load = engine.load
 
-    def load_explained(p: Profile, revision: str | None = None):
+    def load_explained(p: Profile, revision: str | None = None, **options):
         with hub.explained(p.model):
-            return load(p, revision)
+            return load(p, revision, **options)
 
     engine.load = load_explained
     if p.shard:

@@ -210,16 +210,24 @@ class RunDirectory(storage.Folder):
     def train(self, t: int, make, stages: iteration.Stages) -> None:
         """As `Folder.train`, with checkpoints, warnings and probes."""
 
+        weights = None
+
         def make_safely():
-            if stages.method.train:
-                return make()
-            kept = self.unfinished(t, "adapter")
-            return make(
-                **trainer.options(stages, kept, functools.partial(self.warn, t, "training"))
-            )
+            nonlocal weights
+            options = {}
+            if not stages.method.train:
+                kept, warn = (
+                    self.unfinished(t, "adapter"),
+                    functools.partial(self.warn, t, "training"),
+                )
+                options = trainer.options(stages, kept, warn)
+            log = make(**options)
+            if hasattr(stages.engine, "state_dict"):  # all processes put a split model together
+                weights = stages.engine.state_dict(stages.model)
+            return log
 
         def save(log, folder: Path) -> None:
-            storage.save_adapter(stages.model, log, folder)
+            storage.save_adapter(stages.model, log, folder, weights)
             config = json.loads((folder / "adapter_config.json").read_text())
             config["target_modules"] = sorted(config["target_modules"])  # a set without an order
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"

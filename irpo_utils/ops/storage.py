@@ -105,9 +105,9 @@ def save(content, folder: Path) -> None:
         (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
 
 
-def save_adapter(model, log: Dataset, folder: Path) -> None:
-    """The adapter in PEFT's format, and the training log next to it."""
+def save_adapter(model, log: Dataset, folder: Path, weights: dict | None = None) -> None:
+    """The adapter in PEFT's format, and the training log next to it; weights: if not the model's."""
     # Without the last argument PEFT looks for the base on the hub.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
     log.to_json(folder / "training_log.jsonl")
