@@ -121,8 +121,9 @@ class IterativeRPOTrainer(DPOTrainer):
         return len(inputs["input_ids"]) // 2
 
     def n_tokens(self, inputs) -> torch.Tensor:
-        """Tokens of each pair of a micro-batch, (B,), the prompt counted twice."""
-        return inputs["attention_mask"].sum(1).view(2, -1).sum(0)
+        """Tokens of each pair that the model processes, (B,): the prompt once per response."""
+        per_row = inputs["attention_mask"].sum(1).view(2, -1)
+        return per_row[0] if self.loss_name in CHOSEN_ONLY else per_row.sum(0)
 
     def pair_logps(self, model, inputs) -> PairLogps:
         """From TRL's batch (2B, L): B rows with chosen responses, then B with the rejected ones."""
@@ -268,8 +269,9 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
     """`DPOConfig` with the defaults of this package, changed by `settings`."""
     on_cpu = model.device.type == "cpu"
     defaults = {
+        "num_train_epochs": 1.0,
+        "seed": 0,
         "precompute_ref_log_probs": loss not in CHOSEN_ONLY,
-        "num_train_epochs": 1,
         "max_length": None,  # `build_pairs` has dropped what is too long
         "warmup_steps": 0.1,  # share of the steps
         "lr_scheduler_type": "cosine",
