@@ -175,7 +175,7 @@ def correct_per_question(graded: Dataset) -> dict[str, float]:
 
 
 def compare(graded_a: Dataset, graded_b: Dataset) -> dict:
-    """What b gains over a on the same questions: `difference` (of accuracies), `low`, `high`, `n`."""
+    """What b gains over a on the same questions: `difference` in accuracy, `low`, `high`, `n`."""
     a, b = correct_per_question(graded_a), correct_per_question(graded_b)
     if set(a) != set(b):
         raise UserError(f"{len(set(a) ^ set(b))} questions are on one side only: nothing to pair.")

@@ -22,9 +22,9 @@ from irpo_utils.profiles import Profile
 def run(profile: Profile, out, keep=None, engine=None, progress: bool = True) -> list[dict]:
     """Iterative RPO with these settings in the run directory `out`; resumes what is there.
 
-    keep: how artefacts are stored, by default `ops.storage.Folder(out)`. engine: how to compute, by default the
-    profile's. Returns the rows of `metrics.csv`: `method`, `seed`, `iteration`, `split`, `metric`,
-    `k`, `value`, `low`, `high`, `n`.
+    keep: how artefacts are stored, by default `ops.storage.Folder(out)`. engine: how to compute,
+    by default the profile's. Returns the rows of `metrics.csv`: `method`, `seed`, `iteration`,
+    `split`, `metric`, `k`, `value`, `low`, `high`, `n`.
     """
     methods.check_start(profile)
     p, keep = methods.apply(profile), keep or plugin("ops.storage").Folder(out)

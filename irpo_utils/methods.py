@@ -1,8 +1,8 @@
 """What differs between Iterative RPO and the methods it is compared with: one entry each.
 
-All methods go through the same loop and the same stages. A method fixes a few settings, and may say
-how completions are rewarded, what the pairs are made of, or which model it starts from. Add a method
-by adding an entry to `METHODS`, also from a notebook.
+All methods go through the same loop and the same stages. A method fixes a few settings, and may
+say how completions are rewarded, what the pairs are made of, or which model it starts from. Add a
+method by adding an entry to `METHODS`, also from a notebook.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ METHODS: dict[str, Method] = {
     "irpo_from_sft": Method("Iterative RPO from SFT on chosen", PAPER, start="star"),
     "iterative_dpo": Method("DPO without NLL", f"{PAPER}; Xu et al. 2023, arXiv 2312.16682", DPO),
     "dpo_from_sft": Method("DPO from SFT on chosen", PAPER, DPO | ONCE, start="star"),
-    # STaR (Zelikman et al. 2022) also retrains from M_0 each time and shows the model the answers of
-    # the questions that it fails.
+    # STaR (Zelikman et al. 2022) also retrains from M_0 each time, and shows the model the answers
+    # of the questions that it fails.
     "star": Method("Rejection-sampling SFT", f"{PAPER}, there called STaR", SFT),
     "star_2x": Method("Rejection-sampling SFT, twice the data", PAPER, SFT | ONCE, pairs_factor=2),
     "sft_gold": Method("SFT on gold solutions", PAPER, SFT | ONCE, samples=False),
@@ -86,7 +86,7 @@ def check_conflict(name: str, changes: dict) -> None:
 
 
 def check_start(profile: Profile) -> None:
-    """Refuse a method that starts from another one's M_1 if the profile does not say where it is."""
+    """Refuse a method that starts from another one's M_1 if the profile does not name it."""
     first = get(profile.method).start
     if first and not profile.start:
         raise UserError(

@@ -55,7 +55,7 @@ class PairLogps:
 
 
 def dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, *, alpha, beta):
-    """The two terms of Eq. 1 per pair: (loss_dpo, loss_nll). The loss is loss_dpo + alpha * loss_nll.
+    """The two terms of Eq. 1 per pair, (loss_dpo, loss_nll): the loss is loss_dpo + alpha loss_nll.
 
     All arguments are tensors (batch,), see `PairLogps`. `alpha` does not scale the second term.
     """
@@ -185,7 +185,7 @@ class IterativeRPOTrainer(DPOTrainer):
         # The loss scaling of fp16 looks for its scale by overflowing a few times.
         if not math.isfinite(logs["loss"]) or self.overflows > (10 if self.args.fp16 else 0):
             raise UserError(
-                f"Training stopped at step {step}: the loss is {logs['loss']} and the gradient norm "
+                f"Training stopped at step {step}: the loss is {logs['loss']}, the gradient norm "
                 f"{logs['grad_norm']}. Lower --learning-rate, or use a wider --dtype."
             )
         if step == 1 and self.starts_from_reference and "rewards/chosen" in logs:
@@ -193,9 +193,9 @@ class IterativeRPOTrainer(DPOTrainer):
                 ratio, size = abs(logs[f"rewards/{side}"]) / self.beta, abs(logs[f"logps/{side}"])
                 if ratio > ROUNDING[self.model.dtype] * (1 + size):
                     raise UserError(
-                        "The reference is not the model that training starts from: at the first step "
-                        f"the {side} responses have a log-ratio of {ratio:.4f} nats, not 0. Install "
-                        "the versions of requirements.lock, and use the model for nothing else."
+                        "The reference is not the model that training starts from: at step 1 the "
+                        f"{side} responses have a log-ratio of {ratio:.4f} nats, not 0. Install the "
+                        "versions of requirements.lock, and use the model for nothing else."
                     )
 
     def _save(self, output_dir=None, state_dict=None):

@@ -1,9 +1,9 @@
 """The engine of a CPU: sampling about five times, training about twice as fast as the plain way.
 
-Sampling: a completion that has ended makes room for one that waits (continuous batching, Yu et al.
-2022); keys and values are written in place; one loop runs per core; and in fp32 each layer is merged
-into one matrix while sampling. Training: `shared_prompt`. The completions are those of the plain
-decoder, up to rounding.
+Sampling: a completion that has ended makes room for one that waits (continuous batching, Yu et
+al. 2022); keys and values are written in place; one loop runs per core; and in fp32 each layer is
+merged into one matrix while sampling. Training: `shared_prompt`. The completions are those of the
+plain decoder, up to rounding.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def grouped_attention(
 ):
     """Attention as matmul, softmax, matmul; query (rows, heads, queries, size).
 
-    key and value have kv_heads instead of heads. On a CPU the backward pass is twice as fast as that
-    of the fused kernel. The library's "eager" copies keys and values for every head of a group,
-    which costs more than the attention; here the queries of a group are stacked instead.
+    key and value have kv_heads instead of heads. On a CPU the backward pass is twice as fast as
+    that of the fused kernel. The library's "eager" copies keys and values for every head of a
+    group, which costs more than the attention; here the queries of a group are stacked instead.
     """
     rows, heads, queries, size = query.shape
     kv_heads, columns = key.shape[1:3]
@@ -256,7 +256,7 @@ class SlotLayer(DynamicLayer):
 
 
 class SlotCache(Cache):
-    """A cache whose rows come and go. All rows end in the same column; `mask` marks a row's columns."""
+    """A cache whose rows come and go; all end in the same column, and `mask` marks their columns."""
 
     def __init__(self, mask: torch.Tensor):
         super().__init__(layer_class_to_replicate=SlotLayer)
@@ -275,7 +275,7 @@ class SlotCache(Cache):
             layer.keep(rows, first)
 
     def put(self, slots, other: SlotCache, copies) -> None:
-        """Put copies of the rows of `other` (prompts only) into slots, ending in the last column."""
+        """Put copies of the rows of `other` (prompts) into slots, ending in the last column."""
         self.mask[slots] = 0
         self.mask[slots, self.mask.shape[1] - other.mask.shape[1] :] = other.mask[copies]
         for layer, new in zip(self.layers, other.layers, strict=True):
@@ -316,7 +316,7 @@ class Rows:
 
 @torch.inference_mode()
 def _begin(model, request, part: list[int], first: int):
-    """n rows per prompt of `part`, all but the last prompt token in the cache; `first`: its number."""
+    """n rows per prompt of `part`, all but the last prompt token cached; `first`: its number."""
     prompts, n = [request.prompts[i] for i in part], request.n
     beginnings, device = [ids[:-1] for ids in prompts], model.device
     batch = logprobs.pad_batch(beginnings, [[]] * len(prompts), request.pad_id, device)
