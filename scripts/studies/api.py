@@ -34,6 +34,7 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {
     "star": "Rejection-sampling SFT",
+    "star_2x": "Rejection-sampling SFT, twice the data",
     "shuffled": "Random labels",
     "spin": "Gold vs. sampled (SPIN-style)",
     "zero_shot": "M0, zero-shot",

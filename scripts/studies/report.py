@@ -355,8 +355,6 @@ def _draw_differences(name: str, average) -> dict[str, tuple]:
         return {}
     labels = []
     for row in rows.itertuples():
-        words = [row.factor.replace("_", " "), row.level]
-        if row.metric == "solved":
-            words.append("(number)")
-        labels.append(" ".join(word for word in words if word))
+        label = f"{row.factor} = {row.level}" if row.level else row.factor
+        labels.append(f"{label} (number)" if row.metric == "solved" else label)
     return {f"{name}_differences": (figures.differences(rows, labels), rows)}
