@@ -40,7 +40,7 @@ def write_tuning(folder, leave_out=lambda row: False):
 
 
 def run_small(name, out, runs=None, **options):
-    options = {"seeds": 1, "small": True, "progress": False, **options}
+    options = {"seeds": 1, "small": True, "progress": False, "jobs": os.cpu_count(), **options}
     return runner.run_study(name, out, runs or out / "runs", **options)
 
 
