@@ -1,11 +1,12 @@
-"""Make notebooks/shipped_run from a finished run of the default profile, so that the notebooks teach without waiting.
+"""Make notebooks/shipped_run from a finished run of the default profile.
 
     python scripts/ship_run.py runs/cpu                          # writes notebooks/shipped_run
     python scripts/ship_run.py runs/cpu --out /some/other/place
 
-No row and no column is dropped: the tables are compressed, which takes them to a tenth of their size, and
-`datasets.load_from_disk` reads them as before. Left out is what stands in the repository already or can be had from the
-rest (`LEFT_OUT`). The README.md beside the run says what made it.
+The notebooks read it, so that nobody has to wait for a run. All rows and columns are kept: the
+tables are compressed to a tenth of their size, and `datasets.load_from_disk` reads them as before.
+Files that are in the repository already, or follow from the others, are left out (`LEFT_OUT`). The
+README.md of the copy says how the run was made.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def renew(sums: Path) -> None:
 
 
 def describe(run: Path) -> str:
-    """The README of the shipped run, from what the run recorded."""
+    """The README of the shipped run."""
     settings, machine = (api.load_profile(run), json.loads((run / "environment.json").read_text()))
     metrics = pandas.read_csv(run / "metrics.csv")
     accuracy = metrics[metrics.metric.isin(["greedy", "sampled"])].pivot(
