@@ -210,7 +210,8 @@ def _last_iteration(path: Path) -> int:
 def _is_finished(path: Path, profile: Profile) -> bool:
     if not report.is_over(path):
         return False
-    return json.loads((path / "profile.json").read_text()) == dataclasses.asdict(profile)
+    settings = dataclasses.asdict(methods.apply(profile))
+    return json.loads((path / "profile.json").read_text()) == settings
 
 
 def _is_ready(path: Path, profile: Profile) -> bool:

@@ -267,8 +267,8 @@ def profile_of(
 
 
 def portable(profile: Profile, runs: Path) -> dict:
-    """The settings as they are kept, with paths relative to the folder of all runs."""
-    settings = dataclasses.asdict(profile)
+    """The settings as a run keeps them, with paths relative to the folder of all runs."""
+    settings = dataclasses.asdict(methods.apply(profile))
     for name in ("start", "probe"):
         if settings[name]:
             settings[name] = str(Path(settings[name]).relative_to(runs))
