@@ -122,7 +122,8 @@ class IterativeRPOTrainer(DPOTrainer):
 
     def n_tokens(self, inputs) -> torch.Tensor:
         """Tokens that the model processes in a micro-batch."""
-        return inputs["attention_mask"].sum()
+        mask = inputs["attention_mask"]
+        return (mask.chunk(2)[0] if self.loss_name in CHOSEN_ONLY else mask).sum()
 
     def pair_logps(self, model, inputs) -> PairLogps:
         """From TRL's batch (2B, L): B rows with chosen responses, then B with the rejected ones."""
@@ -267,6 +268,8 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
     """`DPOConfig` with the defaults of this package, changed by `settings`."""
     on_cpu = model.device.type == "cpu"
     defaults = {
+        "num_train_epochs": 1.0,
+        "seed": 0,
         "precompute_ref_log_probs": loss not in CHOSEN_ONLY,
         "max_length": None,  # `build_pairs` has dropped what is too long
         "warmup_steps": 0.1,  # share of the steps
