@@ -26,6 +26,7 @@ def run(profile: Profile, out, keep=None, engine=None, progress: bool = True) ->
     profile's. Returns the rows of `metrics.csv`: `method`, `seed`, `iteration`, `split`, `metric`,
     `k`, `value`, `low`, `high`, `n`.
     """
+    methods.check_start(profile)
     p, keep = methods.apply(profile), keep or plugin("ops.storage").Folder(out)
     stages = Stages(p, keep, engine or plugin(f"engines.{p.engine}").Engine(), progress)
     stages.evaluate(0)

@@ -85,6 +85,17 @@ def check_conflict(name: str, changes: dict) -> None:
             )
 
 
+def check_start(profile: Profile) -> None:
+    """Refuse a method that starts from the M_1 of another one, if the profile has no `start`."""
+    first = get(profile.method).start
+    if first and not profile.start:
+        raise UserError(
+            f"The method {profile.method} starts from M_1 of the method {first}. Make that first: "
+            f"run with --method {first} --iterations 1 --out DIR; then add --start "
+            "DIR/iteration_1/adapter here."
+        )
+
+
 def reward(graded, function):
     """`graded` with the column `reward` made by `function`, question by question."""
     if function is None:

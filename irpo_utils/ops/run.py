@@ -62,12 +62,7 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
         raise UserError(
             f"--report-to {p.report_to} needs that package: `pip install {p.report_to}`."
         )
-    if method.start and not p.start:
-        raise UserError(
-            f"The method {p.method} starts from M_1 of the method {method.start}. Make that first: run "
-            f"with --method {method.start} --iterations 1 --out DIR; then add --start "
-            "DIR/iteration_1/adapter here."
-        )
+    methods.check_start(p)
     if method.train and (p.n_samples < 2 or processes.count() > 1):
         raise UserError(
             f"--method {p.method} compares the completions of a question in one process: --n-samples "
