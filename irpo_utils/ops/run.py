@@ -17,7 +17,7 @@ from irpo_utils import UserError, baselines, evaluation, iteration, methods, tas
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub, statistics
 from irpo_utils.ops.run_directory import RunDirectory, digest, find_start, is_whole, read_profile
-from irpo_utils.ops.storage import Folder
+from irpo_utils.ops.storage import Folder, check_path
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
@@ -77,12 +77,6 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     if p.start and checksums.read(Path(out) / "iteration_0" / "adapter") is None:
         find_start(p)
     return contamination.check([*train, *learnt_before(p)], questions, p.allow_overlap)
-
-
-def check_path(path, option: str) -> None:
-    """`datasets` takes a path with "::" or "://" for an address and would write to another file."""
-    if "::" in str(path) or "://" in str(path):
-        raise UserError(f"--{option} is {str(path)!r}: it must be a path without '::' and '://'.")
 
 
 def engine_of(p: Profile) -> Engine:

@@ -22,6 +22,7 @@ class Folder:
     revision: str | None = None  # commit of a hub model
 
     def __init__(self, out: str | Path):
+        check_path(out, "out")
         self.out = Path(out)
 
     def check(self, stages: Stages) -> None:
@@ -88,6 +89,12 @@ class Folder:
         rows = [row for path in paths for row in json.loads(path.read_text())]
         pandas.DataFrame(rows).to_csv(self.out / "metrics.csv", index=False)
         return rows
+
+
+def check_path(path, option: str) -> None:
+    """`datasets` takes a path with "::" or "://" for an address and would write to another file."""
+    if "::" in str(path) or "://" in str(path):
+        raise UserError(f"--{option} is {str(path)!r}: it must be a path without '::' and '://'.")
 
 
 def describe(t: int, rows: list[dict]) -> None:
