@@ -46,6 +46,8 @@ def build_pairs(
     `chosen_sample` (-1 for a gold solution), `rejected_sample`.
     Raises `UserError` beginning "no pairs" if nothing is left.
     """
+    if k < 1 or pairing not in ("wrap_around", "random"):
+        raise UserError(f"k = {k} must be at least 1, and {pairing!r} wrap_around or random.")
     graded = list(graded)
     check_ids([(row["id"], row["sample"]) for row in graded], "samples")
     gold_of = {row["id"]: {**row, "sample": -1} for row in gold or []}

@@ -52,11 +52,17 @@ class Engine(PlainEngine):
         return shared_prompt.SharedPromptTrainer if shared_prompt.possible(model) else None
 
     def decode(self, model, request: sampling.Request, batch_size: int):
-        """Completions as they end; fewer at once each time that memory runs out."""
-        longest_first = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
+        """Completions as they end; on a CPU one loop per core, each with a share of the prompts.
+
+        Cores that share one small matrix spend their time waiting for each other.
+        """
+        order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
+        cores = min(torch.get_num_threads() if model.device.type == "cpu" else 1, len(order))
         with merged(model):
-            cores = torch.get_num_threads() if model.device.type == "cpu" else 1
-            yield from _on_every_core(model, request, longest_first, batch_size, cores)
+            if cores > 1:
+                yield from _on_every_core(model, request, order, batch_size, cores)
+            else:
+                yield from _retried(model, request, order, batch_size)
 
 
 def _contiguous(module, inputs):
@@ -141,11 +147,7 @@ def merged(model):
 
 
 def _on_every_core(model, request, order: list[int], batch_size: int, cores: int):
-    """One decoding loop per core: cores that share one small matrix wait for each other."""
-    cores = min(cores, len(order))
-    if cores <= 1:
-        yield from _retried(model, request, order, batch_size)
-        return
+    """One decoding loop per core, in threads."""
     parts: list[list] = [[] for _ in range(cores)]
     stop, threads = threading.Event(), torch.get_num_threads()
 
@@ -180,13 +182,14 @@ def _wait(loop, seconds: float = 0.05) -> None:
 
 def _retried(model, request, order: list[int], batch_size: int):
     """`_decode`, with half the batch each time that memory runs out; nothing is drawn twice."""
-    done: set[int] = set()
-    while True:
+    waiting: dict[int, list] = {i: [] for i in order}  # completions of prompts that are not done
+    while waiting:
         try:
-            rest = [i for i in order if i not in done]
-            for completion in _by_prompt(_decode(model, request, rest, batch_size), request.n):
-                done.add(completion[0][0])
-                yield from completion
+            for completion in _decode(model, request, list(waiting), batch_size):
+                rows = waiting[completion[0]]
+                rows.append(completion)
+                if len(rows) == request.n:
+                    yield from waiting.pop(completion[0])
             return
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
@@ -196,19 +199,10 @@ def _retried(model, request, order: list[int], batch_size: int):
                     f"Out of memory with the {request.n} completions of a single question. Lower "
                     "--n-samples or --max-new-tokens, or use a GPU with more memory."
                 ) from error
+        waiting = {i: [] for i in waiting}
         clear_device_cache(garbage_collection=True)
         batch_size //= 2
         tqdm.write(f"Out of memory: continuing with --sampling-batch-size {batch_size}.")
-
-
-def _by_prompt(completions, n: int):
-    """Lists of the n completions of a prompt, so that a prompt is either done or not."""
-    waiting: dict[int, list] = {}
-    for completion in completions:
-        rows = waiting.setdefault(completion[0], [])
-        rows.append(completion)
-        if len(rows) == n:
-            yield waiting.pop(completion[0])
 
 
 class SlotLayer(DynamicLayer):
