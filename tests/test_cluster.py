@@ -462,7 +462,8 @@ def test_a_task_on_a_new_machine_resumes_from_the_bucket(sky, tmp_path):
     if not shutil.which("rsync"):  # SkyPilot's machines have it
         executable(
             tmp_path / "bin" / "rsync",
-            '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\ncp -r --preserve=timestamps "$1." "$2"\n',
+            "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
+            'cp -r --preserve=timestamps "$1." "$2"\n',
         )
     environment = {
         **ENVIRONMENT,
@@ -540,7 +541,8 @@ def kill_all_in(folder: Path) -> None:
 
 READ = """
 import dataclasses, json, sys, dockerfile
-print(json.dumps([[c.cmd, c.json, list(c.flags), list(c.value)] for c in dockerfile.parse_file(sys.argv[1])]))
+commands = dockerfile.parse_file(sys.argv[1])
+print(json.dumps([[c.cmd, c.json, list(c.flags), list(c.value)] for c in commands]))
 """
 
 
