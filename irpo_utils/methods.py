@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from irpo_utils import UserError
+from irpo_utils.pairs import group
 
 if TYPE_CHECKING:
     from irpo_utils.profiles import Profile
@@ -78,21 +79,16 @@ def check_conflict(name: str, changes: dict) -> None:
     """Refuse settings that contradict those that the method fixes."""
     for setting, value in get(name).settings.items():
         if changes.get(setting, value) != value:
-            option = setting.replace("_", "-")
-            raise UserError(
-                f"--method {name} fixes --{option} {value}, but --{option} {changes[setting]} was "
-                "given. Leave one of the two out."
-            )
+            given = f"--{setting.replace('_', '-')} {changes[setting]}"
+            raise UserError(f"--method {name} fixes {value}, but {given} was given: drop one.")
 
 
-def check_start(profile: Profile) -> None:
+def check_start(p: Profile) -> None:
     """Refuse a method that starts from another one's M_1 if the profile does not name it."""
-    first = get(profile.method).start
-    if first and not profile.start:
+    if (first := get(p.method).start) and not p.start:
         raise UserError(
-            f"The method {profile.method} starts from M_1 of the method {first}. Make that first: "
-            f"run with --method {first} --iterations 1 --out DIR; then add --start "
-            "DIR/iteration_1/adapter here."
+            f"--method {p.method} starts from M_1 of {first}: run with --method {first} --iterations "
+            "1 --out DIR first, then add --start DIR/iteration_1/adapter here."
         )
 
 
@@ -100,12 +96,6 @@ def reward(graded, function):
     """`graded` with the column `reward` made by `function`, question by question."""
     if function is None:
         return graded
-    rewards = [0.0] * len(graded)
-    groups: dict[str, list[int]] = {}
-    for i, question in enumerate(graded["id"]):
-        groups.setdefault(question, []).append(i)
-    for indices in groups.values():
-        for i, value in zip(indices, function([graded[i] for i in indices]), strict=True):
-            rewards[i] = float(value)
-    kept = graded.remove_columns([c for c in ("reward",) if c in graded.column_names])
+    rewards = [float(value) for rows in group(graded).values() for value in function(rows)]
+    kept = graded.remove_columns([c for c in graded.column_names if c == "reward"])
     return kept.add_column("reward", rewards)

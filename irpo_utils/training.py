@@ -108,9 +108,6 @@ class IterativeRPOTrainer(DPOTrainer):
         with mock.patch.dict(os.environ, quiet):  # the only switch that TRL has for this bar
             return super()._precompute_ref_logps(*args)
 
-    def _set_signature_columns_if_needed(self):
-        self._signature_columns = [*IDS, *REFERENCE, "length"]
-
     def _get_num_items_in_batch(self, batches, device):
         """Pairs in one optimiser step, over all micro-batches and processes."""
         pairs = sum(self.n_pairs(batch) for batch in batches)
@@ -127,8 +124,8 @@ class IterativeRPOTrainer(DPOTrainer):
 
     def pair_logps(self, model, inputs) -> PairLogps:
         """From TRL's batch (2B, L): B rows with chosen responses, then B with the rejected ones."""
-        names = ("input_ids", "attention_mask", "completion_mask")
-        ids, attention, response = (inputs[name] for name in names)
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        response = inputs["completion_mask"]
         if self.loss_name in CHOSEN_ONLY:
             ids, attention, response = (x.chunk(2)[0] for x in (ids, attention, response))
         batch = {"input_ids": ids, "attention_mask": attention, "use_cache": False}
@@ -276,7 +273,7 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
         "warmup_steps": 0.1,  # share of the steps
         "lr_scheduler_type": "cosine",
         "train_sampling_strategy": "group_by_length",
-        "length_column_name": "length",
+        "remove_unused_columns": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
