@@ -1,4 +1,4 @@
-"""One file a task; `get` finds it by name."""
+"""One file per task; `get` finds a task by name, `register` adds your own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from irpo_utils import UserError
 from irpo_utils.tasks.base import Task
 
 NAMES = ("word_problems", "word_choices", "gsm8k", "svamp", "arc_challenge", "math", "jsonl")
+_REGISTERED: dict[str, Task] = {}
+
+
+def register(task: Task) -> Task:
+    """Make `get` find `task` by its `name`, in this process; a later task replaces an earlier one."""
+    name = getattr(task, "name", None)
+    if not isinstance(name, str) or not name:
+        raise UserError("A task needs a `name`; register an instance of the class, not the class.")
+    if name in NAMES:
+        raise UserError(f"The task {name!r} comes with the package; choose another name.")
+    _REGISTERED[name] = task
+    return task
 
 
 def get(name: str) -> Task:
-    """The task of that name, one of `NAMES`; raises `UserError` for any other."""
+    """The task of that name, one of `NAMES` or a registered one; raises `UserError` for any other."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     if name not in NAMES:
         raise UserError(
-            f"There is no task {name!r}. The tasks are {', '.join(NAMES)}; for questions of your own take "
-            "--task jsonl --data FILE, a JSONL file whose lines have `question` and `answer`."
+            f"There is no task {name!r}. The tasks are {', '.join([*NAMES, *_REGISTERED])}; for your "
+            "own questions use --task jsonl --data FILE, a JSONL file whose lines have `question` "
+            "and `answer`."
         )
     return importlib.import_module(f"irpo_utils.tasks.{name}").TASK

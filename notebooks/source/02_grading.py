@@ -108,7 +108,7 @@ def after_marker(completion):
 # The package does just that, and an assertion proves it:
 
 # %%
-from irpo_utils.tasks.base import after_final_answer
+from irpo_utils.tasks.answers import after_final_answer
 
 assert [after_final_answer(text) for text in completions] == [after_marker(text) for text in completions]
 
