@@ -1,5 +1,6 @@
 """The tasks: what they load, how they split it, what they say to broken files. Reading answers is in test_grading."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -420,6 +421,10 @@ BROKEN = {
     "not UTF-8": (b'{"question": "\xff"}', "utf-8"),
     "nested too deep": ("[" * 100_000, "recursion"),
     "no fields": ({}, "missing|no answer"),
+    "half a surrogate pair": ('{"question": "\\ud800", "problem": "\\ud800"}', "surrogate"),
+    "not a number": ('{"answer": NaN}', "NaN is not a number"),
+    "infinite": ('{"answer": -Infinity}', "-Infinity is not a number"),
+    "too large": ('{"answer": 1e400}', "1e400 is out of range"),
 }
 SPECIAL = [
     ("gsm8k", {"question": "Q?", "answer": "three"}, "does not end in ####"),
@@ -441,6 +446,9 @@ SPECIAL = [
     ("jsonl", {"question": "Q?", "answer": "C", "choices": ["red", "blue"]}, "none of the choices"),
     ("jsonl", {"question": "Q?", "answer": "A", "choices": "red"}, "list of two to five"),
     ("jsonl", {"question": "Q?", "answer": "A", "solution": 3}, "`solution` is not text"),
+    ("jsonl", {"question": "Q?", "answer": "A\nB"}, "`answer` has several lines"),
+    ("jsonl", {"question": "Q?", "answer": "A" * 1001}, "`answer` is over 1000 characters"),
+    ("jsonl", {"question": "Q?", "answer": "3", "id": "jsonl-test-00000"}, "was there before"),
 ]
 
 
@@ -484,6 +492,20 @@ def test_missing_files_and_folders_are_named(tmp_path):
     write(tmp_path / "math/test.jsonl", {**GOOD["math"], "problem": "R?"})
     with pytest.raises(UserError, match="4 of the four worked examples"):
         tasks.get("math").load("test", str(tmp_path / "math"))
+
+
+@pytest.mark.parametrize(
+    "content, encoding",
+    [
+        (json.dumps(GOOD["jsonl"]).encode("utf-16"), "UTF-16"),
+        (json.dumps(GOOD["jsonl"]).encode("utf-16-le"), "UTF-16"),
+        (gzip.compress(json.dumps(GOOD["jsonl"]).encode()), "gzip"),
+    ],
+)
+def test_the_encoding_of_an_unreadable_file_is_named(tmp_path, content, encoding):
+    (tmp_path / "mine.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"mine.jsonl is {encoding}.*UTF-8"):
+        jsonl.TASK.load("train", str(tmp_path / "mine.jsonl"))
 
 
 # --- questions of one's own ----------------------------------------------------------------------------------------
@@ -544,6 +566,37 @@ def test_optional_fields_travel_and_choices_become_letters(tmp_path):
     assert "(B) blue" in jsonl.TASK.prompt(first) and jsonl.TASK.prompt(
         second
     ) == gsm8k.TASK.prompt(second)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        ("0.00005", "0.00005"),
+        ("5e-5", "0.00005"),
+        ("10000000000000000", "10000000000000000"),
+        ("1e16", "10000000000000000"),
+        ("1e3", "1000"),
+        ("0.1", "0.1"),
+        ("2.50", "2.50"),
+        ("-3", "-3"),
+    ],
+)
+def test_numbers_keep_their_digits_and_are_right_as_a_model_writes_them(tmp_path, number, text):
+    for split in SPLITS:
+        write(tmp_path / f"{split}.jsonl", f'{{"question": "{split}?", "answer": {number}}}')
+    (row,) = jsonl.TASK.load("test", str(tmp_path))
+    assert row["answer"] == text
+    row = {**row, "completion": f"Final answer: {text}", "finished": True}
+    assert grading.grade_one(row, jsonl.TASK)["reward"] == 1.0
+
+
+def test_a_given_id_that_equals_an_automatic_one_is_refused(tmp_path):
+    rows = [{"question": f"{i}?", "answer": i} for i in range(3)]
+    path = write(
+        tmp_path / "mine.jsonl", *rows, {"question": "R?", "answer": 1, "id": "mine-00001"}
+    )
+    with pytest.raises(UserError, match="line 4: the id 'mine-00001' was there before"):
+        jsonl.TASK.load("train", str(path))
 
 
 def test_a_file_too_small_to_split_is_refused(tmp_path):
