@@ -12,24 +12,23 @@ _REGISTERED: dict[str, Task] = {}
 
 
 def register(task: Task) -> Task:
-    """Make `get` find `task` by its `name`, in this process; a later task replaces an earlier one."""
-    name = getattr(task, "name", None)
-    if not isinstance(name, str) or not name:
-        raise UserError("A task needs a `name`; register an instance of the class, not the class.")
-    if name in NAMES:
-        raise UserError(f"The task {name!r} comes with the package; choose another name.")
-    _REGISTERED[name] = task
+    """Make `get` find `task` by its `name`, in this process; a later task replaces an earlier."""
+    if not getattr(task, "name", None):
+        raise UserError("A task needs a `name`; set it in the class.")
+    if task.name in NAMES:
+        raise UserError(f"The task {task.name!r} comes with the package; choose another name.")
+    _REGISTERED[task.name] = task
     return task
 
 
 def get(name: str) -> Task:
-    """The task of that name, one of `NAMES` or a registered one; raises `UserError` for any other."""
+    """The task of that name, one of `NAMES` or a registered one; `UserError` for any other."""
     if name in _REGISTERED:
         return _REGISTERED[name]
     if name not in NAMES:
         raise UserError(
-            f"There is no task {name!r}. The tasks are {', '.join([*NAMES, *_REGISTERED])}; for your "
-            "own questions use --task jsonl --data FILE, a JSONL file whose lines have `question` "
-            "and `answer`."
+            f"There is no task {name!r}. The tasks are {', '.join([*NAMES, *_REGISTERED])}; for "
+            "your own questions use --task jsonl --data FILE, a JSONL file with `question` and "
+            "`answer` in each line."
         )
     return importlib.import_module(f"irpo_utils.tasks.{name}").TASK

@@ -1,10 +1,7 @@
-r"""Where a completion states its answer, and what is only wrapped around it. Every task starts here.
+r"""Where a completion states its answer, and what is only wrapped around it.
 
-`read` finds the last "Final answer:", takes the block behind it and removes the wrapping. What is left goes to the
-comparison of numbers, letters, LaTeX or text:
-
-    **Final answer**:
-    \[ \boxed{24} \]            ->  24            "The answer is “Paris”, because ..."  ->  Paris
+`read` finds the last "Final answer:", takes the block behind it and removes the wrapping: "24" is
+left of "**Final answer**: $\boxed{24}$". Every task starts from here.
 """
 
 from __future__ import annotations
@@ -17,23 +14,6 @@ MAX_LENGTH = 1000  # characters of a block; a longer one is no answer
 FENCE = re.compile(r"```\w*[ \t]*(?:\n|$)|```")
 # Pairs that may span lines: as long as one is open, the next line belongs to the answer.
 OPENED = (("{", "}"), (r"(?<!\\)\\\[", r"(?<!\\)\\\]"), (r"\\begin\b", r"\\end\b"))
-
-SIGNS = {
-    "-": "−–‐‑‒﹣－⁻➖",
-    "'": "’‘′",
-    '"': "“”„«»",
-    "*": "×·∙⋅",
-    "/": "⁄÷∕",
-    ".": "。٫",
-    ",": "、٬",
-}
-SIGNS |= {
-    "\\,": "\u2009\u202f",
-    "->": "→",
-    "\\approx ": "≈",
-}  # thin blanks group digits, as \, does
-CHARACTERS = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}  # full-width forms
-CHARACTERS |= {ord(other): sign for sign, others in SIGNS.items() for other in others}
 RAISED, LOWERED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+"), re.compile("[₀-₉]+")
 FRACTION = re.compile("[¼-¾⅐-⅞]")
 
@@ -44,10 +24,8 @@ def read_patterns(name: str, flags=re.IGNORECASE | re.DOTALL) -> dict[str, list]
     A line is a name, a pattern, and perhaps => "replacement". <other> in a pattern is any of the
     patterns of the name `other` above it.
     """
-    lines = Path(__file__).with_name(f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    sources: dict[str, str] = {}
-    patterns: dict[str, list] = {}
-    for line in lines:
+    sources, patterns = {}, {}
+    for line in Path(__file__).with_name(f"{name}.txt").read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("//"):
             continue
         key, rest = line.split(maxsplit=1)
@@ -55,7 +33,7 @@ def read_patterns(name: str, flags=re.IGNORECASE | re.DOTALL) -> dict[str, list]
         for other, source in sources.items():
             pattern = pattern.replace(f"<{other}>", f"(?:{source})")
         sources[key] = f"{sources[key]}|{pattern}" if key in sources else pattern
-        patterns.setdefault(key, []).append((re.compile(pattern, flags), new.strip('"')))
+        patterns.setdefault(key, []).append((re.compile(pattern, flags), new[1:-1]))
     return patterns
 
 
@@ -76,12 +54,10 @@ MARKER = re.compile("|".join(pattern.pattern for pattern, _ in PATTERNS["marker"
 
 
 def after_final_answer(completion: str) -> str | None:
-    """The block after the last "Final answer:" (any case), or None: the rest of its line, or all of a display.
+    """What follows the last "Final answer:", on its line or in a display or code block; or None.
 
     >>> after_final_answer("Final answer: 3\\nNo, wait.\\nFinal answer: 4\\nI hope it helps.")
     '4'
-    >>> after_final_answer("Final answer:\\n$$\\n\\\\boxed{4}\\n$$").split()
-    ['$$', '\\\\boxed{4}', '$$']
     """
     parts = MARKER.split(completion)
     if len(parts) == 1:
@@ -98,12 +74,11 @@ def after_final_answer(completion: str) -> str | None:
 
 
 def _is_open(block: str) -> bool:
-    """Whether a display, a code fence, a brace or an environment begins in `block` and does not end in it."""
+    """Whether a display, a code fence, a brace or an environment begins in `block` only."""
     if block.strip() == "$" or block.count("$$") % 2 or block.count("```") % 2:
         return True
-    return any(
-        len(re.findall(first, block)) > len(re.findall(last, block)) for first, last in OPENED
-    )
+    counts = ((len(re.findall(sign, block)) for sign in pair) for pair in OPENED)
+    return any(begun > ended for begun, ended in counts)
 
 
 def read(completion: str) -> str | None:
@@ -113,7 +88,7 @@ def read(completion: str) -> str | None:
 
 
 def unwrap(text: str, phrases: bool = True) -> str:
-    r"""`text` without boxes, delimiters, styling, markup, quotes, and (if `phrases`) words such as "The answer is".
+    r"""`text` without boxes, delimiters, markup, quotes, and (if `phrases`) "The answer is".
 
     >>> unwrap(r"**The answer is $\boxed{\frac12}$.**"), unwrap("“B”"), unwrap("5, because 2+3=5")
     ('\\frac12', 'B', '5')
@@ -129,23 +104,27 @@ def unwrap(text: str, phrases: bool = True) -> str:
 
 
 def symbols(text: str) -> str:
-    """The same text with ASCII digits, signs and blanks, x² as x^{2}, and no invisible characters."""
-    text = RAISED.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
-    text = LOWERED.sub(lambda match: f"_{{{unicodedata.normalize('NFKC', match[0])}}}", text)
-    text = FRACTION.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])} ", text)
-    return "".join(map(_ascii, text.translate(CHARACTERS)))
+    """The text with ASCII digits, signs and blanks, x² as x^{2}, and no invisible characters."""
+    text = RAISED.sub(lambda match: f"^{{{_plain(match[0])}}}", text)
+    text = LOWERED.sub(lambda match: f"_{{{_plain(match[0])}}}", text)
+    text = FRACTION.sub(lambda match: f" {_plain(match[0])} ", text)
+    return "".join(map(_ascii, replace(PATTERNS["sign"], text)))
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).replace("⁄", "/")
 
 
 def _ascii(character: str) -> str:
     if " " < character <= "~":
         return character
-    category, digit = unicodedata.category(character), unicodedata.decimal(character, None)
-    if digit is not None:
-        return str(digit)
-    if category == "Sc":
-        return "$"
-    if character.isspace() or category == "Cc":
-        return " "
+    category = unicodedata.category(character)
+    if category == "Nd":  # a digit of any script
+        return str(unicodedata.decimal(character))
+    if category in ("Sc", "Cc") or character.isspace():
+        return "$" if category == "Sc" else " "
+    if "！" <= character <= "～":  # full-width forms
+        return unicodedata.normalize("NFKC", character)
     # Text that runs backwards is no answer: its marks stay, and the comparisons do not know them.
     return "" if category == "Cf" and character not in "\u202d\u202e" else character
 
@@ -154,7 +133,10 @@ def braces(text: str, place: int) -> int | None:
     """Where the brace that opens at `place` is closed, or None."""
     depth = 0
     for end in range(place, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if text[end] == "{":
+            depth += 1
+        elif text[end] == "}":
+            depth -= 1
         if depth == 0:
             return end
     return None

@@ -1,4 +1,4 @@
-"""What a task is: a prompt, reading the answer of a completion, a comparison with gold, and data."""
+"""What a task is: a prompt, reading an answer, comparing it with gold, and questions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SPLITS = ("train", "validation", "test")
 class Task:
     """A kind of question: a name and these four methods. `tasks.register` gives it to a run.
 
-    A row has at least `id`, `question` and `answer` (text), and `solution` (gold chain of thought)
-    and `choices` where the task has them. Any other column travels with the row to every stage.
+    A row has `id`, `question` and `answer` (text), perhaps `solution` (gold chain of thought) and
+    `choices`. Any other column travels with the row to every stage.
     """
 
     name: str
@@ -30,10 +30,7 @@ class Task:
         raise NotImplementedError
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
-        """Whether the extracted answer equals the gold answer after normalisation (section 2).
-
-        `row` is for verdicts that depend on the question; a subclass may leave it out.
-        """
+        """Whether it equals the gold answer (section 2). `row`, the question, may be left out."""
         raise NotImplementedError
 
     def load(self, split: str, data: str | None = None) -> Dataset:

@@ -5,8 +5,8 @@ One raw row (files train.jsonl, test.jsonl):
     {"question": "Natalia sold clips to 48 of her friends in April, and then ...",
      "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\\n... 72 clips ...\\n#### 72"}
 
-Prompt of the paper (appendix B.1), zero-shot. As in the paper 1,000 training questions are held out
-for choosing the checkpoint. The paper does not say which ones; here a fixed seed draws them.
+Zero-shot prompt of the paper (appendix B.1). As in the paper 1,000 training questions are held out
+for choosing the checkpoint; a fixed seed draws them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from irpo_utils.tasks import numbers
 from irpo_utils.tasks.files import FileTask, hold_out, need, without
 
-VALIDATION = 1000
 PROMPT = (
     "Your task is to answer the question below. Give step by step reasoning before you answer, and "
     "when you're ready to answer, please use the format "
@@ -40,8 +39,7 @@ class GSM8K(numbers.NumberTask, FileTask):
         """`solution` without calculator marks, ending in the "Final answer:" of the prompt."""
         solution, mark, answer = raw["answer"].rpartition("####")
         answer = answer.strip().replace(",", "")
-        is_number = mark and numbers.parse(answer) is not None
-        need(is_number, "`answer` does not end in #### and a number")
+        need(mark and numbers.parse(answer) is not None, "`answer` does not end in #### NUMBER")
         need(raw["question"].strip(), "`question` is empty")
         solution = f"{re.sub(r'<<.*?>>', '', solution).strip()}\nFinal answer: {answer}"
         return {"question": raw["question"], "answer": answer, "solution": solution}
@@ -49,7 +47,7 @@ class GSM8K(numbers.NumberTask, FileTask):
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
         """Official test; official train less 1,000 held-out rows for validation."""
         test = self.read(path, "test")
-        train, validation = hold_out(without(self.read(path, "train"), test), VALIDATION)
+        train, validation = hold_out(without(self.read(path, "train"), test), 1000)
         return {"train": train, "validation": validation, "test": test}
 
 

@@ -39,10 +39,7 @@ from irpo_utils.tasks.files import (
     without,
 )
 
-MAX_LENGTH, MAX_DEPTH = (
-    300,
-    8,
-)  # characters and nested brackets of an answer that is compared at all
+MAX_LENGTH, MAX_DEPTH = 300, 8  # characters and nested brackets of an answer that is compared
 HEADER = (
     "Your task is to answer the last question below. Give step by step reasoning before you answer, and when "
     "you're ready to answer, please wrap your answer in \\boxed, and conclude using the format "
@@ -168,19 +165,14 @@ def _in_block(block: str) -> str | None:
     around = FORMULA.sub("#", re.sub(r"\*\*|__|[`#]|</?[a-z]+>", "", text))
     if len(formulas) != 1 or re.search(r"[\d\\=]", around):
         return text
-    if re.search(
-        r"(?:[-+*/^<≠√]|(?<![=-])>)\s*#|#\s*(?:[+*^<>!]|/\s*(?![a-z]))", around
-    ) or numbers.doubtful(around):
+    beside = re.search(r"(?:[-+*/^<≠√]|(?<![=-])>)\s*#|#\s*(?:[+*^<>!]|/\s*(?![a-z]))", around)
+    if beside or numbers.doubtful(around):
         return None
     formula, after = "".join(formulas[0]), around.partition("#")[2].strip(" .*_")
-    few = re.fullmatch(
-        r"[^\W\d_]+(?:[ .]+[^\W\d_]+){,2}", after
-    )  # "$5$ miles east"; a sentence may follow
-    return (
-        f"{formula} \\text{{ {after}}}"
-        if few and not re.match(r"is\b|because\b", after)
-        else formula
-    )
+    few_words = re.fullmatch(r"(?!is\b|because\b)[^\W\d_]+(?:[ .]+[^\W\d_]+){,2}", after)
+    if few_words:  # "$5$ miles east": what may be a unit is compared, a sentence is not
+        return f"{formula} \\text{{ {after}}}"
+    return formula
 
 
 def _last_box(completion: str) -> str | None:
@@ -224,8 +216,9 @@ def _terms(text: str) -> tuple[int, int]:
         elif match[0] in ")}]":
             depth -= 1
         else:
-            all_signs += 2 if "pm" in match[0] else 1
-            outside += (2 if "pm" in match[0] else 1) if depth == 0 else 0
+            count = 2 if "pm" in match[0] else 1
+            all_signs += count
+            outside += count if depth == 0 else 0
     return outside, all_signs
 
 
@@ -272,36 +265,35 @@ def equal(gold: str, answer: str) -> bool:
         gold = gold if shorter == gold else canonical(shorter)
     if re.fullmatch("[A-Z]", gold):  # an option with what it says: (C) 5
         return bool(re.match(rf"(?:\\text\s*\{{)?\s*\({gold}\)|{gold}$", answer))
-    gold_number, number = (
-        _number(re.sub(r"^(\d+):(\d+)$", r"\1/\2", text))
-        for text in (gold, answers.replace(PATTERNS["short"], answer))
-    )
-    if gold_number or _number(gold):
+    gold_number, number = _ratio(gold), _ratio(answers.replace(PATTERNS["short"], answer))
+    if gold_number:
         return gold_number == number
-    if not gold or not answer or too_complex(gold) or too_complex(answer):
-        return False
-    if (
-        _ends(gold) != _ends(answer)
-        or "_" in gold
-        and "_" in answer
-        or BASE.search(answer)
-        and "_" not in gold
-    ):
-        return False
-    if (
-        "\\approx" in gold or "=" in gold and not re.search("[a-z]", gold)
-    ):  # all false equations are equal to it
-        return False
-    if WORD.fullmatch(gold) or WORD.fullmatch(
-        answer
-    ):  # to the library "cat" is c*a*t, and so is "act"
+    if WORD.fullmatch(gold) or WORD.fullmatch(answer):  # to the library "cat" is "act"
         return gold.casefold() == answer.casefold()
-    if answers.found(PATTERNS["unclear"], answer) or unfinished(gold, answer):
+    if not _comparable(gold, answer) or unfinished(gold, answer):
         return False
     try:
         return _settled(gold, answer)
     except NoVerdict:
         return False
+
+
+def _ratio(text: str) -> str | None:
+    """The number that `text` is; 1:2 is 1/2."""
+    return _number(re.sub(r"^(\d+):(\d+)$", r"\1/\2", text))
+
+
+def _comparable(gold: str, answer: str) -> bool:
+    """Whether the library reads both texts as a reader does, in bounded time."""
+    if not gold or not answer or too_complex(gold) or too_complex(answer):
+        return False
+    if _ends(gold) != _ends(answer) or answers.found(PATTERNS["unclear"], answer):
+        return False
+    if "_" in answer and ("_" in gold or BASE.search(answer)):  # number bases
+        return False
+    if "=" in gold and not re.search("[a-z]", gold):  # all false equations are equal to it
+        return False
+    return "\\approx" not in gold
 
 
 class NoVerdict(Exception):
@@ -364,10 +356,15 @@ class MATH(FileTask):
         """The same answer by `equal`; a formula copied from `row["question"]` counts only if it is the gold text."""
         if extracted is None or len(extracted) > 2 * MAX_LENGTH:
             return False
-        said = self._said((row or {}).get("completion") or "") or extracted
-        if row and _copied(said, answer, row.get("question") or ""):
-            return False
-        return equal(canonical(answer), canonical(extracted))
+        gold, given = canonical(answer), canonical(extracted)
+        if row and row.get("question"):
+            said = self._said(row.get("completion") or "")
+            pair = (
+                (said, answer) if said else (given, gold)
+            )  # as it was written, where that is known
+            if _copied(*pair, row["question"]):
+                return False
+        return equal(gold, given)
 
     def row(self, raw: dict, index: int) -> dict:
         r"""`answer` is the last \boxed of the solution where the row does not have it; `solution` ends in it."""

@@ -1,14 +1,11 @@
 r"""Reading numbers as models write them, shared by the tasks whose answer is a number.
 
 The rule is strict, because a reward for a wrong answer teaches it: the answer must hold one number
-in digits, perhaps with words, a unit or a currency around it. There is no answer in
-
-- two different numbers ("12 or 13", "2 hours 30 minutes", "x = 4, y = 5");
-- a calculation not carried out ("5 * x", "half of 36", "10^3"), a number not understood ("1,23");
-- a number that is denied or only a bound ("not 36", "36 or more"). "About 36" does name 36;
-- a number in words, or one that words change ("36 dollars and fifty cents", "thirteen or 14").
-
-Of an equation ("5 * 3 = 15 eggs") the part after the last "=" counts. "20%" is 20.
+in digits, perhaps with words, a unit or a currency around it. There is no answer in two different
+numbers ("12 or 13"), in a calculation not carried out ("5 * x", "half of 36"), in a number that is
+denied or only a bound ("not 36", "36 or more"), in a number in words, and in one that words change
+("36 dollars and fifty cents"). "About 36" does name 36. Of an equation ("5 * 3 = 15 eggs") the part
+after the last "=" counts. "20%" is 20.
 """
 
 from __future__ import annotations
@@ -23,8 +20,6 @@ from irpo_utils.tasks.base import Task
 MAX_DIGITS = MAX_EXPONENT = 100
 MAGNITUDES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 MAGNITUDES["trillion"] = 10**12
-
-
 PATTERNS = answers.read_patterns("numbers")
 _PLAIN = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![.,]?\d)"  # 0,123 is no 123
 NUMBER = re.compile(
@@ -116,11 +111,10 @@ class NumberTask(Task):
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
         """The number after the last "Final answer:" in one fixed spelling, or None."""
-        text = answers.read(completion)
-        value = None if text is None else parse(text)
+        value = parse(answers.read(completion) or "")
         return None if value is None else show(value)
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
         """Equal as exact numbers: "0.50" is "1/2", "0.33" is not "1/3"."""
-        value = None if extracted is None else parse(extracted)
+        value = parse(extracted or "")
         return value is not None and value == parse(answer.rsplit("####", 1)[-1])

@@ -1,14 +1,12 @@
 """The embedded task: grade-school word problems with integer answers, made by a seeded generator.
 
-One raw question, with the gold solution "24+13=37\\n37*2=74\\nFinal answer: 74":
-
-    Mia keeps 24 shells in a jar. A friend gives Mia 13 more shells. Then the number of shells
-    doubles. How many shells does Mia have now?
+"Mia keeps 24 shells in a jar. A friend gives Mia 13 more shells. Then the number of shells doubles.
+How many shells does Mia have now?" has the solution "24+13=37\\n37*2=74\\nFinal answer: 74".
 
 A question is a *skeleton* (the story with names, objects and numbers masked) filled with numbers.
-The sentences are in word_problems.json. The 2,000 skeletons are drawn once from a fixed seed, 400
-for each number of steps from 2 to 6. A quarter of them are held out: neither the training split nor
-the corpus of the seed model M0 uses them, and the column `new_skeleton` marks their questions.
+The 2,000 skeletons are drawn once from a fixed seed, 400 for each number of steps from 2 to 6. A
+quarter are held out: neither the training split nor the corpus of the seed model M0 uses them, and
+the column `new_skeleton` marks their questions. The sentences are in word_problems.json.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 STEPS = (2, 3, 4, 5, 6)
-SKELETONS_PER_STEP = 400
-HELD_OUT_SHARE = 0.25
+SKELETONS_PER_STEP, HELD_OUT = 400, 100
 SPLIT_SIZES = {"train": 2400, "validation": 500, "test": 500}
 
 # In the sentences {n}, {k} and {m} are numbers, {name} and {item} are filled once per question.
@@ -76,9 +73,7 @@ class Skeleton(NamedTuple):
 
 def _draw_clause(rng: random.Random, theme: dict, steps_left: int) -> tuple[str, str, int]:
     kinds = ["gain"] * 4 + ["loss"] * 4 + ["multiply"] * 2 + ["halve"]
-    if steps_left >= 2:
-        kinds += ["pack"] * 2 + ["share"] * 2
-    kind = rng.choice(kinds)
+    kind = rng.choice(kinds + (["pack", "pack", "share", "share"] if steps_left >= 2 else []))
     if kind == "multiply":
         factor = rng.choice((2, 3))
         return kind, rng.choice(ANY_THEME["double" if factor == 2 else "triple"]), factor
@@ -87,13 +82,12 @@ def _draw_clause(rng: random.Random, theme: dict, steps_left: int) -> tuple[str,
 
 def _draw_skeleton(rng: random.Random, steps: int) -> Skeleton:
     theme, order = rng.choice(THEMES), rng.choice(ORDERS)
-    told_last = ANY_THEME["openings told last"]
-    opening = rng.choice(told_last if order == "start last" else theme["openings"])
+    told_last = order == "start last"
+    opening = rng.choice(ANY_THEME["openings told last"] if told_last else theme["openings"])
     parts: list[tuple[str, str, int]] = []
     while (left := steps - sum(CLAUSE_STEPS[kind] for kind, _, _ in parts)) > 0:
         clause = _draw_clause(rng, theme, left)
-        scaling = ("multiply", "halve")
-        repeated = parts and clause[0] in scaling and parts[-1][0] in scaling
+        repeated = parts and {clause[0], parts[-1][0]} <= {"multiply", "halve"}
         if not repeated and clause not in parts:
             parts.append(clause)
     return Skeleton(theme, order, opening, tuple(parts), rng.choice(theme["questions"]))
@@ -103,7 +97,7 @@ def _draw_skeleton(rng: random.Random, steps: int) -> Skeleton:
 def skeletons() -> dict[tuple[str, int], list[Skeleton]]:
     """All skeletons by group ("seen" or "held_out") and number of steps; equal on every machine."""
     rng, known = random.Random(2404), set()
-    groups: dict[tuple[str, int], list[Skeleton]] = {}
+    groups = {}
     for steps in STEPS:
         drawn: list[Skeleton] = []
         while len(drawn) < SKELETONS_PER_STEP:
@@ -111,8 +105,7 @@ def skeletons() -> dict[tuple[str, int], list[Skeleton]]:
             if skeleton.text not in known and _fill(skeleton, rng, WIDE_RANGE, tries=50):
                 known.add(skeleton.text)
                 drawn.append(skeleton)
-        held_out = round(HELD_OUT_SHARE * SKELETONS_PER_STEP)
-        groups["held_out", steps], groups["seen", steps] = drawn[:held_out], drawn[held_out:]
+        groups["held_out", steps], groups["seen", steps] = drawn[:HELD_OUT], drawn[HELD_OUT:]
     return groups
 
 
@@ -122,12 +115,11 @@ def _fill(skeleton: Skeleton, rng, bounds: NumberRange, tries: int = 20) -> dict
         value = start = rng.randint(4, bounds.start)
         sentences, lines = [], []
         for position, part in enumerate(skeleton.parts):
-            is_last = position == len(skeleton.parts) - 1
-            limit = bounds.result if is_last else bounds.running
-            filled = _apply_clause(part, value, limit, rng, bounds.operand)
-            if filled is None:
+            last = position == len(skeleton.parts) - 1
+            limit = bounds.result if last else bounds.running
+            sentence, new_lines, value = _apply_clause(part, value, limit, rng, bounds.operand)
+            if value is None:
                 break
-            sentence, new_lines, value = filled
             sentences.append(sentence)
             lines += new_lines
         else:
@@ -136,7 +128,7 @@ def _fill(skeleton: Skeleton, rng, bounds: NumberRange, tries: int = 20) -> dict
 
 
 def _apply_clause(part: tuple[str, str, int], value: int, limit: int, rng, operand: int):
-    """(sentence, equation lines, new value) of one clause; None if the value leaves its bounds."""
+    """(sentence, equation lines, new value) of one clause; Nones if the value leaves its bounds."""
     kind, sentence, n = part
     lines = []
     if kind in ("pack", "share"):
@@ -145,12 +137,10 @@ def _apply_clause(part: tuple[str, str, int], value: int, limit: int, rng, opera
         lines.append(f"{k}*{m}={n}")
     elif kind in ("gain", "loss"):
         n = rng.randint(2, operand)
-    if kind == "halve" and value % 2:
-        return None
     symbol = OPERATORS[kind]
     result = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[symbol]
-    if not 1 <= result <= limit:
-        return None
+    if not 1 <= result <= limit or (kind == "halve" and value % 2):
+        return None, None, None
     return sentence.replace("{n}", str(n)), [*lines, f"{value}{symbol}{n}={result}"], result
 
 
@@ -182,16 +172,15 @@ def make_question(rng, group="seen", bounds=TASK_RANGE, steps: int | None = None
 def all_splits() -> dict[str, list[dict]]:
     """The fixed splits: train has seen skeletons only, the others 30 % held-out ones."""
     rng, known = random.Random(19733), set()
-    splits: dict[str, list[dict]] = {}
+    splits = {}
     for split, size in SPLIT_SIZES.items():
-        rows: list[dict] = []
+        rows = splits[split] = []
         while len(rows) < size:
             group = "held_out" if split != "train" and len(rows) % 10 < 3 else "seen"
             row = make_question(rng, group, steps=STEPS[len(rows) // 10 % len(STEPS)])
             if row["question"] not in known:
                 known.add(row["question"])
                 rows.append({"id": f"word_problems-{split}-{len(rows):04d}", **row})
-        splits[split] = rows
     return splits
 
 
@@ -209,12 +198,9 @@ class WordProblems(NumberTask):
         from datasets import Dataset
 
         if data:
-            raise UserError(
-                "The task word_problems reads no data; leave out --data or use --task jsonl."
-            )
+            raise UserError("The task word_problems reads no data; use --task jsonl with --data.")
         if split not in SPLIT_SIZES:
-            known = ", ".join(SPLIT_SIZES)
-            raise UserError(f"There is no split {split!r} of word_problems; use one of {known}.")
+            raise UserError(f"There is no split {split!r}; use one of {', '.join(SPLIT_SIZES)}.")
         return Dataset.from_list(all_splits()[split])
 
 
