@@ -293,6 +293,8 @@ def _comparable(gold: str, answer: str) -> bool:
         return False
     if "=" in gold and not re.search("[a-z]", gold):  # all false equations are equal to it
         return False
+    if "=" in answer and "=" not in gold:  # an equation to be solved is no value
+        return False
     return "\\approx" not in gold
 
 
