@@ -1,9 +1,10 @@
-"""Grade completions: reward 1 where the final answer equals the gold answer (section 2 of the paper), otherwise 0.
+"""Grade completions: reward 1 where the final answer equals the gold answer, otherwise 0.
 
-Source: Pang et al., arXiv 2404.19733v3, section 2 ("the reward is 1 if y matches the gold label") and the prompts of
-appendix B.1, which ask for "Final answer: ...". The task decides how an answer is read and compared
-(`irpo_utils.tasks`); the paper does not say how. It also does not say what happens to a completion without an answer
-or one cut off at the token limit. Here both get reward 0, and `reason` tells them apart.
+Source: Pang et al., arXiv 2404.19733v3, section 2 ("the reward is 1 if y matches the gold label")
+and the prompts of appendix B.1, which ask for "Final answer: ...". The task decides how an answer
+is read and compared (`irpo_utils.tasks`); the paper does not say how. It also does not say what
+happens to a completion without an answer or one cut off at the token limit. Here both get reward 0,
+and `reason` tells them apart.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ COLUMNS = {"extracted": "string", "correct": "bool", "reason": "string", "reward
 
 
 def grade_one(row: dict, task: Task) -> dict:
-    """`extracted` (str or None), `correct` (bool), `reason` (one of `REASONS`) and `reward` of one row of samples.
+    """`extracted` (str or None), `correct`, `reason` (of `REASONS`) and `reward` of one row.
 
-    `row` has `completion`, `answer`, `finished` and the columns of its question; the task sees all of them. Where
-    `finished` is False the completion was cut off, perhaps within a number, so nothing is extracted from it.
+    `row` has `completion`, `answer`, `finished` and the columns of its question; the task sees all
+    of them. Where `finished` is False the completion was cut off, perhaps within a number, so
+    nothing is extracted from it.
     """
     if not row["finished"]:
         return {"extracted": None, "correct": False, "reason": "truncated", "reward": 0.0}
@@ -42,10 +44,10 @@ def grade_one(row: dict, task: Task) -> dict:
 
 
 def grade(samples: Dataset, task: Task) -> Dataset:
-    """`samples` (one row per completion) with the columns `extracted`, `correct`, `reason` and `reward`.
+    """`samples` with the columns `extracted`, `correct`, `reason` and `reward`.
 
-    Columns of these names are replaced. No completion raises an error: the task must be safe with hostile text, in
-    bounded time.
+    Columns of these names are replaced. No completion raises an error: the task must be safe with
+    hostile text, in bounded time.
     """
     from datasets import Value
 
@@ -67,12 +69,12 @@ def count_reasons(graded: Dataset) -> dict[str, int]:
 
 
 def unread(graded: Dataset, n: int = 3) -> tuple[int, list[tuple[str, int]]]:
-    """How many completions ended without a readable answer, and the n commonest endings with their counts.
+    """How many completions have no readable answer, and their n commonest endings with counts.
 
-    An ending is the last line, 60 characters at most, with # for numbers. Many equal endings are a format problem:
-    read them before you train.
+    An ending is the last line, 60 characters at most, with # for numbers. Many equal endings are a
+    format problem: read them before you train.
 
-    >>> unread({"reason": ["no_answer", "no_answer", "ok"], "completion": ["It is 4.", "It is 15.", "4"]})
+    >>> unread({"reason": ["no_answer"] * 2, "completion": ["It is 4.", "It is 15."]})
     (2, [('It is #.', 2)])
     """
     rows = zip(graded["reason"], graded["completion"], strict=True)

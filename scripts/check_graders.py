@@ -1,7 +1,7 @@
 r"""Put the graders to the test: real gold answers in many surface forms, wrong and evasive answers, hostile text.
 
-    IRPO_DATA=folder python scripts/check_graders.py                # up to 10,000 answers per task
-    IRPO_DATA=folder python scripts/check_graders.py --count 2000   # a quick look; --out for another folder
+    IRPO_DATA=folder python scripts/check_graders.py                # up to 4,000 answers per task
+    IRPO_DATA=folder python scripts/check_graders.py --count 500    # a quick look; --out for another folder
 
 Every answer is made from a real gold answer, so that the right verdict is known. Each is graded a second time by a
 reader written another way (`other_number`, `other_letter`, `other_latex`), and a third time by the short rule that is most
@@ -1147,7 +1147,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--count", type=int, default=10_000, help="answers per task (default: 10000)"
+        "--count", type=int, default=4_000, help="answers per task (default: 4000)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("figures"))

@@ -90,7 +90,7 @@ def read(completion: str) -> str | None:
 def unwrap(text: str, phrases: bool = True) -> str:
     r"""`text` without boxes, delimiters, markup, quotes, and (if `phrases`) "The answer is".
 
-    >>> unwrap(r"**The answer is $\boxed{\frac12}$.**"), unwrap("“B”"), unwrap("5, because 2+3=5")
+    >>> unwrap(r"**The answer is $\boxed{\frac12}$.**"), unwrap("“B”"), unwrap("5, since 2+3=5")
     ('\\frac12', 'B', '5')
     """
     text = strip_commands(symbols(text), PATTERNS["style"])

@@ -1,14 +1,15 @@
-"""ARC-Challenge: grade-school science questions with three to five options (Clark et al. 2018, allenai/ai2_arc).
+"""ARC-Challenge: science questions with three to five options (Clark et al. 2018).
 
 One raw row (files train.jsonl, test.jsonl, and validation.jsonl if there):
 
-    {"id": "Mercury_7220990", "question": "Which factor will most likely cause a person to develop a fever?",
+    {"id": "Mercury_7220990", "question": "Which factor will most likely cause a fever?",
      "choices": {"text": ["a leg muscle relaxing ...", "a bacterial population ...", ...],
                  "label": ["A", "B", "C", "D"]}, "answerKey": "B"}
 
-Options are lettered by their place, also where the original labels are 1 to 4. Prompt of the paper (appendix B.1),
-zero-shot. The paper trains on ARC-Easy as well; here it is ARC-Challenge alone. Of the training questions those whose
-text is also a test question ("Which is a chemical change?", with other options) are left out.
+Options are lettered by their place, also where the original labels are 1 to 4. Prompt of the paper
+(appendix B.1), zero-shot. The paper trains on ARC-Easy as well; here it is ARC-Challenge alone. Of
+the training questions those whose text is also a test question ("Which is a chemical change?", with
+other options) are left out.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from irpo_utils.tasks import answers
 from irpo_utils.tasks.files import FileTask, hold_out, need, without
 
 PROMPT = (
-    "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're "
-    'ready to answer, conclude using the format "Final answer: (insert letter here)"\n\n'
+    "Your task is to answer the question below. Give step by step reasoning before you answer, and "
+    "when you're ready to answer, conclude using the format "
+    '"Final answer: (insert letter here)"\n\n'
     "Question: {question}\n{options}\nSolution:"
 )
 ORDINALS = "first second third fourth fifth 1st 2nd 3rd 4th 5th".split()
@@ -39,7 +41,8 @@ BEHIND = re.compile(
 )
 # The option that was not taken: "B (not A)", "B instead of C".
 REJECTED = re.compile(
-    r"(?<=\S)\s*\(?\b(?:not|and not|instead of|rather than)\s+(?:option\s)?\(?(?:[A-E]|[a-e](?=\)|$))\b\)*",
+    r"(?<=\S)\s*\(?\b(?:not|and not|instead of|rather than)\s+(?:option\s)?"
+    r"\(?(?:[A-E]|[a-e](?=\)|$))\b\)*",
     re.ASCII,
 )
 # What follows a letter takes it back: "is wrong", "is not right", "can't be", or nothing but "no".
@@ -48,7 +51,7 @@ DENIAL = re.compile(
     r"impossible|unlikely|ruled\sout|eliminated)\b|(?:not?|never)\W*$)",
     re.IGNORECASE,
 )
-# Another letter that stands alone ("B, or c"), unless it may be the article "a"; or nothing but another place ("B, 3").
+# Another letter that stands alone ("B, or c"), unless it may be the article "a"; or "B, 3".
 OTHER = re.compile(
     r"\(([a-e])\)|(?<![\w'])([b-e])(?!\w)|(?<![\w'])(a)(?!\w|\s+\w)|(?<=\s)(?-i:(A)\b)|^(?:or\s+)?([1-9])$",
     re.IGNORECASE,
@@ -58,7 +61,7 @@ OTHER = re.compile(
 @functools.lru_cache(maxsize=10_000)  # the options of a question are read with every completion
 def _clean(text: str, phrases: bool = False) -> str:
     text = answers.unwrap(re.sub(r"\(insert letter here\):?", "", text), phrases)
-    text = re.sub(r"\\(?:text[a-z]*|math[a-z]*|mbox)|[{}_^]", "", text)
+    text = re.sub(r"\\(?:text[a-z]*|math[a-z]*|mbox)|[{}_]", "", text)
     return " ".join(text.split()).strip(". ")
 
 
@@ -77,11 +80,12 @@ def _key(text: str, fold: bool = True) -> str:
 
 
 def letter(text: str, choices: list[str] | None = None) -> str | None:
-    """The one option that `text` names: "b", "(B)", "B) iron", "Option B", "iron", or 2 for B; None when in doubt.
+    """The one option that `text` names: "b", "(B)", "B) iron", "iron", or 2 for B; or None.
 
-    A letter wins over an option that consists of the same letter, as letters are what the prompt asks for. In doubt
-    are two letters ("B or C", "b, c"), a letter with another option's text, one that is denied ("B is wrong"), the
-    article in "A stronger force" unless this is option A, and a number where the options are numbers themselves.
+    A letter wins over an option that consists of the same letter, as letters are what the prompt
+    asks for. In doubt are two letters ("B or C", "b, c"), a letter with another option's text, one
+    that is denied ("B is wrong"), the article in "A stronger force" unless this is option A, and a
+    number where the options are numbers themselves.
     """
     options = [_clean(choice) for choice in choices or ()]
     letters = ascii_uppercase[: len(options) or 5]
@@ -92,8 +96,9 @@ def letter(text: str, choices: list[str] | None = None) -> str | None:
             return letters[place] if place >= 0 else None
     for spelling in (plain, stripped):
         match = LETTER.fullmatch(REJECTED.sub("", spelling))
-        if match and (named := _named(match, match[0], letters, options)):
-            return named
+        named = _named(match, match[0], letters, options) if match else None
+        if named is not None:
+            return named or None
     place = _place(stripped, options)
     if place is None:
         return _behind(stripped, letters, options) if options else None
@@ -101,7 +106,7 @@ def letter(text: str, choices: list[str] | None = None) -> str | None:
 
 
 def _place(text: str, options: list[str]) -> int | None:
-    """The place of the option with this text; -1 if it is not clear which, None if there is none."""
+    """The place of the option with this text; -1 for one of several, None if there is none."""
     for fold in (False, True):  # "Rr" and "RR" are different options in genetics
         places = [i for i, option in enumerate(options) if _key(option, fold) == _key(text, fold)]
         if places:
@@ -110,7 +115,7 @@ def _place(text: str, options: list[str]) -> int | None:
 
 
 def _behind(text: str, letters: str, options: list[str]) -> str | None:
-    """The option whose text comes with its letter after it, or that is named by its place: "the second option"."""
+    """The option whose text has its letter behind it, or named by place: "the second"."""
     match = BEHIND.fullmatch(text)
     name = (match[2] or match[3] or match[4]).upper() if match else ""
     if name and name in letters and _key(match[1]) == _key(options[letters.index(name)]):
@@ -121,6 +126,7 @@ def _behind(text: str, letters: str, options: list[str]) -> str | None:
 
 
 def _named(match: re.Match, text: str, letters: str, options: list[str]) -> str | None:
+    """The letter that the text begins with, "" if it has the text of another option, or None."""
     name, rest = match[1].upper(), match[2].strip(" ([")
     if name.isdigit():
         if any(option[:1].isdigit() for option in options) or int(name) > len(letters):
@@ -135,7 +141,7 @@ def _named(match: re.Match, text: str, letters: str, options: list[str]) -> str 
         own,
     ):  # another option's text, unless it begins a sentence about something else
         if re.match(r"\W*(?:$|(?:because|since|as|is|or|and)\b)|[.,;:]", rest[len(copied) :]):
-            return None
+            return ""
         copied = ""
     rest = rest[len(copied) :].strip(" .,:;()[]")
     if not rest or _key(rest) == _key(own):
@@ -159,17 +165,17 @@ class ARCChallenge(FileTask):
 
     name = "arc_challenge"
     hub, config = "allenai/ai2_arc", "ARC-Challenge"
-    expected = "`question`, `choices` (with the lists `text` and `label`) and `answerKey` (one of the labels)"
+    expected = "`question`, `choices` (with `text` and `label`) and `answerKey` (one of the labels)"
 
     def prompt(self, row: dict) -> str:
         """The paper's instruction, the question, one lettered option a line, and "Solution:"."""
         options = "\n".join(
-            f"({name}) {text}" for name, text in zip(ascii_uppercase, row["choices"])
+            f"({name}) {text}" for name, text in zip(ascii_uppercase, row["choices"], strict=False)
         )
         return PROMPT.format(question=row["question"], options=options)
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
-        """The letter after the last "Final answer:"; `row["choices"]` lets an option's text count too."""
+        """The letter after the last "Final answer:", or that of an option's text."""
         block = answers.after_final_answer(completion)
         return letter(block, (row or {}).get("choices")) if block else None
 
@@ -197,7 +203,7 @@ class ARCChallenge(FileTask):
         }
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
-        """The official splits; a local folder without validation.jsonl gives 15 % of train for it."""
+        """The official splits; without validation.jsonl 15 % of train are held out."""
         test = self.read(path, "test")
         validation = without(self.read(path, "validation", optional=True), test)
         train = without(self.read(path, "train"), test, validation)

@@ -1,8 +1,8 @@
 """Where the questions of the benchmark tasks come from, and how they are split.
 
 From the hub by default, or from a folder of JSONL files with the hub's columns: `data=` or, for all
-tasks at once, the environment variable IRPO_DATA (then IRPO_DATA/<task>). Every row is checked as it
-is read. No question is in two splits, except for questions of your own in two files of a folder:
+tasks at once, the environment variable IRPO_DATA (then IRPO_DATA/<task>). Every row is checked as
+it is read. No question is in two splits, except for questions of your own in two files of a folder:
 `contamination` reports those.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SIGNS = str.maketrans("−–×·⋅÷", "--***/")  # as they are typed elsewhere
-LAYOUT = re.compile(r"(?:[^\w+\-*/^=<>!|≤≥≠√%]|_)+")  # what may differ in one and the same question
+LAYOUT = re.compile(r"(?:[^\w+\-*/^=<>!|≤≥≠√%]|_)+")  # what may differ in one question
 SEED = 0
 HELD_OUT_SHARE = 0.15  # of train for validation, where a source has no validation split
 ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "zip"}
@@ -89,7 +89,7 @@ def _no_number(text: str) -> None:
 
 
 def convert_rows(raw_rows, where: str, task: FileTask, prefix: str) -> list[dict]:
-    """`task.row` of each (number, raw row), with an `id`; a `UserError` names the row it refuses."""
+    """`task.row` of each (number, raw row), with an `id`; `UserError` names a refused row."""
     rows, ids = [], set()
     for number, raw in raw_rows:
         try:
@@ -116,7 +116,7 @@ def convert_rows(raw_rows, where: str, task: FileTask, prefix: str) -> list[dict
 
 
 def read_jsonl(path: Path, task: FileTask, prefix: str) -> list[dict]:
-    """The rows of one UTF-8 JSONL file (empty lines are skipped); `UserError` with file and line."""
+    """The rows of a UTF-8 JSONL file (empty lines are skipped); `UserError` with file and line."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -158,8 +158,8 @@ def load_hub(task: str, hub: str, config: str | None, split: str) -> list[dict]:
     except Exception as error:  # no network, gated, renamed: each library has its own classes
         raise UserError(
             f"Cannot load {hub} from the hub ({type(error).__name__}). Without a network give a "
-            f"folder of JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with {task}/ "
-            "in it."
+            "folder of JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with "
+            f"{task}/ in it."
         ) from error
 
 

@@ -1,13 +1,14 @@
-"""Your own questions: one JSONL file, or a folder with train.jsonl, validation.jsonl and test.jsonl.
+"""Your own questions: one JSONL file, or train.jsonl, validation.jsonl and test.jsonl.
 
 One line:
 
     {"question": "How many legs have three spiders?", "answer": "24"}
 
-`answer` is a number, a short text, or with `choices` (a list of two to five texts) a letter or one of
-the texts. `solution` (a worked solution) and `id` are optional. One file is split 80/10/10 by a hash
-of the normalised question, so that a question stays in its split when others are added. Repetitions
-within a file are dropped; where two files of a folder share questions, `contamination` stops the run.
+`answer` is a number, a short text, or with `choices` (a list of two to five texts) a letter or one
+of the texts. `solution` (a worked solution) and `id` are optional. One file is split 80/10/10 by a
+hash of the normalised question, so that a question stays in its split when others are added.
+Repetitions within a file are dropped; where two files of a folder share questions, `contamination`
+stops the run.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class JSONL(FileTask):
         return (_plain(block) or None) if block else None
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
-        """Equal as numbers if the gold answer is one, or as text; "Paris (the capital)" is Paris."""
+        """Equal as numbers if the gold answer is one, else as text; "Paris (capital)" is Paris."""
         if extracted is None:
             return False
         if _is_number(answer):
@@ -76,7 +77,7 @@ class JSONL(FileTask):
         return gold in (given, re.sub(r"\s*\([^()]*\)$", "", given))
 
     def row(self, raw: dict, index: int) -> dict:
-        """The row with every field as text, and a letter for an answer that is one of the choices."""
+        """The row with text in every field, and a letter if there are choices."""
         question, answer, choices = raw["question"], raw["answer"], raw.get("choices")
         need(isinstance(question, str) and question.strip(), "`question` is empty or not text")
         is_number = isinstance(answer, (int, float, Decimal)) and not isinstance(answer, bool)
@@ -96,11 +97,11 @@ class JSONL(FileTask):
         return row if raw.get("id") is None else row | {"id": str(raw["id"])}
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
-        """The three files of a folder, or one file split 80/10/10; without columns that are empty."""
+        """The three files of a folder, or one file split 80/10/10; no empty columns."""
         if path is None:
             raise UserError(
-                "The task jsonl needs questions: --data FILE, a JSONL file with one object per line "
-                f"that has {self.expected}."
+                "The task jsonl needs questions: --data FILE, a JSONL file with one object per "
+                f"line that has {self.expected}."
             )
         if path.is_dir():
             parts = {name: self.read(path, name) for name in SPLITS}

@@ -1,20 +1,22 @@
-r"""MATH: 12,500 competition problems with answers in LaTeX (Hendrycks et al. 2021, EleutherAI/hendrycks_math).
+r"""MATH: 12,500 competition problems with answers in LaTeX (Hendrycks et al. 2021).
 
 One raw row (files test.jsonl, train.jsonl or train_8k.jsonl, and math500.jsonl if there):
 
-    {"problem": "How many vertical asymptotes does the graph of $y=\\frac{2}{x^2+x-6}$ have?", "level": "Level 3",
-     "solution": "The denominator ... Therefore, the graph has $\\boxed{2}$ vertical asymptotes."}
+    {"problem": "How many vertical asymptotes does the graph of $y=\\frac{2}{x^2+x-6}$ have?",
+     "solution": "The denominator ... Therefore, the graph has $\\boxed{2}$ ...", ...}
 
-(train_8k has `question` and `answer` instead, no solutions, and two rows with an empty answer, which are left out.)
-Splits: `test` (5,000), `math500` (500 of them), and train less what is in either, 15 % of it for validation. Prompt of
-the paper (appendix B.1) with four worked examples from train, in the column `examples` of every row; they are in no
-split. The paper does not print its four, and train_8k has no solutions: questions and answers are taken from the data
-at load time, the solutions in math_examples.json are our own, so that the prompt is the same from every source.
+(train_8k has `question` and `answer` instead, no solutions, and two rows with an empty answer,
+which are left out.) Splits: `test` (5,000), `math500` (500 of them), and train less what is in
+either, 15 % of it for validation. Prompt of the paper (appendix B.1) with four worked examples from
+train, in the column `examples` of every row; they are in no split. The paper does not print its
+four, and train_8k has no solutions: questions and answers are taken from the data at load time, the
+solutions in math_examples.json are our own, so that the prompt is the same from every source.
 
-A completion's answer is read after the last "Final answer:", without one from the last \boxed. Equality of value is
-not equality of answer: where the gold answer is a number, the answer must be a number too (3^5 is not accepted for
-243), units may be left out but other words may not be added, a formula copied from the question is no answer, and no
-operation may be left to do that the gold answer does not have. Only then math-verify decides (`verifier`).
+A completion's answer is read after the last "Final answer:", without one from the last \boxed.
+Equality of value is not equality of answer: where the gold answer is a number, the answer must be a
+number too (3^5 is not accepted for 243), units may be left out but other words may not be added, a
+formula copied from the question is no answer, and no operation may be left to do that the gold
+answer does not have. Only then math-verify decides (`verifier`).
 """
 
 from __future__ import annotations
@@ -41,17 +43,18 @@ from irpo_utils.tasks.files import (
 
 MAX_LENGTH, MAX_DEPTH = 300, 8  # characters and nested brackets of an answer that is compared
 HEADER = (
-    "Your task is to answer the last question below. Give step by step reasoning before you answer, and when "
-    "you're ready to answer, please wrap your answer in \\boxed, and conclude using the format "
-    '"Final answer: ..."\n\n'
+    "Your task is to answer the last question below. Give step by step reasoning before you "
+    "answer, and when you're ready to answer, please wrap your answer in \\boxed, and conclude "
+    'using the format "Final answer: ..."\n\n'
 )
-# Our solutions of four problems of the training split, by the start of the hash of the normalised question.
+# Our solutions of four training problems, by the start of the hash of the normalised question.
 EXAMPLES = json.loads(Path(__file__).with_name("math_examples.json").read_text(encoding="utf-8"))
 SUBJECTS = (
-    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
+    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra "
+    "precalculus"
 ).split()
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------
 
 PATTERNS = answers.read_patterns("math", flags=re.NOFLAG)
 TEXT = PATTERNS["text"][0][0].pattern
@@ -66,10 +69,10 @@ FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 
 def canonical(text: str) -> str:
-    r"""One spelling for LaTeX that differs in layout, units or "x =" only; plain numbers as in `numbers.show`.
+    r"""One spelling for LaTeX that differs in layout, units or "x =" only.
 
-    >>> canonical(r"$x = \dfrac{1}{2}$."), canonical(r"15,\!000 \text{ cm}^2"), canonical(r"\left( 3, \pi \right)")
-    ('0.5', '15000', '(3, \\pi)')
+    >>> canonical(r"$x = \dfrac{1}{2}$."), canonical(r"15,\!000 \text{ cm}^2"), canonical("(3,5)")
+    ('0.5', '15000', '(3, 5)')
     """
     text = _tidy(text)
     values = [_number(part) for part in text.split(", ")]
@@ -91,7 +94,7 @@ def _tidy(text: str) -> str:
 
 
 def _exact(text: str) -> str:
-    r"""`text` without the decimal behind an exact value: \frac13 \approx 0.333. A 5 that is "about 5.02" stays."""
+    r"""`text` without the decimal behind an exact value, as in "\frac13 \approx 0.333"."""
     match = re.fullmatch(
         r"(.*?\S)[\s(,]*(?:\\approx|about|approximately|or about)\s*-?([\d.,]+)\)?", text, re.DOTALL
     )
@@ -105,7 +108,7 @@ def _exact(text: str) -> str:
 
 
 def _number(text: str) -> str | None:
-    """The number that `text` is, without any word or symbol around it (in MATH "5x" and "5!" are not 5)."""
+    """The number that `text` is, without any word or symbol: "5x" and "5!" are not 5."""
     plain = NUMBER.fullmatch(text)
     value = numbers.parse(f"{plain[1]} {plain[2] or ''}") if plain else None
     if value is None or (value.denominator == 1 and re.search(r"/|frac", text)):
@@ -114,7 +117,7 @@ def _number(text: str) -> str | None:
 
 
 def _interval(text: str) -> str | None:
-    r"""Inequalities in one variable as intervals: x \ge 2 as [2, \infty), "x < 2 or x > 3" as a union."""
+    r"""Inequalities in one variable as intervals, and with "or" as a union of intervals."""
     pieces = []
     for part in text.split("\\cup"):
         sides = [side.strip() for side in re.split(r"(<|>|\\[lg]e(?![a-z]))", part)]
@@ -141,7 +144,7 @@ def _interval(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} (or \fbox, or "\boxed 5") in `text`; None without one that is closed."""
+    r"""The content of the last \boxed{...} (or \fbox, or "\boxed 5"), or None."""
     place = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if place < 0:
         return None
@@ -153,7 +156,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _in_block(block: str) -> str | None:
-    """The answer in the block after the marker: its only formula, if the words around it do not change it, or all."""
+    """The answer in the block: its only formula, if the words around do not change it, or all."""
     text = block
     if "$" not in block and "\\(" not in block and "\\[" not in block:
         while match := BOX.search(text):  # a box among words is a formula
@@ -176,7 +179,7 @@ def _in_block(block: str) -> str | None:
 
 
 def _last_box(completion: str) -> str | None:
-    r"""The last box, unless what stands before it on its line denies it or turns its sign: "not \boxed{5}"."""
+    r"""The last box, unless what stands before it changes it: "not \boxed{5}", "-\boxed{5}"."""
     place = max(completion.rfind("\\boxed"), completion.rfind("\\fbox"), 0)
     before = re.sub(
         r"[$*]+|\\[()\[\]]", " ", completion[max(place - MAX_LENGTH, 0) : place].rpartition("\n")[2]
@@ -187,13 +190,13 @@ def _last_box(completion: str) -> str | None:
     return last_boxed(completion)
 
 
-# --- comparing -----------------------------------------------------------------------------------------------------
+# --- comparing --------------------------------------------------------------------------------
 
 WORD, BASE = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*"), re.compile(r"[\dA-Z})]_")
 
 
 def too_complex(text: str) -> bool:
-    """Whether `text` is refused without a try: long, deeply nested, with a huge exponent, factorial or a sum."""
+    """Whether `text` is refused without a try: long, deeply nested, or with huge powers."""
     depth = deepest = 0
     for character in text[:MAX_LENGTH]:
         depth += (character in "({[") - (character in ")}]")
@@ -207,7 +210,7 @@ def _ends(text: str) -> tuple[str, str] | None:
 
 
 def _terms(text: str) -> tuple[int, int]:
-    r"""How many signs + and - between terms are outside all brackets, and how many there are; \pm counts twice."""
+    r"""How many + and - between terms are outside brackets, and in all; \pm counts twice."""
     depth, outside, all_signs = 0, 0, 0
     text = text[1:-1] if _ends(text) else text
     for match in re.finditer(r"[({\[]|[)}\]]|(?<=[\w)}\]!])\s*(?:[-+]|\\pm)", text):
@@ -223,7 +226,7 @@ def _terms(text: str) -> tuple[int, int]:
 
 
 def unfinished(gold: str, answer: str) -> bool:
-    """Whether the answer has an operation to do that the gold answer does not have: 2x+3x for 5x, 7! for n."""
+    """Whether the answer has an operation to do that the gold answer has not: 2x+3x for 5x."""
     if any(rule.search(answer) and not rule.search(gold) for rule, _ in PATTERNS["to_do"]):
         return True
     answer = re.sub(r"(?:(?<=[-+])|^)\(([^()]*)\)(?=[-+]|$)", r"\1", answer)  # (k+4)+(3k-2)
@@ -234,7 +237,7 @@ def unfinished(gold: str, answer: str) -> bool:
 
 
 def _last_side(answer: str) -> str:
-    """The last side of a chain of equations, unless they are to be solved: x^2 = 4 does not say that x is 4."""
+    """The last side of a chain of equations, unless they are to be solved, as x^2 = 4."""
     *left, last = answer.split("=")
     for side in left:
         names = set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", side)))
@@ -255,7 +258,7 @@ def _spelling(text: str) -> str:
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether two texts of `canonical` are the same answer; when in doubt, or out of time, they are not."""
+    """Whether two texts of `canonical` are the same answer; in doubt they are not."""
     if _spelling(gold) == _spelling(answer):
         return True
     if "=" not in gold and "=" in answer:
@@ -264,7 +267,8 @@ def equal(gold: str, answer: str) -> bool:
         shorter = answers.replace(PATTERNS["qualifier"], gold)
         gold = gold if shorter == gold else canonical(shorter)
     if re.fullmatch("[A-Z]", gold):  # an option with what it says: (C) 5
-        return bool(re.match(rf"(?:\\text\s*\{{)?\s*\({gold}\)|{gold}$", answer))
+        others = re.search(r"\([A-Z]\).*\([A-Z]\)|,", answer)
+        return not others and bool(re.match(rf"(?:\\text\s*\{{)?\s*\({gold}\)\}}?[\w\\]", answer))
     gold_number, number = _ratio(gold), _ratio(answers.replace(PATTERNS["short"], answer))
     if gold_number:
         return gold_number == number
@@ -299,7 +303,7 @@ def _comparable(gold: str, answer: str) -> bool:
 
 
 class NoVerdict(Exception):
-    """The child ended before it decided. Nothing is remembered then: the next time it may decide."""
+    """The child ended before it decided. This is not remembered: it may decide the next time."""
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -324,7 +328,7 @@ def _layout(text: str) -> str:
 
 
 def _copied(answer: str, gold: str, question: str) -> bool:
-    """Whether the answer is a formula of the question and not the gold text: 3/20 is not its decimal, 0.15."""
+    """Whether the answer is a formula of the question and not the gold text: 3/20 for 0.15."""
     return _layout(answer) in _formulas(question) and _layout(answer) != _layout(gold)
 
 
@@ -337,11 +341,11 @@ class MATH(FileTask):
     splits_known = (*SPLITS, "math500")
 
     def prompt(self, row: dict) -> str:
-        """The paper's instruction, the four examples of the column `examples`, the question, and "Solution:"."""
+        """The paper's instruction, the column `examples`, the question, and "Solution:"."""
         return f"{HEADER}{row.get('examples') or ''}Question: {row['question']}\nSolution:"
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
-        r"""The answer after the last "Final answer:", or without one in the last \boxed, in its canonical spelling."""
+        r"""The answer after the last "Final answer:", or without one in the last \boxed."""
         answer = self._said(completion)
         return (canonical(answer) or None) if answer else None
 
@@ -355,7 +359,7 @@ class MATH(FileTask):
         return answer if answer and len(answer) <= 2 * MAX_LENGTH else None
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
-        """The same answer by `equal`; a formula copied from `row["question"]` counts only if it is the gold text."""
+        """The same answer by `equal`; a formula of `row["question"]` must be the gold text."""
         if extracted is None or len(extracted) > 2 * MAX_LENGTH:
             return False
         gold, given = canonical(answer), canonical(extracted)
@@ -369,7 +373,7 @@ class MATH(FileTask):
         return equal(gold, given)
 
     def row(self, raw: dict, index: int) -> dict:
-        r"""`answer` is the last \boxed of the solution where the row does not have it; `solution` ends in it."""
+        r"""`answer` from the last \boxed where the row has none; `solution` ends in it."""
         question, solution = raw.get("problem") or raw["question"], raw.get("solution")
         answer = raw["answer"] if "answer" in raw else last_boxed(raw["solution"])
         need(question.strip(), "the question is empty")
@@ -383,7 +387,7 @@ class MATH(FileTask):
         )
 
     def read(self, path: Path | None, name: str, optional: bool = False) -> list[dict]:
-        """As for every task, but on the hub the subjects are one by one, and MATH-500 is a data set of its own."""
+        """As for every task, but on the hub each subject and MATH-500 is a separate data set."""
         if path is not None:
             local = "train_8k" if name == "train" and (path / "train_8k.jsonl").exists() else name
             return super().read(path, local, optional)
@@ -397,7 +401,7 @@ class MATH(FileTask):
         return convert_rows(enumerate(raw), where, self, f"{self.name}-{name}")
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
-        """Official test and MATH-500; train less what is in them and less the examples, 15 % for validation."""
+        """Test and MATH-500; train without these and the examples, 15 % of it for validation."""
         test, math500 = self.read(path, "test"), self.read(path, "math500", optional=True)
         train = [row for row in self.read(path, "train") if row["answer"].strip()]
         examples, train = self._take_examples(without(train, test, math500))
@@ -418,8 +422,8 @@ class MATH(FileTask):
                 rest.append(row)
         if len(found) < len(EXAMPLES):
             raise UserError(
-                f"{len(EXAMPLES) - len(found)} of the four worked examples of MATH's prompt are not in its "
-                "training file; take the whole file, or --task jsonl for other questions."
+                f"{len(EXAMPLES) - len(found)} of the four worked examples of MATH's prompt are not "
+                "in its training file; use the whole file, or --task jsonl for other ones."
             )
         return "".join(
             f"Question: {found[key]['question']}\nSolution: {solution}\nFinal answer: "

@@ -26,7 +26,7 @@ TIME_LIMIT = 3.0  # seconds of processor time for one comparison
 PATIENCE = 20  # times as long by the clock, for a child that is not given the processor
 START_LIMIT = 120.0  # seconds by the clock for starting the child
 MEMORY_LIMIT = 2 << 30  # bytes
-# A product without a sign, which the library takes for a mixed number, 3(4) for 7, or for a function.
+# A product without a sign, which the library reads as a mixed number, 3(4) as 7, or a function.
 PRODUCT = re.compile(r"(?:(?<=\))|(?<=\\pi)|(?<=\d)(?<![\^_]\d))\s*(?=\()|(?<=\))\s*(?=\d|\\frac)")
 
 
@@ -65,8 +65,8 @@ class Verifier:
         )
         if not self._exchange("", START_LIMIT):
             raise UserError(
-                "The grader of the task math did not start; run `python -m irpo_utils.tasks.verifier` "
-                "to see why."
+                "The grader of the task math did not start; run "
+                "`python -m irpo_utils.tasks.verifier` to see why."
             )
 
     def _exchange(self, line: str, limit: float) -> str:

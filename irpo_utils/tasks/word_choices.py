@@ -1,4 +1,4 @@
-"""The embedded word problems as multiple choice: four numbers to choose from, the nearest one counts.
+"""The embedded word problems as multiple choice: the nearest of four numbers counts.
 
 One raw question, and its options (the correct one is B):
 
@@ -6,9 +6,9 @@ One raw question, and its options (the correct one is B):
     (A) 41   (B) 74   (C) 107   (D) 140
 
 Questions, splits, gold solutions and prompt are those of `word_problems`: M0 knows no other prompt.
-The options are not shown to the model. It calculates a number, and the nearest option is taken, as by
-a pupil who picks what comes closest. So a wrong number can be graded as correct, which is the luck of
-multiple choice (notebook 02, section 7).
+The options are not shown to the model. It calculates a number, and the nearest option is taken, as
+by a pupil who picks what comes closest. So a wrong number can be graded as correct, which is the
+luck of multiple choice (notebook 02, section 7).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIONS = 4
 
 
 def options(row: dict) -> dict:
-    """`choices` and `answer` (a letter) for a row of word_problems; a row always gets the same ones.
+    """`choices` and `answer` (a letter) for a row of word_problems, always the same.
 
     The correct option has each of the four places equally often (except for the smallest numbers).
     Options are positive and equally spaced, by an odd number of at most half the correct one, so
@@ -61,7 +61,7 @@ class WordChoices(Task):
     prompt = staticmethod(NUMBERS.prompt)
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
-        """The letter of the option nearest to the number after the last "Final answer:", or None."""
+        """The letter of the option nearest to the number after "Final answer:", or None."""
         number, choices = NUMBERS.extract(completion), (row or {}).get("choices")
         return nearest(number, choices) if number is not None and choices else None
 
