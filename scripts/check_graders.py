@@ -1146,9 +1146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--count", type=int, default=4_000, help="answers per task (default: 4000)"
-    )
+    parser.add_argument("--count", type=int, default=4_000, help="answers per task (default: 4000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args()

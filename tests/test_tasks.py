@@ -490,7 +490,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
         tasks.get("jsonl").load("test")
     write(tmp_path / "math/train.jsonl", GOOD["math"])
     write(tmp_path / "math/test.jsonl", {**GOOD["math"], "problem": "R?"})
-    with pytest.raises(UserError, match="4 of the four worked examples"):
+    with pytest.raises(UserError, match="4 of the four examples"):
         tasks.get("math").load("test", str(tmp_path / "math"))
 
 

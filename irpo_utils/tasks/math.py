@@ -422,7 +422,7 @@ class MATH(FileTask):
                 rest.append(row)
         if len(found) < len(EXAMPLES):
             raise UserError(
-                f"{len(EXAMPLES) - len(found)} of the four worked examples of MATH's prompt are not "
+                f"{len(EXAMPLES) - len(found)} of the four examples of the prompt of MATH are not "
                 "in its training file; use the whole file, or --task jsonl for other ones."
             )
         return "".join(
