@@ -153,7 +153,7 @@ def test_word_choices_are_the_word_problems_with_four_options_one_of_which_is_ri
         assert word_choices.TASK.extract(row["solution"], row) == row[
             "answer"
         ] and word_choices.TASK.solved(row["solution"], row)
-        some = range(1 + int(row["answer"]) % 97, 600, 97)
+        some = range(1 + int(same["answer"]) % 97, 600, 97)
         assert all(word_choices.nearest(str(value), row["choices"]) for value in some)
     assert all(0.2 < rows["answer"][:].count(letter) / len(rows) < 0.3 for letter in "ABCD")
     assert word_choices.TASK.load(split)["choices"][:] == rows["choices"][:]
