@@ -23,8 +23,9 @@ from pathlib import Path
 import pandas
 import pyarrow as pa
 
-from irpo_utils import UserError, checksums, iteration, profiles
-from irpo_utils.profiles import MAY_CHANGE
+from irpo_utils import UserError, profiles
+from irpo_utils.ops import checksums
+from irpo_utils.ops.run_directory import MAY_CHANGE, read_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = "cpu"
@@ -97,7 +98,7 @@ def ship(run: Path, out: Path) -> int:
 
 def check(run: Path) -> None:
     """Refuse a run that is not finished, not sound, or not of the default profile."""
-    settings, default = iteration.load_profile(run), profiles.get(PROFILE)
+    settings, default = read_profile(run), profiles.get(PROFILE)
     free = {name: getattr(default, name) for name in NO_MATTER}
     if dataclasses.replace(settings, **free) != default:
         raise UserError(
@@ -169,7 +170,7 @@ def renew(sums: Path) -> None:
 def describe(run: Path) -> str:
     """The README of the shipped run, from what the run recorded."""
     settings, machine = (
-        iteration.load_profile(run),
+        read_profile(run),
         json.loads((run / "environment.json").read_text()),
     )
     metrics = pandas.read_csv(run / "metrics.csv")
