@@ -839,7 +839,7 @@ assert moved["DPO + NLL", "chosen"] > moved["DPO + NLL", "rejected"] and moved["
 # With the default profile all but one agree, and three remarks are due.
 #
 # **DPO alone** raises the winners *first*, and then lets them fall while the gap goes on growing: follow the curve and not
-# only its ends. (The package does, and warned above while it trained.) With the NLL term they turn as well, but less, and end above their start. With the profile's own, gentler learning rate one epoch ends before that turn. There DPO alone raises
+# only its ends. (The callback `CollapseWarning` does, and warned above during training.) With the NLL term they turn as well, but less, and end above their start. With the profile's own, gentler learning rate one epoch ends before that turn. There DPO alone raises
 # winners too, and the NLL term makes little difference. So the effect is real, and it depends on how far one goes.
 #
 # **Losers under SFT** disagree: here they fall. A reason may be the size of the numbers. Turn the log-probabilities into
