@@ -1,4 +1,4 @@
-"""Several processes on one run: the same samples, the same training, one writer (CPU processes that talk over gloo)."""
+"""Several processes on one run: the same samples, the same training, one writer (gloo)."""
 
 import json
 import os
@@ -11,307 +11,177 @@ from pathlib import Path
 import pandas
 import psutil
 import pytest
-from datasets import load_from_disk
-
-from irpo_utils import UserError, iteration, models, planning, profiles, training
-
-SMALL = [
-    "--profile",
-    "smoke",
-    "--quiet",
-    "--iterations",
-    "1",
-    "--n-questions",
-    "24",
-    "--n-samples",
-    "4",
-    "--k-pairs",
-    "4",
-    "--n-eval-questions",
-    "21",
-    "--eval-samples",
-    "2",
-    "--eval-samples-ends",
-    "2",
-    "--learning-rate",
-    "1e-3",
-    "--alpha",
-    "0.5",
-]
-TRAIN = """
-import json, sys
+import shared_program
 import torch
 from datasets import load_from_disk
-from irpo_utils import models, processes, training
-torch.set_num_threads(1)
-shard = "sharded" in sys.argv
-model, tokenizer = models.load("seed", shard=shard)
-assert models.is_sharded(model) == shard
-pairs = load_from_disk(sys.argv[1]).select(range(29))
-result = training.train(model, tokenizer, pairs, learning_rate=1e-3, batch_size=8, micro_batch_size=2, seed=3, progress=False,
-                        probe=pairs.select(range(1)), gradient_checkpointing="checkpointed" in sys.argv)
-if processes.is_first():
-    model.save_pretrained(sys.argv[2], state_dict=result.adapter, save_embedding_layers=False)
-    open(sys.argv[2] + "/probe.json", "w").write(json.dumps(list(result.probe_log)))
-    open(sys.argv[2] + "/log.json", "w").write(json.dumps(list(result.log)))
-"""
+from safetensors.torch import load_file
 
-TRAFFIC = """
-import json, sys, time
-import psutil
-from datasets import load_from_disk
-from irpo_utils import models, processes, training
+from irpo_utils import UserError, engines, models, profiles, training
+from irpo_utils.scale import fsdp, processes
 
-def sent(pairs, steps):
-    processes.wait()
-    before = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
-    training.train(model, tokenizer, pairs, batch_size=8, micro_batch_size=2, max_steps=steps, progress=False)
-    processes.wait()
-    return psutil.net_io_counters(pernic=True)["lo"].bytes_sent - before
-
-found = {}
-for shard in (False, True):
-    model, tokenizer = models.load("seed", shard=shard)
-    few, many = (sent(load_from_disk(sys.argv[1]).select(range(64)), steps) for steps in (2, 8))
-    found[str(shard)] = (many - few) / 6            # without what is sent once
-if processes.is_first():
-    open(sys.argv[2], "w").write(json.dumps(found))
-"""
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # one thread a process
+ROOT = Path(__file__).parent.parent
+PAIRS = str(ROOT / "notebooks" / "shipped_run" / "iteration_0" / "pairs")
+SMALL = (
+    "--profile smoke --quiet --iterations 1 --n-questions 24 --n-samples 4 --k-pairs 4 "
+    "--n-eval-questions 21 --eval-samples 2 --eval-samples-ends 2 --learning-rate 1e-3 --alpha 0.5"
+).split()
+# One thread per process.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launcher(*words, processes=2) -> list[str]:
-    """The engine's own launcher."""
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        *map(str, words),
-    ]
+def launcher(*words, n=2) -> list[str]:
+    """The command that starts n processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc_per_node", str(n), *map(str, words)]
 
 
-def launch(*words, processes=2, **options):
-    return subprocess.run(
-        launcher(*words, processes=processes),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=ENVIRONMENT,
-        **options,
+def launch(*words, n=2):
+    done = subprocess.run(
+        launcher(*words, n=n), capture_output=True, text=True, timeout=400, env=ENVIRONMENT
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def run_alone(out):
+    command = [sys.executable, "-m", "irpo_utils", "run", *SMALL, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The same command in one process."""
-    out = tmp_path_factory.mktemp("one") / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "irpo_utils", "run", *SMALL, "--out", str(out)],
-        capture_output=True,
-        text=True,
+def one_process():
+    """(completions of five questions, log, weights) of this process alone."""
+    engine = engines.Engine()
+    model, tokenizer = engine.load(profiles.get("smoke"))
+    completions = shared_program.complete(engine, model, tokenizer, 5)
+    log = shared_program.train(engine, model, tokenizer, PAIRS)
+    weights = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    return completions, log, weights
+
+
+def assert_same_steps(one_process, out: Path) -> None:
+    """Losses, gradients and weights, whichever process has which pairs or weights."""
+    _, log, weights = one_process
+    for rank in (0, 1):
+        shared = json.loads((out / f"{rank}.json").read_text())["log"]
+        assert len(log) == len(shared) == 4
+        for one, two in zip(log, shared, strict=True):
+            for name in set(one) - {"seconds", "epoch", "rewards/accuracies"}:
+                assert one[name] == pytest.approx(two[name], rel=1e-5, abs=1e-5), name
+    saved = load_file(out / "adapter_model.safetensors")
+    assert saved.keys() == weights.keys()
+    assert max((saved[name] - weights[name]).abs().max() for name in saved) < 1e-5
+
+
+def test_two_processes_sample_and_train_as_one(one_process, tmp_path):
+    launch(shared_program.__file__, PAIRS, tmp_path / "out")
+    ids, completions = one_process[0]
+    for rank in (0, 1):  # every process has all completions
+        found = json.loads((tmp_path / "out" / f"{rank}.json").read_text())
+        assert not found["split"] and found["five"] == [ids, completions]
+        assert found["one"] == [ids[:3], completions[:3]]  # the second process has no question
+    assert_same_steps(one_process, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_of_the_weights_each_train_as_one(one_process, tmp_path):
+    launch(shared_program.__file__, PAIRS, tmp_path / "out", "split")
+    assert json.loads((tmp_path / "out" / "0.json").read_text())["split"]
+    assert_same_steps(one_process, tmp_path / "out")
+
+
+def test_world_size_without_a_launcher_is_one_process():
+    """Some hosted notebooks set it; accelerate would wait for other processes."""
+    code = (
+        "from irpo_utils.scale import processes\n"
+        "from accelerate import PartialState\n"
+        "print(processes.count(), processes.is_first(), processes.gather([7]))\n"
+        "print(PartialState(cpu=True).num_processes)\n"
     )
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def trained(pairs, folder, *words, processes):
-    """(rows of the log, rows of the probe, weights) of the script above."""
-    from safetensors.torch import load_file
-
-    script = folder.with_suffix(".py")
-    script.write_text(TRAIN)
-    done = launch(
-        script, pairs, folder, *words, processes=processes, cwd=Path(__file__).parent.parent
+    stray = {k: v for k, v in ENVIRONMENT.items() if k not in ("RANK", "MASTER_ADDR")}
+    stray |= {"WORLD_SIZE": "8", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=stray, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return *(
-        json.loads((folder / f"{name}.json").read_text()) for name in ("log", "probe")
-    ), load_file(folder / "adapter_model.safetensors")
+    assert done.stdout.split("\n")[:2] == ["1 True [7]", "1"]
 
 
-@pytest.fixture(scope="module")
-def steps_of_one(alone, tmp_path_factory):
-    return trained(
-        alone / "iteration_0" / "pairs", tmp_path_factory.mktemp("steps") / "one", processes=1
-    )
+def as_one_of(monkeypatch, count: int, rank: int = 0) -> None:
+    """The environment of a process that a launcher has started."""
+    for name, value in {"WORLD_SIZE": count, "RANK": rank, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
 
 
-@pytest.mark.parametrize("words", [(), ("sharded", "checkpointed")], ids=["whole", "sharded"])
-def test_two_processes_take_the_same_steps_as_one(alone, steps_of_one, tmp_path, words):
-    """Fixed pairs, optimiser steps of 8, 8, 8 and 5: losses, gradients and weights, whoever has which pairs or weights."""
-    log, probe, weights = trained(
-        alone / "iteration_0" / "pairs", tmp_path / "two", *words, processes=2
-    )
-    assert len(log) == len(steps_of_one[0]) == 4
-    for one, two in zip(steps_of_one[0], log):
-        for name in (
-            "loss",
-            "loss_dpo",
-            "loss_nll",
-            "logps_chosen",
-            "margin",
-            "grad_norm",
-            "tokens",
-        ):
-            assert one[name] == pytest.approx(two[name], rel=1e-5, abs=1e-5), (one["step"], name)
-    assert [row["nll_chosen"] for row in probe] == pytest.approx(
-        [row["nll_chosen"] for row in steps_of_one[1]], abs=1e-5
-    )
-    assert set(weights) == set(steps_of_one[2])
-    assert (
-        max((weights[name] - value).abs().max() for name, value in steps_of_one[2].items()) < 1e-5
-    )
-
-
-def test_a_run_of_two_processes_is_the_run_of_one(alone, tmp_path):
-    out = tmp_path / "run"
-    done = launch("-m", "irpo_utils", "run", *SMALL, "--out", out)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((out / "environment.json").read_text())["world_size"] == 2
-    assert done.stdout.count("M_1: greedy") == 1  # one of them speaks
-    samples = [load_from_disk(str(run / "iteration_0" / "samples")) for run in (alone, out)]
-    assert (
-        samples[0]["completion_ids"][:] == samples[1]["completion_ids"][:]
-        and samples[0]["id"][:] == samples[1]["id"][:]
-    )
-    for name in ("graded", "pairs"):
-        one, two = (
-            load_from_disk(str(run / "iteration_0" / name)).remove_columns(
-                ["logprob"] * (name == "graded")
-            )
-            for run in (alone, out)
-        )
-        assert one.to_list() == two.to_list()
-    assert not list(out.rglob("*unfinished*")) and not list(out.rglob("*.partial"))
-    one, two = (
-        pandas.read_csv(run / "metrics.csv").query("metric == 'greedy'").set_index("iteration")
-        for run in (alone, out)
-    )
-    assert one.value[0] == two.value[0] and one.low[1] <= two.value[1] <= one.high[1]
-    again = launch(
-        "-m", "irpo_utils", "evaluate", out, "--k", "1", "--iterations", "1"
-    )  # the same for what is evaluated again
-    assert again.returncode == 0 and again.stdout.count("split") == 1, again.stderr[-3000:]
-    assert (out / "evaluations" / "word_problems_test.csv").exists()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_process_that_dies_ends_all_and_another_number_goes_on(alone, tmp_path, rank):
-    out = tmp_path / "run"
-    group = subprocess.Popen(
-        launcher("-m", "irpo_utils", "run", *SMALL, "--out", out),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 300
-    while (
-        group.poll() is None
-        and not (out / "iteration_0" / "samples").exists()
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.05)
-    workers = {
-        child.environ()["RANK"]: child
-        for child in psutil.Process(group.pid).children()
-        if "RANK" in child.environ()
-    }
-    os.kill(workers[str(rank)].pid, signal.SIGKILL)
-    _, said = group.communicate(timeout=120)
-    assert group.returncode != 0 and not any(worker.is_running() for worker in workers.values())
-    spoke = said.count("What was finished is kept: the same command goes on where it stood")
-    assert spoke == 1, said[-3000:]
-    kept = (out / "iteration_0" / "samples" / "checksums.json").stat().st_mtime_ns
-    done = subprocess.run(
-        [sys.executable, "-m", "irpo_utils", "run", *SMALL, "--out", str(out)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (out / "iteration_0" / "samples" / "checksums.json").stat().st_mtime_ns == kept
-    one, two = (
-        pandas.read_csv(run / "metrics.csv").query("metric in ('greedy', 'sampled')")
-        for run in (alone, out)
-    )
-    assert one.value.tolist() == pytest.approx(two.value.tolist())
+def test_the_launcher_says_how_many_processes_there_are(monkeypatch):
+    assert processes.count() == 1 and processes.is_first()
+    as_one_of(monkeypatch, 3, rank=2)
+    assert processes.count() == 3 and not processes.is_first()
+    monkeypatch.delenv("MASTER_ADDR")
+    assert processes.count() == 1 and processes.is_first()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.delenv("RANK")
+    assert processes.count() == 1 and processes.is_first() and processes.speaks_last()
 
 
 @pytest.mark.parametrize(
     "changes, count, message",
     [
-        ({}, "1", "torchrun"),
-        ({"sampler": "transformers"}, "2", "--sampler vllm"),
-        ({"method": "grpo"}, "2", "another --method than grpo"),
-        ({"optimizer": "paged_adamw_8bit"}, "2", "adamw_torch"),
+        ({}, 1, "torchrun"),
+        ({"engine": "plain"}, 2, "--engine vllm"),
+        ({"optimizer": "paged_adamw_8bit"}, 2, "adamw_torch"),
     ],
 )
-def test_what_a_model_in_parts_cannot_do_is_refused(monkeypatch, changes, count, message):
-    monkeypatch.setenv("WORLD_SIZE", count)
+def test_what_a_split_model_cannot_do_is_refused(monkeypatch, changes, count, message):
+    as_one_of(monkeypatch, count)
     with pytest.raises(UserError, match=message):
-        iteration.check_shard(
-            profiles.get("smoke", **{"shard": True, "sampler": "vllm", **changes})
-        )
-    iteration.check_shard(profiles.get("smoke"))
+        fsdp.check(profiles.get("smoke", **{"shard": True, "engine": "vllm", **changes}))
+    fsdp.check(profiles.get("smoke", shard=False, **changes))
+
+
+def test_the_fsdp_of_accelerate_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="without it, and --shard true"):
-        iteration.check_shard(profiles.get("smoke"))
+    with pytest.raises(UserError, match="without FSDP, and use --shard true"):
+        fsdp.check(profiles.get("smoke"))
 
 
-def test_the_profile_decides_whether_the_model_is_split(monkeypatch):
-    asked = []
-    monkeypatch.setattr(models, "load", lambda name, **options: asked.append(options["shard"]))
-    for shard in (True, False):
-        iteration.load_model(profiles.get("smoke", shard=shard))
-    assert asked == [True, False]
+def test_a_model_to_be_split_is_loaded_on_the_cpu_in_the_type_of_its_device(monkeypatch):
+    """NF4 bytes are stored as numbers of that type, because FSDP2 splits no others."""
+    asked = {}
+
+    class Inner:
+        def load(self, p, revision, **options):
+            asked.update(options)
+            return torch.nn.Linear(1, 1), None
+
+    monkeypatch.setattr(fsdp, "shard_layers", lambda model, device: asked.update(to=device))
+    monkeypatch.setattr(models, "default_device", lambda: "cuda:1")
+    as_one_of(monkeypatch, 2)
+    profile = profiles.get("smoke", shard=True, engine="vllm", dtype="bfloat16")
+    fsdp.ShardedEngine(Inner()).load(profile)
+    storage = {"bnb_4bit_quant_storage": torch.bfloat16}
+    expected = {"device": "cpu", "dtype": "bfloat16", "nf4_options": storage, "to": "cuda:1"}
+    assert asked == expected
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="batch_size = 16 cannot be shared by 3 processes"):
-        training.pairs_at_once(16, None)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert [training.pairs_at_once(16, micro) for micro in (None, 16, 2)] == [4, 4, 2]
-    with pytest.raises(UserError, match="micro_batch_size = 3 times 4 processes"):
-        training.pairs_at_once(16, 3)
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, tmp_path):
+    model = torch.nn.Linear(1, 1)
+    model.device, model.dtype = torch.device("cpu"), torch.float32
+
+    def sizes(n_processes, micro):
+        monkeypatch.setattr(training.DPOConfig, "world_size", n_processes)
+        config = training._config(model, {"output_dir": str(tmp_path)}, "dpo_nll", 16, micro)
+        return config.per_device_train_batch_size, config.gradient_accumulation_steps
+
+    assert [sizes(4, micro) for micro in (None, 16, 2)] == [(4, 1), (4, 1), (2, 2)]
+    with pytest.raises(UserError, match="batch_size = 16 must be a multiple .* processes, 3"):
+        sizes(3, None)
+    with pytest.raises(UserError, match="micro_batch_size = 3 times the number of processes, 4"):
+        sizes(4, 3)
 
 
-@pytest.mark.slow
-def test_what_goes_over_the_wire_is_what_the_plan_says(tmp_path):
-    if "lo" not in psutil.net_io_counters(pernic=True):
-        pytest.skip("no loopback interface of that name to count at")
-    script, found = tmp_path / "traffic.py", tmp_path / "found.json"
-    script.write_text(TRAFFIC)
-    root = Path(__file__).parent.parent
-    done = launch(
-        script, root / "notebooks" / "shipped_run" / "iteration_0" / "pairs", found, cwd=root
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    copies, split = json.loads(found.read_text()).values()
-
-    def planned(shard):
-        profile = profiles.get(
-            "cpu", batch_size=8, micro_batch_size=2, dtype="float32", shard=shard
-        )
-        shape = planning.find_shape("seed")
-        e = planning._Estimate(
-            profile, shape, planning.find_machine("2xA100-80GB"), planning.task_size(profile)
-        )
-        again = 4 * shape.lora(
-            profile.lora_r
-        )  # of 2 micro-batches: gloo makes a reduce-scatter of an all-reduce
-        return 2 * (e.sent_per_step() + again / 2 * 2 * shard)
-
-    assert copies == pytest.approx(planned(False), rel=0.1)
-    assert split == pytest.approx(planned(True), rel=0.1)
-
-
-def test_the_second_process_speaks_where_the_first_is_gone_or_goes_at_that_moment(monkeypatch):
+def test_the_second_process_speaks_if_the_first_is_gone_or_ends_at_that_moment(monkeypatch):
     class Other:
         def __init__(self, rank):
             self.rank = rank
@@ -324,8 +194,6 @@ def test_the_second_process_speaks_where_the_first_is_gone_or_goes_at_that_momen
         def environ(self):
             return {"RANK": self.rank}
 
-    from irpo_utils import processes
-
     for others, speaks in (
         ([], True),
         ([Other(None)], True),
@@ -333,6 +201,72 @@ def test_the_second_process_speaks_where_the_first_is_gone_or_goes_at_that_momen
         ([Other("1"), Other(None)], True),
     ):
         monkeypatch.setattr(psutil.Process, "children", lambda self, others=others: others)
-        for rank, expected in (("0", True), ("1", speaks), ("2", False)):
-            monkeypatch.setenv("RANK", rank)
+        for rank, expected in ((0, True), (1, speaks), (2, False)):
+            as_one_of(monkeypatch, 3, rank)
             assert processes.speaks_last() == expected, (rank, [other.rank for other in others])
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run directory of one process."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    run_alone(out)
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_the_run_of_one(alone, tmp_path):
+    out = tmp_path / "run"
+    done = launch("-m", "irpo_utils", "run", *SMALL, "--out", out)
+    assert json.loads((out / "environment.json").read_text())["world_size"] == 2
+    assert done.stdout.count("M_1: greedy") == 1  # one of them prints
+    tables = [
+        [
+            load_from_disk(str(run / "iteration_0" / name)).to_pandas()
+            for name in ("samples", "graded", "pairs")
+        ]
+        for run in (alone, out)
+    ]
+    for one, two in zip(*tables, strict=True):
+        numbers = [name for name in one if name == "logprob"]
+        pandas.testing.assert_frame_equal(one.drop(columns=numbers), two.drop(columns=numbers))
+    assert not list(out.rglob("*unfinished*")) and not list(out.rglob("*.partial"))
+    one, two = (
+        pandas.read_csv(run / "metrics.csv").query("metric == 'greedy'").set_index("iteration")
+        for run in (alone, out)
+    )
+    assert one.value[0] == two.value[0] and one.low[1] <= two.value[1] <= one.high[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_that_dies_ends_all_and_another_number_resumes(alone, tmp_path, rank):
+    out = tmp_path / "run"
+    group = subprocess.Popen(
+        launcher("-m", "irpo_utils", "run", *SMALL, "--out", out),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    samples, deadline = out / "iteration_0" / "samples", time.monotonic() + 300
+    while group.poll() is None and not samples.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(group.pid).children()
+    workers = {child.environ().get("RANK"): child for child in children}
+    os.kill(workers[str(rank)].pid, signal.SIGKILL)
+    _, said = group.communicate(timeout=120)
+    assert group.returncode != 0 and not any(worker.is_running() for worker in workers.values())
+    assert said.count("the same command") == 1, said[-3000:]
+    kept = (samples / "checksums.json").stat().st_mtime_ns
+    run_alone(out)
+    assert (samples / "checksums.json").stat().st_mtime_ns == kept
+    one, two = (
+        pandas.read_csv(run / "metrics.csv").query("metric in ('greedy', 'sampled')")
+        for run in (alone, out)
+    )
+    assert one.value.tolist() == pytest.approx(two.value.tolist())

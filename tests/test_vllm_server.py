@@ -1,9 +1,10 @@
-"""Sampling by a vLLM server, against a stand-in of the same interface that writes with the seed model."""
+"""Sampling with a vLLM server, against a stand-in with its interface that uses the seed model."""
 
 import csv
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,38 +13,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from irpo_utils import UserError, iteration, models, profiles, sampling, tasks, vllm_server
+from irpo_utils import UserError, iteration, models, profiles, sampling, tasks
+from irpo_utils.engines import vllm
+from irpo_utils.scale import vllm_server
 
-SMALL = dict(
-    iterations=1,
-    n_questions=24,
-    n_samples=4,
-    k_pairs=2,
-    n_eval_questions=12,
-    eval_samples=2,
-    eval_samples_ends=2,
-    learning_rate=1e-3,
-)
+ROOT = Path(__file__).parent.parent
+BASE = "the-base"
 
 
 class StandIn:
-    """GET /v1/models, POST /v1/completions and the two of LoRA, as vLLM answers them; one request at a time."""
+    """The paths of vLLM that are used: models, completions, and the two for LoRA adapters."""
 
     def __init__(self):
         self.model, self.tokenizer = models.load("seed")
-        self.adapters, self.asked, self.lock, self.token_ids, self.breaks_off = (
-            {},
-            [],
-            threading.Lock(),
-            True,
-            False,
-        )
+        self.lock, self.asked, self.adapters = threading.Lock(), [], {}
+        self.token_ids, self.breaks_off = True, False
 
     def get(self, path):
-        return {
-            "data": [{"id": "the-base", "parent": None}]
-            + [{"id": name, "parent": "the-base"} for name in self.adapters]
-        }
+        adapters = [{"id": name, "parent": BASE} for name in self.adapters]
+        return {"data": [{"id": BASE, "parent": None}, *adapters]}
 
     def post(self, path, content):
         self.asked.append((path, content))
@@ -55,41 +43,31 @@ class StandIn:
             del self.adapters[content["lora_name"]]
             return "Success: LoRA adapter removed."
         with self.lock:
+            adapter = None if content["model"] == BASE else self.adapters[content["model"]]
+            models.set_adapter(self.model, adapter)
             return {"choices": [self.choice(content, i) for i in reversed(range(content["n"]))]}
 
     def choice(self, content, index):
-        """One completion, token by token, by no helper of the package."""
-        models.set_adapter(
-            self.model, self.adapters[content["model"]] if content["model"] != "the-base" else None
-        )
-        generator = torch.Generator().manual_seed(content["seed"] + index)
-        tokens, logps = [], []
-        while len(tokens) < content["max_tokens"] and not (
-            tokens and tokens[-1] in content["stop_token_ids"]
-        ):
-            with torch.inference_mode():
-                logits = self.model(input_ids=torch.tensor([content["prompt"] + tokens])).logits[
-                    0, -1
-                ]
-            chances = torch.softmax(logits / max(content["temperature"], 1e-6), -1)
-            token = int(
-                chances.argmax()
-                if content["temperature"] == 0
-                else torch.multinomial(chances, 1, generator=generator)
-            )
-            tokens.append(token)
-            logps.append(torch.log_softmax(logits, -1)[token].item())
-        # What a real server would otherwise take from the model's generation_config.json.
+        """One completion, token by token, without a helper of the package."""
+        # Otherwise a real server uses the model's generation_config.json.
         assert (content["top_k"], content["min_p"], content["repetition_penalty"]) == (0, 0.0, 1.0)
         assert content["presence_penalty"] == content["frequency_penalty"] == 0.0
-        ended = tokens[-1] in content["stop_token_ids"]
+        generator = torch.Generator().manual_seed(content["seed"] + index)
+        tokens, logps, ended = [], [], False
+        while len(tokens) < content["max_tokens"] and not ended:
+            with torch.inference_mode():
+                ids = torch.tensor([content["prompt"] + tokens])
+                logits = self.model(input_ids=ids).logits[0, -1]
+            chances = torch.softmax(logits / max(content["temperature"], 1e-6), -1)
+            token = int(torch.multinomial(chances, 1, generator=generator))
+            if content["temperature"] == 0:
+                token = int(chances.argmax())
+            tokens.append(token)
+            logps.append(torch.log_softmax(logits, -1)[token].item())
+            ended = token in content["stop_token_ids"]
         reason = "abort" if self.breaks_off else "stop" if ended else "length"
-        return {
-            "index": index,
-            "finish_reason": reason,
-            "logprobs": {"token_logprobs": logps},
-            **({"token_ids": tokens} if self.token_ids else {}),
-        }
+        found = {"index": index, "finish_reason": reason, "logprobs": {"token_logprobs": logps}}
+        return found | ({"token_ids": tokens} if self.token_ids else {})
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +86,14 @@ def served():
             self.answer(stand_in.get(self.path))
 
         def do_POST(self):
-            self.answer(
-                stand_in.post(
-                    self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                )
-            )
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(stand_in.post(self.path, json.loads(content)))
 
         def log_message(self, *args):
             pass
 
     class Server(http.server.ThreadingHTTPServer):
-        request_queue_size = 512  # callers that may wait at the door; 5 otherwise
+        request_queue_size = 512  # connections that may wait; 5 by default
 
     server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -126,152 +101,164 @@ def served():
     server.shutdown()
 
 
-def test_a_run_lets_the_server_write_with_the_adapter_of_each_iteration(
-    served, tmp_path, monkeypatch
-):
-    stand_in, url = served
-    monkeypatch.setenv("VLLM_URL", url + "/v1/")
-    here, there = tmp_path / "here", tmp_path / "there"
-    iteration.run(profiles.get("smoke", sampler="vllm", **SMALL), there, progress=False)
-    loaded = [
-        content["lora_name"] for path, content in stand_in.asked if path == "/v1/load_lora_adapter"
-    ]
-    assert len(loaded) == 1 and {
-        content["model"] for path, content in stand_in.asked if "completions" in path
-    } == {"the-base", *loaded}
-    model, tokenizer = models.load("seed")
-    questions, task = (
-        tasks.get("word_problems").load("test").select(range(12)),
-        tasks.get("word_problems"),
-    )
-    from datasets import load_from_disk
-
-    for t in (0, 1):  # greedy answers need no random numbers: those of our own sampler
-        models.set_adapter(model, there / "iteration_1" / "adapter" if t else None)
-        ours = sampling.sample(
-            model,
-            tokenizer,
-            questions,
-            task,
-            n=1,
-            temperature=0.0,
-            max_new_tokens=80,
-            progress=False,
-        )
-        theirs = load_from_disk(str(there / f"iteration_{t}" / "evaluation"))["greedy"]
-        assert (
-            ours["completion_ids"][:] == theirs["completion_ids"][:]
-            and ours["finished"][:] == theirs["finished"][:]
-        )
-        assert ours["logprob"][:] == pytest.approx(theirs["logprob"][:], abs=1e-3)
-    drawn = load_from_disk(str(there / "iteration_0" / "samples"))
-    assert (
-        len(drawn) == 24 * 4
-        and len(set(drawn["completion"])) > 24
-        and drawn["sample"][:8] == [0, 1, 2, 3] * 2
-    )
-    assert not here.exists()
+@pytest.fixture
+def engine(served, monkeypatch):
+    """(engine, model, tokenizer) of a profile with this server."""
+    monkeypatch.setenv("VLLM_URL", served[1] + "/v1/")
+    engine = vllm.Engine()
+    return engine, *engine.load(profiles.get("smoke", engine="vllm"))
 
 
-def test_a_server_that_writes_with_another_model_is_refused(served, tmp_path, monkeypatch):
-    """Same tokenizer, other weights: only its log-probabilities show it."""
-    monkeypatch.setenv("VLLM_URL", served[1])
-    read = vllm_server.Server._read
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The folder of an adapter that differs from M_0."""
+    model, _ = models.load("seed")
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def complete(parts, engine=None, n_questions=3, **options):
+    model, tokenizer = parts
+    task = tasks.get("word_problems")
+    questions = task.load("test").select(range(n_questions))
+    options = {"n": 1, "temperature": 0.0, "max_new_tokens": 12, "progress": False} | options
+    return sampling.sample(model, tokenizer, questions, task, engine=engine, **options)
+
+
+def test_the_server_completes_with_the_adapter_in_use(served, engine, adapter):
+    """Greedy completions need no random numbers, so they are those of the plain decoder."""
+    stand_in, (engine, *parts) = served[0], engine
+    seen = len(stand_in.asked)
+    for folder in (None, adapter, adapter, None):
+        engine.use(parts[0], folder)
+        theirs, ours = complete(parts, engine), complete(parts)
+        assert theirs["completion_ids"][:] == ours["completion_ids"][:]
+        assert theirs["finished"][:] == ours["finished"][:]
+        assert theirs["logprob"][:] == pytest.approx(ours["logprob"][:], abs=1e-3)
+    paths = [path for path, _ in stand_in.asked[seen:] if "lora" in path]
+    assert paths == ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+
+
+def test_an_adapter_that_only_scores_is_not_served(served, engine, adapter):
+    seen = len(served[0].asked)
+    engine[0].use(engine[1], adapter)
+    engine[0].use(engine[1], None)
+    complete(engine[1:], engine[0])
+    assert {path for path, _ in served[0].asked[seen:]} == {"/v1/completions"}
+
+
+def test_samples_of_a_question_differ_and_are_the_same_again(engine):
+    options = {"n": 3, "temperature": 1.0}
+    drawn = [complete(engine[1:], engine[0], **options) for _ in range(2)]
+    assert drawn[0]["completion_ids"][:] == drawn[1]["completion_ids"][:]
+    assert drawn[0]["sample"][:6] == [0, 1, 2] * 2
+    assert len(set(drawn[0]["completion"])) > 2
+
+
+def test_a_server_with_another_model_is_refused_once_per_adapter(engine, adapter, monkeypatch):
+    """The same tokenizer with other weights: only the log-probabilities show it."""
+    read, engine, *parts = vllm_server.Server._read, *engine
+    complete(parts, engine)
     monkeypatch.setattr(
         vllm_server.Server,
         "_read",
         lambda *arguments: (*(found := read(*arguments))[:2], found[2] - len(found[0])),
     )
-    with pytest.raises(
-        UserError, match=r"does not write with seed.*are 1\.\d+ nats a token from ours"
-    ):
-        iteration.run(
-            profiles.get("smoke", sampler="vllm", **SMALL), tmp_path / "run", progress=False
-        )
+    complete(parts, engine)  # M_0 has been compared before
+    engine.use(parts[0], adapter)
+    with pytest.raises(UserError, match=r"with this model and adapter: .* 1\.\d+ nats per token"):
+        complete(parts, engine)
 
 
-def test_processes_that_share_a_split_model_run_through_with_it(served, tmp_path):
-    """`--shard true`: the server writes, the parts are scored and trained together, and the adapter is whole again."""
-    _, url = served
-    small = {**SMALL, "n_questions": 12, "n_eval_questions": 6, "batch_size": 4}
-    settings = [
-        word
-        for name, value in small.items()
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "-m",
-            "irpo_utils",
-            "run",
-            "--profile",
-            "smoke",
-            "--quiet",
-            *settings,
-            "--sampler",
-            "vllm",
-            "--shard",
-            "true",
-            "--out",
-            str(tmp_path / "run"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_URL": url},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (
-        done.stdout.count("Figure: ") == 1
-        and (tmp_path / "run" / "accuracy_per_iteration.png").exists()
-    )  # one writes, one speaks
-    rows = {
-        (row["iteration"], row["metric"]): row
-        for row in csv.DictReader((tmp_path / "run" / "metrics.csv").open())
-    }
-    value = {metric: float(row["value"]) for (t, metric), row in rows.items() if t == "1"}
-    assert (
-        value["chosen_logp_per_token"] > value["chosen_logp_per_token_before"]
-        and value["kl_to_previous"] > 0
-    )
-    assert not list(tmp_path.rglob("*unfinished*"))
+def request(prompts=((5, 6), (7,)), seed=0):
+    prompts = [list(prompt) for prompt in prompts]
+    return sampling.Request(prompts, ["a", "b"][: len(prompts)], 1, 1.0, 1.0, 2, seed, [3], 0)
 
 
-def test_the_same_seed_asks_for_the_same_numbers_and_other_questions_for_others(served):
+def test_the_seed_follows_the_seed_of_the_request_and_the_question(served):
     stand_in, url = served
-    server, asked = vllm_server.Server(url), len(stand_in.asked)
+    server, seen = vllm_server.Server(url), len(stand_in.asked)
     for seed in (1, 1, 2):
-        list(server.complete([[5, 6], [7]], ["a", "b"], 1, 1.0, 1.0, 2, seed, [3]))
-    seeds = sorted((content["prompt"], content["seed"]) for _, content in stand_in.asked[asked:])
-    assert len({pair for pair in map(str, seeds)}) == 4 and len({seed for _, seed in seeds}) == 4
+        list(server.complete(request(seed=seed)))
+    pairs = {(str(content["prompt"]), content["seed"]) for _, content in stand_in.asked[seen:]}
+    assert len(pairs) == 4 and len({seed for _, seed in pairs}) == 4
 
 
 def test_what_a_user_sees_when_the_server_cannot_be_used(served):
     stand_in, url = served
     with pytest.raises(UserError, match="no vLLM server at http://127.0.0.1:9 .*vllm serve"):
         vllm_server.Server("http://127.0.0.1:9")
+    server, short = vllm_server.Server(url), request([(5,)])
     stand_in.token_ids = False
     with pytest.raises(UserError, match="no token ids.*0.10.2"):
-        list(vllm_server.Server(url).complete([[5]], ["a"], 1, 1.0, 1.0, 2, 0, [3]))
-    stand_in.token_ids = True
-    stand_in.breaks_off = True
-    with pytest.raises(UserError, match=r"broke a completion off after \d tokens \(abort\)"):
-        list(vllm_server.Server(url).complete([[5]], ["a"], 1, 1.0, 1.0, 2, 0, [3]))
+        list(server.complete(short))
+    stand_in.token_ids, stand_in.breaks_off = True, True
+    with pytest.raises(UserError, match=r"stopped a completion after \d tokens \(abort\)"):
+        list(server.complete(short))
     stand_in.breaks_off = False
 
 
-def test_a_server_that_says_nothing_is_not_waited_for_long(monkeypatch):
-    import socket
-
+def test_a_server_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(vllm_server.Server._ask, "__defaults__", (None, 0.5))
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises(UserError, match="did not answer /v1/models within 0.5 seconds"),
     ):
         vllm_server.Server(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_pairs_share_their_prompt_in_training(engine):
+    assert engine[0].trainer(engine[1]) is vllm.shared_prompt.SharedPromptTrainer
+
+
+SMALL = {
+    "iterations": 1,
+    "n_questions": 12,
+    "n_samples": 4,
+    "n_eval_questions": 6,
+    "eval_samples": 2,
+    "eval_samples_ends": 2,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.mark.slow
+def test_a_run_loads_the_adapter_of_each_iteration(served, tmp_path, monkeypatch):
+    stand_in, seen = served[0], len(served[0].asked)
+    monkeypatch.setenv("VLLM_URL", served[1])
+    iteration.run(profiles.get("smoke", engine="vllm", **SMALL), tmp_path / "run", progress=False)
+    asked = stand_in.asked[seen:]
+    loaded = [content["lora_name"] for path, content in asked if path == "/v1/load_lora_adapter"]
+    used = {content["model"] for path, content in asked if "completions" in path}
+    assert len(loaded) == 1 and used == {BASE, *loaded}
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_split_model_run_through_with_it(served, tmp_path):
+    """The server completes, the parts are scored and trained together, the adapter is whole."""
+    settings = [
+        word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    command = [*torchrun, *"-m irpo_utils run --profile smoke --quiet --engine vllm".split()]
+    command += [*settings, "--shard", "true", "--out", tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_URL": served[1], "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["iteration"] == "1"]
+    value = {row["metric"]: float(row["value"]) for row in rows}
+    assert value["chosen_logp_per_token"] > value["chosen_logp_per_token_before"]
+    assert value["kl_to_previous"] > 0
+    assert not list(tmp_path.rglob("*unfinished*"))

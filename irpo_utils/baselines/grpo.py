@@ -1,8 +1,8 @@
-"""GRPO (Shao et al. 2024, arXiv 2402.03300) by TRL's own trainer, beside the methods that learn from pairs.
+"""GRPO (Shao et al. 2024, arXiv 2402.03300) with TRL's trainer, instead of pairs and DPO.
 
-One iteration is one pass over the same questions with the same N: about as many completions as Iterative RPO draws (TRL
-leaves out a last batch that is not full), but every batch of them comes from the model as it is by then, is rewarded,
-learnt from once and thrown away.
+One iteration is one pass over the same questions with the same N. It uses about as many completions
+as Iterative RPO: TRL leaves out a last batch that is not full. Every batch is sampled from the
+current model, rewarded, learnt from once and discarded.
 """
 
 from __future__ import annotations
@@ -10,121 +10,127 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
+import time
 import warnings
 
+import torch
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, ProgressCallback
+from trl import GRPOConfig, GRPOTrainer
 
-from irpo_utils import grading, sampling, training
+from irpo_utils import UserError, grading, iteration, models, sampling, training
 from irpo_utils.profiles import Profile
+from irpo_utils.scale import processes
+
+COLUMNS = ["step", "loss", "reward", "grad_norm", "learning_rate", "tokens", "seconds"]
 
 
-def train(
-    model, tokenizer, questions, task, p: Profile, seed: int, progress: bool = True
-) -> training.TrainingResult:
-    """Train the adapter of `model` in place by one pass of GRPO over the questions, rewards from `grading`.
+class Trainer(GRPOTrainer):
+    """TRL's trainer with our sampling and grading, and two more columns in its log."""
 
-    `p.batch_size` counts questions in an optimiser step, each with `p.n_samples` completions, drawn by
-    `sampling.sample` at the first temperature of the profile; `p.micro_batch_size`, in pairs, is two completions each in a
-    forward pass, and no result depends on it. No KL term; advantages are divided by the standard deviation of their
-    group; the loss is a mean over all tokens of the batch (where Shao et al. take one per completion first). Log
-    columns: `step`, `loss`, `reward` (mean), `grad_norm`, `learning_rate`, `tokens` (sampled), `seconds`.
-    """
-    from trl import GRPOConfig, GRPOTrainer
+    # It stops at numbers that are not finite, as the trainer of pairs does.
+    _check_numbers = training.IterativeRPOTrainer._check_numbers
+    overflows, starts_from_reference = 0, False
 
-    by_prompt = {sampling.render_prompt(tokenizer, task.prompt(row)): row for row in questions}
-    calls, tokens = itertools.count(), []
+    def __init__(self, model, tokenizer, questions, task, p: Profile, config: GRPOConfig):
+        prompts = [models.render_prompt(tokenizer, task.prompt(row)) for row in questions]
+        self.questions, self.task = dict(zip(prompts, questions, strict=True)), task
+        # A server does not have the weights of the current step, so the model itself samples.
+        engine = "plain" if p.engine == "vllm" else p.engine
+        self.settings = {
+            "temperature": p.temperature_of(0),
+            "top_p": p.top_p,
+            "max_new_tokens": p.max_new_tokens,
+            "batch_size": p.sampling_batch_size,
+            "progress": False,
+            "engine": iteration.plugin(f"engines.{engine}").Engine(),
+        }
+        self.seeds, self.started = itertools.count(config.seed * 10_000), time.perf_counter()
+        super().__init__(
+            model,
+            lambda correct, **_: list(map(float, correct)),
+            config,
+            Dataset.from_dict({"prompt": list(self.questions)}),
+            processing_class=tokenizer,
+            rollout_func=self.rollout,
+        )
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(training.Bar)
 
-    def rollout(prompts: list[str], trainer) -> dict:
-        """N completions of each prompt of the batch, which comes N times in a row."""
+    def rollout(self, prompts: list[str], _) -> dict:
+        """N graded completions of each prompt, which comes N times in a row."""
         unique = list(dict.fromkeys(prompts))
-        rows = Dataset.from_list([by_prompt[prompt] for prompt in unique])
-        drawn = sampling.sample(
-            model.eval(),
-            tokenizer,
-            rows,
-            task,
-            n=len(prompts) // len(unique),
-            temperature=p.temperature_of(0),
-            top_p=p.top_p,
-            max_new_tokens=p.max_new_tokens,
-            seed=seed * 10_000 + next(calls),
-            batch_size=p.sampling_batch_size,
-            progress=False,
-        )
-        model.train()
-        tokens.append(sum(drawn["n_tokens"]))
-        graded = grading.grade(drawn, task)
-        return {
-            "prompt_ids": graded["prompt_ids"][:],
-            "completion_ids": graded["completion_ids"][:],
-            "logprobs": None,
-            "correct": graded["correct"][:],
-        }
+        questions, n = [self.questions[prompt] for prompt in unique], len(prompts) // len(unique)
+        parts = self.model.eval(), self.processing_class, questions, self.task, n
+        samples = sampling.sample(*parts, seed=next(self.seeds), **self.settings)
+        self.model.train()
+        self.sampled_tokens = sum(samples["n_tokens"])
+        graded = grading.grade(samples, self.task)
+        columns = {name: graded[name][:] for name in ("prompt_ids", "completion_ids", "correct")}
+        return {"logprobs": None, **columns}
 
-    in_a_step = min(p.batch_size, len(by_prompt)) * p.n_samples
-    at_once = math.gcd(in_a_step, 2 * p.micro_batch_size) if p.micro_batch_size else in_a_step
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        training.left_as_it_was(model),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # that rollout functions are new
-        config = GRPOConfig(
-            output_dir=folder,
-            learning_rate=p.learning_rate,
-            num_train_epochs=1,
-            num_generations=p.n_samples,
-            beta=0.0,
-            loss_type="dapo",
-            scale_rewards="group",
-            per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=in_a_step // at_once,
-            max_completion_length=p.max_new_tokens,
-            temperature=p.temperature_of(0),
-            top_p=p.top_p,
-            warmup_steps=p.warmup_ratio,
-            lr_scheduler_type=p.lr_scheduler,
-            max_grad_norm=p.max_grad_norm,
-            optim=p.optimizer,
-            weight_decay=0.0,
-            seed=seed,
-            data_seed=seed,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            bf16=False,
-            fp16=False,
-            use_cpu=model.device.type == "cpu",
-            gradient_checkpointing=p.gradient_checkpointing,
-            dataloader_pin_memory=False,
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["tokens"] = self.sampled_tokens
+            logs["seconds"] = time.perf_counter() - self.started
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self._check_numbers(logs)
+
+
+def train(model, tokenizer, questions, task, p: Profile, seed: int) -> Dataset:
+    """Train the adapter of `model` in place by one pass of GRPO over the questions.
+
+    `p.batch_size` counts questions per optimiser step, each with `p.n_samples` completions at the
+    first temperature of the profile. `p.micro_batch_size` counts pairs, here two completions each;
+    no result depends on it. There is no KL term. Advantages are divided by the standard deviation
+    of their group. The loss is a mean over all tokens of the batch (in the paper first one per
+    completion). Returns the log: one row per optimiser step, with the columns `COLUMNS`.
+    """
+    if p.n_samples < 2 or processes.count() > 1:
+        raise UserError(
+            "GRPO compares the completions of a question in one process: --n-samples must be at "
+            "least 2, and the command must run without a launcher such as torchrun."
         )
-        watch = training.Watch(progress, shown="reward")
-        with training.adapter_as_it_was(model):
-            trainer = GRPOTrainer(
-                model,
-                lambda correct, **_: [float(right) for right in correct],
-                config,
-                Dataset.from_dict({"prompt": list(by_prompt)}),
-                processing_class=tokenizer,
-                callbacks=[watch],
-                rollout_func=rollout,
-            )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    model.eval()
-    rows = [
-        {
-            "step": row["step"],
-            "loss": row["loss"],
-            "reward": row["reward"],
-            "grad_norm": row["grad_norm"],
-            "learning_rate": row["learning_rate"],
-            "tokens": count,
-            "seconds": row["seconds"],
-        }
-        for row, count in zip(watch.rows, tokens, strict=True)
-    ]
-    summary = {"steps": len(rows), "tokens": sum(tokens), "seconds": rows[-1]["seconds"]}
-    return training.TrainingResult(model, Dataset.from_list(rows), summary=summary)
+    with tempfile.TemporaryDirectory() as folder, training._restored(model) as trained:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that `rollout_func` is experimental
+            config = _config(model, p, seed, len(questions), folder)
+            running = Trainer(model, tokenizer, questions, task, p, config)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        running.train()
+    log = [row for row in running.state.log_history if "tokens" in row]
+    return Dataset.from_list(log).select_columns(COLUMNS)
+
+
+def _config(model, p: Profile, seed: int, n_questions: int, folder: str) -> GRPOConfig:
+    batch = min(p.batch_size, n_questions) * p.n_samples  # completions
+    micro = math.gcd(batch, 2 * p.micro_batch_size) if p.micro_batch_size else batch
+    return GRPOConfig(
+        output_dir=folder,
+        learning_rate=p.learning_rate,
+        num_train_epochs=1,
+        num_generations=p.n_samples,
+        beta=0.0,
+        loss_type="dapo",
+        scale_rewards="group",
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch // micro,
+        max_completion_length=p.max_new_tokens,
+        temperature=p.temperature_of(0),
+        warmup_steps=p.warmup_ratio,
+        lr_scheduler_type=p.lr_scheduler,
+        max_grad_norm=p.max_grad_norm,
+        optim=p.optimizer,
+        seed=seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,  # the base has its dtype, and the adapter stays in fp32
+        fp16=model.dtype == torch.float16 and model.device.type != "cpu",  # loss scaling
+        use_cpu=model.device.type == "cpu",
+        gradient_checkpointing=p.gradient_checkpointing,
+        dataloader_pin_memory=False,
+    )

@@ -4,13 +4,13 @@ from irpo_utils import models, sampling
 
 
 class Engine:
-    """The plain way to load, sample and train; the modules of this folder have faster subclasses."""
+    """The plain way to load, sample and train; the modules of this folder have subclasses."""
 
-    def load(self, p, revision: str | None = None):
-        """The model and the tokenizer of a profile: M_0."""
+    def load(self, p, revision: str | None = None, **options):
+        """The model and the tokenizer of a profile: M_0. options: others of `models.load`."""
         names = ("quantize", "lora_r", "lora_alpha", "pad_token", "dtype")
         settings = {name: getattr(p, name) for name in names}
-        return models.load(p.model, revision=revision, **settings)
+        return models.load(p.model, revision=revision, **settings | options)
 
     def use(self, model, adapter) -> None:
         """Turn the model into the M_t of the folder `adapter` (None: M_0)."""

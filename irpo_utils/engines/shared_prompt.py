@@ -91,7 +91,7 @@ class SharedPromptTrainer(IterativeRPOTrainer):
         return len(inputs["lengths"])
 
     def n_tokens(self, inputs) -> torch.Tensor:
-        return inputs["lengths"].sum()
+        return inputs["lengths"].sum(1)
 
     def compute_ref_log_probs(self, model, inputs):
         """Called by TRL for the precomputed reference; the model is M_t as it is now."""

@@ -19,7 +19,12 @@ def measure(t: int, stages: iteration.Stages) -> Dataset:
     use, adapter = stages.engine.use, stages.keep.adapter
     use(stages.model, adapter(t))
     questions = iteration.first(stages.eval_questions, KL_QUESTIONS)
-    parts = {"sample": (stages.draw(questions, 1, 1.0, stages.seed(t, 5)), "completion_ids")}
+    parts = {
+        "sample": (
+            stages.draw(questions, n=1, temperature=1.0, seed=stages.seed(t, 5)),
+            "completion_ids",
+        )
+    }
     if stages.history:
         preferences = iteration.first(concatenate_datasets(stages.history[-1:]), PAIRS)
         parts |= {side: (preferences, f"{side}_ids") for side in ("chosen", "rejected")}

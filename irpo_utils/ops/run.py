@@ -17,7 +17,7 @@ from irpo_utils import UserError, baselines, evaluation, iteration, methods, tas
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub, statistics
 from irpo_utils.ops.run_directory import RunDirectory, digest, find_start, is_whole, read_profile
-from irpo_utils.ops.storage import Folder
+from irpo_utils.ops.storage import Folder, check_path
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
@@ -62,12 +62,7 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
         raise UserError(
             f"--report-to {p.report_to} needs that package: `pip install {p.report_to}`."
         )
-    if method.start and not p.start:
-        raise UserError(
-            f"The method {p.method} starts from M_1 of the method {method.start}. Make that first: run "
-            f"with --method {method.start} --iterations 1 --out DIR; then add --start "
-            "DIR/iteration_1/adapter here."
-        )
+    methods.check_start(p)
     if method.train and (p.n_samples < 2 or processes.count() > 1):
         raise UserError(
             f"--method {p.method} compares the completions of a question in one process: --n-samples "
@@ -84,12 +79,6 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     return contamination.check([*train, *learnt_before(p)], questions, p.allow_overlap)
 
 
-def check_path(path, option: str) -> None:
-    """`datasets` takes a path with "::" or "://" for an address and would write to another file."""
-    if "::" in str(path) or "://" in str(path):
-        raise UserError(f"--{option} is {str(path)!r}: it must be a path without '::' and '://'.")
-
-
 def load_model(p: Profile):
     """M_0 and its tokenizer, as a run of this profile loads them."""
     return engine_of(p).load(p)
@@ -100,9 +89,9 @@ def engine_of(p: Profile) -> Engine:
     engine = iteration.plugin(f"engines.{p.engine}").Engine()
     load = engine.load
 
-    def load_explained(p: Profile, revision: str | None = None):
+    def load_explained(p: Profile, revision: str | None = None, **options):
         with hub.explained(p.model):
-            return load(p, revision)
+            return load(p, revision, **options)
 
     engine.load = load_explained
     if p.shard:

@@ -210,16 +210,24 @@ class RunDirectory(storage.Folder):
     def train(self, t: int, make, stages: iteration.Stages) -> None:
         """As `Folder.train`, with checkpoints, warnings and probes."""
 
+        weights = None
+
         def make_safely():
-            if stages.method.train:
-                return make()
-            kept = self.unfinished(t, "adapter")
-            return make(
-                **trainer.options(stages, kept, functools.partial(self.warn, t, "training"))
-            )
+            nonlocal weights
+            options = {}
+            if not stages.method.train:
+                kept, warn = (
+                    self.unfinished(t, "adapter"),
+                    functools.partial(self.warn, t, "training"),
+                )
+                options = trainer.options(stages, kept, warn)
+            log = make(**options)
+            if hasattr(stages.engine, "state_dict"):  # all processes put a split model together
+                weights = stages.engine.state_dict(stages.model)
+            return log
 
         def save(log, folder: Path) -> None:
-            storage.save_adapter(stages.model, log, folder)
+            storage.save_adapter(stages.model, log, folder, weights)
             config = json.loads((folder / "adapter_config.json").read_text())
             config["target_modules"] = sorted(config["target_modules"])  # a set without an order
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -377,20 +385,25 @@ def read_profile(run: str | Path) -> Profile:
     """The settings of a run directory, also of one made before an option was renamed."""
     path = Path(run) / "profile.json"
     try:
-        settings = dict(json.loads(path.read_text()))
-        if "dpo_weight" in settings:  # runs of version 0.1
-            served = settings.pop("sampler", "transformers") == "vllm"
-            per_token = settings.pop("nll_per", "sequence") == "token"
-            chosen_only = settings.pop("dpo_weight") == 0
-            settings["engine"] = "vllm" if served else "cpu"
-            settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
-            settings["loss"] = "sft" if chosen_only else settings["loss"]
-        return Profile(**settings)
+        return profile_from(dict(json.loads(path.read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{run} is not a run directory: {path} is missing or damaged. Restore it, or make a run "
             "with `python -m irpo_utils run --out DIR`."
         ) from error
+
+
+def profile_from(settings: dict) -> Profile:
+    """The profile with these settings, which may have the names of version 0.1."""
+    if "dpo_weight" in settings:
+        settings = dict(settings)
+        served = settings.pop("sampler", "transformers") == "vllm"
+        per_token = settings.pop("nll_per", "sequence") == "token"
+        chosen_only = settings.pop("dpo_weight") == 0
+        settings["engine"] = "vllm" if served else "cpu"
+        settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
+        settings["loss"] = "sft" if chosen_only else settings["loss"]
+    return Profile(**settings)
 
 
 def find_start(p: Profile) -> Path:

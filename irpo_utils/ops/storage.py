@@ -22,6 +22,7 @@ class Folder:
     revision: str | None = None  # commit of a hub model
 
     def __init__(self, out: str | Path):
+        check_path(out, "out")
         self.out = Path(out)
 
     def check(self, stages: Stages) -> None:
@@ -90,6 +91,12 @@ class Folder:
         return rows
 
 
+def check_path(path, option: str) -> None:
+    """`datasets` takes a path with "::" or "://" for an address and would write to another file."""
+    if "::" in str(path) or "://" in str(path):
+        raise UserError(f"--{option} is {str(path)!r}: it must be a path without '::' and '://'.")
+
+
 def describe(t: int, rows: list[dict]) -> None:
     """The main metrics in a line on the screen."""
     shown = ("greedy", "sampled", "kl_to_previous", "pairs_pairs", "pairs_used", "pairs_questions")
@@ -105,9 +112,9 @@ def save(content, folder: Path) -> None:
         (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
 
 
-def save_adapter(model, log: Dataset, folder: Path) -> None:
-    """The adapter in PEFT's format, and the training log next to it."""
+def save_adapter(model, log: Dataset, folder: Path, weights: dict | None = None) -> None:
+    """The adapter in PEFT's format, and the training log next to it; weights: if not the model's."""
     # Without the last argument PEFT looks for the base on the hub.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
     log.to_json(folder / "training_log.jsonl")

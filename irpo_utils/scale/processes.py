@@ -1,28 +1,30 @@
-"""Several processes that share one run (`torchrun`, `accelerate launch`): who does which part, and who writes.
+"""Several processes that share one run, as `torchrun` and `accelerate launch` start them.
 
-Every process goes through the same loop. Questions are split between them, pairs are split by the trainer, and the
-first alone writes. With one process, as without a launcher, nothing here does anything.
+Every process goes through the same loop, with its share of the questions and pairs. Only the first
+one writes. With one process nothing here has an effect.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 
 
 def count() -> int:
-    """How many processes share this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that share this run; WORLD_SIZE without a launcher is ignored."""
+    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    return int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process writes files and prints."""
+    return count() == 1 or os.environ["RANK"] == "0"
 
 
 def speaks_last() -> bool:
-    """Whether this process is the one to say why a run ends: the first, or the second where the first has died."""
-    if is_first() or os.environ.get("RANK") != "1":
+    """Whether this process reports why the run ends: the first, or the second if the first died."""
+    if is_first() or os.environ["RANK"] != "1":
         return is_first()
     import psutil
 
@@ -30,13 +32,13 @@ def speaks_last() -> bool:
         try:
             if other.status() != psutil.STATUS_ZOMBIE and other.environ().get("RANK") == "0":
                 return False
-        except psutil.Error:  # it went away meanwhile
+        except psutil.Error:  # it ended in the meantime
             continue
     return True
 
 
 def _state():
-    """accelerate's view of the processes; joins them at the first call."""
+    """accelerate's view of the processes; the first call connects them."""
     import torch
     from accelerate import PartialState
 
@@ -52,7 +54,7 @@ def share(items: list) -> list:
 
 
 def gather(part: list) -> list:
-    """The parts of all processes one after the other, as `share` had split them; all processes have to call it."""
+    """The parts of all processes, one after the other. All processes must call it."""
     if count() == 1:
         return part
     from accelerate.utils import gather_object
@@ -62,7 +64,7 @@ def gather(part: list) -> list:
 
 
 def from_first(decide: Callable):
-    """What `decide()` gives in the first process, in all of them: so that all go the same way."""
+    """The result of `decide()` in the first process, given to all, so that all do the same."""
     if count() == 1:
         return decide()
     from accelerate.utils import broadcast_object_list
@@ -72,6 +74,39 @@ def from_first(decide: Callable):
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if count() > 1:
         _state().wait_for_everyone()
+
+
+class SharedEngine:
+    """An `engines.Engine` around another one: each process completes a share of the prompts."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def load(self, p, revision: str | None = None, **options):
+        wait()  # connects the processes
+        return self.inner.load(p, revision, **options)
+
+    def use(self, model, adapter) -> None:
+        self.inner.use(model, adapter)
+
+    def decode(self, model, request, batch_size: int):
+        """All completions of all processes in every process, in the order of the prompts."""
+        # A process without a prompt takes the first one: engines may need all processes to decode.
+        mine = share(list(range(len(request.prompts)))) or [0]
+        prompts, ids = ([column[i] for i in mine] for column in (request.prompts, request.ids))
+        part = dataclasses.replace(request, prompts=prompts, ids=ids)
+        found = [(mine[i], *rest) for i, *rest in self.inner.decode(model, part, batch_size)]
+        unique = {(i, k): (i, k, *rest) for i, k, *rest in gather(found)}
+        yield from (unique[key] for key in sorted(unique))
+
+    def trainer(self, model):
+        from irpo_utils.scale import trainer
+
+        return trainer.distributed(self.inner.trainer(model))
+
+    def state_dict(self, model) -> dict | None:
+        """The adapter's full weights if the model is split, for saving. All processes call it."""
+        return self.inner.state_dict(model) if hasattr(self.inner, "state_dict") else None

@@ -1,13 +1,13 @@
-"""A vLLM server as the one that writes the completions (Kwon et al. 2023, arXiv 2309.06180), for models past one card.
+"""The HTTP client of a vLLM server (Kwon et al. 2023, arXiv 2309.06180), for `engines.vllm`.
 
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16 --enable-prefix-caching \\
-        --quantization bitsandbytes --tensor-parallel-size 4 --data-parallel-size 2 --api-server-count 1
-    VLLM_URL=http://localhost:8000 python -m irpo_utils run --profile NAME --model MODEL --sampler vllm
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16 \\
+        --enable-prefix-caching --quantization bitsandbytes --tensor-parallel-size 4 \\
+        --data-parallel-size 2 --api-server-count 1
+    VLLM_URL=http://localhost:8000 python -m irpo_utils run --profile NAME --engine vllm
 
-The server splits the model over cards (tensor parallel) and the questions over copies of it (data parallel), keeps a
-prompt's cache for its N samples (prefix caching), and gets the adapter of M_t as LoRA before each iteration; so it has to
-see the run directory. One API server: vLLM takes adapters at run time with no more. It needs vLLM 0.10.2 or newer, which
-gives token ids back.
+The server splits the model over GPUs (tensor parallel) and the questions over copies of it (data
+parallel). It loads the adapter of M_t, so it must see the run directory. vLLM loads adapters at run
+time with one API server only, and returns token ids from version 0.10.2 on.
 """
 
 from __future__ import annotations
@@ -20,152 +20,115 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from irpo_utils import UserError, checksums, processes
+from irpo_utils import UserError
+from irpo_utils.scale import processes
 
-AT_ONCE = 256  # questions under way: the server batches them as it likes
-SECONDS = 3600.0  # for one question; it may wait behind many others
-ADAPTER = 600.0  # to load one from a slow disk
-SOON = 60.0  # for everything else
-# What a server would otherwise take from the model's generation_config.json, and sample from another distribution.
-PLAIN = {
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
+AT_ONCE = 256  # questions sent at a time; the server forms its own batches
+# Seconds for one question, which may wait behind many others; for an adapter; and for the rest.
+COMPLETION, ADAPTER, REPLY = 3600.0, 600.0, 60.0
+# Otherwise a server uses the model's generation_config.json, which is another distribution.
+PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Server:
-    """The server at `url`, or at VLLM_URL; `use` says which M_t writes, `complete` lets it write."""
+    """The server at `url` or VLLM_URL; `use` chooses the adapter, `complete` writes completions."""
 
     def __init__(self, url: str | None = None):
-        self.url = (
-            (url or os.environ.get("VLLM_URL", "http://localhost:8000"))
-            .rstrip("/")
-            .removesuffix("/v1")
-        )
-        models = self._ask("/v1/models")["data"]
-        self.base = self.model = next(entry["id"] for entry in models if not entry.get("parent"))
+        url = url or os.environ.get("VLLM_URL", "http://localhost:8000")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.base = next(m["id"] for m in self._models() if not m.get("parent"))
+        self.model = self.base
 
     def use(self, adapter: Path | None) -> None:
-        """Serve the base with this adapter from here on; None: the base as it is (M_0)."""
-        name = f"irpo-{checksums.digest(adapter)[:16]}" if adapter else self.base
+        """Complete with this adapter from now on; None: with the base alone (M_0)."""
+        name = self.base
+        if adapter is not None:
+            weights = (adapter / "adapter_model.safetensors").read_bytes()
+            name = f"irpo-{hashlib.sha256(weights).hexdigest()[:16]}"
         if name != self.model and processes.is_first():
             if self.model != self.base:
                 self._ask("/v1/unload_lora_adapter", {"lora_name": self.model}, ADAPTER)
-            if adapter and name not in {entry["id"] for entry in self._ask("/v1/models")["data"]}:
-                self._ask(
-                    "/v1/load_lora_adapter",
-                    {"lora_name": name, "lora_path": str(adapter.resolve())},
-                    ADAPTER,
-                )
+            if adapter is not None and name not in [m["id"] for m in self._models()]:
+                content = {"lora_name": name, "lora_path": str(adapter.resolve())}
+                self._ask("/v1/load_lora_adapter", content, ADAPTER)
         self.model = name
         processes.wait()
 
-    def complete(
-        self,
-        prompts: list[list[int]],
-        ids: list[str],
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        seed: int,
-        ends: list[int],
-    ):
-        """Yields (index of the prompt, its n completions) in the order of the prompts; each is (tokens, finished, logprob).
+    def complete(self, request):
+        """Yield (prompt, sample, tokens, finished, logprob) for a `sampling.Request`.
 
-        Seeds are fixed by (seed, question id). On a GPU the same seed gives the same text only as far as the server's
-        arithmetic does not depend on what else is in its batch. `logprob` is that of the model at temperature 1, as far as
-        the server runs with its default `--logprobs-mode raw_logprobs`.
+        The request's seed and the question's id fix the seed of a prompt. On a GPU the text can
+        also depend on what else is in the server's batch.
         """
-
-        def one(prompt: list[int], question: str) -> list[tuple[list[int], bool, float]]:
-            number = (
-                int.from_bytes(
-                    hashlib.blake2b(f"{seed}/{question}".encode(), digest_size=4).digest()
-                )
-                >> 1
-            )
-            answer = self._ask(
-                "/v1/completions",
-                {
-                    "model": self.model,
-                    "prompt": prompt,
-                    "n": n,
-                    "temperature": temperature,
-                    "top_p": top_p,
-                    "seed": number,
-                    "max_tokens": max_new_tokens,
-                    "stop_token_ids": ends,
-                    "logprobs": 0,
-                    "return_token_ids": True,
-                    **PLAIN,
-                },
-                SECONDS,
-            )
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            drawn = [self._read(choice, ends, max_new_tokens) for choice in choices]
-            if len(drawn) != n:
-                raise UserError(
-                    f"The server at {self.url} gave {len(drawn)} completions where {n} were asked for."
-                )
-            return drawn
-
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            yield from enumerate(pool.map(one, prompts, ids))
+            answers = pool.map(lambda i: self._complete(request, i), range(len(request.prompts)))
+            for i, choices in enumerate(answers):
+                for k, choice in enumerate(choices):
+                    yield i, k, *self._read(choice, request)
 
-    def _read(self, choice: dict, ends: list[int], most: int) -> tuple[list[int], bool, float]:
-        tokens, finished = choice.get("token_ids"), choice["finish_reason"] == "stop"
+    def _complete(self, request, i: int) -> list[dict]:
+        key = hashlib.blake2b(f"{request.seed}/{request.ids[i]}".encode(), digest_size=4)
+        content = {
+            "model": self.model,
+            "prompt": request.prompts[i],
+            "n": request.n,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": int.from_bytes(key.digest()) >> 1,
+            "max_tokens": request.max_new_tokens,
+            "stop_token_ids": request.ends,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        choices = self._ask("/v1/completions", content | PLAIN, COMPLETION)["choices"]
+        if len(choices) != request.n:
+            raise UserError(
+                f"The server at {self.url} returned {len(choices)} completions, not {request.n}."
+            )
+        return sorted(choices, key=lambda choice: choice["index"])
+
+    def _read(self, choice: dict, request) -> tuple[list[int], bool, float]:
+        """(tokens, finished, log-probability at temperature 1) of one completion."""
+        tokens, reason = choice.get("token_ids"), choice["finish_reason"]
+        fault = None
         if tokens is None:
+            fault = "returns no token ids, which training needs. Install vLLM 0.10.2 or newer"
+        elif reason != "stop" and (reason != "length" or len(tokens) < request.max_new_tokens):
+            fault = f"stopped a completion after {len(tokens)} tokens ({reason}). See its log"
+        elif reason == "stop" and (not tokens or tokens[-1] not in request.ends):
+            fault = f"ended a completion without {request.ends}. Serve the model of this run"
+        if fault is not None:
             raise UserError(
-                f"The server at {self.url} gives no token ids back, and pairs are trained on the very tokens that were "
-                "sampled: install vLLM 0.10.2 or newer there."
+                f"The server at {self.url} {fault}, then run the same command to resume."
             )
-        if not finished and (choice["finish_reason"] != "length" or len(tokens) < most):
-            raise UserError(
-                f"The server at {self.url} broke a completion off after {len(tokens)} tokens ({choice['finish_reason']}), "
-                "which is neither an end nor the limit: see its log, and give the same command again."
-            )
-        if finished and (not tokens or tokens[-1] not in ends):
-            raise UserError(
-                f"The server at {self.url} ended a completion without one of the end tokens {ends}: take the same model "
-                "and tokenizer there as here."
-            )
-        return tokens, finished, float(sum(choice["logprobs"]["token_logprobs"]))
+        return tokens, reason == "stop", float(sum(choice["logprobs"]["token_logprobs"]))
 
-    def _ask(self, path: str, content: dict | None = None, seconds: float = SOON):
-        """POST of JSON, or GET; the answer as JSON, or as text where it is none."""
-        request = urllib.request.Request(
-            self.url + path,
-            None if content is None else json.dumps(content).encode(),
-            {"Content-Type": "application/json"},
-        )
+    def _models(self) -> list[dict]:
+        return self._ask("/v1/models")["data"]
+
+    def _ask(self, path: str, content: dict | None = None, seconds: float = REPLY):
+        """GET, or POST of JSON; the reply as JSON, or as text if it is none."""
+        data = None if content is None else json.dumps(content).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as answer:
-                text = answer.read().decode()
+            with urllib.request.urlopen(request, timeout=seconds) as reply:
+                text = reply.read().decode()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:300]
-            advice = (
-                " Start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a disk that holds the run directory."
-                if "lora" in path
-                else ""
-            )
             raise UserError(
-                f"The vLLM server at {self.url} refused {path} ({error.code}: {said}).{advice}"
+                f"The vLLM server at {self.url} refused {path} ({error.code}: {said}). Adapters "
+                "need --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and the run's disk."
             ) from error
         except TimeoutError as error:
             raise UserError(
-                f"The vLLM server at {self.url} did not answer {path} within {seconds:g} seconds: see its log, and give "
-                "the same command again."
+                f"The vLLM server at {self.url} did not answer {path} within {seconds:g} seconds. "
+                "See its log, then run the same command to resume."
             ) from error
         except OSError as error:
             raise UserError(
-                f"There is no vLLM server at {self.url} ({getattr(error, 'reason', error)}). Start it with `vllm serve "
-                "MODEL --enable-lora`, wait until it is ready, and give its address in VLLM_URL."
+                f"There is no vLLM server at {self.url} ({getattr(error, 'reason', error)}). Start "
+                "it with `vllm serve MODEL --enable-lora`, and set VLLM_URL to its address."
             ) from error
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
+        return json.loads(text) if text.startswith("{") else text

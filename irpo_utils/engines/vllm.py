@@ -1,0 +1,63 @@
+"""A vLLM server writes the completions; the model here is scored and trained.
+
+See `scale.vllm_server` for the commands. The server must serve the same base.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from irpo_utils import UserError, logprobs, sampling
+from irpo_utils.engines import Engine as PlainEngine
+from irpo_utils.engines import shared_prompt
+from irpo_utils.scale import processes
+from irpo_utils.scale.vllm_server import Server
+
+CHECKED = 16  # completions of every adapter whose log-probabilities are compared
+MOST_DIFFERENCE = 0.3  # nats per token; rounding and another 4-bit kernel give less
+
+
+class Engine(PlainEngine):
+    """Decoding with the vLLM server at VLLM_URL."""
+
+    def load(self, p, revision: str | None = None, **options):
+        self.server = Server()  # first, because the model takes longer
+        self.adapter = self.checked = None
+        model, self.tokenizer = super().load(p, revision, **options)
+        return model, self.tokenizer
+
+    def use(self, model, adapter) -> None:
+        """Note the adapter; the server loads it when it is to complete something."""
+        super().use(model, adapter)
+        self.adapter = Path(adapter) if adapter is not None else None
+
+    def decode(self, model, request: sampling.Request, batch_size: int):
+        self.server.use(self.adapter)
+        completions = self.server.complete(request)
+        first = list(itertools.islice(completions, CHECKED))
+        if self.checked != self.server.model:
+            self._check(model, request, first)
+            self.checked = self.server.model
+        yield from itertools.chain(first, completions)
+
+    def _check(self, model, request: sampling.Request, completions) -> None:
+        """The server must have this model: its log-probabilities are ours up to rounding."""
+        rows = [(request.prompts[i], tokens, logprob) for i, _, tokens, _, logprob in completions]
+        # A model that is split over processes scores the same rows in all of them.
+        prompts, responses, theirs = zip(*processes.gather(rows)[:CHECKED], strict=True)
+        ours = logprobs.score(model, self.tokenizer, prompts, responses)
+        differences = [
+            abs(a - b) / len(tokens) for a, b, tokens in zip(ours, theirs, responses, strict=True)
+        ]
+        difference = sum(differences) / len(differences)
+        if difference > MOST_DIFFERENCE:
+            raise UserError(
+                f"The server at {self.server.url} does not complete with this model and adapter: "
+                f"its log-probabilities differ by {difference:.2f} nats per token. Serve the same "
+                "base there, with the default --logprobs-mode."
+            )
+
+    def trainer(self, model):
+        """Pairs that share their prompt, for models that allow a mask of our own."""
+        return shared_prompt.SharedPromptTrainer if shared_prompt.possible(model) else None
