@@ -215,7 +215,7 @@ class Checkpoints(TrainerCallback):
 class Probe(TrainerCallback):
     """Log-probabilities of fixed pairs during training (the paper's figures 2 to 4).
 
-    `rows`: `step`, `logps_chosen`, `logps_rejected` (mean sums, nats), `nll_chosen`, `nll_rejected`
+    `rows`: `step`, `logps/chosen`, `logps/rejected` (mean sums, nats), `nll_chosen`, `nll_rejected`
     (nats per token); also written to probe_log.jsonl in the folder of the iteration.
     """
 
@@ -231,7 +231,7 @@ class Probe(TrainerCallback):
             prompts, responses = list(self.pairs["prompt_ids"]), list(self.pairs[f"{side}_ids"])
             scores = logprobs.score(model, self.tokenizer, prompts, responses)
             per_token = [s / len(r) for s, r in zip(scores, responses, strict=True)]
-            row[f"logps_{side}"] = sum(scores) / len(scores)
+            row[f"logps/{side}"] = sum(scores) / len(scores)
             row[f"nll_{side}"] = -sum(per_token) / len(per_token)
         model.train(training_mode)
         self.rows = [*(r for r in self.rows if r["step"] < step), row]
