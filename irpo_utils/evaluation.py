@@ -14,8 +14,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from irpo_utils import UserError
-from irpo_utils.grading import grade
-from irpo_utils.pairs import group
+from irpo_utils.grading import grade, group
 from irpo_utils.sampling import sample
 
 Z = 1.959964  # two-sided 95 % point of the normal distribution

@@ -82,3 +82,11 @@ def unread(graded: Dataset, n: int = 3) -> tuple[int, list[tuple[str, int]]]:
     last_lines = [text.strip().rpartition("\n")[2].strip()[-60:] for text in texts]
     endings = Counter(re.sub(r"\d[\d.,]*\d|\d", "#", line) for line in last_lines)
     return len(texts), endings.most_common(n)
+
+
+def group(rows) -> dict[str, list[dict]]:
+    """Rows by question id, in order."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    return groups

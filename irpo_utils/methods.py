@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from irpo_utils import UserError
-from irpo_utils.pairs import group
+from irpo_utils.grading import group
 
 if TYPE_CHECKING:
     from irpo_utils.profiles import Profile
@@ -87,8 +87,8 @@ def check_start(p: Profile) -> None:
     """Refuse a method that starts from another one's M_1 if the profile does not name it."""
     if (first := get(p.method).start) and not p.start:
         raise UserError(
-            f"--method {p.method} starts from M_1 of {first}: run with --method {first} --iterations "
-            "1 --out DIR first, then add --start DIR/iteration_1/adapter here."
+            f"--method {p.method} starts from M_1 of {first}: run with --method {first} "
+            "--iterations 1 --out DIR first, then add --start DIR/iteration_1/adapter here."
         )
 
 

@@ -12,6 +12,7 @@ import random
 from datasets import Dataset
 
 from irpo_utils import UserError, models
+from irpo_utils.grading import group
 from irpo_utils.sampling import check_ids
 
 # questions with completions; those that give pairs; those with no rejected and with no chosen
@@ -76,7 +77,7 @@ def _limited(rows, max_length, max_pairs, seed: int, counts) -> tuple[Dataset, d
         raise UserError(
             "no pairs: of {questions} questions, all completions were correct for {all_right} and "
             "all incorrect for {all_wrong}; {over_long} pairs were longer than --max-length. If "
-            "most are incorrect, draw more samples (--n-samples), add gold solutions (--gold true), "
+            "most are incorrect, draw more samples (--n-samples), add gold solutions (--gold true) "
             "or look at `extracted` and `reason` of the graded data; if most are correct, raise "
             "--temperature or use harder questions. Other settings need another --out.".format(
                 **counts
@@ -137,14 +138,6 @@ def empty_completions(questions, prompts: list[str], tokenizer) -> list[dict]:
         empty = {"completion": "", "completion_ids": [models.turn_end(tokenizer)], "reward": 0.0}
         rows.append(row | empty)
     return rows
-
-
-def group(rows) -> dict[str, list[dict]]:
-    """Rows by question id, in order."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row["id"], []).append(row)
-    return groups
 
 
 def make_pair(question: dict, chosen: dict, rejected: dict) -> dict:

@@ -191,8 +191,8 @@ class IterativeRPOTrainer(DPOTrainer):
                 if ratio > ROUNDING[self.model.dtype] * (1 + size):
                     raise UserError(
                         "The reference is not the model that training starts from: at step 1 the "
-                        f"{side} responses have a log-ratio of {ratio:.4f} nats, not 0. Install the "
-                        "versions of requirements.lock, and use the model for nothing else."
+                        f"{side} responses have a log-ratio of {ratio:.4f} nats, not 0. Install "
+                        "the versions of requirements.lock, and use the model for nothing else."
                     )
 
     def _save(self, output_dir=None, state_dict=None):

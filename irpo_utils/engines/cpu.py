@@ -250,7 +250,7 @@ class SlotLayer(DynamicLayer):
 
 
 class SlotCache(Cache):
-    """A cache whose rows come and go; all end in the same column, and `mask` marks their columns."""
+    """A cache whose rows come and go; all end in the same column, and `mask` marks columns."""
 
     def __init__(self, mask: torch.Tensor):
         super().__init__(layer_class_to_replicate=SlotLayer)
