@@ -699,6 +699,7 @@ def test_two_runs_on_one_directory(finished):
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     import errno
+
     from datasets import DatasetDict
 
     def full(self, folder, **kwargs):
@@ -716,6 +717,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path
 def test_a_disk_that_fills_while_the_adapter_is_saved(finished, tmp_path, monkeypatch):
     """safetensors reports it in an error of its own, which is no OSError."""
     import shutil
+
     from safetensors import SafetensorError
 
     out = shutil.copytree(finished, tmp_path / "out")
@@ -908,7 +910,7 @@ def test_evaluate_run_again_asks_as_the_run_did(tmp_path, monkeypatch):
 
 
 def test_evaluate_keeps_to_the_model_of_the_run_and_looks_for_everything_first(finished, tmp_path):
-    from irpo_utils import evaluation, models
+    from irpo_utils import models
 
     folder, out = shutil.copytree(models.SEED_MODEL, tmp_path / "model"), tmp_path / "run"
     iteration.run(smoke(model=str(folder), iterations=0), out, progress=False)
