@@ -1147,7 +1147,9 @@ if PROFILE == "smoke":
     changes |= dict(n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=24)
 
 def run_live(name):
-    rate = rates[trials.TUNED_AS.get(name, name)] if profile.model == "seed" else profile.learning_rate
+    rate = profile.learning_rate
+    if profile.model == "seed":                # a method that was not tuned takes the rate of Iterative RPO
+        rate = rates.get(trials.TUNED_AS.get(name, name), rates["irpo"])
     p = profiles.get(PROFILE, method=name, learning_rate=rate, **changes)
     path = live / "live" / name / "seed_0"
     runner.share_stages(path, p, live)
