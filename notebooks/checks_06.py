@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 
 import numpy as np
 from checks_common import UNSOLVED, call
 
 from irpo_utils import evaluation, methods
+from irpo_utils.ops import statistics
 
 VOTES = {
     "a clear majority": ["7", "9", "7", "7"],
@@ -178,31 +178,31 @@ def _words(cases, values) -> str:
 
 
 def clear_majority_method(entry) -> str:
-    """Exercise 6.3: an entry whose verdict lets an answer win that more than half of all completions give."""
+    """Exercise 6.3: an entry whose reward is 1 for an answer that more than half of all completions give."""
     if entry is None or entry is ...:
         return UNSOLVED
     if not isinstance(entry, methods.Method):
         if callable(entry):
-            return "That is the verdict. Put it into an entry: methods.Method(title, source, verdict=...)."
+            return "That is the reward. Put it into an entry: methods.Method(title, source, reward=...)."
         return f"CLEAR should be a methods.Method; it is a {type(entry).__name__}."
-    if not callable(entry.verdict):
-        return f"The verdict of your entry is a {type(entry.verdict).__name__}. Give it the function itself, without calling it."
-    if entry.verdict is methods.by_gold:
-        return "The entry has no verdict of its own, so it takes the gold answer. Give it yours: verdict=..."
+    if entry.reward is None:
+        return "The entry has no reward function, so it takes the gold answer. Give it yours: reward=..."
+    if not callable(entry.reward):
+        return f"The reward of your entry is a {type(entry.reward).__name__}. Give it the function itself, without calling it."
     values = {}
     for name, answers in CLEAR_VOTES.items():
         for gold in ("5", "7", "none"):
-            value, message = call(entry.verdict, _rows(answers, gold), random.Random(0))
+            value, message = call(entry.reward, _rows(answers, gold))
             if message:
                 return (
                     message
                     if message.startswith("Not solved")
                     else f"With {name}, {answers}: {message[0].lower()}{message[1:]}"
-                ).replace("Your function", "Your verdict")
-            if isinstance(kind := _booleans(value, answers), str):
+                ).replace("Your function", "Your reward")
+            if isinstance(kind := _booleans(value, answers, "1.0 and 0.0"), str):
                 return kind
             if values.setdefault(name, kind) != kind:
-                return "Your verdict changes with the gold answer. This reward must not look at `correct`: a vote is all it has."
+                return "Your reward changes with the gold answer. It must not look at `correct` or `reward`: a vote is all it has."
     right = {name: _clear(answers) for name, answers in CLEAR_VOTES.items()}
     for text, strategy in (
         (
@@ -234,7 +234,8 @@ def clear_majority_method(entry) -> str:
             return text
     if values != right:
         name = next(name for name in CLEAR_VOTES if values[name] != right[name])
-        return f"With {name}, {CLEAR_VOTES[name]}, it should be {right[name]}; yours gives {values[name]}."
+        numbers = [[float(reward) for reward in kind[name]] for kind in (right, values)]
+        return f"With {name}, {CLEAR_VOTES[name]}, it should be {numbers[0]}; yours gives {numbers[1]}."
     return (
         _entry(entry)
         or "Right. Sometimes the best reward is none: a question left out teaches nothing wrong."
@@ -242,18 +243,18 @@ def clear_majority_method(entry) -> str:
 
 
 def _entry(entry) -> str | None:
-    """What is wrong with an entry whose verdict is right."""
+    """What is wrong with an entry whose reward is right."""
     if not all(isinstance(text, str) and text.strip() for text in (entry.title, entry.source)):
-        return "The verdict is right. The entry needs a title and a source, in words."
-    plain = methods.Method(entry.title, entry.source, verdict=entry.verdict)
+        return "The reward is right. The entry needs a title and a source, in words."
+    plain = methods.Method(entry.title, entry.source, reward=entry.reward)
     if entry != plain:
         differing = [
             name
-            for name in ("settings", "build", "samples", "start", "twice", "examples", "train")
+            for name in ("settings", "samples", "start", "pairs_factor", "examples", "train")
             if getattr(entry, name) != getattr(plain, name)
         ]
         return (
-            f"The verdict is right. But the entry changes {' and '.join(differing)} as well; it is to be trained like Iterative RPO, so leave "
+            f"The reward is right. But the entry changes {' and '.join(differing)} as well; it is to be trained like Iterative RPO, so leave "
             "that out."
         )
     return None
@@ -277,6 +278,7 @@ def _rows(answers, gold) -> list[dict]:
             "id": "q",
             "extracted": answer,
             "correct": answer == gold,
+            "reward": float(answer == gold),
             "logprob": -float(i + 1),
             "n_tokens": 5 + i,
         }
@@ -306,10 +308,10 @@ def _clear(answers) -> list[bool]:
     return [answer is not None and answers.count(answer) > len(answers) / 2 for answer in answers]
 
 
-def _booleans(value, answers):
-    """The value as a list of True and False, or what is wrong with it."""
+def _booleans(value, answers, kinds: str = "True and False"):
+    """The value as a list of True and False, or what is wrong with it; `kinds` are its values in words."""
     if isinstance(value, str) or not hasattr(value, "__iter__"):
-        return f"Return a list of True and False, one for each completion; yours returned a {type(value).__name__}."
+        return f"Return a list of {kinds}, one for each completion; yours returned a {type(value).__name__}."
     value = list(value)
     if len(value) != len(answers):
         return f"For {len(answers)} completions a list of {len(answers)} is needed; yours has {len(value)}."
@@ -317,7 +319,7 @@ def _booleans(value, answers):
         not isinstance(x, (bool, np.bool_)) and not (isinstance(x, (int, float)) and x in (0, 1))
         for x in value
     ):
-        return f"The list should hold True and False; yours holds {value[0]!r}."
+        return f"The list should hold {kinds}; yours holds {value[0]!r}."
     return [bool(x) for x in value]
 
 
@@ -346,19 +348,19 @@ def _matrices() -> dict:
 
 
 def _paired(a, b):
-    return evaluation.seed_and_question_interval(np.array(b) - np.array(a))
+    return statistics.seed_and_question_interval(np.array(b) - np.array(a))
 
 
 def _separate(a, b):
     (x, x_low, x_high), (y, y_low, y_high) = (
-        evaluation.seed_and_question_interval(m) for m in (a, b)
+        statistics.seed_and_question_interval(m) for m in (a, b)
     )
     return y - x, y_low - x_high, y_high - x_low
 
 
 def _in_quadrature(a, b):
     (x, x_low, x_high), (y, y_low, y_high) = (
-        evaluation.seed_and_question_interval(m) for m in (a, b)
+        statistics.seed_and_question_interval(m) for m in (a, b)
     )
     return (
         y - x,
@@ -371,14 +373,14 @@ def _ends(a, b):
     return tuple(
         y - x
         for x, y in zip(
-            evaluation.seed_and_question_interval(a), evaluation.seed_and_question_interval(b)
+            statistics.seed_and_question_interval(a), statistics.seed_and_question_interval(b)
         )
     )
 
 
 def _seeds_only(a, b):
     means = (b - a).mean(1)
-    half = evaluation.t_quantile(len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
+    half = statistics.t_quantile(len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
     return means.mean(), means.mean() - half, means.mean() + half
 
 
@@ -435,11 +437,11 @@ WRONG_INTERVALS = [
     ),
     (
         "That is the interval of b, not of what b gains over a.",
-        lambda a, b: evaluation.seed_and_question_interval(b),
+        lambda a, b: statistics.seed_and_question_interval(b),
     ),
     (
         "That is the interval of a, not of what b gains over a.",
-        lambda a, b: evaluation.seed_and_question_interval(a),
+        lambda a, b: statistics.seed_and_question_interval(a),
     ),
 ]
 

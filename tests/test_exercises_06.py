@@ -6,7 +6,8 @@ import exercises
 import numpy as np
 import pytest
 
-from irpo_utils import evaluation, methods
+from irpo_utils import baselines, evaluation, methods
+from irpo_utils.ops import statistics
 
 pytest.importorskip("jupytext")
 
@@ -23,6 +24,7 @@ def solution(name: str, begins: str, solved: bool = True):
         np=np,
         Counter=Counter,
         evaluation=evaluation,
+        statistics=statistics,
         methods=methods,
     )
 
@@ -43,8 +45,8 @@ def test_solutions_are_right_and_stubs_are_unsolved(name):
         assert check(nothing).startswith("Not solved yet")
 
 
-def entry(verdict, **settings):
-    return methods.Method("A title", "a source", verdict=verdict, **settings)
+def entry(reward, **settings):
+    return methods.Method("A title", "a source", reward=reward, **settings)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def of(interval, word=checks._word):
     return answer
 
 
-both = evaluation.seed_and_question_interval
+both = statistics.seed_and_question_interval
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def resampled(a, b):
 
 def over_seeds(a, b):
     gains = (b - a).mean(1)
-    half = evaluation.t_quantile(len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
+    half = statistics.t_quantile(len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
     return gains.mean(), gains.mean() - half, gains.mean() + half
 
 
@@ -252,8 +254,8 @@ def answers(rows):
     return [row["extracted"] for row in rows]
 
 
-def clear(rows, rng=None):
-    return [votes(answers(rows))[row["extracted"]] > len(rows) / 2 for row in rows]
+def clear(rows):
+    return [float(votes(answers(rows))[row["extracted"]] > len(rows) / 2) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -261,12 +263,14 @@ def clear(rows, rng=None):
     [
         (clear, "Put it into an entry"),
         ("clear", "should be a methods.Method"),
-        (methods.Method("A title", "a source"), "no verdict of its own"),
+        (methods.Method("A title", "a source"), "no reward function"),
         (entry([True]), "is a list"),
-        (entry(methods.by_majority), "plain majority"),
+        (entry(lambda rows: [0.5] * len(rows)), "should hold 1.0 and 0.0"),
+        (entry(lambda rows: [row["reward"] for row in rows]), "changes with the gold answer"),
+        (entry(baselines.by_majority), "plain majority"),
         (
             entry(
-                lambda rows, rng: [
+                lambda rows: [
                     votes(answers(rows))[a] > sum(votes(answers(rows)).values()) / 2
                     for a in answers(rows)
                 ]
@@ -274,32 +278,28 @@ def clear(rows, rng=None):
             "Half of *all*",
         ),
         (
-            entry(
-                lambda rows, rng: [votes(answers(rows))[a] >= len(rows) / 2 for a in answers(rows)]
-            ),
+            entry(lambda rows: [votes(answers(rows))[a] >= len(rows) / 2 for a in answers(rows)]),
             "Exactly half",
         ),
         (
-            entry(
-                lambda rows, rng: [Counter(answers(rows))[a] > len(rows) / 2 for a in answers(rows)]
-            ),
+            entry(lambda rows: [Counter(answers(rows))[a] > len(rows) / 2 for a in answers(rows)]),
             "None does not vote",
         ),
         (
-            entry(lambda rows, rng: clear(rows) if any(clear(rows)) else [True] * len(rows)),
+            entry(lambda rows: clear(rows) if any(clear(rows)) else [True] * len(rows)),
             "Nobody wins then",
         ),
         (
-            entry(lambda rows, rng: [x and row["correct"] for x, row in zip(clear(rows), rows)]),
+            entry(lambda rows: [x and row["correct"] for x, row in zip(clear(rows), rows)]),
             "changes with the gold answer",
         ),
-        (entry(lambda rows: clear(rows)), "TypeError"),
-        (entry(lambda rows, rng: None), "Not solved yet"),
-        (entry(lambda rows, rng: clear(rows)[:1]), "is needed"),
-        (entry(lambda rows, rng: [a == "7" for a in answers(rows)]), "it should be"),
-        (entry(clear, settings=methods.WINNERS), "changes settings"),
-        (entry(clear, twice=True, start="star"), "changes start and twice"),
-        (methods.Method("", "a source", verdict=clear), "needs a title"),
+        (entry(lambda rows, rng: clear(rows)), "TypeError"),
+        (entry(lambda rows: None), "Not solved yet"),
+        (entry(lambda rows: clear(rows)[:1]), "is needed"),
+        (entry(lambda rows: [float(a == "7") for a in answers(rows)]), "it should be"),
+        (entry(clear, settings=methods.SFT), "changes settings"),
+        (entry(clear, pairs_factor=2, start="star"), "changes start and pairs_factor"),
+        (methods.Method("", "a source", reward=clear), "needs a title"),
     ],
 )
 def test_an_entry_of_ones_own_names_the_mistake(wrong, words):
@@ -308,6 +308,6 @@ def test_an_entry_of_ones_own_names_the_mistake(wrong, words):
 
 def test_the_majority_of_the_package_is_that_of_the_exercise():
     rows = [checks._rows(given, "5") for given in checks.VOTES.values()]
-    assert [methods.by_majority(group, None) for group in rows] == [
+    assert [baselines.by_majority(group) for group in rows] == [
         checks._majority(given) for given in checks.VOTES.values()
     ]

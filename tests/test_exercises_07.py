@@ -246,7 +246,7 @@ def test_questions_are_sixty_or_so_different_ones_that_the_grader_reads():
 
 
 def test_no_question_is_on_both_sides_of_a_run():
-    from irpo_utils import contamination
+    from irpo_utils.ops import contamination
 
     task, file = tasks.get("jsonl"), str(ROOT / "notebooks" / "data" / "easy_questions.jsonl")
     rows = {split: task.load(split, file) for split in ("train", "validation", "test")}
@@ -260,7 +260,7 @@ def test_no_question_is_on_both_sides_of_a_run():
 
 def test_questions_are_none_of_the_benchmarks(real_data):
     """Written for the notebook: in no file of GSM8K or SVAMP."""
-    from irpo_utils import contamination
+    from irpo_utils.ops import contamination
 
     for name in ("gsm8k", "svamp"):
         for split in ("train", "test"):

@@ -42,9 +42,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
-from irpo_utils.__main__ import calm_libraries
+from irpo_utils.ops.cli import quiet_libraries
 
-calm_libraries()                               # no loading bars
+quiet_libraries()                              # no loading bars
 profile = profiles.get(PROFILE)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
@@ -59,26 +59,26 @@ assert models.default_device() in ("cpu", "cuda")
 
 # %%
 import pandas as pd
-from irpo_utils import methods
+from irpo_utils import baselines, methods     # `baselines` adds the methods beyond the paper's tables
 
 pd.set_option("display.max_colwidth", None)
 
 def differs(m):
     """What an entry of the table says otherwise than Iterative RPO."""
-    said = [f"{name} = {value:g}" for name, value in m.settings.items()]
-    said += [f"{name} = {f.__name__}" for name, f in (("verdict", m.verdict), ("build", m.build), ("train", m.train))
-             if f and f not in (methods.by_gold, methods.preferences)]
+    said = [f"{name} = {value}" for name, value in m.settings.items()]
+    said += [f"{name} = {f.__name__}" for name, f in (("reward", m.reward), ("train", m.train)) if f]
+    said += ["pairs of gold solutions alone"] if not (m.samples or m.train) else []
     said += [f"starts with the M_1 of {m.start}"] if m.start else []
-    said += ["K doubled"] if m.twice else []
+    said += [f"K times {m.pairs_factor}"] if m.pairs_factor > 1 else []
     return ", ".join(said + [f"{m.examples} worked examples in the prompt"] * (m.examples > 0))
 
 table = [(name, m.title, differs(m), m.source) for name, m in methods.METHODS.items()]
 pd.DataFrame(table, columns=["name", "title", "what differs", "source"]).set_index("name")
 
 # %% [markdown]
-# Four questions tell them apart. *Who wins?* That is the verdict. *What is learnt from winners and losers?* That is `alpha`,
-# the weight of the NLL term, and `dpo_weight`: DPO alone is `alpha = 0`, and [STaR](../docs/glossary.md#star), SFT on the
-# model's own right answers, is `dpo_weight = 0`. *Where does training start?* And *how much data?*
+# Four questions tell them apart. *Who wins?* That is the reward. *What is learnt from winners and losers?* That is `loss`, and
+# `alpha`, the weight of the NLL term. DPO alone is `alpha = 0`. [STaR](../docs/glossary.md#star), rejection-sampling SFT on the
+# model's own correct completions, is `loss = sft`. *Where does training start?* And *how much data?*
 #
 # Everything else is held fixed: the same M_0, the same questions, the same size of adapter, and the very same completions of
 # M_0, which are drawn once for each seed and shared. One thing must *not* be the same: the learning rate. What is right for
@@ -159,15 +159,15 @@ WRITTEN = [
 
 # %%
 from datasets import Dataset
-from irpo_utils import grading, sampling, tasks
+from irpo_utils import grading, pairs, sampling, tasks
 
 words = tasks.get("word_problems")
-tokenizer_by_hand = models.load_tokenizer(str(models.SEED_MODEL))
+tokenizer_by_hand = models.load_tokenizer(models.find("seed"))
 
 def as_sampled(i, text, logprob):
     """A row as `sampling.sample` would give it."""
     question, = (row for row in QUESTIONS if row["id"] == i)
-    prompt = sampling.render_prompt(tokenizer_by_hand, words.prompt(question))
+    prompt = models.render_prompt(tokenizer_by_hand, words.prompt(question))
     encode = lambda what: tokenizer_by_hand(what, add_special_tokens=False).input_ids
     tokens = encode(text) + [tokenizer_by_hand.eos_token_id]
     return {"id": i, "prompt": prompt, "prompt_ids": encode(prompt), "completion": text, "completion_ids": tokens,
@@ -193,30 +193,30 @@ shown.assign(per_token=(shown.logprob / shown.n_tokens).round(2))
 # loses, unweighted. SPIN has no NLL term; here the gold solution has it. And the loss of GRPO is a mean over all tokens of a batch, as in TRL.
 #
 # And two controls. *Lucky winners*: one wrong answer in four counts as right, always the same ones, as where a wrong
-# calculation hits the right letter; here b's 8 and c's 29. *Verdicts by lot*: as many winners as there are right answers, at
-# places drawn by lot.
+# calculation hits the right letter; here b's 8 and c's 29. *Random labels*: as many winners as there are right answers, at
+# random places.
 
 # %%
 by_hand = {"irpo": "lwll wwlw llll", "self_consistency": "wlwl wwlw lwlw",
            "self_rewarding": "lwlw wlwl lwlw", "spin": "llll llll llll", "irpo_lucky": "lwll wwww wlll"}
 
-def verdicts(name, graded, seed=0):
-    """w and l for every completion, question by question, as the method's entry decides."""
-    judged = methods.with_verdicts(graded, methods.get(name).verdict, seed)
-    letters = "".join("w" if correct else "l" for correct in judged["correct"])
+def letters_of(name, graded):
+    """w and l for every completion, question by question, as the reward of the method decides."""
+    rewards = methods.reward(graded, methods.get(name).reward)["reward"]
+    letters = "".join("w" if reward else "l" for reward in rewards)
     return " ".join(letters[i : i + 4] for i in range(0, len(letters), 4))
 
 for name, mine in by_hand.items():
-    print(f"{name:17}{mine}   by the module: {verdicts(name, twelve)}")
-    assert mine == verdicts(name, twelve)
-print("shuffled         ", *[verdicts("shuffled", twelve, seed) for seed in range(3)], sep="   ")
+    print(f"{name:17}{mine}   by the module: {letters_of(name, twelve)}")
+    assert mine == letters_of(name, twelve)
+print(f"{'shuffled':31}   by the module: {letters_of('shuffled', twelve)}")
 
 # %% [markdown]
 # Look at a and c under the majority. In a two wrong answers agree and outvote the right one; in c nothing is right, and the
 # majority finds winners all the same. Nobody contradicts. The model's own likelihood even lets a completion win that breaks off
 # before it has an answer. Under Iterative RPO c is left out: without a winner, no pair.
 #
-# By lot every question keeps its number of winners: one in a, three in b, none in c. What is left of the method is training
+# With random labels every question keeps its number of winners: one in a, three in b, none in c. What is left of the method is training
 # on one's own text.
 #
 # Now the pairs, two per question, walked as in [notebook 03](03_pairs.ipynb), by the numbers of the completions; -1 is the
@@ -231,8 +231,9 @@ pairs_by_hand = {
 
 def pairs_of(name, graded, questions, task, tokenizer, **settings):
     """(pairs, counts) that a method makes of graded completions."""
-    m, p = methods.get(name), methods.apply(profiles.get("cpu", method=name, **settings))
-    return m.build(graded, questions, task, tokenizer, p, 0, m.verdict)
+    p = methods.apply(profiles.get("cpu", method=name, **settings))
+    gold = pairs.gold_completions(questions, tokenizer) if p.gold else None
+    return pairs.build_pairs(methods.reward(graded, methods.get(name).reward), p.k_pairs, gold)
 
 for name, mine in pairs_by_hand.items():
     made, found = pairs_of(name, twelve, QUESTIONS, words, tokenizer_by_hand, k_pairs=2)[0], {}
@@ -289,12 +290,12 @@ print(checks_06.majority_verdict(majority_verdict))
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-from irpo_utils import iteration
+from irpo_utils.ops import run as runs
 
 QUESTIONS_DRAWN, N_DRAWN = (40, 8) if PROFILE == "smoke" else (150, 16)
 task = tasks.get(profile.task)
 asked = task.load("train", profile.data).shuffle(seed=profile.seed).select(range(QUESTIONS_DRAWN))
-model, tokenizer = iteration.load_model(profile)
+model, tokenizer = runs.load_model(profile)
 drawn = sampling.sample(model, tokenizer, asked, task, n=N_DRAWN, temperature=profile.temperature_of(0),
                         max_new_tokens=profile.max_new_tokens, seed=profile.seed,
                         batch_size=profile.sampling_batch_size, progress=False)
@@ -310,7 +311,7 @@ assert len(graded) == QUESTIONS_DRAWN * N_DRAWN
 # NBVAL_IGNORE_OUTPUT
 def quality(name):
     """How many completions win under a method, the share of them that is right, and the questions with both sides."""
-    judged = methods.with_verdicts(graded, methods.get(name).verdict, 0)["correct"][:]
+    judged = methods.reward(graded, methods.get(name).reward)["reward"][:]
     right = [truth for truth, wins in zip(graded["correct"], judged) if wins]
     of_question = pd.Series(judged).groupby(pd.Series(graded["id"][:])).mean()
     return {"winners": len(right), "of them right (%)": 100 * sum(right) / max(1, len(right)),
@@ -322,7 +323,7 @@ assert judged.loc["irpo", "of them right (%)"] == 100
 judged.round(1)
 
 # %% [markdown]
-# Iterative RPO has fewer winners and questions than most of the others, and all of its winners are right. By lot, the share of
+# Iterative RPO has fewer winners and questions than most of the others, and all of its winners are right. With random labels, the share of
 # right winners is above the overall share for one reason only: questions with many right answers get many winners.
 #
 # ### Can a model judge itself?
@@ -358,7 +359,7 @@ from studies import figures
 def precision(k):
     """Share of right ones among the winners that a majority of the first k completions names."""
     some = graded.filter(lambda row: row["sample"] < k)
-    wins = methods.with_verdicts(some, methods.by_majority, 0)["correct"]
+    wins = methods.reward(some, baselines.by_majority)["reward"]
     right = [truth for truth, win in zip(some["correct"], wins) if win]
     return sum(right) / max(1, len(right))
 
@@ -440,13 +441,14 @@ figure
 # from the same samples. So take differences question by question and seed by seed: a matrix, with a row for each seed and a
 # column for each question. Its mean is the difference. How far could it be off? A new experiment would have other questions
 # *and* other seeds, so both are drawn again, with replacement: that is
-# `evaluation.seed_and_question_interval`. (With few seeds it stretches their spread to what Student's t asks for.)
+# `statistics.seed_and_question_interval`. (With few seeds it stretches their spread to what Student's t asks for.)
 #
 # A small case. Two methods, three seeds, 40 questions. **Predict**: is b better?
 
 # %%
 import numpy as np
 from irpo_utils import evaluation
+from irpo_utils.ops import statistics
 
 rng = np.random.default_rng(1)
 hard = rng.random(40) < 0.5                             # questions that neither can do
@@ -457,7 +459,7 @@ b = np.where(hard, 0.0, 0.7 + 2 * luck)
 each = [evaluation.bootstrap_mean(x.mean(0)) for x in (a, b)]
 print("each by itself:    ", *(f"{x:.2f} ({low:.2f} to {high:.2f})" for x, low, high in each), sep="  ")
 print("paired, questions:   {:+.3f} ({:+.3f} to {:+.3f})".format(*evaluation.bootstrap_mean((b - a).mean(0))))
-print("paired, both:        {:+.3f} ({:+.3f} to {:+.3f})".format(*evaluation.seed_and_question_interval(b - a)))
+print("paired, both:        {:+.3f} ({:+.3f} to {:+.3f})".format(*statistics.seed_and_question_interval(b - a)))
 
 # %% [markdown]
 # By themselves the two look alike, since half of the questions are hard for both and blow the intervals up. Paired by question
@@ -472,7 +474,7 @@ print("paired, both:        {:+.3f} ({:+.3f} to {:+.3f})".format(*evaluation.see
 # `paired(a, b)` takes two matrices, lists with one list for each seed, with the share of right answers of each question; seeds
 # and questions are the same in both. Return four things: what b gains over a, the low and the high end of its 95 % interval
 # over seeds and questions, and a word: `"better"` if the whole interval lies above zero, `"worse"` if it lies below, otherwise
-# `"within noise"`. `evaluation.seed_and_question_interval(matrix)` is yours to use.
+# `"within noise"`. `statistics.seed_and_question_interval(matrix)` is yours to use.
 #
 # <details><summary>Hint</summary>
 #
@@ -483,7 +485,7 @@ print("paired, both:        {:+.3f} ({:+.3f} to {:+.3f})".format(*evaluation.see
 # %%
 def paired(a, b):
     # SOLUTION
-    difference, low, high = evaluation.seed_and_question_interval(np.array(b) - np.array(a))
+    difference, low, high = statistics.seed_and_question_interval(np.array(b) - np.array(a))
     word = "better" if low > 0 else "worse" if high < 0 else "within noise"
     return difference, low, high, word
     # STUB
@@ -544,7 +546,7 @@ assert len(against_irpo(1))
 # says of a method with three, after four iterations, holds for those three, and their lines are not to be set beside those of the methods
 # with five. The surprise is SFT on gold solutions, ahead of Iterative
 # RPO after one iteration and of all but GRPO and SPIN, where it is within noise: M_0 hides its working, and the gold solutions show it in the very form that it
-# once learnt. And the controls do their work: with verdicts by lot the model gets worse, so it is the verdict that teaches;
+# once learnt. And the controls do their work: with random labels the model gets worse, so it is the reward that teaches;
 # four examples in the prompt, a form that this small model has never seen, ruin it.
 
 # %% [markdown]
@@ -743,8 +745,8 @@ ends.assign(at_budget=pd.Series(at_budget), value=100 * ends.value).rename(index
 
 # %% [markdown]
 # The seconds are of a small model on one core, where two runs shared a machine. With another model sampling and training cost
-# differently, so the order by tokens travels better than the order by time. SFT is charged too much: here its losers go through
-# the model as well, for the log alone, and a trainer that left them out would be faster.
+# differently, so the order by tokens travels better than the order by time. SFT is charged too much. When these runs were made, its losers went
+# through the model as well, for the log alone. The trainer now leaves them out, so SFT is faster than this figure shows.
 
 # %% [markdown]
 # ### What is spent: variety
@@ -775,7 +777,7 @@ spread.rename(index=TITLE).round(1)
 
 # %% [markdown]
 # At the same number of sampled tokens SFT on chosen, GRPO and Iterative RPO lie close together (the first and the last with five
-# seeds, GRPO with three). Those without a gold verdict, the majority and the own likelihood, need more iterations for nearly the same
+# seeds, GRPO with three). Those without a gold answer, the majority and the own likelihood, need more iterations for nearly the same
 # place; DPO without NLL, which is falling by then, is below even them. GRPO gets as much from its tokens, and takes longer
 # here, since it draws its small batches one after the other. And narrowing costs little. The second sample adds more at M_1 than at
 # M_0, and then less with most methods, because the first is right more often, while both together solve more. The exceptions are
@@ -966,7 +968,7 @@ pd.DataFrame({name: {"completions": len(blurts), "without working (%)": round(10
               for name, blurts in of_kind.items()}).T
 
 # %% [markdown]
-# Two iterations of Iterative RPO and of SFT on chosen with these verdicts, on 300 questions, each at its rate of the search on
+# Two iterations of Iterative RPO and of SFT on chosen with this reward, on 300 questions, each at its rate of the search on
 # the usual task. The rate of SFT on chosen is the higher one, and was chosen where winners are right; so there is a third line,
 # SFT on chosen at the rate of the pairs. What the reward counts is the letters; beside them the numbers.
 
@@ -1132,7 +1134,7 @@ assert len(ablations)
 # ## 10 A comparison of your own
 #
 # Small enough for a short wait: one iteration, few questions, one seed, the validation split, each method at its tuned rate. The
-# first run draws the completions of M_0 and the others get them: `study.share` puts them in place.
+# first run draws the completions of M_0 and the others get them: `runner.share_stages` puts them in place.
 
 # %%
 import tempfile
@@ -1145,11 +1147,13 @@ if PROFILE == "smoke":
     changes |= dict(n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=24)
 
 def run_live(name):
-    rate = rates[trials.TUNED_AS.get(name, name)] if profile.model == "seed" else profile.learning_rate
-    p = methods.apply(profiles.get(PROFILE, method=name, learning_rate=rate, **changes))
+    rate = profile.learning_rate
+    if profile.model == "seed":                # a method that was not tuned takes the rate of Iterative RPO
+        rate = rates.get(trials.TUNED_AS.get(name, name), rates["irpo"])
+    p = profiles.get(PROFILE, method=name, learning_rate=rate, **changes)
     path = live / "live" / name / "seed_0"
     runner.share_stages(path, p, live)
-    return iteration.run(p, path, progress=False)
+    return runs.run(p, path, progress=False)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1173,7 +1177,13 @@ assert same
 # NBVAL_IGNORE_OUTPUT
 answers = {name: table_of(name, "iteration_1/evaluation/greedy") for name in compared}
 answers["M_0"] = table_of("irpo", "iteration_0/evaluation/greedy")
-tested = pd.DataFrame({f"irpo over {name}": evaluation.compare(answers[name], answers["irpo"])
+
+def compared_with_test(graded_a, graded_b):
+    """What b gains over a on the same questions, with the p value of McNemar's test."""
+    correct = [pd.Series(evaluation.correct_per_question(graded)).sort_index() for graded in (graded_a, graded_b)]
+    return evaluation.compare(graded_a, graded_b) | {"p_mcnemar": statistics.mcnemar(*correct)["p"]}
+
+tested = pd.DataFrame({f"irpo over {name}": compared_with_test(answers[name], answers["irpo"])
                        for name in ("M_0", "iterative_dpo", "star")}).T
 tested["word"] = [word(row.low, row.high) for row in tested.itertuples()]
 half = 100 * (tested.high - tested.low).max() / 2
@@ -1193,22 +1203,22 @@ tested.round(3)
 # %% [markdown]
 # ## 11 A method of your own
 #
-# A verdict is a function of one question's rows (`id`, `extracted`, `correct`, `logprob`, `n_tokens`) that returns True or
-# False for each; `rng` is there for those that draw lots. Say we like short answers: only the shortest right completion is to
-# win.
+# A reward is a function of one question's rows, with all columns of the question and of its graded completions (`extracted`,
+# `correct`, `logprob`, `n_tokens`, ...). It returns a float for each row, here 1 or 0. Say we like short answers: only the
+# shortest right completion is to win.
 #
 # **Predict**: what will M_1 learn from that, in *this* task?
 
 # %%
-def shortest_right(rows, rng):
+def shortest_right(rows):
     """Reward 1 for the shortest of the right completions, the first of equals, and for no other."""
     right = [i for i, row in enumerate(rows) if row["correct"]]
     best = min(right, key=lambda i: rows[i]["n_tokens"], default=None)
-    return [i == best for i in range(len(rows))]
+    return [float(i == best) for i in range(len(rows))]
 
-methods.METHODS["shortest"] = methods.Method("The shortest right answer wins", "an example", verdict=shortest_right)
-print(verdicts("shortest", twelve))
-assert verdicts("shortest", twelve) == "lwll lwll llll"
+methods.METHODS["shortest"] = methods.Method("The shortest right answer wins", "an example", reward=shortest_right)
+print(letters_of("shortest", twelve))
+assert letters_of("shortest", twelve) == "lwll lwll llll"
 
 # %% [markdown]
 # One entry, and every part of the package knows the method. Look at b: a right answer blurted out wins against two that show
@@ -1229,8 +1239,8 @@ looked.round(1)
 
 # %% [markdown]
 # Two things to take along. The winners got shorter, as far as a question has several right answers to choose from; and in this
-# task short means blurted. And right answers have become *losers*. A verdict says who wins, and everybody else loses. Where
-# that is not meant, train on the winners alone (`settings=methods.WINNERS`): nothing is learnt from losers then, which makes it
+# task short means blurted. And right answers have become *losers*. A reward says who wins, and everybody else loses. Where
+# that is not meant, train on the winners alone (`settings=methods.SFT`): nothing is learnt from losers then, which makes it
 # [RAFT](https://arxiv.org/abs/2304.06767) with one winner a question.
 #
 # The whole loop takes the new name, too. The smallest of runs, to see that it goes through:
@@ -1239,11 +1249,11 @@ looked.round(1)
 # NBVAL_IGNORE_OUTPUT
 tiny = changes | dict(n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=24)
 methods.METHODS["shortest_raft"] = methods.Method(
-    "SFT on the shortest right answer", "after Dong et al. 2023, arXiv 2304.06767", methods.WINNERS,
-    verdict=shortest_right)
+    "SFT on the shortest right answer", "after Dong et al. 2023, arXiv 2304.06767", methods.SFT,
+    reward=shortest_right)
 for name in ("shortest", "shortest_raft"):
     p = profiles.get(PROFILE, method=name, **tiny)
-    made = pd.DataFrame(iteration.run(p, live / "own" / name, progress=False))
+    made = pd.DataFrame(runs.run(p, live / "own" / name, progress=False))
     tokens = made[made.metric == "mean_tokens"].set_index("iteration").value
     print(f"{methods.METHODS[name].title}: {tokens[0]:.1f} tokens per completion before, {tokens[1]:.1f} after")
     assert set(made.method) == {name}
@@ -1253,10 +1263,10 @@ for name in ("shortest", "shortest_raft"):
 #
 # **Goal**: a reward without gold answers that would rather be silent than wrong. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# A majority of two among sixteen is hardly a majority. Write a verdict `clear_majority(rows, rng)`: the most frequent answer
-# wins if *more than half of all completions* give it, those without an answer counted among all; otherwise nobody wins, and the
-# question gives no pairs. It must not look at `correct`. Then put it into an entry, `CLEAR`: a `methods.Method` with a title,
-# a source and this verdict, trained like Iterative RPO.
+# A majority of two among sixteen is hardly a majority. Write a reward `clear_majority(rows)`, a list with 1.0 or 0.0 for each
+# row: the most frequent answer gets 1.0 if *more than half of all completions* give it, those without an answer counted among
+# all; otherwise all get 0.0, and the question gives no pairs. It must not look at `correct`. Then put it into an entry, `CLEAR`:
+# a `methods.Method` with a title, a source and this reward, trained like Iterative RPO.
 #
 # <details><summary>Hint</summary>
 #
@@ -1268,13 +1278,13 @@ for name in ("shortest", "shortest_raft"):
 # %%
 CLEAR = None
 # SOLUTION
-def clear_majority(rows, rng):
+def clear_majority(rows):
     votes = Counter(row["extracted"] for row in rows if row["extracted"] is not None)
-    return [votes[row["extracted"]] > len(rows) / 2 for row in rows]
+    return [float(votes[row["extracted"]] > len(rows) / 2) for row in rows]
 
-CLEAR = methods.Method("A clear majority wins", "after Prasad et al. 2024", verdict=clear_majority)
+CLEAR = methods.Method("A clear majority wins", "after Prasad et al. 2024", reward=clear_majority)
 # STUB
-# # your turn: def clear_majority(rows, rng), and CLEAR = methods.Method(...)
+# # your turn: def clear_majority(rows), and CLEAR = methods.Method(...)
 # END
 
 # %%
@@ -1307,7 +1317,7 @@ assert len(graded) == QUESTIONS_DRAWN * N_DRAWN
 # - A claim of a paper can be put to a test by code. A miniature can show that it does not hold everywhere.
 # - Whether the NLL term matters depends on how far a training goes. An ablation at one learning rate is one column of a map.
 # - Of twenty ablations one will look real by luck.
-# - A verdict decides who loses, too.
+# - A reward also decides who loses.
 
 # %% [markdown]
 # **Further reading**
@@ -1336,4 +1346,4 @@ assert len(graded) == QUESTIONS_DRAWN * N_DRAWN
 # 5. 20 ablations, one interval without zero. What do you do before you write it down?
 #
 # **Next**: [07 · Real models on one GPU](07_real_models_on_one_gpu.ipynb) takes the method to a real model. The commands behind
-# every file of this notebook stand in the JSON beside it, and in `irpo_utils/study.py`.
+# every file of this notebook are in the JSON file next to it, and in `scripts/studies/trials.py`.

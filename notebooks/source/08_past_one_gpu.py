@@ -43,9 +43,9 @@ import numpy as np
 import torch
 from irpo_utils import models, profiles
 from irpo_utils.ops import plan as planning
-from irpo_utils.__main__ import calm_libraries
+from irpo_utils.ops.cli import quiet_libraries
 
-calm_libraries()                               # no loading bars
+quiet_libraries()                              # no loading bars
 torch.set_printoptions(precision=4, sci_mode=False)
 torch.set_num_threads(1)                       # as each of the processes further below
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
@@ -188,7 +188,8 @@ for count in (1, 2, 3):
 # NBVAL_IGNORE_OUTPUT
 from irpo_utils import sampling, tasks
 
-assert np.array_equal(own_numbers(7, "q-4", 3, 5), sampling._uniforms(7, "q-4", 3, 5))
+request = sampling.Request(prompts=[[]], ids=["q-4"], n=3, temperature=1.0, top_p=1.0, max_new_tokens=5, seed=7, ends=[], pad_id=0)
+assert np.array_equal(own_numbers(7, "q-4", 3, 5), request.uniforms(0))
 
 task = tasks.get("word_problems")
 four = task.load("train").select(range(4))
@@ -275,10 +276,10 @@ for name, loss_of in (("per sequence", per_sequence), ("over tokens", over_token
 # multiplies by the number of processes, because the average over processes will divide by it once more:
 #
 # ```python
-# return (weight * losses).sum() / pairs * self.accelerator.num_processes
+# return (weights * loss).sum() / in_batch * self.accelerator.num_processes
 # ```
 #
-# What is the weight? If the pairs leave a rest for the last step, `accelerate` repeats some of them, so that all processes have
+# What are the weights? If the pairs leave a rest for the last step, `accelerate` repeats some of them, so that all processes have
 # equally many. The repeated ones weigh 0, all others 1. A batch that cannot be shared equally is refused. And the order
 # of the pairs must be the same: they are sorted by length within whole batches, not within the share of a process.
 
@@ -288,9 +289,9 @@ from irpo_utils import UserError, training
 from datasets import Dataset
 
 nothing_much = Dataset.from_dict({"prompt_ids": [[1]], "chosen_ids": [[2]], "rejected_ids": [[3]]})
-with mock.patch.dict(os.environ, WORLD_SIZE="3"):          # as if there were three processes
+with mock.patch.object(training.DPOConfig, "world_size", 3):         # as if there were three processes
     try:
-        training.train(None, None, nothing_much, batch_size=16)
+        training.train(model, tokenizer, nothing_much, batch_size=16)
     except UserError as error:
         print(error)
 
@@ -471,27 +472,30 @@ import json, sys
 import psutil
 from datasets import load_from_disk
 from safetensors.torch import save_file
-from irpo_utils import models, processes, training
+from irpo_utils import profiles, training
+from irpo_utils.engines.plain import Engine
+from irpo_utils.scale import fsdp, processes
 
 def sent():
     """Bytes that went through the loopback interface so far; 0 where there is none of these names."""
     interfaces = psutil.net_io_counters(pernic=True)
     return next((interfaces[name].bytes_sent for name in ("lo", "lo0") if name in interfaces), 0)
 
-def train(pairs, steps, shard=False):
+def train(pairs, steps, engine):
     """(log, adapter, bytes) of so many steps of 8 pairs, 2 at once."""
-    model, tokenizer = models.load("seed", shard=shard, device="cpu")
+    model, tokenizer = engine.load(profiles.get("cpu"), device="cpu")          # the seed model
     processes.wait()
     before = sent()
-    result = training.train(model, tokenizer, pairs, learning_rate=1e-3, batch_size=8, micro_batch_size=2,
-                            max_steps=steps, progress=False)
+    log = training.train(model, tokenizer, pairs, learning_rate=1e-3, batch_size=8, micro_batch_size=2,
+                         max_steps=steps, trainer=engine.trainer(model), disable_tqdm=True)
     processes.wait()
-    return list(result.log), result.adapter, sent() - before
+    bytes_sent = sent() - before
+    return list(log), fsdp.whole_adapter(model), bytes_sent
 '''
 
 # %% [markdown]
-# That is all that training needs; whoever starts it decides how many processes there are. The rest of the script writes down
-# what happened. Each way is trained twice, with many steps and with few: the difference of the bytes, divided by that of the
+# An engine loads the model and names the class that trains it. For several processes another engine goes around it:
+# `SharedEngine` gives each process its share of the data, and inside it `ShardedEngine` splits the layers. The rest of the script writes down what happened. Each way is trained twice, with many steps and with few: the difference of the bytes, divided by that of the
 # steps, leaves out what is sent once, at the beginning. And on the way we ask each process for its share of seven questions.
 
 # %%
@@ -500,9 +504,10 @@ if __name__ == "__main__":
     folder, many, few = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     pairs = load_from_disk(folder + "/pairs")
     found = {"shares": processes.gather([processes.share(list(range(7)))])}
-    for way in ("copies", "split"):
-        log, adapter, bytes_of_many = train(pairs, many, shard=way == "split")
-        bytes_of_few = train(pairs, few, shard=way == "split")[2]
+    engines = {"copies": processes.SharedEngine(Engine()), "split": processes.SharedEngine(fsdp.ShardedEngine(Engine()))}
+    for way, engine in engines.items():
+        log, adapter, bytes_of_many = train(pairs, many, engine)
+        bytes_of_few = train(pairs, few, engine)[2]
         found[way] = {"log": log, "bytes": (bytes_of_many - bytes_of_few) / (many - few)}
         if processes.is_first():
             save_file({name: weight.detach().contiguous() for name, weight in adapter.items()}, f"{folder}/{way}.safetensors")
@@ -532,7 +537,7 @@ if shipped.exists():
     fixed = load_from_disk(str(shipped)).select(range(PAIRS))
 else:
     end = [tokenizer.eos_token_id]
-    fixed = Dataset.from_list([{"prompt_ids": ids(sampling.render_prompt(tokenizer, task.prompt(row))), "chosen_ids":
+    fixed = Dataset.from_list([{"prompt_ids": ids(models.render_prompt(tokenizer, task.prompt(row))), "chosen_ids":
                                 ids(row["solution"]) + end, "rejected_ids": ids("Final answer: 1") + end}
                                for row in task.load("train").select(range(PAIRS))])
 fixed.save_to_disk(str(work / "pairs"))
@@ -576,7 +581,7 @@ from safetensors.torch import load_file
 sys.path.append(str(work))
 import two_processes                           # the same file
 
-log, adapter, _ = two_processes.train(fixed, MANY)
+log, adapter, _ = two_processes.train(fixed, MANY, two_processes.Engine())
 losses = pd.DataFrame({"one process": [row["loss"] for row in log],
                        **{f"two, {way}": [row["loss"] for row in found[way]["log"]] for way in ("copies", "split")}})
 losses.index += 1
@@ -677,7 +682,7 @@ def finished():
     return {str(file.parent.relative_to(out)): file.stat().st_mtime_ns for file in sorted(out.glob("iteration_*/*/checksums.json"))}
 
 before = finished()
-spoke = [line for line in (work / "said.txt").read_text().splitlines() if "What was finished is kept" in line]
+spoke = [line for line in (work / "said.txt").read_text().splitlines() if "Another process of this run has ended" in line]
 print(*(line.partition(" (")[0] for line in spoke), sep="\n")            # in brackets there is what the library said
 print("\nfinished:", *before)
 assert len(spoke) == 1 and "iteration_0/samples" in before and "iteration_1/adapter" not in before
@@ -690,9 +695,9 @@ assert len(spoke) == 1 and "iteration_0/samples" in before and "iteration_1/adap
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-from irpo_utils import iteration
+from irpo_utils.ops import run as runs
 
-rows = pd.DataFrame(iteration.run(profiles.get("smoke", **settings), out, progress=False))
+rows = pd.DataFrame(runs.run(profiles.get("smoke", **settings), out, progress=False))
 after = finished()
 print("kept:", *[name for name in before if after[name] == before[name]])
 print("new: ", *[name for name in after if name not in before])
@@ -705,7 +710,9 @@ rows[rows.metric.isin(["greedy", "sampled"])][["iteration", "metric", "value", "
 # these (`shard` in a run that a server writes for, section 8, and with an optimiser that can be split):
 
 # %%
-print(profiles.MAY_CHANGE)
+from irpo_utils.ops.run_directory import MAY_CHANGE
+
+print(MAY_CHANGE)
 
 # %% [markdown]
 # What is lost is the stage under way, less what it keeps inside ([notebook 07](07_real_models_on_one_gpu.ipynb), section 7).
@@ -757,9 +764,9 @@ assert all(name in plots.alt_text(figure) for name in MODELS)
 figure
 
 # %% [markdown]
-# On one card no stage is the whole story: for the largest model training takes a little more than sampling, and the shares stay
-# nearly the same on all cards. For the smallest, training grows from less than a fifth to more than half. On eight cards sampling
-# and evaluation take an eighth, because questions can be split as finely as one likes. Training shrinks less where the model is
+# For the largest model sampling takes more than half of the time and training a fifth, and the shares stay nearly the same on all
+# cards. For the smallest, training grows from a tenth on one card to two fifths on 64. On eight cards sampling and evaluation take
+# about an eighth of their time, because questions can be split as finely as one likes. Training shrinks less where the model is
 # small: a card then has two pairs instead of many, and the time per layer and step that no card saves is most of it. And 64
 # cards are at best twice as fast as eight. Before we come to that: the other thing that may grow is N. **Predict**, for eight
 # cards: which stages take longer with twice as many samples a question?
@@ -789,13 +796,13 @@ assert made.break_even.gpus < made.machine.count
 
 # %% [markdown]
 # **Only a part of the cards has work.** A step has 16 pairs, and one pair is the least that a process can take. A process has its
-# card for all stages, so that 48 of 64 cards would have nothing to do: the plan counts on 16. More processes than pairs are
-# refused before a run begins:
+# card for all stages, so that 48 of 64 cards would have nothing to do: the plan counts on 16. With more processes than pairs the
+# trainer refuses to start:
 
 # %%
-with mock.patch.dict(os.environ, WORLD_SIZE="64"):
+with mock.patch.object(training.DPOConfig, "world_size", 64):
     try:
-        training.train(None, None, nothing_much, batch_size=16)
+        training.train(model, tokenizer, nothing_much, batch_size=16)
     except UserError as error:
         print(error)
 
@@ -845,8 +852,8 @@ for n in (8, 64):
     assert abs(hidden_from(plans["paper", n]) / even.hidden_from - 1) < 1e-6
 
 # %% [markdown]
-# Inside one node, over NVLink, split layers are free of charge by this estimate. (That they even come out ahead is its doing: it
-# hides all of their traffic, and none of the copies'.) Between nodes the link is many
+# Inside one node, over NVLink, split layers are free of charge by this estimate. (It hides all of their traffic, and none of the
+# copies'.) Between nodes the link is many
 # times slower, a micro-batch of one pair is too short to hide behind, and training takes longer than with whole copies. What
 # makes $n$ small: fast links, slow cards, few bits. The size of the model hardly matters, as it stands both in $G$ and in $W$.
 #
@@ -905,7 +912,7 @@ assert has["node of A100"] < needs["training all weights"] < has["eight nodes of
 # VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve meta-llama/Llama-2-70b-chat-hf --enable-lora --max-lora-rank 16 \
 #      --enable-prefix-caching --quantization bitsandbytes --tensor-parallel-size 4 --data-parallel-size 2 --api-server-count 1
 # VLLM_URL=http://SERVER:8000 torchrun --standalone --nproc_per_node 8 -m irpo_utils run --profile paper \
-#      --shard true --sampler vllm --out /shared/runs/paper
+#      --shard true --engine vllm --out /shared/runs/paper
 # ```
 #
 # `--tensor-parallel-size` cuts the matrices, `--data-parallel-size` splits the questions over copies of the whole.
@@ -914,10 +921,12 @@ assert has["node of A100"] < needs["training all weights"] < has["eight nodes of
 # is refused:
 
 # %%
-for changes, count in (({}, "1"), ({"sampler": "transformers"}, "8")):
-    with mock.patch.dict(os.environ, WORLD_SIZE=count):
+from irpo_utils.scale import fsdp
+
+for engine, count in (("vllm", "1"), ("plain", "8")):
+    with mock.patch.dict(os.environ, WORLD_SIZE=count, RANK="0", MASTER_ADDR="localhost"):
         try:
-            iteration.check_shard(profiles.get("paper", **{"shard": True, "sampler": "vllm", **changes}))
+            fsdp.check(profiles.get("paper", shard=True, engine=engine))
         except UserError as error:
             print(f"- {error}")
 
@@ -977,7 +986,8 @@ for changes, count in (({}, "1"), ({"sampler": "transformers"}, "8")):
 #
 # **Try**
 #
-# - Train in section 5 with `nll_per="token"` and `micro_batch_size=2` against `8`, in one process. Which loss moves?
+# - Train in section 5 with `loss="dpo_nll_per_token"` (import `irpo_utils.baselines` first) and `micro_batch_size=2` against `8`,
+#   in one process. Which loss moves?
 # - Three processes in section 5: the first 27 pairs, steps of nine, three at once. Do losses and adapter still agree? Do the bytes?
 # - Kill rank 0 instead of rank 1. Who speaks then?
 #
