@@ -61,15 +61,15 @@ def _report(command, arguments: list[str]) -> int:
         if should_reduce_batch_size(error):
             return _fail(
                 f"Out of memory ({first}). Run the same command to resume, with a smaller "
-                "--sampling-batch-size or --micro-batch-size, with --gradient-checkpointing true, or "
-                "on a GPU with more memory. `python -m irpo_utils plan` shows what a run needs."
+                "--sampling-batch-size or --micro-batch-size, with --gradient-checkpointing true, "
+                "or on a GPU with more memory. `python -m irpo_utils plan` shows what a run needs."
             )
         lost = re.search("connection|gloo|nccl|timed out|abort", str(error), re.IGNORECASE)
         if processes.count() == 1 or not lost:
             raise
         return _fail(
-            "Another process of this run has ended; its own message, if any, is above. Run the same "
-            f"command to resume, with any number of processes. ({first})"
+            "Another process of this run has ended; its own message, if any, is above. Run the "
+            f"same command to resume, with any number of processes. ({first})"
         )
     return 0
 
@@ -83,7 +83,7 @@ def _terminate(*_):
 
 
 def _raise_again(lost) -> None:
-    """An interrupt during the deletion of an object, which Python would drop: a moment later again."""
+    """Repeat an interrupt during the deletion of an object, which Python would drop."""
     if not isinstance(lost.exc_value, KeyboardInterrupt):
         return sys.__unraisablehook__(lost)
     terminated = isinstance(lost.exc_value, Terminated)
@@ -129,7 +129,7 @@ def run(arguments: list[str]) -> None:
 
 
 def plan(arguments: list[str]) -> None:
-    """Memory, tokens, hours and cost of a run before it starts; without --profile of all profiles."""
+    """Memory, tokens, hours and cost of a run before it starts; by default of all profiles."""
     profile, options = parse_profile(arguments, "plan")
     quiet_libraries()
     from irpo_utils import methods, profiles
@@ -147,7 +147,7 @@ def plan(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Evaluate the iterations of a finished run again: another task, more samples, another split."""
+    """Evaluate a finished run again: another task, more samples, another split."""
     parser = _parser("evaluate", evaluate)
     parser.add_argument("run", help="run directory")
     parser.add_argument("--task", help="another task than the run's")
@@ -168,8 +168,6 @@ def evaluate(arguments: list[str]) -> None:
     quiet_libraries()
     from irpo_utils.ops import run as runs
 
-    for name in ("data", "out"):
-        runs.check_path(options[name], name)
     options["allow_overlap"] = options["allow_overlap"] == "true"
     text = runs.evaluate_run(**options)
     if processes.is_first():
@@ -188,7 +186,8 @@ def plot(arguments: list[str]) -> None:
     from irpo_utils import plots
     from irpo_utils.ops import run as runs
 
-    runs.check_path(options.out, "out")
+    for name in ("out", "name"):
+        runs.check_path(getattr(options, name), name)
     metrics, summary, record = runs.collect(options.runs)
     figure = plots.accuracy_per_iteration(metrics, summary)
     record = {"command": _command("plot", arguments), **record}
@@ -231,65 +230,93 @@ def parse_profile(arguments: list[str], command: str = "run"):
 
     from irpo_utils import profiles
 
-    common = argparse.ArgumentParser(add_help=False)
-    default = {"run": "cpu", "plan": "all"}[command]
-    listed = ", ".join(profiles.names())
-    common.add_argument("--profile", default=default, help=f"one of {listed} (default: {default})")
-    common.add_argument("--price", type=float, help="price of the machine per hour")
-    if command == "run":
-        common.add_argument("--out", help="run directory (default: runs/PROFILE)")
-        common.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
-        common.add_argument(
-            "--ignore-plan", action="store_true", help="run although the plan says it does not fit"
-        )
-    else:
-        machines = "8xA100-80GB, cpu, 2xcpu for two cores, ..."
-        common.add_argument("--gpus", help=f"{machines} (default: this computer)")
+    common = _common_options(command, profiles.names())
     common.error = lambda message: _refuse(message, command)
-    options, rest = common.parse_known_args(arguments)
+    options, words = common.parse_known_args(arguments)
+    if options.config:
+        options, words = common.parse_known_args(_words_of_file(options.config) + arguments)
     name = "cpu" if options.profile == "all" and command == "plan" else options.profile
     base = profiles.get(name)
     prog, text = f"python -m irpo_utils {command}", globals()[command].__doc__
-    parser = HfArgumentParser(profiles.Profile, parents=[common], prog=prog, description=text)
+    own = {"prog": prog, "description": text, "allow_abbrev": False}
+    parser = HfArgumentParser(profiles.Profile, parents=[common], **own)
     parser.set_defaults(**dataclasses.asdict(base))
     parser.error = common.error
-    flags = {flag for action in parser._actions for flag in action.option_strings}
-    _check_known(rest, flags, command)
-    rest, changes = _split_off_none(rest)
-    given = {word.partition("=")[0][2:].replace("-", "_") for word in rest if word[:2] == "--"}
-    values = vars(parser.parse_args(rest))
-    changes |= {key: values[key] for key in given if key in values}
+    flags = {flag: action.dest for action in parser._actions for flag in action.option_strings}
+    _check_known(words, flags, command)
+    words, changes = _split_off_none(words)
+    values = vars(parser.parse_args(words))
+    given = [flags.get(word.partition("=")[0]) for word in words]
+    changes |= {field: values[field] for field in given if field is not None}
     profile = profiles.get(name, **changes)
     if command == "run":
         options.out = options.out or f"runs/{options.profile}"
     return (None if options.profile == "all" else profile), options
 
 
-def _check_known(words: list[str], flags: set[str], command: str) -> None:
+def _common_options(command: str, names: list[str]) -> argparse.ArgumentParser:
+    """The options that are not fields of the profile."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    default, listed = {"run": "cpu", "plan": "all"}[command], ", ".join(names)
+    parser.add_argument("--profile", default=default, help=f"one of {listed} (default: {default})")
+    parser.add_argument("--config", help="YAML file of options, which those given here override")
+    parser.add_argument("--price", type=float, help="price of the machine per hour")
+    if command == "run":
+        parser.add_argument("--out", help="run directory (default: runs/PROFILE)")
+        parser.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
+        text = "run although the plan says it does not fit"
+        parser.add_argument("--ignore-plan", action="store_true", help=text)
+    else:
+        machines = "8xA100-80GB, cpu, 2xcpu for two cores, ..."
+        parser.add_argument("--gpus", help=f"{machines} (default: this computer)")
+    return parser
+
+
+def _words_of_file(path: str) -> list[str]:
+    """The fields of a YAML file as options, so that they are checked as options are."""
+    import yaml
+
+    try:
+        fields = dict(yaml.safe_load(Path(path).expanduser().read_text()) or {})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"--config {path} is not a YAML file of options such as `n_samples: 8` ({error})."
+        ) from error
+    words = []
+    for name, value in fields.items():
+        values = value if isinstance(value, list) else ["none" if value is None else value]
+        words += [f"--{str(name).replace('_', '-')}", *map(str, values)]
+    return words
+
+
+def _check_known(words: list[str], flags: dict[str, str], command: str) -> None:
     for word in (word.partition("=")[0] for word in words if word.startswith("--")):
         if word not in flags:
             close = difflib.get_close_matches(word, [f for f in flags if "_" not in f], n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             raise UserError(
-                f"There is no option {word}.{hint} `python -m irpo_utils {command} --help` lists them."
+                f"There is no option {word}.{hint} `python -m irpo_utils {command} --help` lists "
+                "them."
             )
 
 
 def _split_off_none(words: list[str]) -> tuple[list[str], dict]:
-    """Take out `--option none`; `all` means the same for a number of questions."""
+    """Take out `--option none`; for a number `all` means the same."""
     from irpo_utils.profiles import Profile
 
-    kinds, rest, changes, i = Profile.__annotations__, [], {}, 0
-    while i < len(words):
-        name = words[i][2:].replace("-", "_") if words[i].startswith("--") else ""
-        value = words[i + 1].lower() if i + 1 < len(words) else ""
-        none = value == "none" or (value == "all" and "questions" in name)
-        if none and "None" in kinds.get(name, ""):
+    kinds, rest, changes = Profile.__annotations__, [], {}
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not equals and rest and rest[-1].startswith("--"):  # a value after its option
+            option, value = rest[-1], word
+        name = option[2:].replace("-", "_") if option.startswith("--") else ""
+        kind = kinds.get(name, "")
+        if "None" in kind and (value.lower() == "none" or (value == "all" and "int" in kind)):
             changes[name] = None
-            i += 2
+            rest = rest if equals else rest[:-1]
         else:
-            rest.append(words[i])
-            i += 1
+            rest.append(word)
+            changes.pop(name, None)  # the last one counts
     return rest, changes
 
 
@@ -301,7 +328,7 @@ def _refuse(message: str, command: str):
 
 
 def quiet_libraries() -> None:
-    """Progress bars of our own stages only, without the loading bars and advice of the libraries."""
+    """Progress bars of our own stages only, without the bars and advice of the libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import logging

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from irpo_utils import UserError, models
+from irpo_utils.ops import checksums
+from irpo_utils.ops.storage import read_profile
 from irpo_utils.profiles import Profile
 
 PIECE = 2**20  # bytes
@@ -41,6 +44,28 @@ def fingerprint(model) -> str | None:
 def commit_of(known: str | None) -> str | None:
     """The hub's commit in a fingerprint; None for the hash of a folder, which is longer."""
     return known if known and re.fullmatch("[0-9a-f]{40}", known) else None
+
+
+def find_start(p: Profile) -> Path:
+    """The adapter that `p.start` names: a folder with one, or the last adapter of a finished run."""
+    folder = Path(p.start).expanduser()
+    if (folder / "profile.json").is_file():
+        folder = folder / f"iteration_{read_profile(folder).iterations}" / "adapter"
+        if checksums.read(folder) is None:
+            raise UserError(f"{folder} is missing or damaged. Run its command again to finish it.")
+    if (folder / checksums.NAME).exists() and checksums.read(folder) is None:
+        raise UserError(
+            f"{folder} is damaged: its checksums do not match. Run the command that made it again, "
+            "or give another --start."
+        )
+    check_adapter(folder, p)
+    return folder
+
+
+def copy_adapter(source: Path, folder: Path) -> None:
+    """PEFT's two files."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(source / name, folder / name)
 
 
 def check_adapter(folder: Path, p: Profile) -> None:

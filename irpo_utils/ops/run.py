@@ -7,6 +7,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pandas
 from datasets import load_from_disk
 from tqdm.auto import tqdm
@@ -16,8 +18,8 @@ from transformers.training_args import OptimizerNames
 from irpo_utils import UserError, baselines, evaluation, iteration, methods, tasks
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub, statistics
-from irpo_utils.ops.run_directory import RunDirectory, digest, find_start, is_whole, read_profile
-from irpo_utils.ops.storage import Folder, check_path
+from irpo_utils.ops.run_directory import RunDirectory, digest, inputs, is_whole
+from irpo_utils.ops.storage import Folder, check_path, read_profile
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
@@ -32,14 +34,14 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     """
     check_path(out, "out")
     hub.limit_waiting()
+    datasets.disable_caching()  # else a shuffle adds a file to the artefact that it reads
     processes.wait()  # joins the processes, if there are several
     progress = progress and processes.is_first()
     p = methods.apply(profile)
     overlap = check(p, out)
     keep = RunDirectory(out, progress)
     with keep.lock():
-        text = json.dumps(dataclasses.asdict(overlap), indent=1) + "\n"
-        keep.write(keep.out / "contamination.json", text)
+        keep.write_json(keep.out / "contamination.json", dataclasses.asdict(overlap))
         if progress:
             tqdm.write(contamination.describe(overlap))
         rows = iteration.run(profile, out, keep, engine_of(p), progress)
@@ -68,6 +70,14 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
             f"--method {p.method} compares the completions of a question in one process: --n-samples "
             "must be at least 2, and the command must run without a launcher such as torchrun."
         )
+    if (p.gold or not (method.samples or method.train)) and not any(
+        row.get("solution") for row in train
+    ):
+        needs = "--gold true" if method.samples else f"--method {p.method}"
+        raise UserError(
+            f"There are no gold solutions among the training questions, which {needs} needs. Add the "
+            "column `solution` to the data, or leave that option out."
+        )
     own_probe = Path(out) / "iteration_0" / "pairs"
     if p.probe and Path(p.probe).expanduser().resolve() != own_probe.resolve():
         if not (Path(p.probe).expanduser() / "state.json").is_file():
@@ -75,7 +85,7 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
                 f"--probe {p.probe} is no folder of pairs, such as RUN/iteration_0/pairs."
             )
     if p.start and checksums.read(Path(out) / "iteration_0" / "adapter") is None:
-        find_start(p)
+        export.find_start(p)
     return contamination.check([*train, *learnt_before(p)], questions, p.allow_overlap)
 
 
@@ -138,8 +148,38 @@ def evaluate_run(
     comparison. Raises `UserError` if these are questions that the run was trained on.
     """
     p = read_profile(run)
-    split, folder = split or p.eval_split, Path(out) if out else Path(run) / "evaluations"
     wanted = iterations if iterations is not None else sorted({0, p.iterations})
+    _check_iterations(run, p, wanted, k)
+    folder = Path(out) if out else Path(run) / "evaluations"
+    check_path(folder, "out")
+    data = data or (p.data if task in (None, p.task) else None)
+    changed = {"task": task or p.task, "data": data, "eval_split": split or p.eval_split}
+    changed |= {"allow_overlap": allow_overlap or p.allow_overlap, "shard": False}
+    now = dataclasses.replace(p, n_eval_questions=None, **changed)
+    keep, first = _OtherEvaluation(run, p, now), processes.is_first()
+    stages, rows, greedy = iteration.Stages(now, keep, engine_of(now), first), [], {}
+    for t in wanted:
+        stages.engine.use(stages.model, keep.adapter(t))
+        greedy[t] = stages.draw(stages.eval_questions, 1, 0.0, stages.seed(0, 4))
+        sampled = stages.draw(stages.eval_questions, k, p.eval_temperature, stages.seed(0, 4))
+        both = evaluation.graded(greedy[t], sampled, stages.task)
+        greedy[t], sampled = both["greedy"], both["sampled"]
+        head = {"method": p.method, "seed": p.seed, "iteration": t, "split": now.eval_split}
+        made = evaluation.score(greedy[t], sampled, k)
+        made += statistics.further_rows(greedy[t], sampled, k, stages.eval_questions)
+        rows += [head | row for row in made]
+        if first:  # after each one: an interrupt keeps what is there
+            folder.mkdir(parents=True, exist_ok=True)
+            table = folder / f"{now.task}_{now.eval_split}.csv"
+            pandas.DataFrame(rows).to_csv(table, index=False)
+    text = pandas.DataFrame(rows).to_string(index=False)
+    if len(wanted) > 1:
+        difference = evaluation.compare(greedy[wanted[0]], greedy[wanted[-1]])
+        text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
+    return text
+
+
+def _check_iterations(run: str | Path, p: Profile, wanted: list[int], k: int) -> None:
     if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
         raise UserError(
             f"--k must be at least 1, and --iterations from 0 to {p.iterations}, the last of {run}."
@@ -148,32 +188,6 @@ def evaluate_run(
         adapter = Path(run) / f"iteration_{t}" / "adapter"
         if (t > 0 or p.start) and checksums.read(adapter) is None:
             raise UserError(f"{adapter} is missing or damaged. Run the command of {run} again.")
-    data = data or (p.data if task in (None, p.task) else None)
-    changed = {"task": task or p.task, "data": data, "eval_split": split, "n_eval_questions": None}
-    now = dataclasses.replace(
-        p, **changed, shard=False, allow_overlap=allow_overlap or p.allow_overlap
-    )
-    keep = _OtherEvaluation(run, p, now)
-    stages = iteration.Stages(now, keep, engine_of(now), processes.is_first())
-    rows, results = [], {}
-    options = {"max_new_tokens": p.max_new_tokens, "batch_size": p.sampling_batch_size}
-    options |= {"progress": processes.is_first(), "engine": stages.engine}
-    for t in wanted:
-        stages.engine.use(stages.model, keep.adapter(t))
-        parts = stages.model, stages.tokenizer, stages.eval_questions, stages.task
-        results[t] = evaluation.evaluate(
-            *parts, k, p.eval_temperature, seed=p.seed, **stages.options
-        )
-        head = {"method": p.method, "seed": p.seed, "iteration": t, "split": split}
-        rows += [head | row for row in results[t].metrics]
-        if processes.is_first():  # after each one: an interrupt keeps what is there
-            folder.mkdir(parents=True, exist_ok=True)
-            pandas.DataFrame(rows).to_csv(folder / f"{now.task}_{split}.csv", index=False)
-    text = pandas.DataFrame(rows).to_string(index=False)
-    if len(wanted) > 1:
-        difference = evaluation.compare(results[wanted[0]].greedy, results[wanted[-1]].greedy)
-        text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
-    return text
 
 
 class _OtherEvaluation(Folder):
@@ -182,7 +196,7 @@ class _OtherEvaluation(Folder):
     def __init__(self, run, p: Profile, now: Profile):
         super().__init__(run)
         self.p, self.now = p, now
-        self.known = RunDirectory(run).inputs()
+        self.known = inputs(self.out)
         self.start = self.folder(0) / "adapter" if p.start else None
         self.revision = export.commit_of(self.known.get("model"))
 
@@ -214,39 +228,38 @@ def collect(runs: list[str | Path]):
     The intervals of the means resample seeds and questions together; the gain of the last iteration
     over M_0 is paired, question by question.
     """
-    all_profiles = [read_profile(run) for run in runs]
-    first = all_profiles[0]
-    for run, p in zip(runs, all_profiles, strict=True):
-        if dataclasses.replace(p, seed=0) != dataclasses.replace(first, seed=0):
-            raise UserError(f"{run} and {runs[0]} differ in more than their seed.")
-        known, own = RunDirectory(runs[0]).inputs(), RunDirectory(run).inputs()
-        for name in ("model", "evaluation questions"):
-            if known.get(name) and own.get(name) and known[name] != own[name]:
-                raise UserError(f"{run} and {runs[0]} have different {name}.")
-        if not is_whole(Path(run)):
-            raise UserError(
-                f"{run} is not finished, or something in it is damaged. Run its command again."
-            )
-    tables = [pandas.read_csv(Path(run) / "metrics.csv") for run in runs]
-    means, shared = [], {"method": first.method, "split": first.eval_split, "seeds": len(runs)}
+    settings = [read_profile(run) for run in runs]
+    for run, p in zip(runs, settings, strict=True):
+        _check_comparable(run, p, runs[0], settings[0])
+    first, means = settings[0], []
     for metric in ("greedy", "sampled"):
+        matrices = []
         for t in range(first.iterations + 1):
-            matrix = [accuracy_per_question(run, t, metric) for run in runs]
-            row = statistics.share_row(metric, matrix)
-            means.append(shared | {"iteration": t, **row})
+            matrices.append(np.array([accuracy_per_question(run, t, metric) for run in runs]))
+            means.append({"iteration": t, **statistics.share_row(metric, matrices[t])})
         if first.iterations:
-            last = [accuracy_per_question(run, first.iterations, metric) for run in runs]
-            start = [accuracy_per_question(run, 0, metric) for run in runs]
-            gains = [
-                [b - a for a, b in zip(*pair, strict=True)]
-                for pair in zip(start, last, strict=True)
-            ]
-            row = statistics.row(f"{metric}_gain_over_M0", gains)
-            means.append(shared | {"iteration": first.iterations, **row})
-    record = {"seeds": [p.seed for p in all_profiles], "profile": dataclasses.asdict(first)}
-    record["runs"] = [_made(run, p.seed) for run, p in zip(runs, all_profiles, strict=True)]
+            row = statistics.row(f"{metric}_gain_over_M0", matrices[-1] - matrices[0])
+            means.append({"iteration": first.iterations, **row})
+    shared = {"method": first.method, "split": first.eval_split, "seeds": len(runs)}
     order = ["method", "iteration", "split", "metric", "k", "value", "low", "high", "n", "seeds"]
-    return pandas.concat(tables, ignore_index=True), pandas.DataFrame(means)[order], record
+    tables = [pandas.read_csv(Path(run) / "metrics.csv") for run in runs]
+    record = {"seeds": [p.seed for p in settings], "profile": dataclasses.asdict(first)}
+    record["runs"] = [_made(run, p.seed) for run, p in zip(runs, settings, strict=True)]
+    means = pandas.DataFrame([shared | row for row in means])[order]
+    return pandas.concat(tables, ignore_index=True), means, record
+
+
+def _check_comparable(run, p: Profile, other, first: Profile) -> None:
+    if dataclasses.replace(p, seed=0) != dataclasses.replace(first, seed=0):
+        raise UserError(f"{run} and {other} differ in more than their seed.")
+    own, known = inputs(Path(run)), inputs(Path(other))
+    for name in ("model", "evaluation questions"):
+        if own.get(name) and known.get(name) and own[name] != known[name]:
+            raise UserError(f"{run} and {other} have different {name}.")
+    if not is_whole(Path(run)):
+        raise UserError(
+            f"{run} is not finished, or something in it is damaged. Run its command again."
+        )
 
 
 def _made(run: str | Path, seed: int) -> dict:

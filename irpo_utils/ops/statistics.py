@@ -107,8 +107,9 @@ def further_rows(greedy, sampled, k: int, questions) -> list[dict]:
     for size in sorted({min(COMMON_K, k), k}):
         distinct = [_in_blocks(_distinct, rows_, size) for rows_ in many]
         rows.append(bootstrap_row("distinct_answers", distinct, size))
-        votes = [_in_blocks(majority, rows_, size) for rows_ in many]
-        rows.append(one_share_row("majority", votes, size))
+        if size < k:  # `score` has the vote over all k
+            votes = [_in_blocks(majority, rows_, size) for rows_ in many]
+            rows.append(one_share_row("majority", votes, size))
     kinds: dict[str, list[bool]] = {}
     for question in questions:
         correct = first[question["id"]][0]["correct"]

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from irpo_utils import UserError
 from irpo_utils.iteration import Stages
+from irpo_utils.profiles import Profile
 
 
 class Folder:
@@ -95,6 +96,26 @@ def check_path(path, option: str) -> None:
     """`datasets` takes a path with "::" or "://" for an address and would write to another file."""
     if "::" in str(path) or "://" in str(path):
         raise UserError(f"--{option} is {str(path)!r}: it must be a path without '::' and '://'.")
+
+
+def read_profile(run: str | Path) -> Profile:
+    """The settings of a run directory, also of one made before an option was renamed."""
+    path = Path(run) / "profile.json"
+    try:
+        settings = dict(json.loads(path.read_text()))
+        if "dpo_weight" in settings:  # runs of version 0.1
+            served = settings.pop("sampler", "transformers") == "vllm"
+            per_token = settings.pop("nll_per", "sequence") == "token"
+            chosen_only = settings.pop("dpo_weight") == 0
+            settings["engine"] = "vllm" if served else "cpu"
+            settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
+            settings["loss"] = "sft" if chosen_only else settings["loss"]
+        return Profile(**settings)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{run} is not a run directory: {path} is missing or damaged. Restore it, or make a run "
+            "with `python -m irpo_utils run --out DIR`."
+        ) from error
 
 
 def describe(t: int, rows: list[dict]) -> None:

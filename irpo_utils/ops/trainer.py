@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset, load_from_disk
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from irpo_utils import UserError, iteration, logprobs, training
 from irpo_utils.ops import checksums, drift, warnings
@@ -77,6 +77,11 @@ def safe(base: type[training.IterativeRPOTrainer], folder: Path, tokenizer):
                 path = folder / f"checkpoint-{self.state.global_step}"
                 shutil.rmtree(path, ignore_errors=True)
                 tqdm.write(f"No checkpoint could be written ({_first_line(error)}).")
+
+        def _load_from_checkpoint(self, checkpoint, *args):
+            super()._load_from_checkpoint(checkpoint, *args)
+            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            self.started -= state.log_history[-1]["seconds"]
 
         def _get_train_sampler(self, *args):
             sampler = super()._get_train_sampler(*args)
@@ -184,11 +189,6 @@ class Checkpoints(TrainerCallback):
     def __init__(self, folder: Path):
         self.folder, self.saved, self.took = folder, time.perf_counter(), 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-        if state.log_history:
-            self.started -= state.log_history[-1].get("seconds", 0.0)
-
     def on_step_end(self, args, state, control, **kwargs):
         self.asked = time.perf_counter()
         wait = max(CHECKPOINT_SECONDS, self.took / CHECKPOINT_SHARE)
@@ -201,7 +201,7 @@ class Checkpoints(TrainerCallback):
         if not folder.exists() or not processes.is_first():
             return
         try:
-            checksums.write(folder, {"seconds": self.saved - self.started})
+            checksums.write(folder, {"seconds": state.log_history[-1]["seconds"]})
         except OSError as error:  # a checkpoint is a help, not a result
             shutil.rmtree(folder, ignore_errors=True)
             tqdm.write(f"No checkpoint could be written ({error.strerror}).")
