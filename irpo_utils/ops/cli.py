@@ -279,8 +279,9 @@ def _words_of_file(path: str) -> list[str]:
     try:
         fields = dict(yaml.safe_load(Path(path).expanduser().read_text()) or {})
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"--config {path} is not a YAML file of options such as `n_samples: 8` ({error})."
+            f"--config {path} is not a YAML file of options such as `n_samples: 8` ({reason})."
         ) from error
     words = []
     for name, value in fields.items():

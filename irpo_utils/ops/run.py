@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from irpo_utils import UserError, baselines, evaluation, iteration, methods, tasks
+from irpo_utils import UserError, baselines, evaluation, iteration, methods, tasks, training
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub, statistics
 from irpo_utils.ops.run_directory import RunDirectory, digest, inputs, is_whole
@@ -60,6 +60,8 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     ):
         if value not in (names := sorted(kind.value for kind in known)):
             raise UserError(f"{option} is {value!r}; transformers knows {', '.join(names)}.")
+    if p.loss not in training.LOSSES:
+        raise UserError(f"There is no loss {p.loss!r}. --loss is {', '.join(training.LOSSES)}.")
     if p.report_to != "none" and importlib.util.find_spec(p.report_to) is None:
         raise UserError(
             f"--report-to {p.report_to} needs that package: `pip install {p.report_to}`."
@@ -91,6 +93,7 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
 
 def load_model(p: Profile):
     """M_0 and its tokenizer, as a run of this profile loads them."""
+    hub.limit_waiting()
     return engine_of(p).load(p)
 
 
@@ -147,6 +150,7 @@ def evaluate_run(
     iterations: which M_t, by default the first and the last; the text ends with their paired
     comparison. Raises `UserError` if these are questions that the run was trained on.
     """
+    hub.limit_waiting()
     p = read_profile(run)
     wanted = iterations if iterations is not None else sorted({0, p.iterations})
     _check_iterations(run, p, wanted, k)

@@ -271,11 +271,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _too_large(inputs, pairs: int, args) -> str:
-    advice = [] if args.gradient_checkpointing else ["--gradient-checkpointing true"]
-    advice += ["a smaller --micro-batch-size"] if pairs > 1 else []
+    advice = [] if args.gradient_checkpointing else ["with --gradient-checkpointing true"]
+    advice += ["with a smaller --micro-batch-size"] if pairs > 1 else []
+    advice += ["on a GPU with more memory"]
     return (
-        f"Out of memory in training with a micro-batch of {pairs} pairs, "
-        f"{inputs['input_ids'].shape[1]} columns wide. Nothing finished is lost: run the same command "
-        f"with {' or '.join([*advice, 'a GPU with more memory'])}. A smaller --max-length also helps, "
-        "but is another run and needs another --out."
+        f"Out of memory in training with a micro-batch of {pairs} pair{'s' if pairs > 1 else ''}, "
+        f"{inputs['input_ids'].shape[1]} columns wide. Nothing finished is lost: run the same "
+        f"command {' or '.join(advice)}. A smaller --max-length also helps, but is another run and "
+        "needs another --out."
     )
