@@ -72,7 +72,7 @@ def train(
         model,
         tokenizer,
         pairs,
-        trainer=trainer.safe(base, kept, tokenizer),
+        trainer=trainer.safe(base, kept),
         callbacks=[*callbacks, trainer.Checkpoints(kept)],
         resume_from_checkpoint=trainer.newest_checkpoint(kept),
         **options,

@@ -47,7 +47,7 @@ def commit_of(known: str | None) -> str | None:
 
 
 def find_start(p: Profile) -> Path:
-    """The adapter that `p.start` names: a folder with one, or the last adapter of a finished run."""
+    """The adapter that `p.start` names: a folder with one, or the last one of a finished run."""
     folder = Path(p.start).expanduser()
     if (folder / "profile.json").is_file():
         folder = folder / f"iteration_{read_profile(folder).iterations}" / "adapter"
@@ -69,7 +69,7 @@ def copy_adapter(source: Path, folder: Path) -> None:
 
 
 def check_adapter(folder: Path, p: Profile) -> None:
-    """Refuse an adapter that is not readable, or that belongs to another model than the profile's."""
+    """Refuse an adapter that cannot be read, or that belongs to another model."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
@@ -87,8 +87,8 @@ def check_adapter(folder: Path, p: Profile) -> None:
     kinds = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
     if beyond := [name for name in kinds if config.get(name)]:
         raise UserError(
-            f"The adapter in {folder} was made with {' and '.join(beyond)}. Here every matrix has the "
-            "scale lora_alpha / lora_r, so it would be another one. Give another --start."
+            f"The adapter in {folder} was made with {' and '.join(beyond)}. Here every matrix has "
+            "the scale lora_alpha / lora_r, so it would be another one. Give another --start."
         )
     hub = models.HUB_NAMES.get(p.model, p.model)
     base = config.get("base_model_name_or_path")
@@ -100,8 +100,8 @@ def check_adapter(folder: Path, p: Profile) -> None:
     for name, there, now in compared:
         if there != now:
             raise UserError(
-                f"The adapter in {folder} was made with {name} {there!r}, this run has {now!r}. Give "
-                f"--{name.replace('_', '-')} {there}, or another --start."
+                f"The adapter in {folder} was made with {name} {there!r}, this run has {now!r}. "
+                f"Give --{name.replace('_', '-')} {there}, or another --start."
             )
 
 

@@ -1,16 +1,13 @@
-"""A run with all that a long one needs: checks before it starts, crash-safe storage, evaluation again."""
+"""A run with what a long one needs: checks before it starts, crash-safe storage, evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pandas
-from datasets import load_from_disk
 from tqdm.auto import tqdm
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -18,19 +15,30 @@ from transformers.training_args import OptimizerNames
 from irpo_utils import UserError, baselines, evaluation, iteration, methods, tasks, training
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub, statistics
-from irpo_utils.ops.run_directory import RunDirectory, digest, inputs, is_whole
+from irpo_utils.ops.provenance import digest, inputs
+from irpo_utils.ops.run_directory import RunDirectory, is_whole
+from irpo_utils.ops.seeds import accuracy_per_question, collect
 from irpo_utils.ops.storage import Folder, check_path, read_profile
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
+__all__ = [
+    "accuracy_per_question",
+    "collect",
+    "evaluate_run",
+    "is_whole",
+    "load_model",
+    "read_profile",
+    "run",
+]
 assert baselines  # adds its methods to the table
 
 
 def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     """`iteration.run` with checks and crash-safe storage; the same call resumes at any point.
 
-    Raises `UserError` for mistakes before anything is written, for an `out` that was made with other
-    settings or is in use, and for what the stages refuse.
+    Raises `UserError` for mistakes before anything is written, for an `out` that was made with
+    other settings or is in use, and for what the stages refuse.
     """
     check_path(out, "out")
     hub.limit_waiting()
@@ -69,16 +77,17 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     methods.check_start(p)
     if method.train and (p.n_samples < 2 or processes.count() > 1):
         raise UserError(
-            f"--method {p.method} compares the completions of a question in one process: --n-samples "
-            "must be at least 2, and the command must run without a launcher such as torchrun."
+            f"--method {p.method} compares the completions of a question in one process: "
+            "--n-samples must be at least 2, and the command must run without a launcher such as "
+            "torchrun."
         )
     if (p.gold or not (method.samples or method.train)) and not any(
         row.get("solution") for row in train
     ):
         needs = "--gold true" if method.samples else f"--method {p.method}"
         raise UserError(
-            f"There are no gold solutions among the training questions, which {needs} needs. Add the "
-            "column `solution` to the data, or leave that option out."
+            f"There are no gold solutions among the training questions, which {needs} needs. Add "
+            "the column `solution` to the data, or leave that option out."
         )
     own_probe = Path(out) / "iteration_0" / "pairs"
     if p.probe and Path(p.probe).expanduser().resolve() != own_probe.resolve():
@@ -129,8 +138,8 @@ def learnt_before(p: Profile) -> list[dict]:
         return [*tasks.get(before.task).load("train", before.data), *learnt_before(before)]
     except UserError as error:
         tqdm.write(
-            f"The training questions of --start {p.start} could not be compared with the evaluation "
-            f"questions: {error}"
+            f"The training questions of --start {p.start} could not be compared with the "
+            f"evaluation questions: {error}"
         )
         return []
 
@@ -209,8 +218,9 @@ class _OtherEvaluation(Folder):
         if self.known.get("training questions") not in (None, digest(learnt)):
             if not self.now.allow_overlap:
                 raise UserError(
-                    f"The training questions of {self.out} have changed since it was trained, so they "
-                    "cannot be compared with these. Restore the data, or add --allow-overlap true."
+                    f"The training questions of {self.out} have changed since it was trained, so "
+                    "they cannot be compared with these. Restore the data, or add --allow-overlap "
+                    "true."
                 )
         train = [*learnt, *learnt_before(self.p)]
         overlap = contamination.check(train, stages.eval_questions, self.now.allow_overlap)
@@ -224,55 +234,3 @@ class _OtherEvaluation(Folder):
                 f"The model {self.p.model} is no longer the one that {self.out} was made with. "
                 "Restore it."
             )
-
-
-def collect(runs: list[str | Path]):
-    """Metrics of several runs (seeds) of one profile: (all rows, means with intervals, record).
-
-    The intervals of the means resample seeds and questions together; the gain of the last iteration
-    over M_0 is paired, question by question.
-    """
-    settings = [read_profile(run) for run in runs]
-    for run, p in zip(runs, settings, strict=True):
-        _check_comparable(run, p, runs[0], settings[0])
-    first, means = settings[0], []
-    for metric in ("greedy", "sampled"):
-        matrices = []
-        for t in range(first.iterations + 1):
-            matrices.append(np.array([accuracy_per_question(run, t, metric) for run in runs]))
-            means.append({"iteration": t, **statistics.share_row(metric, matrices[t])})
-        if first.iterations:
-            row = statistics.row(f"{metric}_gain_over_M0", matrices[-1] - matrices[0])
-            means.append({"iteration": first.iterations, **row})
-    shared = {"method": first.method, "split": first.eval_split, "seeds": len(runs)}
-    order = ["method", "iteration", "split", "metric", "k", "value", "low", "high", "n", "seeds"]
-    tables = [pandas.read_csv(Path(run) / "metrics.csv") for run in runs]
-    record = {"seeds": [p.seed for p in settings], "profile": dataclasses.asdict(first)}
-    record["runs"] = [_made(run, p.seed) for run, p in zip(runs, settings, strict=True)]
-    means = pandas.DataFrame([shared | row for row in means])[order]
-    return pandas.concat(tables, ignore_index=True), means, record
-
-
-def _check_comparable(run, p: Profile, other, first: Profile) -> None:
-    if dataclasses.replace(p, seed=0) != dataclasses.replace(first, seed=0):
-        raise UserError(f"{run} and {other} differ in more than their seed.")
-    own, known = inputs(Path(run)), inputs(Path(other))
-    for name in ("model", "evaluation questions"):
-        if own.get(name) and known.get(name) and own[name] != known[name]:
-            raise UserError(f"{run} and {other} have different {name}.")
-    if not is_whole(Path(run)):
-        raise UserError(
-            f"{run} is not finished, or something in it is damaged. Run its command again."
-        )
-
-
-def _made(run: str | Path, seed: int) -> dict:
-    environment = json.loads((Path(run) / "environment.json").read_text())
-    seconds = float(pandas.read_csv(Path(run) / "timing.csv").seconds.sum())
-    return {"seed": seed, "environment": environment, "seconds": seconds}
-
-
-def accuracy_per_question(run: str | Path, t: int, metric: str) -> list[float]:
-    """Share of correct completions of M_t for each question; `metric` is greedy or sampled."""
-    data = load_from_disk(str(Path(run) / f"iteration_{t}" / "evaluation"))[metric]
-    return list(evaluation.correct_per_question(data).values())

@@ -1,4 +1,4 @@
-"""The storage of a long run: checksums, provenance, resumption within a stage, one process at a time.
+"""The storage of a long run: checksums, provenance, resumption within a stage, a lock.
 
 Every artefact gets a list of checksums and a record of what it was made from, written last, and is
 moved into place as a whole. A stage whose artefact is there, sound, and made from what is there now
@@ -32,6 +32,7 @@ from irpo_utils.ops import (
     trainer,
     warnings,
 )
+from irpo_utils.ops.provenance import digest, inputs, is_there
 from irpo_utils.ops.storage import read_profile
 from irpo_utils.scale import processes
 
@@ -44,9 +45,9 @@ FIELDS = {
     "samples": f"{MODEL} n_questions fresh_questions n_samples top_p temperature",
     "graded": "task",
     "pairs": "task method seed k_pairs gold deduplicate pairing max_length max_pairs",
-    "adapter": f"{MODEL} method lora_r lora_alpha n_questions fresh_questions n_samples temperature "
-    "keep_pairs loss alpha beta reference learning_rate epochs max_steps batch_size warmup_ratio "
-    "lr_scheduler max_grad_norm optimizer",
+    "adapter": f"{MODEL} method lora_r lora_alpha n_questions fresh_questions n_samples "
+    "temperature keep_pairs loss alpha beta reference learning_rate epochs max_steps batch_size "
+    "warmup_ratio lr_scheduler max_grad_norm optimizer",
     "evaluation": f"{MODEL} eval_split n_eval_questions eval_temperature",
     "drift": f"{MODEL} eval_split n_eval_questions",
 }
@@ -121,8 +122,8 @@ class RunDirectory(storage.Folder):
         for name, value in new.items():
             if old.get(name) and value and old[name] != value:
                 raise UserError(
-                    f"The {name} of {self.out} changed since the run was started: --model or --data "
-                    "now give something else. Restore it, or choose another --out."
+                    f"The {name} of {self.out} changed since the run was started: --model or "
+                    "--data now give something else. Restore it, or choose another --out."
                 )
         self.write_json(self.out / "inputs.json", new)
         self.known, path = new, self.out / "environment.json"
@@ -213,7 +214,7 @@ class RunDirectory(storage.Folder):
             self.write(self.folder(t) / log.name, log.read_text())
 
     def stage(self, t: int, name: str, make, save) -> Path:
-        """The folder of an artefact, made unless it is there, sound and made from what is there now."""
+        """The folder of an artefact: made unless it is there, sound, and of the same origin."""
         place, kept, record = self.folder(t) / name, self.unfinished(t, name), self.record(t, name)
         self._make(place, record, make, save, kept)
         if processes.is_first():
@@ -240,14 +241,9 @@ class RunDirectory(storage.Folder):
             write(folder)
             checksums.write(folder, notes or {})
 
-        partial = place.with_name(f".{place.name}.partial")
         with disk_errors(place):
-            try:
-                shutil.rmtree(place, ignore_errors=True)
-                super().put(place, write_checked)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+            shutil.rmtree(place, ignore_errors=True)
+            super().put(place, write_checked)
 
     def write(self, path: Path, text: str) -> None:
         """Write a small file as a whole or not at all, unless it has this text already."""
@@ -324,24 +320,6 @@ class RunDirectory(storage.Folder):
             self.write(path, lines + line)
 
 
-def is_there(place: Path, record: dict[str, str]) -> bool:
-    """Whether an artefact is sound and was made from `record`; says so if there is another one."""
-    found = checksums.read(place)
-    if found is None:
-        if place.exists():
-            tqdm.write(f"{place} is damaged (its checksums do not match): it is made again.")
-        return False
-    if (made_from := found.get("inputs")) == record:
-        return True
-    if made_from is None:
-        tqdm.write(f"{place} does not say what it was made from: it is made again.")
-        return False
-    names = {*record, *made_from}
-    other = sorted(name for name in names if made_from.get(name) != record.get(name))
-    tqdm.write(f"{place} was made from other {', '.join(other)}: it is made again.")
-    return False
-
-
 def is_whole(run: Path) -> bool:
     """Whether a run has all its iterations, sound, made from one another, and in its table."""
     try:
@@ -360,24 +338,6 @@ def is_whole(run: Path) -> bool:
     sources = {k: v for record in records for k, v in record.get("inputs", {}).items()}
     sources.pop(SETTINGS, None)
     return all(checksums.digest(run / name) == value for name, value in sources.items())
-
-
-def inputs(run: Path) -> dict[str, str | None]:
-    """What tells the model and the questions of this run from others of the same name."""
-    path = run / "inputs.json"
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged, so it is unknown whether model and questions are still the same. "
-            "Restore it, remove it if you are sure, or choose another --out."
-        ) from error
-
-
-def digest(questions: Dataset, ordered: bool = False) -> str:
-    """One number for the questions and all that belongs to them, in this order or in any."""
-    rows = [json.dumps(row, sort_keys=True) for row in questions]
-    return checksums.of_text(json.dumps(rows if ordered else sorted(rows)))
 
 
 def count_tokens(content) -> int | None:

@@ -35,8 +35,8 @@ def seed_and_question_interval(matrix, seed: int = 0) -> tuple[float, float, flo
     """(mean, low, high) of `matrix[seed, question]`, for the mean over all seeds and questions.
 
     Resamples both; a resample takes the same questions for each of its seeds. Give the matrix of
-    differences to compare two methods. With one seed the interval holds for that seed only. A single
-    new run scatters more than the mean.
+    differences to compare two methods. With one seed the interval holds for that seed only. A
+    single new run scatters more than the mean.
     """
     if not len(matrix) or {len(row) for row in matrix} != {max(1, len(matrix[0]))}:
         raise UserError("matrix[seed, question] needs the same questions for every seed.")
@@ -126,6 +126,6 @@ def _distinct(rows: list[dict]) -> int:
 
 
 def _in_blocks(count, rows: list[dict], size: int) -> float:
-    """The mean of `count` over disjoint blocks of `size` completions; an incomplete one is left out."""
+    """The mean of `count` over disjoint blocks of `size` completions, without an incomplete one."""
     starts = range(0, len(rows) - size + 1, size)
     return float(np.mean([count(rows[start : start + size]) for start in starts]))

@@ -68,9 +68,13 @@ class Folder:
         """Write a folder under another name, then move it: it is there as a whole or not at all."""
         partial = place.with_name(f".{place.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        os.replace(partial, place)
+        try:
+            partial.mkdir(parents=True)
+            write(partial)
+            os.replace(partial, place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def evaluated(self, t: int, stages: Stages, answers) -> list[dict]:
         """Called after each evaluation; returns further rows for the metrics."""
@@ -113,8 +117,8 @@ def read_profile(run: str | Path) -> Profile:
         return Profile(**settings)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{run} is not a run directory: {path} is missing or damaged. Restore it, or make a run "
-            "with `python -m irpo_utils run --out DIR`."
+            f"{run} is not a run directory: {path} is missing or damaged. Restore it, or make a "
+            "run with `python -m irpo_utils run --out DIR`."
         ) from error
 
 
@@ -134,7 +138,7 @@ def save(content, folder: Path) -> None:
 
 
 def save_adapter(model, log: Dataset, folder: Path, weights: dict | None = None) -> None:
-    """The adapter in PEFT's format, and the training log next to it; weights: if not the model's."""
+    """The adapter in PEFT's format, with the training log; weights: if not the model's."""
     # Without the last argument PEFT looks for the base on the hub.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
