@@ -53,8 +53,8 @@ lab: $(REAL)     ## JupyterLab in the notebooks folder
 notebooks: $(REAL)  ## remake and execute all notebooks from notebooks/source
 	$(BIN)/python scripts/make_notebooks.py
 
-study: $(READY)  ## all comparisons and ablations over seeds, hours; goes on where it stood (NAME=comparison for one of them)
-	$(BIN)/python -m irpo_utils study $(NAME) --jobs $$($(BIN)/python -c 'import os; print(os.cpu_count())')
+study: $(READY)  ## all comparisons and ablations over seeds, hours; resumes (NAME=comparison for one of them)
+	$(BIN)/python scripts/study.py $(NAME) --jobs $$($(BIN)/python -c 'import os; print(os.cpu_count())')
 
-bench: $(READY)  ## our stages against generate and TRL, side by side, about 20 minutes on two idle cores
-	$(BIN)/python -m irpo_utils bench
+bench: $(READY)  ## our stages and plain generate and TRL side by side, about 20 minutes on two idle cores
+	$(BIN)/python scripts/bench.py

@@ -1,8 +1,8 @@
 """Iterative Reasoning Preference Optimization (Pang et al., NeurIPS 2024, arXiv 2404.19733).
 
-    questions ──sample──▶ samples ──grade──▶ graded ──build_pairs──▶ pairs ──train──▶ adapter of M_{t+1}
-        ▲                                                                                   │
-        └──────────────── next iteration: sample from M_{t+1} ◀─────── evaluate ◀───────────┘
+    questions ──sample──▶ samples ──grade──▶ graded ──build_pairs──▶ pairs ──train──▶ M_{t+1}
+        ▲                                                                                │
+        └──────────────── next iteration: sample from M_{t+1} ◀─────── evaluate ◀────────┘
 
 Each arrow is one function in the module of that name, and `iteration.run` calls them in this order.
 The modules in this folder and the basic tasks are the whole algorithm. What makes it faster is in

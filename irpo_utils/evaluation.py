@@ -14,8 +14,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from irpo_utils import UserError
-from irpo_utils.grading import grade
-from irpo_utils.pairs import group
+from irpo_utils.grading import grade, group
 from irpo_utils.sampling import sample
 
 Z = 1.959964  # two-sided 95 % point of the normal distribution
@@ -66,15 +65,10 @@ def bootstrap_mean(values, seed: int = 0) -> tuple[float, float, float]:
 
 def paired_difference(correct_a, correct_b, seed: int = 0) -> tuple[float, float, float]:
     """(mean of b - a, low, high): what b gains over a on the same questions."""
-    a, b = _paired(correct_a, correct_b)
+    a, b = np.asarray(correct_a, dtype=float), np.asarray(correct_b, dtype=float)
+    if a.shape != b.shape:
+        raise UserError("A paired comparison needs the same questions on both sides.")
     return bootstrap_mean(b - a, seed)
-
-
-def _paired(a, b) -> tuple[np.ndarray, np.ndarray]:
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise UserError("A paired comparison needs the same questions on both sides, at least one.")
-    return a, b
 
 
 def bootstrap_row(metric: str, values, k: int = 1, seed: int = 0) -> dict:
@@ -175,7 +169,7 @@ def correct_per_question(graded: Dataset) -> dict[str, float]:
 
 
 def compare(graded_a: Dataset, graded_b: Dataset) -> dict:
-    """What b gains over a on the same questions: `difference` (of accuracies), `low`, `high`, `n`."""
+    """What b gains over a on the same questions: `difference` in accuracy, `low`, `high`, `n`."""
     a, b = correct_per_question(graded_a), correct_per_question(graded_b)
     if set(a) != set(b):
         raise UserError(f"{len(set(a) ^ set(b))} questions are on one side only: nothing to pair.")

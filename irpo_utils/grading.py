@@ -1,13 +1,16 @@
-"""Grade completions: reward 1 where the final answer equals the gold answer (section 2 of the paper), otherwise 0.
+"""Grade completions: reward 1 where the final answer equals the gold answer, otherwise 0.
 
-Source: Pang et al., arXiv 2404.19733v3, section 2 ("the reward is 1 if y matches the gold label") and the prompts of
-appendix B.1, which ask for "Final answer: ...". How an answer is read and compared is the task's affair
-(`irpo_utils.tasks`); the paper does not say how. Nor does it say what becomes of a completion without an answer or cut
-off at the token limit: here both are wrong, so that they can be losers and never winners, and `reason` tells which.
+Source: Pang et al., arXiv 2404.19733v3, section 2 ("the reward is 1 if y matches the gold label")
+and the prompts of appendix B.1, which ask for "Final answer: ...". The task decides how an answer
+is read and compared (`irpo_utils.tasks`); the paper does not say how. It also does not say what
+happens to a completion without an answer or one cut off at the token limit. Here both get reward 0,
+and `reason` tells them apart.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -17,39 +20,40 @@ if TYPE_CHECKING:
     from irpo_utils.tasks.base import Task
 
 REASONS = ("ok", "wrong", "no_answer", "truncated")
+COLUMNS = {"extracted": "string", "correct": "bool", "reason": "string", "reward": "float64"}
 
 
 def grade_one(row: dict, task: Task) -> dict:
-    """`extracted` (str or None), `correct` (bool) and `reason` (one of `REASONS`) of one row of samples.
+    """`extracted` (str or None), `correct`, `reason` (of `REASONS`) and `reward` of one row.
 
-    `row` has `completion`, `answer`, `finished`, and `choices` if the task has them. Where `finished` is False the
-    completion was cut off: what it says last may be half a number, so nothing is extracted from it, and it has no vote.
+    `row` has `completion`, `answer`, `finished` and the columns of its question; the task sees all
+    of them. Where `finished` is False the completion was cut off, perhaps within a number, so
+    nothing is extracted from it.
     """
     if not row["finished"]:
-        return {"extracted": None, "correct": False, "reason": "truncated"}
+        return {"extracted": None, "correct": False, "reason": "truncated", "reward": 0.0}
     extracted = task.extract(row["completion"] or "", row)
     if extracted is None:
-        return {"extracted": None, "correct": False, "reason": "no_answer"}
-    correct = bool(task.is_correct(extracted, row["answer"]))
-    return {"extracted": extracted, "correct": correct, "reason": "ok" if correct else "wrong"}
+        return {"extracted": None, "correct": False, "reason": "no_answer", "reward": 0.0}
+    if "row" in inspect.signature(task.is_correct).parameters:
+        correct = bool(task.is_correct(extracted, row["answer"], row))
+    else:  # the verdict of this task does not depend on the question
+        correct = bool(task.is_correct(extracted, row["answer"]))
+    reason = "ok" if correct else "wrong"
+    return {"extracted": extracted, "correct": correct, "reason": reason, "reward": float(correct)}
 
 
 def grade(samples: Dataset, task: Task) -> Dataset:
-    """`samples` (one row a completion) with the columns `extracted`, `correct` and `reason` added (or made anew).
+    """`samples` with the columns `extracted`, `correct`, `reason` and `reward`.
 
-    Raises nothing whatever a completion says; it is for the task to be safe with hostile text, in bounded time.
+    Columns of these names are replaced. No completion raises an error: the task must be safe with
+    hostile text, in bounded time.
     """
     from datasets import Value
 
-    kinds = {"extracted": "string", "correct": "bool", "reason": "string"}
-    samples = samples.remove_columns([name for name in kinds if name in samples.column_names])
-    needed = [
-        name
-        for name in ("completion", "answer", "finished", "choices")
-        if name in samples.column_names
-    ]
-    grades = [grade_one(row, task) for row in samples.select_columns(needed)]
-    for name, kind in kinds.items():
+    samples = samples.remove_columns([name for name in COLUMNS if name in samples.column_names])
+    grades = [grade_one(row, task) for row in samples]
+    for name, kind in COLUMNS.items():
         samples = samples.add_column(name, [grade[name] for grade in grades], feature=Value(kind))
     return samples
 
@@ -62,3 +66,27 @@ def count_reasons(graded: Dataset) -> dict[str, int]:
     """
     counts = Counter(graded["reason"])
     return {reason: counts[reason] for reason in REASONS}
+
+
+def unread(graded: Dataset, n: int = 3) -> tuple[int, list[tuple[str, int]]]:
+    """How many completions have no readable answer, and their n commonest endings with counts.
+
+    An ending is the last line, 60 characters at most, with # for numbers. Many equal endings are a
+    format problem: read them before you train.
+
+    >>> unread({"reason": ["no_answer"] * 2, "completion": ["It is 4.", "It is 15."]})
+    (2, [('It is #.', 2)])
+    """
+    rows = zip(graded["reason"], graded["completion"], strict=True)
+    texts = [text or "" for reason, text in rows if reason == "no_answer"]
+    last_lines = [text.strip().rpartition("\n")[2].strip()[-60:] for text in texts]
+    endings = Counter(re.sub(r"\d[\d.,]*\d|\d", "#", line) for line in last_lines)
+    return len(texts), endings.most_common(n)
+
+
+def group(rows) -> dict[str, list[dict]]:
+    """Rows by question id, in order."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    return groups

@@ -11,6 +11,7 @@ that also survives kills within a stage, full disks and damaged files.
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 from datasets import Dataset, concatenate_datasets
@@ -22,9 +23,9 @@ from irpo_utils.profiles import Profile
 def run(profile: Profile, out, keep=None, engine=None, progress: bool = True) -> list[dict]:
     """Iterative RPO with these settings in the run directory `out`; resumes what is there.
 
-    keep: how artefacts are stored, by default `ops.storage.Folder(out)`. engine: how to compute, by default the
-    profile's. Returns the rows of `metrics.csv`: `method`, `seed`, `iteration`, `split`, `metric`,
-    `k`, `value`, `low`, `high`, `n`.
+    keep: how artefacts are stored, by default `ops.storage.Folder(out)`. engine: how to compute,
+    by default the profile's. Returns the rows of `metrics.csv`: `method`, `seed`, `iteration`,
+    `split`, `metric`, `k`, `value`, `low`, `high`, `n`.
     """
     methods.check_start(profile)
     p, keep = methods.apply(profile), keep or plugin("ops.storage").Folder(out)
@@ -54,13 +55,18 @@ class Stages:
         self.history: list[Dataset] = []  # the pairs of all iterations so far
         keep.check(self)
         self.model, self.tokenizer = self.engine.load(p, keep.revision)
+        # Draws completions of the model as it is: (questions, n, temperature, seed, ...).
+        self.draw = functools.partial(
+            sampling.sample,
+            self.model,
+            self.tokenizer,
+            task=self.task,
+            max_new_tokens=p.max_new_tokens,
+            batch_size=p.sampling_batch_size,
+            progress=progress,
+            engine=engine,
+        )
         keep.begin(self)
-
-    def draw(self, questions, n: int, temperature: float, seed: int, top_p: float = 1.0) -> Dataset:
-        """n completions per question of the model as it is."""
-        p, parts = self.p, (self.model, self.tokenizer, questions, self.task, n, temperature)
-        sizes = p.max_new_tokens, seed, p.sampling_batch_size
-        return sampling.sample(*parts, top_p, *sizes, self.progress, self.engine)
 
     def sample(self, t: int) -> Dataset | None:
         """N completions of M_t per training question; None if the method needs none."""
@@ -71,8 +77,8 @@ class Stages:
 
         def make(questions) -> Dataset:
             self.engine.use(self.model, adapter)
-            p, temperature = self.p, self.p.temperature_of(t)
-            return self.draw(questions, p.n_samples, temperature, self.seed(t, 1), p.top_p)
+            settings = {"temperature": self.p.temperature_of(t), "top_p": self.p.top_p}
+            return self.draw(questions, n=self.p.n_samples, seed=self.seed(t, 1), **settings)
 
         return self.keep.dataset(t, "samples", make, over=self.questions(t))
 
@@ -131,8 +137,9 @@ class Stages:
 
         def make(questions):
             self.engine.use(self.model, self.keep.adapter(t))
-            greedy = self.draw(questions, 1, 0.0, self.seed(0, 4))
-            sampled = self.draw(questions, k, p.eval_temperature, self.seed(0, 4))
+            seed = self.seed(0, 4)
+            greedy = self.draw(questions, n=1, temperature=0.0, seed=seed)
+            sampled = self.draw(questions, n=k, temperature=p.eval_temperature, seed=seed)
             return evaluation.graded(greedy, sampled, self.task)
 
         answers = self.keep.dataset(t, "evaluation", make, over=self.eval_questions)

@@ -1,8 +1,8 @@
 """What differs between Iterative RPO and the methods it is compared with: one entry each.
 
-All methods go through the same loop and the same stages. A method fixes a few settings, and may say
-how completions are rewarded, what the pairs are made of, or which model it starts from. Add a method
-by adding an entry to `METHODS`, also from a notebook.
+All methods go through the same loop and the same stages. A method fixes a few settings, and may
+say how completions are rewarded, what the pairs are made of, or which model it starts from. Add a
+method by adding an entry to `METHODS`, also from a notebook.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from irpo_utils import UserError
+from irpo_utils.grading import group
 
 if TYPE_CHECKING:
     from irpo_utils.profiles import Profile
@@ -52,8 +53,8 @@ METHODS: dict[str, Method] = {
     "irpo_from_sft": Method("Iterative RPO from SFT on chosen", PAPER, start="star"),
     "iterative_dpo": Method("DPO without NLL", f"{PAPER}; Xu et al. 2023, arXiv 2312.16682", DPO),
     "dpo_from_sft": Method("DPO from SFT on chosen", PAPER, DPO | ONCE, start="star"),
-    # STaR (Zelikman et al. 2022) also retrains from M_0 each time and shows the model the answers of
-    # the questions that it fails.
+    # STaR (Zelikman et al. 2022) also retrains from M_0 each time, and shows the model the answers
+    # of the questions that it fails.
     "star": Method("Rejection-sampling SFT", f"{PAPER}, there called STaR", SFT),
     "star_2x": Method("Rejection-sampling SFT, twice the data", PAPER, SFT | ONCE, pairs_factor=2),
     "sft_gold": Method("SFT on gold solutions", PAPER, SFT | ONCE, samples=False),
@@ -78,21 +79,16 @@ def check_conflict(name: str, changes: dict) -> None:
     """Refuse settings that contradict those that the method fixes."""
     for setting, value in get(name).settings.items():
         if changes.get(setting, value) != value:
-            option = setting.replace("_", "-")
-            raise UserError(
-                f"--method {name} fixes --{option} {value}, but --{option} {changes[setting]} was "
-                "given. Leave one of the two out."
-            )
+            given = f"--{setting.replace('_', '-')} {changes[setting]}"
+            raise UserError(f"--method {name} fixes {value}, but {given} was given: drop one.")
 
 
-def check_start(profile: Profile) -> None:
-    """Refuse a method that starts from another one's M_1 if the profile does not say where it is."""
-    first = get(profile.method).start
-    if first and not profile.start:
+def check_start(p: Profile) -> None:
+    """Refuse a method that starts from another one's M_1 if the profile does not name it."""
+    if (first := get(p.method).start) and not p.start:
         raise UserError(
-            f"The method {profile.method} starts from M_1 of the method {first}. Make that first: "
-            f"run with --method {first} --iterations 1 --out DIR; then add --start "
-            "DIR/iteration_1/adapter here."
+            f"--method {p.method} starts from M_1 of {first}: run with --method {first} "
+            "--iterations 1 --out DIR first, then add --start DIR/iteration_1/adapter here."
         )
 
 
@@ -100,12 +96,6 @@ def reward(graded, function):
     """`graded` with the column `reward` made by `function`, question by question."""
     if function is None:
         return graded
-    rewards = [0.0] * len(graded)
-    groups: dict[str, list[int]] = {}
-    for i, question in enumerate(graded["id"]):
-        groups.setdefault(question, []).append(i)
-    for indices in groups.values():
-        for i, value in zip(indices, function([graded[i] for i in indices]), strict=True):
-            rewards[i] = float(value)
-    kept = graded.remove_columns([c for c in ("reward",) if c in graded.column_names])
+    rewards = [float(value) for rows in group(graded).values() for value in function(rows)]
+    kept = graded.remove_columns([c for c in graded.column_names if c == "reward"])
     return kept.add_column("reward", rewards)

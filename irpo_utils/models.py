@@ -7,6 +7,7 @@ would remove it. M_0 is the base with a zero adapter.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -19,19 +20,7 @@ from irpo_utils import UserError
 
 CACHE = Path(os.environ.get("IRPO_CACHE", Path.home() / ".cache" / "irpo_utils"))
 FOLDERS = {"seed": Path(__file__).parent / "seed_model"}  # models that come with this package
-HUB_NAMES = {
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
-    "gemma-3-1b": "google/gemma-3-1b-it",
-    "llama-2-70b-chat": "meta-llama/Llama-2-70b-chat-hf",
-}
+HUB_NAMES = json.loads((Path(__file__).parent / "recipes" / "hub_names.json").read_text())
 
 
 def default_device() -> str:

@@ -12,6 +12,7 @@ import random
 from datasets import Dataset
 
 from irpo_utils import UserError, models
+from irpo_utils.grading import group
 from irpo_utils.sampling import check_ids
 
 # questions with completions; those that give pairs; those with no rejected and with no chosen
@@ -46,6 +47,8 @@ def build_pairs(
     `chosen_sample` (-1 for a gold solution), `rejected_sample`.
     Raises `UserError` beginning "no pairs" if nothing is left.
     """
+    if k < 1 or pairing not in ("wrap_around", "random"):
+        raise UserError(f"k = {k} must be at least 1, and {pairing!r} wrap_around or random.")
     graded = list(graded)
     check_ids([(row["id"], row["sample"]) for row in graded], "samples")
     gold_of = {row["id"]: {**row, "sample": -1} for row in gold or []}
@@ -73,9 +76,9 @@ def _limited(rows, max_length, max_pairs, seed: int, counts) -> tuple[Dataset, d
     if not kept:
         raise UserError(
             "no pairs: of {questions} questions, all completions were correct for {all_right} and "
-            "all incorrect for {all_wrong}; {over_long} pairs were longer than --max-length. If most "
-            "are incorrect, draw more samples (--n-samples), add gold solutions (--gold true), or "
-            "look at `extracted` and `reason` of the graded data; if most are correct, raise "
+            "all incorrect for {all_wrong}; {over_long} pairs were longer than --max-length. If "
+            "most are incorrect, draw more samples (--n-samples), add gold solutions (--gold true) "
+            "or look at `extracted` and `reason` of the graded data; if most are correct, raise "
             "--temperature or use harder questions. Other settings need another --out.".format(
                 **counts
             )
@@ -89,7 +92,7 @@ def _limited(rows, max_length, max_pairs, seed: int, counts) -> tuple[Dataset, d
 
 
 def walk(n_chosen: int, n_rejected: int, k: int) -> list[tuple[int, int]]:
-    """K index pairs (chosen, rejected): both sets in parallel, restarted at their ends (footnote 2).
+    """K index pairs (chosen, rejected): both sets in parallel, each restarted at its end.
 
     >>> walk(2, 3, 4)
     [(0, 0), (1, 1), (0, 2), (1, 0)]
@@ -100,9 +103,9 @@ def walk(n_chosen: int, n_rejected: int, k: int) -> list[tuple[int, int]]:
 def split(completions: list[dict], gold: dict | None = None) -> tuple[list[dict], list[dict]]:
     """(chosen, rejected) of one question, in the order of the samples, the gold solution first.
 
-    Rewards of 0 and 1 are split as in the paper. Other rewards are split half-way between the lowest
-    and the highest, so that every chosen completion has a higher reward than every rejected one. If
-    all rewards are equal, they count as 0 and 1 would: all chosen from 0.5 on, else all rejected.
+    Rewards of 0 and 1 are split as in the paper. Other rewards are split half-way between the
+    lowest and the highest, so that every chosen completion has a higher reward than every rejected
+    one. If all rewards are equal, all are chosen from 0.5 on, and all rejected below.
     """
     rewards = [row["reward"] if "reward" in row else float(row["correct"]) for row in completions]
     both_ends = rewards + ([max(1.0, *rewards)] if gold else [])
@@ -135,14 +138,6 @@ def empty_completions(questions, prompts: list[str], tokenizer) -> list[dict]:
         empty = {"completion": "", "completion_ids": [models.turn_end(tokenizer)], "reward": 0.0}
         rows.append(row | empty)
     return rows
-
-
-def group(rows) -> dict[str, list[dict]]:
-    """Rows by question id, in order."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row["id"], []).append(row)
-    return groups
 
 
 def make_pair(question: dict, chosen: dict, rejected: dict) -> dict:

@@ -20,8 +20,8 @@ from irpo_utils import UserError, methods
 RECIPES = Path(__file__).parent / "recipes"
 AT_LEAST = {
     0: "seed iterations alpha warmup_ratio",
-    1: "lora_r lora_alpha n_questions n_samples max_new_tokens sampling_batch_size k_pairs max_length "
-    "max_pairs batch_size micro_batch_size probe_every n_eval_questions eval_samples "
+    1: "lora_r lora_alpha n_questions n_samples max_new_tokens sampling_batch_size k_pairs "
+    "max_length max_pairs batch_size micro_batch_size probe_every n_eval_questions eval_samples "
     "eval_samples_ends",
 }
 CHOICES = {

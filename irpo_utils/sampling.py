@@ -140,7 +140,7 @@ def next_tokens(logits, uniforms, temperature: float, top_p: float) -> torch.Ten
 def decode(model, request: Request, batch_size: int):
     """Yield (prompt, sample, tokens, finished, logprob) of every completion, longest prompts first.
 
-    prompt and sample are indices; tokens include the end token; logprob is the sum at temperature 1.
+    prompt and sample are indices, tokens include the end token, logprob is a sum at temperature 1.
     """
     at_once = max(1, batch_size // request.n)
     order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))

@@ -55,7 +55,7 @@ class PairLogps:
 
 
 def dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, *, alpha, beta):
-    """The two terms of Eq. 1 per pair: (loss_dpo, loss_nll). The loss is loss_dpo + alpha * loss_nll.
+    """The two terms of Eq. 1 per pair, (loss_dpo, loss_nll): the loss is loss_dpo + alpha loss_nll.
 
     All arguments are tensors (batch,), see `PairLogps`. `alpha` does not scale the second term.
     """
@@ -108,9 +108,6 @@ class IterativeRPOTrainer(DPOTrainer):
         with mock.patch.dict(os.environ, quiet):  # the only switch that TRL has for this bar
             return super()._precompute_ref_logps(*args)
 
-    def _set_signature_columns_if_needed(self):
-        self._signature_columns = [*IDS, *REFERENCE, "length"]
-
     def _get_num_items_in_batch(self, batches, device):
         """Pairs in one optimiser step, over all micro-batches and processes."""
         pairs = sum(self.n_pairs(batch) for batch in batches)
@@ -127,8 +124,8 @@ class IterativeRPOTrainer(DPOTrainer):
 
     def pair_logps(self, model, inputs) -> PairLogps:
         """From TRL's batch (2B, L): B rows with chosen responses, then B with the rejected ones."""
-        names = ("input_ids", "attention_mask", "completion_mask")
-        ids, attention, response = (inputs[name] for name in names)
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        response = inputs["completion_mask"]
         if self.loss_name in CHOSEN_ONLY:
             ids, attention, response = (x.chunk(2)[0] for x in (ids, attention, response))
         batch = {"input_ids": ids, "attention_mask": attention, "use_cache": False}
@@ -185,7 +182,7 @@ class IterativeRPOTrainer(DPOTrainer):
         # The loss scaling of fp16 looks for its scale by overflowing a few times.
         if not math.isfinite(logs["loss"]) or self.overflows > (10 if self.args.fp16 else 0):
             raise UserError(
-                f"Training stopped at step {step}: the loss is {logs['loss']} and the gradient norm "
+                f"Training stopped at step {step}: the loss is {logs['loss']}, the gradient norm "
                 f"{logs['grad_norm']}. Lower --learning-rate, or use a wider --dtype."
             )
         if step == 1 and self.starts_from_reference and "rewards/chosen" in logs:
@@ -193,8 +190,8 @@ class IterativeRPOTrainer(DPOTrainer):
                 ratio, size = abs(logs[f"rewards/{side}"]) / self.beta, abs(logs[f"logps/{side}"])
                 if ratio > ROUNDING[self.model.dtype] * (1 + size):
                     raise UserError(
-                        "The reference is not the model that training starts from: at the first step "
-                        f"the {side} responses have a log-ratio of {ratio:.4f} nats, not 0. Install "
+                        "The reference is not the model that training starts from: at step 1 the "
+                        f"{side} responses have a log-ratio of {ratio:.4f} nats, not 0. Install "
                         "the versions of requirements.lock, and use the model for nothing else."
                     )
 
@@ -276,7 +273,7 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
         "warmup_steps": 0.1,  # share of the steps
         "lr_scheduler_type": "cosine",
         "train_sampling_strategy": "group_by_length",
-        "length_column_name": "length",
+        "remove_unused_columns": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "no",

@@ -1,7 +1,7 @@
 r"""Put the graders to the test: real gold answers in many surface forms, wrong and evasive answers, hostile text.
 
-    IRPO_DATA=folder python scripts/check_graders.py                # up to 100,000 answers a task, about ten minutes
-    IRPO_DATA=folder python scripts/check_graders.py --count 2000   # a quick look; --out for another folder
+    IRPO_DATA=folder python scripts/check_graders.py                # up to 4,000 answers per task
+    IRPO_DATA=folder python scripts/check_graders.py --count 500    # a quick look; --out for another folder
 
 Every answer is made from a real gold answer, so that the right verdict is known. Each is graded a second time by a
 reader written another way (`other_number`, `other_letter`, `other_latex`), and a third time by the short rule that is most
@@ -26,11 +26,13 @@ from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
-from irpo_utils import iteration, tasks
-from irpo_utils.__main__ import calm_libraries
-from irpo_utils.tasks import files, numbers
+from irpo_utils import grading, tasks
+from irpo_utils.ops.cli import quiet_libraries
+from irpo_utils.ops.environment import environment
+from irpo_utils.tasks import files, numbers, verifier
 from irpo_utils.tasks import math as math_task
 
+CASES = Path(__file__).parents[1] / "tests" / "data" / "answers.jsonl"
 COLUMNS = ("test", "tried", "held", "note")
 SHARES = {"right": 0.4, "wrong": 0.4, "evasive": 0.2}  # of the answers of a task
 BY_VALUE = (
@@ -368,6 +370,7 @@ LETTER_FORMS = {
     "place": "{4}",
     "other final answer": "{5}\nNo, wait.\nFinal answer: {0}",
     "quotes": '"{0}"',
+    "question mark": "{0}?",
 }
 LETTER_EVASIVE = {
     "or": "{0} or {5}",
@@ -382,7 +385,6 @@ LETTER_EVASIVE = {
     "another's text": "({0}) {7}",
     "another's text and more": "{0}) {7}, because it fits",
     "two places": "{4}, {8}",
-    "question mark": "{0}?",
     "none": "none of them",
     "instruction": "(insert letter here)",
     "all": "all of the above",
@@ -390,7 +392,6 @@ LETTER_EVASIVE = {
     "no such option": "F",
 }
 WHY_LETTERS = {
-    "question mark": "the second reader drops punctuation; a doubt is no answer to ours",
     "is wrong": "the second reader does not know the words",
     "is not right": "the second reader does not know the words",
     "text": "two options have the same text, or one is a letter or a number: ours asks which, or takes the letter",
@@ -540,12 +541,7 @@ LATEX_SPELLINGS = {
         else gold + r"\text{ units}"
     ),
 }
-BY_VALUE_FORMS = {
-    "plus nothing": "{}+0",
-    "nothing plus": "0+{}",
-    "plus one": "({})+1-1",
-    "twice and halved": r"\frac{{2({})}}{{2}}",
-}
+UNFINISHED_FORMS = {"plus nothing": "{}+0", "nothing plus": "0+{}", "plus one": "({})+1-1"}
 LATEX_EVASIVE = {
     "or": "Final answer: ${0}$ or ${1}$",
     "denied": "Final answer: It is not ${0}$.",
@@ -565,6 +561,7 @@ LATEX_EVASIVE = {
 WHY_LATEX = {
     "equal by value": "the second reader has no value for one of them (a set, an equation, a variable) and compares text; "
     "these are equal, but written otherwise",
+    "not worked out": "the second reader compares values; ours refuses an operation that is left to do",
     "a word": "words count as text to ours whatever their capitals",
     "decimals": "the library works out an expression with decimals to 15 digits only; what differs in the last is not equal to ours",
 }
@@ -756,14 +753,14 @@ def check_latex(golds: list[str], count: int, rng: random.Random, examples: dict
             True,
         )
     for index in range(slow):
-        gold, form = valued[index % len(valued)], rng.choice([*BY_VALUE_FORMS])
+        gold, form = valued[index % len(valued)], rng.choice([*UNFINISHED_FORMS])
         bare = DRESSING.sub("", gold)
         add(
-            "right by value",
+            "unfinished",
             form,
-            f"Final answer: ${BY_VALUE_FORMS[form].format(bare.strip().rstrip('.'))}$",
+            f"Final answer: ${UNFINISHED_FORMS[form].format(bare.strip().rstrip('.'))}$",
             gold,
-            True,
+            False,
         )
         gold = golds[index % len(golds)]
         wrong = neighbour(gold)
@@ -796,7 +793,7 @@ def check_latex(golds: list[str], count: int, rng: random.Random, examples: dict
         else:
             theirs, form = (
                 abs(first - second) <= 1e-12 * abs(first),
-                "decimals" if "." in one + two else "values",
+                "decimals" if "." in one + two else "values" if ours else "not worked out",
             )
         tally.add("pair", form, f"{one}  and  {two}", None, ours == theirs)
         tally.compare(
@@ -981,7 +978,7 @@ def check_hostile(count: int, rng: random.Random) -> list[dict]:
                 seconds, processor = time.perf_counter() - started, time.process_time() - processor
                 slowest, longest = max(slowest, processor), max(longest, seconds)
                 in_time = processor < LIMIT and (
-                    name != "math" or seconds < 3 * math_task.PATIENCE * math_task.TIME_LIMIT
+                    name != "math" or seconds < 3 * verifier.PATIENCE * verifier.TIME_LIMIT
                 )
                 held += in_time and (
                     not right or name == "arc_challenge" and ("B" in text.upper() or "blue" in text)
@@ -1008,7 +1005,7 @@ class Tally:
 
     LABELS = {
         "right": "right answers",
-        "right by value": "right answers written as another expression",
+        "unfinished": "answers with an operation left to do",
         "wrong": "wrong answers",
         "evasive": "evasive, denied and unfinished answers",
     }
@@ -1095,10 +1092,40 @@ class Tally:
         ]
 
 
+def completion_of(text: str) -> str:
+    """A case is a whole completion if it has the marker, otherwise what stands behind it."""
+    has_marker = re.search(r"final\s+answer", text, re.IGNORECASE)
+    return text if has_marker else f"Some working: 3 + 4 = 7.\nFinal answer: {text}"
+
+
+def check_kinds(path: Path, examples: dict) -> list[dict]:
+    """One row for each kind of labelled answers: false positives and false negatives."""
+    counts = defaultdict(Counter)
+    for case in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        row = {"answer": case["gold"], "choices": case.get("choices"), "finished": True}
+        row["question"] = case.get("question", "")
+        for verdict in ("correct", "incorrect", "unread"):
+            for text in case.get(verdict, []):
+                row["completion"] = completion_of(text)
+                correct = grading.grade_one(row, tasks.get(case["task"]))["correct"]
+                found = (verdict == "correct", correct)
+                counts[case["kind"]][found] += 1
+                if found[0] != found[1]:
+                    examples.setdefault(case["kind"], []).append(f"{text}  (gold {case['gold']})")
+    rows = []
+    for kind, count in counts.items():
+        false_positives, false_negatives = count[False, True], count[True, False]
+        wrong, right = count[False, False] + false_positives, count[True, True] + false_negatives
+        note = f"false positives {false_positives} of {wrong}, false negatives {false_negatives} of {right}"
+        held = wrong + right - false_positives - false_negatives
+        rows.append({"test": f"kind: {kind}", "tried": wrong + right, "held": held, "note": note})
+    return rows
+
+
 def check(folder: Path, count: int, seed: int) -> tuple[list[dict], dict]:
     """(rows of the table, examples of what was not as expected or not agreed on)."""
     rng, examples = random.Random(seed), {}
-    rows = []
+    rows = check_kinds(CASES, examples.setdefault("kinds", {}))
     for name in ("word_problems", "gsm8k", "svamp"):
         data = None if name == "word_problems" else str(folder)  # those come with the repository
         answers = [
@@ -1119,13 +1146,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--count", type=int, default=100_000, help="answers a task (default: 100000)"
-    )
+    parser.add_argument("--count", type=int, default=4_000, help="answers per task (default: 4000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args()
-    calm_libraries()
+    quiet_libraries()
     folder = files.local_path("", None)
     if folder is None:
         raise SystemExit(
@@ -1141,7 +1166,7 @@ def main() -> None:
         "seed": options.seed,
         "count": options.count,
         "seconds": round(time.perf_counter() - started),
-        "environment": iteration.environment(),
+        "environment": environment(),
         "graders": {
             name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy")
         },

@@ -1,11 +1,13 @@
-"""Make the notebooks from their sources: one source, two views, both executed.
+"""Make the notebooks from their sources: one source gives two notebooks, both executed.
 
-    python scripts/make_notebooks.py              # all: notebooks/NN_*.ipynb and notebooks/solutions/NN_*.ipynb
+    python scripts/make_notebooks.py              # all of them
     python scripts/make_notebooks.py 03_pairs     # one of them
-    python scripts/make_notebooks.py --no-run 03  # without executing, for a quick look
+    python scripts/make_notebooks.py --no-run 03  # without executing it
 
-A source is a percent script, notebooks/source/NN_name.py: `# %% [markdown]` begins a text cell, `# %%` a code cell. A
-code cell that a student fills in holds both views; the marker lines themselves are in neither:
+Writes notebooks/NN_*.ipynb with open exercises and notebooks/solutions/NN_*.ipynb with solutions.
+A source is a percent script, notebooks/source/NN_name.py: `# %% [markdown]` starts a text cell,
+`# %%` a code cell. A code cell that a student fills in has both versions; the lines with the
+markers are in neither notebook:
 
     def wrap_around(n_winners, n_losers, k):
         # SOLUTION
@@ -14,9 +16,9 @@ code cell that a student fills in holds both views; the marker lines themselves 
         # return None      # your turn
         # END
 
-Links in a source are those of the student's notebook. The solved one lies a folder deeper, so `view` rewrites them there:
-other pages get one more `..`, the link to the solution becomes the notebook itself, and other notebooks stay those
-with the exercises open, so that nobody who looked one solution up goes on among the solved ones.
+Links in a source are those of the notebook with open exercises. The solved one is a folder deeper,
+so `view` changes them there: other pages get one more `..`, and the link to the solution becomes
+the notebook itself. Links to other notebooks go to those with open exercises.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the result files in figures/, so that no number in them is typed by hand.
+"""Write the tables of README.md and docs/results from the result files in figures/.
 
 python scripts/readme_tables.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas
 
-from irpo_utils import methods, report, study
+from studies import api, report, trials
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "figures"
@@ -24,7 +24,7 @@ def accuracy() -> str:
     metrics = pandas.read_csv(FIGURES / "accuracy_per_iteration.csv")
     record = json.loads((FIGURES / "accuracy_per_iteration.json").read_text())
     lines = [
-        "| | greedy | sampled | new skeletons | majority of 8 | tokens |",
+        "| | greedy | sampled | unseen templates | majority of 8 | tokens |",
         "|---|---|---|---|---|---|",
     ]
     for t in sorted(means.iteration.unique()):
@@ -43,7 +43,7 @@ def accuracy() -> str:
     lines += [
         "",
         f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {len(record['seeds'])} seeds with 95 % "
-        f"intervals over seeds and questions; new skeletons: greedy on the 150 questions of a form that neither M0 nor "
+        f"intervals over seeds and questions; unseen templates: greedy on the 150 questions whose template neither M0 nor "
         f"training has seen. One core of an {run['environment']['processor']} each, torch "
         f"{run['environment']['versions']['torch']}, commit {run['environment']['commit']}. "
         "Made with `python -m irpo_utils run --profile cpu --seed S --out runs/seed_S` for each seed and "
@@ -132,14 +132,14 @@ def speed() -> str:
     first = next(iter(records.values()))
     llama = table[table.variant.str.endswith("llama_cpp") & (table.metric == "tokens_per_second")]
     aside = "".join(
-        f" llama.cpp draws the same completions one after another from the same 4-bit file at {row.value:,.0f} tokens/s "
+        f" llama.cpp samples the same completions one after another from the same 4-bit file at {row.value:,.0f} tokens/s "
         f"({row.low:,.0f}–{row.high:,.0f})."
         for row in llama.itertuples()
     )
     machine = f"{first['threads']} threads of an {first['processor']}, torch {first['versions']['torch']}."
     lines += [
         "",
-        f"Median over the turns with the least and the greatest.{aside} {machine} "
+        f"Median over the turns, with minimum and maximum.{aside} {machine} "
         + " ".join(f"`{command}`" for command in records),
     ]
     return "\n".join(lines)
@@ -165,7 +165,7 @@ def comparison() -> str:
     means = pandas.read_csv(FIGURES / "comparison_mean.csv")
     record = json.loads((FIGURES / "comparison.json").read_text())
     lines = [
-        "| method | seeds | rate | greedy, M1 | against Iterative RPO | greedy, last | against Iterative RPO | sampled, last |",
+        "| method | seeds | learning rate | greedy, M1 | difference from Iterative RPO | greedy, last | difference from Iterative RPO | sampled, last |",
         "|---|---|---|---|---|---|---|---|",
     ]
     by_first = means[(means.metric == "greedy") & (means.iteration == 1)].sort_values(
@@ -178,7 +178,7 @@ def comparison() -> str:
             rows[(rows.iteration == t) & (rows.metric == metric)]
             for t, metric in ((1, "greedy"), (last, "greedy"), (last, "sampled"))
         )
-        rate = record["rates"].get(study.LIKE.get(name, name))
+        rate = record["rates"].get(trials.TUNED_AS.get(name, name))
         cells = [_interval(first.iloc[0]), _difference(first.iloc[0])] if len(first) else ["", ""]
         cells += (
             [f"{_interval(end.iloc[0])} M{last}", _difference(end.iloc[0])]
@@ -187,7 +187,7 @@ def comparison() -> str:
         )
         cells += [_interval(sampled.iloc[0])]
         lines.append(
-            f"| {methods.get(name).title} | {int(rows.seeds.max())} | {rate if last else ''} | "
+            f"| {api.method_title(name)} | {int(rows.seeds.max())} | {rate if last else ''} | "
             + " | ".join(cells)
             + " |"
         )
@@ -206,11 +206,12 @@ def comparison() -> str:
     )
     lines += [
         "",
-        f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over seeds; differences in points on the same "
-        "questions and seeds, so that a method with three is set against the same three of Iterative RPO, which stands at "
-        f"{100 * same:.1f} % with these after its last iteration. 95 % intervals over seeds and questions; in italics what is "
-        "within noise. The rate of each method is the best of three on the validation split, for variants that of their next "
-        f"relative. {record['runs']} runs on {', '.join(record['processors'])}. `{record['command']}`",
+        f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over seeds. Differences are in points, on the "
+        "same questions and seeds. A method with three seeds is compared with the same three seeds of Iterative RPO, "
+        f"whose accuracy is {100 * same:.1f} % with these after its last iteration. 95 % intervals are over seeds and "
+        "questions; differences in italics are within noise. The learning rate of each method is the best of three "
+        "on the validation split; variants take that of the method that they are most like. "
+        f"{record['runs']} runs on {', '.join(record['processors'])}. `{record['command']}`",
     ]
     return "\n".join(lines)
 
@@ -252,7 +253,7 @@ def reliability() -> str:
     machines = dict.fromkeys(
         f"{record['cpus']} cores of {record['processor']}" for record in records.values()
     )
-    commands = " ".join(f"`python scripts/check_reliability.py {what}`" for what in records)
+    commands = " ".join(f"`python scripts/studies/check_reliability.py {what}`" for what in records)
     return "\n".join([*lines, "", f"On {' and on '.join(machines)}. {commands}"])
 
 
@@ -274,22 +275,51 @@ def _interval(row) -> str:
     return f"{100 * row.value:.1f} ({100 * row.low:.1f}–{100 * row.high:.1f})"
 
 
+def findings() -> str:
+    """Five methods after one iteration, and after four where they have them."""
+    means = pandas.read_csv(FIGURES / "comparison_mean.csv")
+    greedy = means[means.metric == "greedy"].set_index(["method", "iteration"])
+    rates = json.loads((FIGURES / "comparison.json").read_text())["rates"]
+    lines = [
+        "| | learning rate | M1 | M4 | M1, difference | M4, difference |",
+        "|---|---|---|---|---|---|",
+        f"| M0 | | {_interval(greedy.loc[('irpo', 0)])} | | | |",
+    ]
+    for name in ("irpo", "iterative_dpo", "star", "sft_gold"):
+        cells, differences = [], []
+        for t in (1, 4):
+            known = (name, t) in greedy.index
+            cells.append(_interval(greedy.loc[name, t]) if known else "")
+            differences.append(_difference(greedy.loc[name, t]) if known else "")
+        row = " | ".join([api.method_title(name), f"{rates[name]:g}", *cells, *differences])
+        lines.append(f"| {row} |")
+    n, seeds = int(means.n.iloc[0]), int(means[means.method == "irpo"].seeds.max())
+    lines += [
+        "",
+        f"Greedy accuracy in % on {n} test questions with the miniature model, mean over {seeds} "
+        "seeds with 95 % intervals over seeds and questions. *Difference*: points above or below "
+        "Iterative RPO on the same seeds and questions; in italics where the interval includes 0. "
+        "*Learning rate*: the best of three on validation after two iterations. SFT on gold "
+        "solutions has one iteration.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = (accuracy, smollm2, speed, growth, comparison, reliability, matrix, findings)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+
+
 def fill(text: str) -> str:
-    """README's text with every table block made anew."""
-    for name, table in (
-        ("accuracy", accuracy),
-        ("smollm2", smollm2),
-        ("speed", speed),
-        ("growth", growth),
-        ("comparison", comparison),
-        ("reliability", reliability),
-        ("matrix", matrix),
-    ):
+    """A page with every table block made anew."""
+    for table in TABLES:
+        name = table.__name__
         block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.S)
-        text = block.sub(lambda match: f"{match[1]}{table()}\n{match[2]}", text)  # noqa: B023
+        if block.search(text):
+            made = table()
+            text = block.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
     return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(fill(path.read_text()))
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))

@@ -1,11 +1,12 @@
-"""Make notebooks/shipped_run from a finished run of the default profile, so that the notebooks teach without waiting.
+"""Make notebooks/shipped_run from a finished run of the default profile.
 
     python scripts/ship_run.py runs/cpu                          # writes notebooks/shipped_run
     python scripts/ship_run.py runs/cpu --out /some/other/place
 
-No row and no column is dropped: the tables are compressed, which takes them to a tenth of their size, and
-`datasets.load_from_disk` reads them as before. Left out is what stands in the repository already or can be had from the
-rest (`LEFT_OUT`). The README.md beside the run says what made it.
+The notebooks read it, so that nobody has to wait for a run. All rows and columns are kept: the
+tables are compressed to a tenth of their size, and `datasets.load_from_disk` reads them as before.
+Files that are in the repository already, or follow from the others, are left out (`LEFT_OUT`). The
+README.md of the copy says how the run was made.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from pathlib import Path
 import pandas
 import pyarrow as pa
 
-from irpo_utils import UserError, checksums, iteration, profiles
-from irpo_utils.profiles import MAY_CHANGE
+from irpo_utils import UserError, profiles
+from studies import api
+from studies.api import MAY_CHANGE, checksums
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = "cpu"
@@ -53,7 +55,7 @@ stands for changes since that commit). The seed is {seed}; the other settings ar
 
 {table}
 
-Right answers in %, greedy and sampled, on {n} test questions. One seed; five are in [`figures/`](../../figures/LOG.md).
+Accuracy in %, greedy and sampled, on {n} test questions. One seed; five are in [`figures/`](../../figures/LOG.md).
 
 `python scripts/ship_run.py {run}` made this folder from the run directory. The tables hold all rows and columns and are
 compressed; `datasets.load_from_disk` reads them. The adapters' configurations name their base by its short name. Left out:
@@ -97,7 +99,7 @@ def ship(run: Path, out: Path) -> int:
 
 def check(run: Path) -> None:
     """Refuse a run that is not finished, not sound, or not of the default profile."""
-    settings, default = iteration.load_profile(run), profiles.get(PROFILE)
+    settings, default = api.load_profile(run), profiles.get(PROFILE)
     free = {name: getattr(default, name) for name in NO_MATTER}
     if dataclasses.replace(settings, **free) != default:
         raise UserError(
@@ -111,7 +113,7 @@ def check(run: Path) -> None:
     ]
     if missing := [str(path) for path in needed if not path.exists()]:
         raise UserError(
-            f"{run} is not finished: {', '.join(missing)} is missing. The command that made it goes on with it."
+            f"{run} is not finished: {', '.join(missing)} is missing. Run the command that made it again: it resumes."
         )
     damaged = [
         str(sums.parent)
@@ -167,11 +169,8 @@ def renew(sums: Path) -> None:
 
 
 def describe(run: Path) -> str:
-    """The README of the shipped run, from what the run recorded."""
-    settings, machine = (
-        iteration.load_profile(run),
-        json.loads((run / "environment.json").read_text()),
-    )
+    """The README of the shipped run."""
+    settings, machine = (api.load_profile(run), json.loads((run / "environment.json").read_text()))
     metrics = pandas.read_csv(run / "metrics.csv")
     accuracy = metrics[metrics.metric.isin(["greedy", "sampled"])].pivot(
         index="iteration", columns="metric", values="value"

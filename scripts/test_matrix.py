@@ -1,14 +1,16 @@
-"""Run the tests on every supported Python that is found, and on the oldest and the newest libraries that are allowed.
+"""Run the tests on every supported Python, with the oldest and the newest allowed libraries.
 
     python scripts/test_matrix.py                 # everything, an hour or more
     python scripts/test_matrix.py --no-notebooks  # without executing notebooks and browsers
 
-Environments are made by uv (`pip install uv`) in a temporary folder. "newest" is requirements.lock; "oldest" is the lowest
-version that pyproject.toml allows of each direct dependency, but for torch, which stays as in the lock (older builds of it
-are several gigabytes each). Writes figures/test_matrix.csv (columns `python`, `libraries`, `result`, `passed`, `failed`,
-`skipped`, `seconds`, `versions`, `date`); interpreters that are not there and combinations that were never run are marked
-`untested`, and rows that were not run this time stay as they were. `--tests` runs some files again, after a mend say, and adds a row
-of its own for them.
+uv (`pip install uv`) makes the environments in a temporary folder. "newest" is requirements.lock;
+"oldest" is the lowest version of each direct dependency that pyproject.toml allows, except for
+torch, which is that of the lock (older builds are several gigabytes each).
+
+Writes figures/test_matrix.csv (columns `python`, `libraries`, `result`, `passed`, `failed`,
+`skipped`, `seconds`, `versions`, `date`). Combinations that were never run, and interpreters that
+are missing, are `untested`; rows that are not run this time are kept. `--tests` runs some files
+only, for example after a fix, and adds a separate row for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""scripts/cluster, read by the parsers of the engines that it is for, and run on this machine with stand-ins for the cluster."""
+"""scripts/cluster: parsed by the tools that it is for, and run with stand-ins for a cluster."""
 
 import json
 import os
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from irpo_utils import UserError, __main__, checksums, iteration, profiles
+from irpo_utils import UserError, profiles
+from irpo_utils.ops import checksums, cli
+from irpo_utils.scale import fsdp
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "scripts" / "cluster"
@@ -41,16 +43,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def documented(name: str, start: str) -> list[str]:
-    """The words of the command in the comment at the top of a file that begins with `start`."""
+    """The words of the command in the first comment of a file that begins with `start`."""
     text = (CLUSTER / name).read_text().replace("\\\n#", " ")
     [line] = re.findall(rf"^#\s+({re.escape(start)}.*)$", text, re.M)
     return shlex.split(line)
 
 
 def accepted_by_run(words: list[str]) -> profiles.Profile:
-    """What the package's own parser makes of `python -m irpo_utils` and these words."""
+    """The profile that `python -m irpo_utils` makes of these words."""
     assert words[0] == "run"
-    return __main__._parse_profile(words[1:])[0]
+    return cli.parse_profile(words[1:])[0]
 
 
 def executable(path: Path, text: str) -> Path:
@@ -79,7 +81,7 @@ def engines(program: str, *words, code: str | None = None, home: Path):
 
 
 def merged(words: list[str]) -> tuple[Namespace, dict[str, str]]:
-    """Command line and file as `accelerate launch` puts them together, and the environment that it gives the processes."""
+    """The arguments of `accelerate launch` with its file, and the environment of the processes."""
     from accelerate.commands import launch
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -127,17 +129,18 @@ def test_accelerate_takes_file_and_command(monkeypatch, name, machines, processe
             arguments.rdzv_endpoint,
         ) == ("2", 1, "static", "HOST:29500")
     profile = accepted_by_run(arguments.training_script_args)
-    monkeypatch.setattr(os, "environ", {**environment, "WORLD_SIZE": str(processes)})
-    iteration.check_shard(profile)
+    launched = {"WORLD_SIZE": str(processes), "RANK": "0", "MASTER_ADDR": "localhost"}
+    monkeypatch.setattr(os, "environ", {**environment, **launched})
+    fsdp.check(profile)
     [added] = re.findall(
         r"options: (--shard.*?adamw_torch)", (CLUSTER / "accelerate_1x8.yaml").read_text()
     )
-    iteration.check_shard(accepted_by_run([*arguments.training_script_args, *added.split()]))
+    fsdp.check(accepted_by_run([*arguments.training_script_args, *added.split()]))
 
 
 def test_accelerate_would_refuse_a_wrong_file_and_a_run_its_fsdp(monkeypatch, tmp_path):
     text = (CLUSTER / "accelerate_1x8.yaml").read_text()
-    wrong, fsdp = tmp_path / "wrong.yaml", tmp_path / "fsdp.yaml"
+    wrong, splitting = tmp_path / "wrong.yaml", tmp_path / "fsdp.yaml"
     wrong.write_text(text.replace("num_processes:", "num_procs:"))
     with pytest.raises(ValueError, match="num_procs"):
         merged(["--config_file", str(wrong), "-m", "irpo_utils", "run"])
@@ -153,17 +156,17 @@ def test_accelerate_would_refuse_a_wrong_file_and_a_run_its_fsdp(monkeypatch, tm
                 "run",
             ]
         )
-    fsdp.write_text(text.replace("MULTI_GPU", "FSDP"))
+    splitting.write_text(text.replace("MULTI_GPU", "FSDP"))
     monkeypatch.setattr(
-        os, "environ", merged(["--config_file", str(fsdp), "-m", "irpo_utils", "run"])[1]
+        os, "environ", merged(["--config_file", str(splitting), "-m", "irpo_utils", "run"])[1]
     )
-    with pytest.raises(UserError, match="without it, and --shard true"):
-        iteration.check_shard(profiles.get("smoke"))
+    with pytest.raises(UserError, match="without FSDP, and use --shard true"):
+        fsdp.check(profiles.get("smoke"))
 
 
 @pytest.mark.slow
 def test_two_machines_of_accelerate_make_one_run(tmp_path):
-    """Two launchers on this machine with one process each, which meet as those of two machines would."""
+    """Two launchers on this machine with one process each, as on two machines."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -247,7 +250,7 @@ def wait_for(condition, process, seconds=300):
 
 
 def test_bash_and_sbatch_take_the_script_and_would_refuse_a_wrong_one(tmp_path):
-    """sbatch reads all of it before it looks for a controller; there is none, and that is all that it finds wrong."""
+    """sbatch reads the whole script before it looks for a controller, of which there is none."""
     assert subprocess.run(["bash", "-n", CLUSTER / "slurm.sh"], capture_output=True).returncode == 0
     if not shutil.which("sbatch"):
         pytest.skip("sbatch is not installed (slurm-client in Debian and Ubuntu)")
@@ -347,8 +350,8 @@ def test_a_run_that_fails_is_not_queued_again(slurm, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_of_two_nodes_is_stopped_and_goes_on(slurm, tmp_path):
-    """Two torchruns on this machine in place of two nodes; the same command finishes what the first one left."""
+def test_a_job_of_two_nodes_is_stopped_and_resumed(slurm, tmp_path):
+    """Two torchruns on this machine instead of two nodes; the same command finishes the run."""
     both = f'"$@" & "$@" & jobs -p > {tmp_path}/pids; wait %1; one=$?; wait %2 && exit $one'
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -383,18 +386,27 @@ TASK = """
 import json, sys, yaml
 from sky import task
 from sky.backends import task_codegen
-read = task.Task.from_yaml_config(yaml.safe_load(open(sys.argv[1])), env_overrides=[pair.split("=", 1) for pair in sys.argv[2:]])
+changes = [pair.split("=", 1) for pair in sys.argv[2:]]
+read = task.Task.from_yaml_config(yaml.safe_load(open(sys.argv[1])), env_overrides=changes)
 [resources], mounts = read.resources, read.storage_mounts
-print(json.dumps({"accelerators": resources.accelerators, "spot": resources.use_spot, "recovery": resources.job_recovery,
-                  "mounts": {place: [store.name, store.mode.value] for place, store in mounts.items()}, "workdir": read.workdir,
-                  "envs": read.envs, "secrets": list(read.secrets), "nodes": read.num_nodes, "setup": read.setup,
-                  "script": task_codegen.TaskCodeGen.build_task_bash_script(read.run)}))
+print(json.dumps({
+    "accelerators": resources.accelerators,
+    "spot": resources.use_spot,
+    "recovery": resources.job_recovery,
+    "mounts": {place: [store.name, store.mode.value] for place, store in mounts.items()},
+    "workdir": read.workdir,
+    "envs": read.envs,
+    "secrets": list(read.secrets),
+    "nodes": read.num_nodes,
+    "setup": read.setup,
+    "script": task_codegen.TaskCodeGen.build_task_bash_script(read.run),
+}))
 """
 
 
 @pytest.fixture
 def sky(tmp_path):
-    """SkyPilot's reading of a task file with the environment of the command line, without an account or a server."""
+    """A task file as SkyPilot reads it, without an account or a server."""
 
     def read(path, *pairs):
         return engines("python", path, *pairs, code=TASK, home=tmp_path)
@@ -434,8 +446,8 @@ def test_skypilot_takes_the_task_and_would_refuse_a_wrong_one(sky, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_task_on_a_new_machine_goes_on_from_the_bucket(sky, tmp_path):
-    """The script that SkyPilot makes of the task, run here twice: two processes and no card, a folder as the bucket."""
+def test_a_task_on_a_new_machine_resumes_from_the_bucket(sky, tmp_path):
+    """SkyPilot's script of the task, run twice: two processes, and a folder as the bucket."""
     done = sky(CLUSTER / "sky.yaml", "BUCKET=b")
     assert done.returncode == 0, done.stderr[-3000:]
     script = json.loads(done.stdout.splitlines()[-1])["script"]
@@ -450,7 +462,8 @@ def test_a_task_on_a_new_machine_goes_on_from_the_bucket(sky, tmp_path):
     if not shutil.which("rsync"):  # SkyPilot's machines have it
         executable(
             tmp_path / "bin" / "rsync",
-            '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\ncp -r --preserve=timestamps "$1." "$2"\n',
+            "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
+            'cp -r --preserve=timestamps "$1." "$2"\n',
         )
     environment = {
         **ENVIRONMENT,
@@ -510,7 +523,7 @@ def test_a_task_on_a_new_machine_goes_on_from_the_bucket(sky, tmp_path):
 
 
 def kill_all_in(folder: Path) -> None:
-    """End the processes that work in that folder: the launcher gives its workers sessions of their own."""
+    """End the processes that work in that folder: the launcher starts each in a new session."""
     import psutil
 
     found = []
@@ -528,7 +541,8 @@ def kill_all_in(folder: Path) -> None:
 
 READ = """
 import dataclasses, json, sys, dockerfile
-print(json.dumps([[c.cmd, c.json, list(c.flags), list(c.value)] for c in dockerfile.parse_file(sys.argv[1])]))
+commands = dockerfile.parse_file(sys.argv[1])
+print(json.dumps([[c.cmd, c.json, list(c.flags), list(c.value)] for c in commands]))
 """
 
 

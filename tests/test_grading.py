@@ -1,5 +1,6 @@
-"""Reading and comparing answers: real gold answers in many surface forms, an independent grader, hostile text."""
+"""Reading and comparing answers: a table of cases by kind, real gold answers, an independent reader, hostile text."""
 
+import csv
 import json
 import os
 import re
@@ -12,11 +13,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from irpo_utils import grading, tasks
-from irpo_utils.tasks import arc_challenge, math, numbers
+from irpo_utils import UserError, grading, tasks
+from irpo_utils.tasks import answers, arc_challenge, math, numbers, verifier
+from irpo_utils.tasks.base import Task
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -31,20 +34,17 @@ RELAXED = settings(max_examples=150, deadline=None, suppress_health_check=[Healt
 
 
 def right(task, line: str, answer: str, row: dict | None = None) -> bool:
-    return task.is_correct(task.extract(f"Some working: 3 + 4 = 7.\n{line}", row), answer)
+    completion = f"Some working: 3 + 4 = 7.\n{line}"
+    row = {"answer": answer, **(row or {})}
+    return grading.grade_one({**row, "completion": completion, "finished": True}, task)["correct"]
 
 
 # --- grade ---------------------------------------------------------------------------------------------------------
 
 
 def samples(*rows):
-    from datasets import Dataset
-
     return Dataset.from_list(
-        [
-            {"completion": text, "answer": "12", "finished": finished, "n_tokens": 3}
-            for text, finished in rows
-        ]
+        [{"completion": c, "answer": "12", "finished": f, "n_tokens": 3} for c, f in rows]
     )
 
 
@@ -62,6 +62,7 @@ def test_every_reason_and_the_columns():
     assert graded["reason"] == ["ok", "wrong", "no_answer", "no_answer", "truncated"]
     assert graded["correct"] == [True, False, False, False, False]
     assert graded["extracted"] == ["12", "13", None, None, None]
+    assert graded["reward"] == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert graded["n_tokens"] == [3] * 5
     assert grading.count_reasons(graded) == {"ok": 1, "wrong": 1, "no_answer": 2, "truncated": 1}
 
@@ -69,294 +70,114 @@ def test_every_reason_and_the_columns():
 def test_columns_keep_their_types_when_nothing_is_extracted_and_grading_twice_is_grading_once():
     for rows in (samples(("", True)), samples(("", True)).select([])):
         graded = grading.grade(grading.grade(rows, GSM8K), GSM8K)
-        kinds = [graded.features[name].dtype for name in ("extracted", "correct", "reason")]
-        assert kinds == ["string", "bool", "string"]
+        assert [graded.features[name].dtype for name in grading.COLUMNS] == [
+            *grading.COLUMNS.values()
+        ]
     assert grading.count_reasons(graded) == dict.fromkeys(grading.REASONS, 0)
 
 
-def test_choices_reach_the_task():
-    from datasets import Dataset
-
-    rows = Dataset.from_list(
-        [
-            {
-                "completion": "Final answer: blue",
-                "answer": "B",
-                "finished": True,
-                "choices": ["red", "blue"],
-            }
-        ]
+def test_unread_counts_completions_without_an_answer_and_their_endings():
+    graded = grading.grade(
+        samples(
+            *[(f"2+2=4\nThe answer is {i}.", True) for i in (4, 15, 1.5)],
+            ("#### 12", True),
+            ("", True),
+            ("Final answer: 12", True),
+            ("cut", False),
+        ),
+        GSM8K,
     )
-    assert grading.grade(rows, ARC)["correct"] == [True]
+    assert grading.unread(graded, n=2) == (5, [("The answer is #.", 3), ("#### #", 1)])
+    assert grading.unread(grading.grade(samples(("Final answer: 1", True)), GSM8K)) == (0, [])
 
 
-# --- numbers -------------------------------------------------------------------------------------------------------
+class Within(Task):
+    """A task as a notebook cell may define it, with a column of its own."""
 
-NUMBERS = {
-    "42": "42",
-    "42.": "42",
-    " 42 eggs.": "42",
-    "**42**": "42",
-    "*42*": "42",
-    "$42$": "42",
-    r"\(42\)": "42",
-    r"$\boxed{42}$.": "42",
-    r"\text{42 eggs}": "42",
-    "#### 42": "42",
-    "(42)": "42",
-    "`42`": "42",
-    "42!": "42",
-    "42</s>": "42",
-    "<b>42</b>": "42",
-    "The answer is 42.": "42",
-    "x = 42": "42",
-    "6 * 7 = 42": "42",
-    "42 (42.0)": "42",
-    "42 eggs. I hope it helps.": "42",
-    "$1,080.50 in all": "1080.5",
-    r"\$1,080.50": "1080.5",
-    "1080.50 dollars": "1080.5",
-    "€5": "5",
-    "US$500": "500",
-    "Rs.500": "500",
-    "5%": "5",
-    r"5\%": "5",
-    "$5/hour": "5",
-    "5 apples/day": "5",
-    "12 m^2": "12",
-    "12 m²": "12",
-    "12cm3": "12",
-    "-5": "-5",
-    "−5": "-5",
-    "–5": "-5",
-    "- 5": "-5",
-    "-$5": "-5",
-    "$-5": "-5",
-    "The change is -5 degrees": "-5",
-    "+5": "5",
-    ".5": "1/2",
-    "0.50": "1/2",
-    "1/2": "1/2",
-    "½": "1/2",
-    r"\frac{1}{2}": "1/2",
-    r"\dfrac12": "1/2",
-    r"-\frac{1}{2}": "-1/2",
-    "2 1/2": "5/2",
-    "2½": "5/2",
-    r"2\frac{1}{2}": "5/2",
-    "-1 1/2": "-3/2",
-    "6/2": "3",
-    "1/3": "1/3",
-    "1.5e3": "1500",
-    "1e-2": "1/100",
-    "1.5 x 10^3": "1500",
-    r"1.5 \times 10^{3}": "1500",
-    "1.5 × 10³": "1500",
-    "1{,}234": "1234",
-    r"1\,234": "1234",
-    "1\u202f234": "1234",
-    "109.2 million": "109200000",
-    "٤٢": "42",
-    "４２": "42",
-    "007": "7",
-    "is 3": "3",
-    "There are 3 apples": "3",
-    "minus 5": "-5",
-    "negative 5": "-5",
-    "2 dozen": "2",
-    "minus $5": "-5",
-    "The change is minus 5.": "-5",
-    "negative 5 degrees": "-5",
-    "‑5": "-5",
-    "-½": "-1/2",
-    "about 36": "36",
-    "approximately 36": "36",
-    "≈ 36": "36",
-    "36 (rounded)": "36",
-    "36%": "36",
-    "Total: 36": "36",
-    "The answer is 3": "3",
-    "There are 2 cats left": "2",
-    "36 apples or pears": "36",
-    "36 beds and tents": "36",
-    "Those that are not eaten are 48 - 42 = 6": "6",
-    "2x = 10, so x = 5": "5",
-    "36 mp3 players": "36",
-    "36 M&M's": "36",
-    "36 pupils got B and above": "36",
-    "87 aunt2": "87",
-    "36 of them do not sing": "36",
-    "36, I think": "36",
-    "*36*": "36",
-    "-36^\\circ": "-36",
-    "３．５": "7/2",
-    "٣٫٥": "7/2",
-    "5 trillion": "5000000000000",
-    "1.2 thousand": "1200",
-    "36 per cent": "36",
-    "36\u00a0eggs": "36",
-    "5 in^2": "5",
-    "1{,}234.50": "2469/2",
-}
-NO_NUMBERS = [
-    "",
-    "...",
-    "-",
-    "none",
-    "12 or 13",
-    "12 to 15",
-    "12-15",
-    "12–15",
-    "12 - 15",
-    "2 hours 30 minutes",
-    "12:30",
-    "3:3",
-    "3/4/2020",
-    "(3, 4)",
-    "12,34",
-    "12,12",
-    "1,00,000",
-    "1 234",
-    "1.2.3",
-    "5^2",
-    "5²",
-    "10^3",
-    "5**2",
-    "5 * x",
-    "x - 5",
-    "5 - 3",
-    "3 × 3",
-    "4 x 4",
-    "√5",
-    r"\sqrt{5}",
-    "5π",
-    r"5\pi",
-    "x > 5",
-    "5 ± 1",
-    "12 and a half",
-    "5k",
-    "$5k",
-    "5M",
-    "3/0",
-    "1e999",
-    "4\x002",
-    "4\t2",
-    "5\\;6",
-    "12\\,13",
-    "12\u200913",
-    "1 001",
-    "1'001",
-    "5 5",
-    "(3, 3)",
-    "5;5",
-    "3**3",
-    "5 hundred thousand",
-    "1.5 e3",
-    "1 5/2",
-    "½5½",
-    "\\frac{1}{2}3",
-    "0,123",
-    "1.234,50",
-    "1.234.567",
-    "3.(3)",
-    "0.3\u0305",
-    "5₂",
-    "5万",
-    "4️⃣4️⃣",
-    "\u202e42",
-    "— 42",
-    "x -5",
-    "x minus 5",
-    "minus minus 5",
-    "minus -5",
-    "5 plus x",
-    "5x^2",
-    "5/x",
-    # denied, or a bound: what a number is not says nothing of what it is
-    "not 36",
-    "The answer is not 36.",
-    "It isn't 36",
-    "It isn’t $36",
-    "not x = 36",
-    "cannot be 36",
-    "never 36",
-    "not negative 5",
-    "36 is wrong",
-    "36 is not the answer",
-    "~~36~~",
-    "more than 36",
-    "less than 36",
-    "at least 36",
-    "over 36",
-    "almost 36",
-    "36 or more",
-    "36 and up",
-    "x > 36",
-    "x >= 36",
-    "x != 36",
-    "x ≠ 36",
-    "The answer is not x = 36",
-    "It is not = 36",
-    "\\neq 36",
-    "all but 36",
-    "5 degrees below zero",
-    # two of them, or one that is not worked out
-    "5 or 6",
-    "between 5 and 6",
-    "5 to 6",
-    "x = 4, y = 5",
-    "x = 5 or y = 6",
-    "12 or x = 13",
-    "1/2 of 10",
-    "half of 36",
-    "twice 36",
-    "36 squared",
-    "36 and two thirds",
-    "36 dollars and 50 cents",
-    "36 dollars and fifty cents",
-    "twelve or 13",
-    "13 or twelve",
-    "two hundred 36",
-    "36 point five",
-    "5 to six",
-    # words alone: "one" or "half" are too often no number
-    "twelve",
-    "minus five dollars",
-    "thirty-six",
-    "half a cup",
-    "one of them",
-    "①",
-    "x5",
-    "5 =",
-    "5 = 12 or 13",
-    "1_000",
-    "--5",
-    "1" * 1001,
-    "[your answer]",
+    name = "within"
+
+    def prompt(self, row):
+        return f"{row['question']} (to within {row['tolerance']})"
+
+    def extract(self, completion, row=None):
+        return completion.strip() or None
+
+    def is_correct(self, extracted, answer, row=None):
+        return abs(float(extracted) - float(answer)) <= row["tolerance"]
+
+    def load(self, split, data=None):
+        return Dataset.from_list(
+            [{"id": "a", "question": "pi?", "answer": "3.14", "tolerance": 0.01}]
+        )
+
+
+def test_a_registered_task_is_found_and_sees_its_own_columns(monkeypatch):
+    monkeypatch.setattr(tasks, "_REGISTERED", {})
+    task = tasks.register(Within())
+    assert tasks.get("within") is task
+    rows = [
+        {**task.load("test")[0], "completion": c, "finished": True} for c in ("3.141", "3.2", "")
+    ]
+    graded = grading.grade(Dataset.from_list(rows), task)
+    assert graded["reason"] == ["ok", "wrong", "no_answer"] and graded["tolerance"] == [0.01] * 3
+    with pytest.raises(UserError, match="'gsm8k' comes with the package"):
+        tasks.register(type("Mine", (Within,), {"name": "gsm8k"})())
+    with pytest.raises(UserError, match="needs a `name`"):
+        tasks.register(Task())
+    with pytest.raises(UserError, match="no task 'withn'.*within"):
+        tasks.get("withn")
+
+
+def test_a_task_whose_verdict_does_not_depend_on_the_question_may_leave_the_row_out():
+    class Plain:
+        def extract(self, completion, row=None):
+            return completion
+
+        def is_correct(self, extracted, answer):
+            return extracted == answer
+
+    assert grading.grade(samples(("12", True), ("13", True)), Plain())["correct"] == [True, False]
+
+
+# --- the table of cases --------------------------------------------------------------------------------------------
+
+CASES = [
+    json.loads(line)
+    for line in open(Path(__file__).parent / "data/answers.jsonl", encoding="utf-8")
 ]
 
 
-@pytest.mark.parametrize("text, value", NUMBERS.items())
-def test_numbers_as_models_write_them(text, value):
-    assert numbers.parse(text) == Fraction(value)
-    assert right(GSM8K, f"Final answer: {text}", value) and right(
-        GSM8K, f"**Final answer:** {text}", value
-    )
-    assert not right(GSM8K, f"Final answer: {text}", str(Fraction(value) + 1))
+def completion_of(text: str) -> str:
+    """A case is a whole completion if it has the marker, otherwise what stands behind it."""
+    has_marker = re.search(r"final\s+answer", text, re.IGNORECASE)
+    return text if has_marker else f"Some working: 3 + 4 = 7.\nFinal answer: {text}"
 
 
-@pytest.mark.parametrize("text", NO_NUMBERS)
-def test_what_is_no_number_is_no_answer(text):
-    assert GSM8K.extract(f"It is 5.\nFinal answer: {text}") is None
+@pytest.mark.parametrize("kind", sorted({case["kind"] for case in CASES}))
+def test_answers_are_graded_as_a_fair_reader_would(kind):
+    mistakes = []
+    for case in (case for case in CASES if case["kind"] == kind):
+        row = {"answer": case["gold"], "choices": case.get("choices"), "finished": True}
+        row["question"] = case.get("question", "")
+        for verdict in ("correct", "incorrect", "unread"):
+            for text in case.get(verdict, []):
+                row["completion"] = completion_of(text)
+                grade = grading.grade_one(row, tasks.get(case["task"]))
+                got = {"ok": "correct", "wrong": "incorrect", "no_answer": "unread"}[
+                    grade["reason"]
+                ]
+                if got != verdict and not (got == "unread" and verdict == "incorrect"):
+                    mistakes.append((case["task"], text, case["gold"], grade["extracted"]))
+    assert not mistakes
 
 
 def test_only_the_last_final_answer_counts():
     assert GSM8K.extract("Final answer: 3\nNo, wait.\nfinal ANSWER :\n4") == "4"
-    assert GSM8K.extract("**Final Answer**: 4") == "4"
     assert GSM8K.extract("Final answer: 3\nFinal answer: I do not know") is None
-    assert (
-        GSM8K.extract("#### 4") is None and GSM8K.extract("The answer is 4") is None
-    )  # not the format asked for
+    assert GSM8K.extract("#### 4") is None and GSM8K.extract("The answer is 4") is None
+    assert answers.after_final_answer("no marker") is None
+    assert answers.after_final_answer("Final answer:\n\n") is None
+    assert answers.after_final_answer("Final answer: " + "1" * 1001) is None
 
 
 def spellings(value: Fraction) -> list[str]:
@@ -460,16 +281,14 @@ def gold_answers(real_data, name: str) -> list[str]:
 def test_every_real_gold_number_is_right_in_every_form_and_wrong_beside_it(real_data, name, count):
     golds, task = gold_answers(real_data, name), tasks.get(name)
     assert len(golds) == count
-    for gold in dict.fromkeys(golds):
+    for index, gold in enumerate(dict.fromkeys(golds)):
         value = Fraction(gold.strip().replace(",", ""))
-        for form in spellings(value):
+        forms = spellings(value)
+        display = f"\n$$\n\\boxed{{{forms[0]}}}\n$$"
+        for form in (forms[0], forms[1], forms[2 + index % (len(forms) - 2)], display):
             assert right(task, f"Final answer: {form}", gold), (gold, form)
-        assert task.is_correct(gold, f"#### {gold}")
-        for neighbour in (value + 1, -value - 1, value * 10 + 1, value + Fraction(1, 2)):
-            assert not right(task, f"Final answer: {spellings(neighbour)[1]}", gold), (
-                gold,
-                neighbour,
-            )
+        neighbour = (value + 1, -value - 1, value * 10 + 1, value + Fraction(1, 2))[index % 4]
+        assert not right(task, f"Final answer: {spellings(neighbour)[1]}", gold), (gold, neighbour)
 
 
 def test_the_last_step_of_real_solutions_is_read(real_data):
@@ -484,108 +303,6 @@ def test_the_last_step_of_real_solutions_is_read(real_data):
 
 # --- letters -------------------------------------------------------------------------------------------------------
 
-CHOICES = ["dry palms", "wet palms", "a stronger force", "C 14"]
-NUMERIC, CARBON = ["4", "3", "2", "1"], ["C", "NO_{2}", "O_{2}", "CO"]
-LETTERS = [
-    (text, CHOICES, "B")
-    for text in (
-        "B",
-        "b",
-        "B.",
-        "(B)",
-        "(b)",
-        "B)",
-        "[B]",
-        "**B**",
-        "**(B)**",
-        r"$\boxed{B}$",
-        r"\text{(B)}",
-        '"B"',
-        "(B) wet palms",
-        "B) wet palms.",
-        "B. wet palms",
-        "B: wet palms",
-        "B wet palms",
-        "wet palms",
-        "Wet palms.",
-        "Option B",
-        "Answer: (B)",
-        "The answer is B",
-        "The correct answer is (B).",
-        "B is correct",
-        "B, because it is wet",
-        "2",
-        "(2)",
-        "2.",
-        "2) wet palms",
-        "B;",
-        "B!",
-        "B - wet palms",
-        "(B) – wet palms",
-        "（Ｂ）",
-        "B) wet palms, as sweat is a sign of fear",
-        "(B) is the right one",
-    )
-]
-LETTERS += [
-    ("A stronger force", CHOICES, "C"),
-    ("C 14", CHOICES, "D"),
-    ("a", CHOICES, "A"),
-    ("3", NUMERIC, "B"),
-    ("B", NUMERIC, "B"),
-    ("C", CARBON, "C"),
-    ("CO", CARBON, "D"),
-    ("Rr", ["RR", "Rr", "rr"], "B"),
-    ("E", None, "E"),
-    ("(C). The Moon only reflects light.", ["the stars", "the Moon", "the Sun"], "C"),
-    ("E. coli", ["yeast", "mould", "E. coli", "algae", "moss"], "C"),
-    ("D) vitamin C is needed", ["A 1", "B", "K", "vitamin C"], "D"),
-]
-NO_LETTERS = [
-    (text, CHOICES)
-    for text in (
-        "",
-        "B or C",
-        "(B) and (C)",
-        "B, C",
-        "B/C",
-        "A strange force",
-        "B) dry palms",
-        "E",
-        "5",
-        "(insert letter here)",
-        "neither",
-        "dry palms or wet palms",
-        "not B",
-        "4.5",
-        "Bx",
-        "b, c",
-        "B. and d.",
-        "a. b.",
-        "2, 3",
-        "1, 2 and 4",
-        "B, 3",
-        "B, or a",
-        "B is wrong",
-        "(B) is not right",
-        "B isn't right",
-        "B: no",
-        "(B) dry palms, since sweat is a sign of fear",
-        "B?",
-        "В",
-    )
-] + [("rR", ["RR", "Rr", "rr"]), ("F", None)]
-
-
-@pytest.mark.parametrize("text, choices, letter", LETTERS)
-def test_letters_as_models_write_them(text, choices, letter):
-    assert right(ARC, f"Final answer: {text}", letter, {"choices": choices})
-
-
-@pytest.mark.parametrize("text, choices", NO_LETTERS)
-def test_letters_in_doubt_are_no_answer(text, choices):
-    assert ARC.extract(f"Final answer: {text}", {"choices": choices}) is None
-
 
 def test_every_real_arc_answer_is_right_in_every_form_and_others_are_wrong(real_data):
     rows = [
@@ -593,149 +310,28 @@ def test_every_real_arc_answer_is_right_in_every_form_and_others_are_wrong(real_
     ]
     assert len(rows) == 946 + 166 + 1172
     ambiguous = 0
-    for row in rows:
-        for place, (letter, text) in enumerate(zip("ABCDE", row["choices"])):
+    for index, row in enumerate(rows):
+        for place, (name, text) in enumerate(zip("ABCDE", row["choices"], strict=False)):
             forms = [
-                letter,
-                letter.lower(),
-                f"({letter})",
-                f"{letter})",
-                f"{letter}.",
-                f"**({letter})**",
-                f"({letter}) {text}",
-                f"{letter}) {text}",
-                f"$\\boxed{{{letter}}}$",
-                f"The answer is ({letter})",
-                f"Option {letter}",
+                name,
+                name.lower(),
+                f"({name})",
+                f"{name}.",
+                f"**({name})**",
+                f"({name}) {text}",
             ]
-            forms += (
-                []
-                if any(choice.strip()[:1].isdigit() for choice in row["choices"])
-                else [str(place + 1)]
-            )
-            for form in forms:
-                assert right(ARC, f"Final answer: {form}", row["answer"], row) == (
-                    letter == row["answer"]
-                ), (row, form)
+            forms += [f"{name}) {text}", f"$\\boxed{{{name}}}$", f"The answer is ({name})"]
+            forms += [f"Option {name}", f"\n\\[\n\\boxed{{{name}}}\n\\]", f"“{name}”"]
+            for form in (forms[index % len(forms)], forms[(index + 5) % len(forms)]):
+                read = ARC.extract(f"Final answer: {form}", row)
+                assert read == name, (row, form)
             read = ARC.extract(f"Final answer: {text}", row)
-            ambiguous += read != letter
-            assert read in (letter, None) or len(text.strip(" .")) == 1, (row, text)
+            ambiguous += read != name
+            assert read in (name, None) or len(text.strip(" .")) == 1, (row, text)
     assert ambiguous <= 12, "options that are equal but for case, or that are a letter themselves"
 
 
 # --- MATH ----------------------------------------------------------------------------------------------------------
-
-EQUAL = [
-    (r"\frac{\sqrt{3}}{2}", r"\sqrt{3}/2"),
-    ("12, 13", "13 and 12"),
-    (r"2\sqrt{3}", r"\sqrt{12}"),
-    ("10", "10 cm"),
-    (r"10\%", "10"),
-    ("x^2+2x+1", "(x+1)^2"),
-    (r"\text{Evelyn}", "Evelyn"),
-    (r"\text{(C)}", "C"),
-    ("3", "x = 3"),
-    ("0.5", r"\dfrac{1}{2}"),
-    (r"36\pi", "36pi"),
-    (r"36\pi", "36π"),
-    (r"15,\!000", "15,000"),
-    (r"90^\circ", "90"),
-    (r"1\frac12", "1.5"),
-    ("[1,2]", r"x \in [1, 2]"),
-    (r"\sqrt{5}", "√5"),
-    ("2^{10}", "1024"),
-    (r"\$5", "5 dollars"),
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "\n$$\\begin{pmatrix}1\\\\2\\end{pmatrix}$$"),
-    (r"\frac{1}{N+1}", r"\frac1{N+1}"),
-    (r"(3, \frac{\pi}{2})", r"\left( 3, \pi/2 \right)"),
-    ("1.5", "1 1/2"),
-    ("5000000", r"5 \text{ million}"),
-    ("-5", "minus 5"),
-    ("1234_5", "1234_{5}"),
-    ("1234_5", "1234"),
-    ("12", "3(4)"),
-    ("x^2", "x²"),
-    (r"\frac12", "½"),
-    ("42", "４２"),
-    ("15000", r"15\,000"),
-    (r"\text{Evelyn}", "evelyn"),
-    ("x", "k = x"),
-    (r"1.85\ \text{USD}", r"\$1.85"),
-    (r"\frac \pi4 + 2 - \sqrt2", r"\frac{\pi}{4}+2-\sqrt{2}"),
-    ("(4,112)", "(4, 112)"),
-]
-UNEQUAL = [
-    ("12", "12 or 13"),
-    ("(1,2)", "1,2"),
-    ("1,2", "(1,2)"),
-    ("[1,2]", "(1,2)"),
-    ("(1,2)", "(2,1)"),
-    ("5", "-5"),
-    ("5", "5x"),
-    ("1234_5", "1234_6"),
-    (r"\frac13", "0.333333"),
-    ("2", r"2\pi"),
-    (r"36\pi", "113.097"),
-    ("x", "y"),
-    ("5", "6"),
-    (r"\text{Saturday}", "Sunday"),
-    (r"\sqrt{3}", r"\sqrt{5}"),
-    ("5", r"\infty"),
-    ("12,13", "12"),
-    (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"),
-    ("0.56 = 56\\%", "0.56 = 57\\%"),
-    ("5", "5!"),
-    ("5.5", "1 1/2"),
-    ("23", "2 3"),
-    ("1213", r"12\,13"),
-    ("56", r"5\;6"),
-    ("30", r"3\quad 0"),
-    ("7", "3(4)"),
-    ("5", "not 5"),
-    ("5", "not $5$"),
-    ("5", "The answer is not $5$."),
-    ("5", r"It is not \boxed{5}"),
-    ("5", "-$5$"),
-    ("5", r"$-\boxed{5}$"),
-    ("5", "more than $5$"),
-    ("5", "$5$ million"),
-    ("5", "5 million"),
-    ("5", r"5 \text{ million}"),
-    ("5", "5 times x"),
-    ("5", "5 plus x"),
-    ("5", "5 squared"),
-    ("5", r"5 \text{ is wrong}"),
-    ("5", "It is not true that x is 5"),
-    ("5", "5'"),
-    ("y = -2x", "It is not $y = -2x$"),
-    ("x = 4", "more than $x = 4$"),
-    ("5", "5_6"),
-    ("5", r"5 \mod 7"),
-    ("5", r"5, \ldots"),
-    ("5", r"\phantom{5}"),
-    ("5", r"5 \approx 6"),
-    ("5", r"5\mathrm{i}"),
-    ("12", "1\x002"),
-    ("x", "x²"),
-    ("5", "±5"),
-    (r"\text{cat}", "act"),
-    (r"\text{neither}", "either"),
-    ("5", "x < 5"),
-    ("5", r"x \ne 5"),
-    ("5", "half of $5$"),
-]
-
-
-@pytest.mark.parametrize("gold, text", EQUAL)
-def test_latex_that_means_the_same(gold, text):
-    assert right(MATH, f"Final answer: {text}", gold) and right(
-        MATH, f"So \\boxed{{{text.strip().strip('$')}}}.", gold
-    )
-
-
-@pytest.mark.parametrize("gold, text", UNEQUAL)
-def test_latex_that_means_something_else(gold, text):
-    assert not right(MATH, f"Final answer: {text}", gold)
 
 
 def test_where_math_answers_are_read():
@@ -762,22 +358,31 @@ def math_golds(real_data):
     return [gold for gold in dict.fromkeys(golds) if gold]
 
 
-def test_every_real_math_gold_is_right_in_every_form(math_golds):
-    for form in (
-        "Final answer: {}",
+@pytest.mark.parametrize(
+    "form",
+    [
         "Final answer: ${}$.",
         "**Final answer:** $\\boxed{{{}}}$.",
         "It is \\boxed{{{}}}.",
-        "Final answer: \\({}\\)",
-        "Final Answer:\n$${}$$",
-        "Final answer: The answer is ${}$.",
-    ):
-        wrong = [
-            gold
-            for gold in math_golds
-            if not MATH.is_correct(MATH.extract(form.format(gold)), gold)
-        ]
-        assert not wrong, (form, wrong)
+        "Final answer:\n\\[\n{}\n\\]",
+    ],
+)
+def test_every_real_math_gold_is_right(math_golds, form):
+    wrong = [gold for gold in math_golds if not right(MATH, form.format(gold), gold)]
+    assert not wrong
+
+
+def test_a_formula_of_the_question_is_no_answer(real_data):
+    """Each formula of the 500 questions, and each side of it, submitted as the answer to its own question."""
+    accepted = []
+    for row in MATH.load("math500", str(real_data)):
+        formulas = re.findall(r"(?<!\\)\$([^$]+)\$|\\\[(.+?)\\\]", row["question"], re.DOTALL)
+        for formula in {
+            side for pair in formulas for side in ["".join(pair), *"".join(pair).split("=")]
+        }:
+            if right(MATH, f"Final answer: ${formula}$", row["answer"], row):
+                accepted.append((formula.strip(" ."), row["answer"].strip()))
+    assert not [pair for pair in accepted if pair[0] != pair[1]]
 
 
 def neighbour(gold: str) -> str:
@@ -863,7 +468,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_answers_end_in_time_and_are_wrong(monkeypatch, text):
-    monkeypatch.setattr(math, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(verifier, "TIME_LIMIT", 0.5)
     row = {"choices": ["red", "blue"], "answer": "12"}
     started = time.monotonic()
     for task, gold in ((GSM8K, "12"), (ARC, "B"), (MATH, r"\frac{\sqrt{3}}{2}+x"), (JSONL, "12")):
@@ -873,43 +478,43 @@ def test_hostile_answers_end_in_time_and_are_wrong(monkeypatch, text):
 
 
 @pytest.fixture
-def verifier():
+def child():
     """The child of this process, ready."""
-    verifier = math._verifier(os.getpid())
-    assert verifier.equal("x+y", "y+x")
-    return verifier
+    child = verifier.verifier(os.getpid())
+    assert child.equal("x+y", "y+x")
+    return child
 
 
 SLOW = r"\gamma(99999999)"  # sums up for minutes, in memory that stays small
 
 
-def test_the_math_child_is_replaced_after_a_time_out_and_works_in_threads(monkeypatch, verifier):
-    monkeypatch.setattr(math, "TIME_LIMIT", 0.3)
-    assert verifier.equal("x", SLOW) is None and verifier.process is None
-    monkeypatch.setattr(math, "TIME_LIMIT", 30.0)
+def test_the_math_child_is_replaced_after_a_time_out_and_works_in_threads(monkeypatch, child):
+    monkeypatch.setattr(verifier, "TIME_LIMIT", 0.3)
+    assert child.equal("x", SLOW) is None and child.process is None
+    monkeypatch.setattr(verifier, "TIME_LIMIT", 30.0)
     verdicts: dict[int, bool] = {}
 
     def ask(i):
-        verdicts[i] = verifier.equal(f"{i}\\sqrt{{3}}", f"\\sqrt{{{3 * i * i + i % 2}}}")
+        verdicts[i] = child.equal(f"{i}\\sqrt{{3}}", f"\\sqrt{{{3 * i * i + i % 2}}}")
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(1, 9)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert verdicts == {i: i % 2 == 0 for i in range(1, 9)}
-    verifier.process.kill()  # as by the kernel when memory is short: the next question is asked again
-    assert verifier.equal("2(x+1)", "2x+2")
+    child.process.kill()  # as by the kernel when memory is short: the next question is asked again
+    assert child.equal("2(x+1)", "2x+2")
 
 
 @pytest.mark.skipif(
     not hasattr(signal, "SIGSTOP"), reason="no way to take the processor from a process"
 )
-def test_on_a_busy_machine_a_right_answer_stays_right(monkeypatch, verifier):
+def test_on_a_busy_machine_a_right_answer_stays_right(monkeypatch, child):
     """The child gets no processor for five times its limit, as on a machine with too much to do, and is in time."""
-    monkeypatch.setattr(math, "TIME_LIMIT", 0.3)
-    os.kill(verifier.process.pid, signal.SIGSTOP)
-    timer = threading.Timer(1.5, os.kill, (verifier.process.pid, signal.SIGCONT))
+    monkeypatch.setattr(verifier, "TIME_LIMIT", 0.3)
+    os.kill(child.process.pid, signal.SIGSTOP)
+    timer = threading.Timer(1.5, os.kill, (child.process.pid, signal.SIGCONT))
     timer.start()
     started = time.monotonic()
-    assert math.equal("3(x+1)", "3x+3") and time.monotonic() - started > 1.4
+    assert math.equal("3x+3", "3(x+1)") and time.monotonic() - started > 1.4
     timer.join()
 
 
@@ -917,38 +522,32 @@ def test_on_a_busy_machine_a_right_answer_stays_right(monkeypatch, verifier):
     not hasattr(signal, "SIGSTOP"), reason="no way to take the processor from a process"
 )
 def test_a_child_that_never_gets_the_processor_is_given_up_and_nothing_is_remembered(
-    monkeypatch, verifier
+    monkeypatch, child
 ):
-    monkeypatch.setattr(math, "TIME_LIMIT", 0.1)
-    monkeypatch.setattr(math, "PATIENCE", 5)
-    os.kill(verifier.process.pid, signal.SIGSTOP)
-    assert not math.equal("5(x+1)", "5x+5")
+    monkeypatch.setattr(verifier, "TIME_LIMIT", 0.1)
+    monkeypatch.setattr(verifier, "PATIENCE", 5)
+    os.kill(child.process.pid, signal.SIGSTOP)
+    assert not math.equal("5x+5", "5(x+1)")
     monkeypatch.undo()
-    assert math.equal("5(x+1)", "5x+5")
+    assert math.equal("5x+5", "5(x+1)")
 
 
-def test_a_time_out_is_not_remembered_and_a_verdict_is(monkeypatch, verifier):
-    monkeypatch.setattr(math, "TIME_LIMIT", 0.1)
+def test_a_time_out_is_not_remembered_and_a_verdict_is(monkeypatch, child):
+    monkeypatch.setattr(verifier, "TIME_LIMIT", 0.1)
     known = math._settled.cache_info().currsize
     assert not math.equal("x", SLOW) and math._settled.cache_info().currsize == known
     monkeypatch.undo()
-    assert math.equal("7(x+1)", "7x+7") and math._settled.cache_info().currsize == known + 1
+    assert math.equal("7x+7", "7(x+1)") and math._settled.cache_info().currsize == known + 1
 
 
-@pytest.mark.parametrize(
-    "first, second, verdict", [("", "", None), ("?", "?", None), ("", "1", True), ("?", "0", False)]
-)
-def test_a_child_that_dies_or_is_short_of_memory_is_asked_once_more_and_then_there_is_no_verdict(
-    monkeypatch, verifier, first, second, verdict
+def test_a_child_without_a_reply_gives_no_verdict_and_the_next_question_gets_a_new_one(
+    monkeypatch, child
 ):
-    replies = [first, second]
-    monkeypatch.setattr(verifier, "_exchange", lambda line, limit: (replies.pop(0), False))
-    assert verifier.equal("x", "y") is verdict and not replies
-    gold = "9x" + "+x" * ["", "?", "1", "0"].index(second) + "+1"
-    monkeypatch.setattr(math.Verifier, "equal", lambda self, gold, answer: verdict)
-    assert math.equal(gold, "9x") is bool(verdict)
-    monkeypatch.setattr(math.Verifier, "equal", lambda self, gold, answer: True)
-    assert math.equal(gold, "9x") is (verdict is not False)
+    monkeypatch.setattr(child, "_exchange", lambda line, limit: "")
+    assert child.equal("x", "y") is None and not math.equal("9x+1", "9x+2-1")
+    monkeypatch.undo()
+    child.process.kill()
+    assert child.equal("x", "x")
 
 
 @pytest.mark.parametrize(
@@ -1021,33 +620,22 @@ def test_no_text_makes_a_grader_raise(text, before):
 
 def test_graders_hold_on_generated_forms_and_against_second_readers(real_data, monkeypatch):
     monkeypatch.setenv("IRPO_DATA", str(real_data))
-    monkeypatch.setattr(check_graders, "BY_VALUE", (0.1, 60))
-    monkeypatch.setattr(
-        check_graders, "HOSTILE", HOSTILE[-12:]
-    )  # all of them have their own test, above
-    rows, examples = check_graders.check(
-        real_data, 2000, seed=1
-    )  # another one than the committed table's
+    monkeypatch.setattr(check_graders, "HOSTILE", HOSTILE[-3:])  # all have their own test, above
+    monkeypatch.setattr(check_graders, "CASES", Path(os.devnull))
+    # Another seed than that of the committed table.
+    rows, examples = check_graders.check(real_data, 500, seed=1)
     assert len(rows) == 40 and all(row["tried"] for row in rows)
     assert not [row for row in rows if row["held"] != row["tried"]], examples
 
 
-def test_the_committed_table_holds_for_every_task():
-    import csv
-
+def test_the_committed_table_holds_for_every_task_and_every_kind():
     rows = list(csv.DictReader((ROOT / "figures" / "grading.csv").open()))
     assert all(row["held"] == row["tried"] and "NOT EXPLAINED" not in row["note"] for row in rows)
     counts = {}
     for row in rows:
         name, _, what = row["test"].partition(": ")
-        if what.endswith("answers") or "another expression" in what:
+        if "answers" in what:
             counts[name] = counts.get(name, 0) + int(row["tried"])
-    assert set(counts) == {
-        "word_problems",
-        "word_choices",
-        "gsm8k",
-        "svamp",
-        "arc_challenge",
-        "math",
-    }
-    assert all(count > 90_000 for count in counts.values())
+    assert {*counts, "jsonl"} == {*tasks.NAMES} and all(count > 3_500 for count in counts.values())
+    kinds = {row["test"].removeprefix("kind: ") for row in rows if row["test"].startswith("kind: ")}
+    assert kinds == {case["kind"] for case in CASES}

@@ -35,7 +35,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer(str(models.SEED_MODEL))
+    return models.load_tokenizer(models.find("seed"))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_question_cannot_end_the_users_turn(tokenizer, text):
     count = lambda what: sum(
         i in control
         for i in tokenizer(
-            sampling.render_prompt(tokenizer, what),  # noqa: E731
+            models.render_prompt(tokenizer, what),  # noqa: E731
             add_special_tokens=False,
         ).input_ids
     )

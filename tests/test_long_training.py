@@ -331,9 +331,9 @@ def test_a_probe_measures_fixed_pairs_while_others_are_trained_on(
     settings = {"num_train_epochs": 5, "batch_size": 8}
     train(model, tokenizer, others, tmp_path / "kept", callbacks=[probe], **settings)
     assert [row["step"] for row in probe.rows] == [0, 2, 4, 5]
-    assert probe.rows[0]["logps_chosen"] == pytest.approx(sum(before) / 2, abs=1e-3)
+    assert probe.rows[0]["logps/chosen"] == pytest.approx(sum(before) / 2, abs=1e-3)
     after = logprobs.score(model, tokenizer, *texts)
-    assert probe.rows[-1]["logps_chosen"] == pytest.approx(sum(after) / 2, abs=1e-3)
+    assert probe.rows[-1]["logps/chosen"] == pytest.approx(sum(after) / 2, abs=1e-3)
     assert after != before
     per_token = [s / len(r) for s, r in zip(after, texts[1], strict=True)]
     assert probe.rows[-1]["nll_chosen"] == pytest.approx(-sum(per_token) / 2, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Figures show the numbers they are given, say what their axes are, can be read, and are saved whole."""
+"""Figures show the numbers they are given, label their axes, are readable, and are saved whole."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from irpo_utils import UserError, plots
+from studies import figures
 
 GREEDY, SAMPLED = (0.28, 0.43, 0.70, 0.88, 0.92), (0.13, 0.20, 0.31, 0.51, 0.68)
 
@@ -37,7 +38,7 @@ def row(metric, value, half=0.03, seed=0, iteration=0, k=1, method="irpo", n=500
 
 
 def run_metrics(seeds=(0, 1, 2)) -> pd.DataFrame:
-    """A run's table: M_0 and M_4 have 32 samples, the others 8; seeds lie 0.01 apart around the values above."""
+    """A run's table: M_0 and M_4 have 32 samples, the others 8; seeds are 0.01 apart."""
     rows = []
     for seed in seeds:
         for t in range(5):
@@ -123,10 +124,21 @@ def logs() -> dict[str, pd.DataFrame]:
     step = np.arange(1, 31)
     return {
         name: pd.DataFrame(
-            {"step": step, "logps_chosen": -30 + a * step, "logps_rejected": -33 - step}
+            {"step": step, "logps/chosen": -30 + a * step, "logps/rejected": -33 - step}
         )
         for name, a in (("with NLL", 0.5), ("without NLL", -0.4))
     }
+
+
+def scaling_table() -> pd.DataFrame:
+    """Time in proportion, memory constant."""
+    return pd.DataFrame(
+        [
+            {"axis": axis, "x": x, "parameters": x * 10**6, "seconds": 2.0 * x, "peak_mb": 50.0}
+            for axis in ("n", "questions", "hidden")
+            for x in (1, 2, 4)
+        ]
+    )
 
 
 def next_token_table() -> pd.DataFrame:
@@ -136,12 +148,12 @@ def next_token_table() -> pd.DataFrame:
 
 
 def sweep_table() -> pd.DataFrame:
-    values = {"right answers": (0.34, 0.19, 0.04), "usable questions": (0.6, 0.8, 0.2)}
+    values = {"accuracy": (0.34, 0.19, 0.04), "usable questions": (0.6, 0.8, 0.2)}
     return pd.DataFrame(
         [
             {"metric": name, "temperature": t, "value": v, "low": v - 0.03, "high": v + 0.03}
             for name, vs in values.items()
-            for t, v in zip((0.5, 1.0, 1.6), vs)
+            for t, v in zip((0.5, 1.0, 1.6), vs, strict=True)
         ]
     )
 
@@ -154,15 +166,16 @@ FIGURES = {
     "warning_numbers": lambda: plots.warning_numbers(run_metrics()),
     "diversity": lambda: plots.diversity(run_metrics()),
     "training_curves": lambda: plots.training_curves(logs()),
-    "dot_plot": lambda: plots.dot_plot(study()),
-    "accuracy_against_tokens": lambda: plots.accuracy_against_tokens(study()),
-    "heat_map": lambda: plots.heat_map(stability()),
-    "differences": lambda: plots.differences(
-        gains(), ["beta 0.5", "N 4", "SFT on chosen, twice the data"]
+    "dot_plot": lambda: figures.dot_plot(study()),
+    "accuracy_against_cost": lambda: figures.accuracy_against_cost(study()),
+    "heat_map": lambda: figures.heat_map(stability()),
+    "differences": lambda: figures.differences(
+        gains(), ["beta 0.5", "N 4", "Rejection-sampling SFT, twice the data"]
     ),
+    "scaling": lambda: figures.scaling(scaling_table()),
     "next_tokens": lambda: plots.next_tokens(next_token_table()),
     "sweep": lambda: plots.sweep(sweep_table(), "temperature", "Sampling temperature"),
-    "heat_map_of_all_shades": lambda: plots.heat_map(
+    "heat_map_of_all_shades": lambda: figures.heat_map(
         pd.DataFrame(
             [
                 row("greedy", percent / 100, learning_rate=1e-5 * (1 + percent), alpha=1)
@@ -230,15 +243,14 @@ def test_the_background_is_opaque_so_that_dark_pages_do_not_shine_through(name):
     bundle, metadata = FIGURES[name]()._repr_mimebundle_()
     pixels = matplotlib.image.imread(BytesIO(bundle["image/png"]))
     assert pixels.shape[2] == 3 or pixels[..., 3].min() == 1
-    assert metadata["image/png"]["alt"].startswith("Right answers")
+    assert metadata["image/png"]["alt"].startswith(("Accuracy", "Greedy accuracy"))
 
 
 def test_pyplot_stays_out_so_that_a_notebook_shows_a_figure_once():
-    code = "import sys, irpo_utils.plots as _; sys.exit(str({'matplotlib.pyplot', 'torch'} & set(sys.modules) or ''))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip()
-        == ""
-    )
+    found = "{'matplotlib.pyplot', 'torch'} & set(sys.modules)"
+    code = f"import sys, irpo_utils.plots; sys.exit(str({found} or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == ""
 
 
 # ---------------------------------------------------------------- numbers given, numbers drawn
@@ -271,6 +283,24 @@ def test_accuracy_per_iteration_takes_better_intervals_where_given():
     )
     figure = plots.accuracy_per_iteration(run_metrics(), means)
     assert "M_1 43.0 (23.0 to 44.0)" in figure.alt_text and "sampled: M_0 13.0 (" in figure.alt_text
+
+
+def test_majority_is_left_out_where_the_iterations_have_no_k_in_common():
+    rows = [row(metric, 0.1, iteration=t) for t in (0, 1) for metric in ("greedy", "sampled")]
+    rows += [row("majority", 0.1, k=k, iteration=t) for t, k in ((0, 4), (1, 2))]
+    text = plots.alt_text(plots.accuracy_per_iteration(pd.DataFrame(rows)))
+    assert "greedy" in text and "majority" not in text
+
+
+@pytest.mark.parametrize("highest, top", [(0.9, 102), (0.24, 30), (0.01, 20)])
+def test_the_axis_of_accuracy_ends_above_what_is_drawn(highest, top):
+    rows = [
+        row(metric, highest / 2 * t, iteration=t) | {"low": 0.0, "high": highest}
+        for t in (0, 1)
+        for metric in ("greedy", "sampled")
+    ]
+    [axes] = plots.accuracy_per_iteration(pd.DataFrame(rows)).axes
+    assert axes.get_ylim() == (0, pytest.approx(top))
 
 
 def test_figures_of_one_method_refuse_several():
@@ -310,7 +340,7 @@ def test_the_largest_common_k_is_drawn():
             *(row("pass_at_k", k / 32, k=k) for k in (1, 16)),
         ]
     )
-    assert list(drawn(plots.diversity(table).axes[1])) == ["_seed 0", "among 16"]
+    assert list(drawn(plots.diversity(table).axes[1])) == ["_seed 0", "in 16 completions"]
     with pytest.raises(UserError, match="different k"):
         plots.diversity(
             pd.concat(
@@ -333,8 +363,8 @@ def test_lengths_warnings_and_diversity_draw_their_metrics():
     assert lengths["greedy"][:, 1] == pytest.approx([18, 23, 28, 33, 38])
 
     left, right = plots.warning_numbers(run_metrics()).axes
-    assert drawn(left)["kl_to_previous"] == pytest.approx(
-        np.array([[t, 0.1 * t] for t in (1, 2, 3, 4)])
+    assert left.lines[-1].get_xydata() == pytest.approx(
+        np.array([[t, 0.1 * t] for t in range(1, 5)])
     )
     assert drawn(right)["after training"][:, 1] == pytest.approx([-0.2, -0.4, -0.6, -0.8])
     assert drawn(right)["before"][:, 1] == pytest.approx([-0.3, -0.6, -0.9, -1.2])
@@ -342,7 +372,7 @@ def test_lengths_warnings_and_diversity_draw_their_metrics():
     left, right = plots.diversity(run_metrics()).axes
     assert [name for name in drawn(left)] == ["pass@1", "pass@8"]  # what all iterations have
     assert drawn(left)["pass@8"][:, 1] == pytest.approx([100 * (1 - (1 - p) ** 8) for p in SAMPLED])
-    assert drawn(right)["among 8"][:, 1] == pytest.approx([2, 3, 4, 5, 6])
+    assert drawn(right)["in 8 completions"][:, 1] == pytest.approx([2, 3, 4, 5, 6])
 
 
 def test_training_curves_share_an_axis_and_show_the_gap():
@@ -357,7 +387,7 @@ def test_training_curves_share_an_axis_and_show_the_gap():
 
 def test_training_curves_smooth_over_a_window():
     log = pd.DataFrame(
-        {"step": [1, 2, 3, 4], "logps_chosen": [-9, -3, -9, -3], "logps_rejected": [-9, -9, -9, -9]}
+        {"step": [1, 2, 3, 4], "logps/chosen": [-9, -3, -9, -3], "logps/rejected": [-9, -9, -9, -9]}
     )
     lines = drawn(plots.training_curves({"run": log}, window=3).axes[0])
     assert lines["chosen"][:, 1] == pytest.approx([-6, -7, -5, -6])
@@ -365,7 +395,7 @@ def test_training_curves_smooth_over_a_window():
 
 
 def test_dot_plot_orders_methods_and_draws_every_seed():
-    figure = plots.dot_plot(study())
+    figure = figures.dot_plot(study())
     axes = figure.axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["zero shot", "dpo", "irpo, iteration 1", "sft gold", "irpo, iteration 4"]
@@ -381,16 +411,16 @@ def test_dot_plot_orders_methods_and_draws_every_seed():
 
 @pytest.mark.parametrize("x, scale, cost", [("tokens", 1e6, 250_000), ("seconds", 60, 90)])
 def test_accuracy_against_cost(x, scale, cost):
-    figure = plots.accuracy_against_tokens(study(), x=x)
+    figure = figures.accuracy_against_cost(study(), x=x)
     lines = drawn(figure.axes[0])
     assert lines["irpo"] == pytest.approx(np.array([[cost / scale, 43], [4 * cost / scale, 92]]))
     assert f"irpo: 43.0 at {cost / scale:.3g}, 92.0 at {4 * cost / scale:.3g}" in figure.alt_text
     with pytest.raises(UserError, match="joules"):
-        plots.accuracy_against_tokens(study(), x="joules")
+        figures.accuracy_against_cost(study(), x="joules")
 
 
 def test_differences_shows_which_can_be_told_from_zero():
-    figure = plots.differences(gains(), ["a", "b", "c"])
+    figure = figures.differences(gains(), ["a", "b", "c"])
     dots = {
         tuple(line.get_xydata()[0].round(6)): line.get_color()
         for line in figure.axes[0].lines
@@ -398,31 +428,34 @@ def test_differences_shows_which_can_be_told_from_zero():
     }
     assert dots == {(5.0, 2): plots.BLUE, (-1.0, 1): plots.GREY, (-20.0, 0): plots.ORANGE}
     assert "a +5.0 (+2.0 to +8.0); b -1.0 (-4.0 to +3.0); c -20.0" in figure.alt_text
-    with pytest.raises(UserError, match="a name for each"):
-        plots.differences(gains(), ["a"])
+    with pytest.raises(UserError, match="a label for each"):
+        figures.differences(gains(), ["a"])
 
 
-def test_heat_map_does_not_call_a_run_stable_that_could_not_go_on():
+def test_scaling_draws_multiples_of_the_smallest_point():
+    figure = figures.scaling(scaling_table())
+    assert "time: 1.0 at 1, 2.0 at 2, 4.0 at 4; memory: 1.0 at 1, 1.0 at 2" in figure.alt_text
+    assert drawn(figure.axes[0])["time"][:, 1] == pytest.approx([1, 2, 4])
+    with pytest.raises(UserError, match="peak_mb"):
+        figures.scaling(scaling_table().drop(columns="peak_mb"))
+
+
+@pytest.mark.parametrize(
+    "iteration, text", [(2, "learning rate 3e-5: 60.0;"), (None, None)], ids=["stopped", "not run"]
+)
+def test_heat_map_of_incomplete_runs(iteration, text):
+    """A run that stopped early is not stable; a cell that was not run is left out."""
     table = stability()
-    stopped = table[~((table.learning_rate == 3e-5) & (table.alpha == 1) & (table.iteration == 2))]
-    text = plots.heat_map(stopped).alt_text
-    assert (
-        "alpha 1, learning rate 3e-5: 60.0;" in text
-        and "alpha 1, learning rate 1e-4: 90.0, stable" in text
-    )
-
-
-def test_heat_map_leaves_out_what_was_not_run():
-    table = stability()
-    text = plots.heat_map(table[~((table.learning_rate == 3e-5) & (table.alpha == 1))]).alt_text
-    assert (
-        "alpha 1, learning rate 3e-5" not in text
-        and "alpha 1, learning rate 1e-4: 90.0, stable" in text
-    )
+    gone = (table.learning_rate == 3e-5) & (table.alpha == 1)
+    if iteration is not None:
+        gone &= table.iteration == iteration
+    alt = figures.heat_map(table[~gone]).alt_text
+    assert (f"alpha 1, {text}" in alt) if text else ("alpha 1, learning rate 3e-5" not in alt)
+    assert "alpha 1, learning rate 1e-4: 90.0, stable" in alt
 
 
 def test_heat_map_frames_what_no_seed_falls_in():
-    figure = plots.heat_map(stability())
+    figure = figures.heat_map(stability())
     axes = figure.axes[0]
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells == {(0, 0): "90", (1, 0): "70", (0, 1): "90", (1, 1): "90"}
@@ -441,18 +474,15 @@ def test_heat_map_frames_what_no_seed_falls_in():
         (plots.diversity, "pass_at_k"),
         (plots.lengths_per_iteration, "mean_tokens"),
         (plots.warning_numbers, "kl_to_previous"),
-        (plots.heat_map, "learning_rate"),
-        (plots.accuracy_against_tokens, "tokens"),
+        (figures.heat_map, "learning_rate"),
+        (figures.accuracy_against_cost, "tokens"),
     ],
 )
 def test_tables_without_the_metric_are_refused_by_name(draw, missing):
     with pytest.raises(UserError, match=missing):
         draw(pd.DataFrame([row("other", 0.5)]))
-    with pytest.raises(UserError, match="logps_rejected"):
+    with pytest.raises(UserError, match="logps/rejected"):
         plots.training_curves({"run": pd.DataFrame({"step": [1]})})
-
-
-# ---------------------------------------------------------------- means over seeds
 
 
 def test_next_tokens_draws_a_bar_per_token_and_setting():
@@ -465,9 +495,12 @@ def test_next_tokens_draws_a_bar_per_token_and_setting():
 
 def test_sweep_draws_a_line_per_metric_in_percent():
     [axes] = plots.sweep(sweep_table(), "temperature", "Sampling temperature").axes
-    assert drawn(axes)["right answers"][:, 1] == pytest.approx([34, 19, 4])
+    assert drawn(axes)["accuracy"][:, 1] == pytest.approx([34, 19, 4])
     with pytest.raises(UserError, match="temperature"):
         plots.sweep(pd.DataFrame(), "temperature", "T")
+
+
+# ---------------------------------------------------------------- means over seeds
 
 
 def test_summarise_one_seed_keeps_its_interval_and_several_add_their_spread():
@@ -524,12 +557,8 @@ def test_save_writes_four_files_that_describe_themselves(tmp_path):
     plots.save(
         figure, tmp_path / "new", "name", metrics, {"command": "make it", "seeds": [0, 1, 2]}
     )
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {
-        "name.csv",
-        "name.json",
-        "name.png",
-        "name.svg",
-    }
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {"name.csv", "name.json", "name.png", "name.svg"}
     root = xml.parse(tmp_path / "new" / "name.svg").getroot()
     assert (
         root.get("role") == "img"
@@ -544,56 +573,12 @@ def test_save_writes_four_files_that_describe_themselves(tmp_path):
 def test_saving_the_same_figure_again_gives_the_same_files(tmp_path):
     contents = []
     for _ in range(2):
-        plots.save(plots.heat_map(stability()), tmp_path, "map", stability(), {})
+        plots.save(figures.heat_map(stability()), tmp_path, "map", stability(), {})
         contents.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert contents[0] == contents[1]
 
 
 def test_save_says_where_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="could not be written to .*file"):
-        plots.save(plots.heat_map(stability()), tmp_path / "file", "map", stability(), {})
-
-
-def test_majority_is_left_out_where_the_iterations_have_no_k_in_common():
-    rows = [
-        {
-            "method": "irpo",
-            "seed": 0,
-            "iteration": t,
-            "split": "test",
-            "metric": metric,
-            "k": k,
-            "value": 0.1,
-            "low": 0.0,
-            "high": 0.2,
-            "n": 50,
-        }
-        for t, ks in ((0, 4), (1, 2))
-        for metric, k in (("greedy", 1), ("sampled", 1), ("majority", ks))
-    ]
-    text = plots.alt_text(plots.accuracy_per_iteration(pd.DataFrame(rows)))
-    assert "greedy" in text.lower() and "majority" not in text.lower()
-
-
-@pytest.mark.parametrize("highest, top", [(0.9, 102), (0.24, 30), (0.01, 20)])
-def test_the_axis_of_accuracy_ends_above_what_is_drawn(highest, top):
-    rows = [
-        {
-            "metric": "greedy",
-            "k": 1,
-            "iteration": t,
-            "seed": 0,
-            "value": value,
-            "low": 0.0,
-            "high": highest,
-            "n": 100,
-            "method": "irpo",
-            "split": "test",
-        }
-        for t, value in enumerate((0.0, highest / 2))
-    ]
-    axes = plots.accuracy_per_iteration(
-        pd.DataFrame(rows + [row | {"metric": "sampled"} for row in rows])
-    ).axes[0]
-    assert axes.get_ylim() == (0, pytest.approx(top))
+    with pytest.raises(UserError, match="Cannot write the figure map to .*file"):
+        plots.save(figures.heat_map(stability()), tmp_path / "file", "map", stability(), {})

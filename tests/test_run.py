@@ -16,7 +16,7 @@ import pytest
 from datasets import DatasetDict, load_from_disk
 from filelock import FileLock
 
-from irpo_utils import UserError, evaluation, iteration, logprobs, models, profiles, sampling, tasks
+from irpo_utils import UserError, evaluation, logprobs, models, profiles, sampling, tasks
 from irpo_utils.ops import environment, run_directory, storage, warnings
 from irpo_utils.ops import run as runs
 
@@ -261,17 +261,17 @@ def test_what_was_sampled_before_a_kill_is_not_sampled_again(tmp_path, monkeypat
     settings = smoke(iterations=1 if stage == "samples" else 0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(settings, whole)
-    real, drawn = iteration.Stages.draw, []
+    real, drawn = sampling.sample, []
 
-    def counted(self, questions, n, *rest):
+    def counted(model, tokenizer, questions, n, **options):
         wanted = n == settings.n_samples if stage == "samples" else n > 1
         if wanted:
             drawn.append(questions["id"][:])
             if len(drawn) == 3:
                 raise Killed
-        return real(self, questions, n, *rest)
+        return real(model, tokenizer, questions, n=n, **options)
 
-    monkeypatch.setattr(iteration.Stages, "draw", counted)
+    monkeypatch.setattr(sampling, "sample", counted)
     with pytest.raises(Killed):
         run(settings, killed)
     run(settings, killed)
@@ -705,8 +705,8 @@ def test_the_start_as_the_reference_and_a_probe_of_other_pairs(unbroken, tmp_pat
     assert [row["step"] for row in rows] == list(
         range(len(read_log(folder / "training_log.jsonl")) + 1)
     )
-    assert {"logps_chosen", "logps_rejected"} <= set(rows[0])
-    assert rows[0]["logps_chosen"] != rows[-1]["logps_chosen"]
+    assert {"logps/chosen", "logps/rejected"} <= set(rows[0])
+    assert rows[0]["logps/chosen"] != rows[-1]["logps/chosen"]
 
 
 @pytest.mark.slow
@@ -807,7 +807,7 @@ def test_evaluate_again_writes_a_table_and_compares_the_first_with_the_last(fini
     table = pandas.read_csv(finished / "evaluations" / "jsonl_test.csv")
     assert set(table.iteration) == {0, 2} and set(table.n) >= {10} and set(table.split) == {"test"}
     assert not table.duplicated(["iteration", "metric", "k"]).any()
-    assert "greedy" in text and "M_2 against M_0" in text
+    assert "greedy" in text and "M_2 against M_0" in text and "p_mcnemar" in text
     with pytest.raises(UserError, match="--iterations from 0 to 2"):
         runs.evaluate_run(finished, "jsonl", others, iterations=[3])
 

@@ -1,5 +1,6 @@
 """The tasks: what they load, how they split it, what they say to broken files. Reading answers is in test_grading."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -42,7 +43,7 @@ FROZEN = {
 MASKS = dict.fromkeys(word_problems.NAMES, "@") | {
     item: "%"
     for theme in word_problems.THEMES
-    for word in theme.items
+    for word in theme["items"]
     for item in (word, word.capitalize())
 }
 
@@ -152,9 +153,8 @@ def test_word_choices_are_the_word_problems_with_four_options_one_of_which_is_ri
         assert word_choices.TASK.extract(row["solution"], row) == row[
             "answer"
         ] and word_choices.TASK.solved(row["solution"], row)
-        assert all(
-            word_choices.nearest(str(value), row["choices"]) for value in range(1, 600, 7)
-        )  # no whole number in doubt
+        some = range(1 + int(same["answer"]) % 97, 600, 97)
+        assert all(word_choices.nearest(str(value), row["choices"]) for value in some)
     assert all(0.2 < rows["answer"][:].count(letter) / len(rows) < 0.3 for letter in "ABCD")
     assert word_choices.TASK.load(split)["choices"][:] == rows["choices"][:]
 
@@ -421,6 +421,10 @@ BROKEN = {
     "not UTF-8": (b'{"question": "\xff"}', "utf-8"),
     "nested too deep": ("[" * 100_000, "recursion"),
     "no fields": ({}, "missing|no answer"),
+    "half a surrogate pair": ('{"question": "\\ud800", "problem": "\\ud800"}', "surrogate"),
+    "not a number": ('{"answer": NaN}', "NaN is not a number"),
+    "infinite": ('{"answer": -Infinity}', "-Infinity is not a number"),
+    "too large": ('{"answer": 1e400}', "1e400 is out of range"),
 }
 SPECIAL = [
     ("gsm8k", {"question": "Q?", "answer": "three"}, "does not end in ####"),
@@ -442,6 +446,9 @@ SPECIAL = [
     ("jsonl", {"question": "Q?", "answer": "C", "choices": ["red", "blue"]}, "none of the choices"),
     ("jsonl", {"question": "Q?", "answer": "A", "choices": "red"}, "list of two to five"),
     ("jsonl", {"question": "Q?", "answer": "A", "solution": 3}, "`solution` is not text"),
+    ("jsonl", {"question": "Q?", "answer": "A\nB"}, "`answer` has several lines"),
+    ("jsonl", {"question": "Q?", "answer": "A" * 1001}, "`answer` is over 1000 characters"),
+    ("jsonl", {"question": "Q?", "answer": "3", "id": "jsonl-test-00000"}, "was there before"),
 ]
 
 
@@ -455,7 +462,7 @@ def refused(name: str, line, folder: Path, reason: str) -> None:
     for split in ("train", "validation"):
         write(folder / f"{split}.jsonl", GOOD[name])
     (folder / "test.jsonl").write_bytes(json.dumps(GOOD[name]).encode() + b"\n\n" + body + b"\n")
-    with pytest.raises(UserError, match=f"(?i)test.jsonl, line 3: .*(?:{reason}).*mend or delete"):
+    with pytest.raises(UserError, match=f"(?i)test.jsonl, line 3: .*(?:{reason}).*fix or delete"):
         tasks.get(name).load("test", str(folder))
 
 
@@ -483,8 +490,22 @@ def test_missing_files_and_folders_are_named(tmp_path):
         tasks.get("jsonl").load("test")
     write(tmp_path / "math/train.jsonl", GOOD["math"])
     write(tmp_path / "math/test.jsonl", {**GOOD["math"], "problem": "R?"})
-    with pytest.raises(UserError, match="4 of the four worked examples"):
+    with pytest.raises(UserError, match="4 of the four examples"):
         tasks.get("math").load("test", str(tmp_path / "math"))
+
+
+@pytest.mark.parametrize(
+    "content, encoding",
+    [
+        (json.dumps(GOOD["jsonl"]).encode("utf-16"), "UTF-16"),
+        (json.dumps(GOOD["jsonl"]).encode("utf-16-le"), "UTF-16"),
+        (gzip.compress(json.dumps(GOOD["jsonl"]).encode()), "gzip"),
+    ],
+)
+def test_the_encoding_of_an_unreadable_file_is_named(tmp_path, content, encoding):
+    (tmp_path / "mine.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"mine.jsonl is {encoding}.*UTF-8"):
+        jsonl.TASK.load("train", str(tmp_path / "mine.jsonl"))
 
 
 # --- questions of one's own ----------------------------------------------------------------------------------------
@@ -545,6 +566,37 @@ def test_optional_fields_travel_and_choices_become_letters(tmp_path):
     assert "(B) blue" in jsonl.TASK.prompt(first) and jsonl.TASK.prompt(
         second
     ) == gsm8k.TASK.prompt(second)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        ("0.00005", "0.00005"),
+        ("5e-5", "0.00005"),
+        ("10000000000000000", "10000000000000000"),
+        ("1e16", "10000000000000000"),
+        ("1e3", "1000"),
+        ("0.1", "0.1"),
+        ("2.50", "2.50"),
+        ("-3", "-3"),
+    ],
+)
+def test_numbers_keep_their_digits_and_are_right_as_a_model_writes_them(tmp_path, number, text):
+    for split in SPLITS:
+        write(tmp_path / f"{split}.jsonl", f'{{"question": "{split}?", "answer": {number}}}')
+    (row,) = jsonl.TASK.load("test", str(tmp_path))
+    assert row["answer"] == text
+    row = {**row, "completion": f"Final answer: {text}", "finished": True}
+    assert grading.grade_one(row, jsonl.TASK)["reward"] == 1.0
+
+
+def test_a_given_id_that_equals_an_automatic_one_is_refused(tmp_path):
+    rows = [{"question": f"{i}?", "answer": i} for i in range(3)]
+    path = write(
+        tmp_path / "mine.jsonl", *rows, {"question": "R?", "answer": 1, "id": "mine-00001"}
+    )
+    with pytest.raises(UserError, match="line 4: the id 'mine-00001' was there before"):
+        jsonl.TASK.load("train", str(path))
 
 
 def test_a_file_too_small_to_split_is_refused(tmp_path):

@@ -4,7 +4,7 @@ from irpo_utils import models, sampling
 
 
 class Engine:
-    """The plain way to load, sample and train; the modules of this folder have faster subclasses."""
+    """The plain way to load, sample and train; the modules of this folder have subclasses."""
 
     def load(self, p, revision: str | None = None, **options):
         """The model and the tokenizer of a profile: M_0. options: others of `models.load`."""

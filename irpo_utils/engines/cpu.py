@@ -1,9 +1,9 @@
 """The engine of a CPU: sampling about five times, training about twice as fast as the plain way.
 
-Sampling: a completion that has ended makes room for one that waits (continuous batching, Yu et al.
-2022); keys and values are written in place; one loop runs per core; and in fp32 each layer is merged
-into one matrix while sampling. Training: `shared_prompt`. The completions are those of the plain
-decoder, up to rounding.
+Sampling: a completion that has ended makes room for one that waits (continuous batching, Yu et
+al. 2022); keys and values are written in place; one loop runs per core; and in fp32 each layer is
+merged into one matrix while sampling. Training: `shared_prompt`. The completions are those of the
+plain decoder, up to rounding.
 """
 
 from __future__ import annotations
@@ -52,11 +52,17 @@ class Engine(PlainEngine):
         return shared_prompt.SharedPromptTrainer if shared_prompt.possible(model) else None
 
     def decode(self, model, request: sampling.Request, batch_size: int):
-        """Completions as they end; fewer at once each time that memory runs out."""
-        longest_first = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
+        """Completions as they end; on a CPU one loop per core, each with a share of the prompts.
+
+        Cores that share one small matrix spend their time waiting for each other.
+        """
+        order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
+        cores = min(torch.get_num_threads() if model.device.type == "cpu" else 1, len(order))
         with merged(model):
-            cores = torch.get_num_threads() if model.device.type == "cpu" else 1
-            yield from _on_every_core(model, request, longest_first, batch_size, cores)
+            if cores > 1:
+                yield from _on_every_core(model, request, order, batch_size, cores)
+            else:
+                yield from _retried(model, request, order, batch_size)
 
 
 def _contiguous(module, inputs):
@@ -68,9 +74,9 @@ def grouped_attention(
 ):
     """Attention as matmul, softmax, matmul; query (rows, heads, queries, size).
 
-    key and value have kv_heads instead of heads. On a CPU the backward pass is twice as fast as that
-    of the fused kernel. The library's "eager" copies keys and values for every head of a group,
-    which costs more than the attention; here the queries of a group are stacked instead.
+    key and value have kv_heads instead of heads. On a CPU the backward pass is twice as fast as
+    that of the fused kernel. The library's "eager" copies keys and values for every head of a
+    group, which costs more than the attention; here the queries of a group are stacked instead.
     """
     rows, heads, queries, size = query.shape
     kv_heads, columns = key.shape[1:3]
@@ -141,11 +147,7 @@ def merged(model):
 
 
 def _on_every_core(model, request, order: list[int], batch_size: int, cores: int):
-    """One decoding loop per core: cores that share one small matrix wait for each other."""
-    cores = min(cores, len(order))
-    if cores <= 1:
-        yield from _retried(model, request, order, batch_size)
-        return
+    """One decoding loop per core, in threads."""
     parts: list[list] = [[] for _ in range(cores)]
     stop, threads = threading.Event(), torch.get_num_threads()
 
@@ -180,13 +182,14 @@ def _wait(loop, seconds: float = 0.05) -> None:
 
 def _retried(model, request, order: list[int], batch_size: int):
     """`_decode`, with half the batch each time that memory runs out; nothing is drawn twice."""
-    done: set[int] = set()
-    while True:
+    waiting: dict[int, list] = {i: [] for i in order}  # completions of prompts that are not done
+    while waiting:
         try:
-            rest = [i for i in order if i not in done]
-            for completion in _by_prompt(_decode(model, request, rest, batch_size), request.n):
-                done.add(completion[0][0])
-                yield from completion
+            for completion in _decode(model, request, list(waiting), batch_size):
+                rows = waiting[completion[0]]
+                rows.append(completion)
+                if len(rows) == request.n:
+                    yield from waiting.pop(completion[0])
             return
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
@@ -196,19 +199,10 @@ def _retried(model, request, order: list[int], batch_size: int):
                     f"Out of memory with the {request.n} completions of a single question. Lower "
                     "--n-samples or --max-new-tokens, or use a GPU with more memory."
                 ) from error
+        waiting = {i: [] for i in waiting}
         clear_device_cache(garbage_collection=True)
         batch_size //= 2
         tqdm.write(f"Out of memory: continuing with --sampling-batch-size {batch_size}.")
-
-
-def _by_prompt(completions, n: int):
-    """Lists of the n completions of a prompt, so that a prompt is either done or not."""
-    waiting: dict[int, list] = {}
-    for completion in completions:
-        rows = waiting.setdefault(completion[0], [])
-        rows.append(completion)
-        if len(rows) == n:
-            yield waiting.pop(completion[0])
 
 
 class SlotLayer(DynamicLayer):
@@ -256,7 +250,7 @@ class SlotLayer(DynamicLayer):
 
 
 class SlotCache(Cache):
-    """A cache whose rows come and go. All rows end in the same column; `mask` marks a row's columns."""
+    """A cache whose rows come and go; all end in the same column, and `mask` marks columns."""
 
     def __init__(self, mask: torch.Tensor):
         super().__init__(layer_class_to_replicate=SlotLayer)
@@ -275,7 +269,7 @@ class SlotCache(Cache):
             layer.keep(rows, first)
 
     def put(self, slots, other: SlotCache, copies) -> None:
-        """Put copies of the rows of `other` (prompts only) into slots, ending in the last column."""
+        """Put copies of the rows of `other` (prompts) into slots, ending in the last column."""
         self.mask[slots] = 0
         self.mask[slots, self.mask.shape[1] - other.mask.shape[1] :] = other.mask[copies]
         for layer, new in zip(self.layers, other.layers, strict=True):
@@ -316,7 +310,7 @@ class Rows:
 
 @torch.inference_mode()
 def _begin(model, request, part: list[int], first: int):
-    """n rows per prompt of `part`, all but the last prompt token in the cache; `first`: its number."""
+    """n rows per prompt of `part`, all but the last prompt token cached; `first`: its number."""
     prompts, n = [request.prompts[i] for i in part], request.n
     beginnings, device = [ids[:-1] for ids in prompts], model.device
     batch = logprobs.pad_batch(beginnings, [[]] * len(prompts), request.pad_id, device)

@@ -23,7 +23,8 @@ def measure(t: int, stages: iteration.Stages) -> Dataset:
     use, adapter = stages.engine.use, stages.keep.adapter
     use(stages.model, adapter(t))
     questions = iteration.first(stages.eval_questions, KL_QUESTIONS)
-    parts = {"sample": (stages.draw(questions, 1, 1.0, stages.seed(t, 5)), "completion_ids")}
+    drawn = stages.draw(questions, n=1, temperature=1.0, seed=stages.seed(t, 5))
+    parts = {"sample": (drawn, "completion_ids")}
     if stages.history:
         preferences = iteration.first(concatenate_datasets(stages.history[-1:]), PAIRS)
         parts |= {side: (preferences, f"{side}_ids") for side in ("chosen", "rejected")}
@@ -62,7 +63,7 @@ def rows(drift: Dataset) -> list[dict]:
 class Probe(TrainerCallback):
     """Log-probabilities of fixed pairs during training (the paper's figures 2 to 4).
 
-    `rows`: `step`, `logps_chosen`, `logps_rejected` (mean sums, nats), `nll_chosen`, `nll_rejected`
+    `rows`: `step`, `logps/chosen`, `logps/rejected` (mean sums, nats), `nll_chosen`, `nll_rejected`
     (nats per token); also written to probe_log.jsonl in the folder of the iteration.
     """
 
@@ -78,7 +79,7 @@ class Probe(TrainerCallback):
             prompts, responses = list(self.pairs["prompt_ids"]), list(self.pairs[f"{side}_ids"])
             scores = logprobs.score(model, self.tokenizer, prompts, responses)
             per_token = [s / len(r) for s, r in zip(scores, responses, strict=True)]
-            row[f"logps_{side}"] = sum(scores) / len(scores)
+            row[f"logps/{side}"] = sum(scores) / len(scores)
             row[f"nll_{side}"] = -sum(per_token) / len(per_token)
         model.train(training_mode)
         self.rows = [*(r for r in self.rows if r["step"] < step), row]

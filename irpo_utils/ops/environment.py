@@ -49,9 +49,10 @@ def record(path: Path, model, continues: bool) -> dict:
     except (ValueError, TypeError):
         made = {**now, "note": "the first record was lost; the run was resumed here"}
     machines = [made, *made.get("resumed_on", [])]
-    if continues and not any(
-        all(one.get(n, now[n]) == now[n] for n in MACHINE) for one in machines
-    ):
+    known = [one for one in machines if all(one.get(n, now[n]) == now[n] for n in MACHINE)]
+    if known:
+        known[0].setdefault("dtype", now["dtype"])  # a record of an older version has none
+    elif continues:
         made["resumed_on"] = [*machines[1:], now]
     return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -173,9 +174,9 @@ def evaluate_run(
     stages, rows, greedy = iteration.Stages(now, keep, engine_of(now), first), [], {}
     for t in wanted:
         stages.engine.use(stages.model, keep.adapter(t))
-        greedy[t] = stages.draw(stages.eval_questions, 1, 0.0, stages.seed(0, 4))
-        sampled = stages.draw(stages.eval_questions, k, p.eval_temperature, stages.seed(0, 4))
-        both = evaluation.graded(greedy[t], sampled, stages.task)
+        draw = functools.partial(stages.draw, stages.eval_questions, seed=stages.seed(0, 4))
+        parts = draw(n=1, temperature=0.0), draw(n=k, temperature=p.eval_temperature)
+        both = evaluation.graded(*parts, stages.task)
         greedy[t], sampled = both["greedy"], both["sampled"]
         head = {"method": p.method, "seed": p.seed, "iteration": t, "split": now.eval_split}
         made = evaluation.score(greedy[t], sampled, k)
@@ -187,7 +188,10 @@ def evaluate_run(
             pandas.DataFrame(rows).to_csv(table, index=False)
     text = pandas.DataFrame(rows).to_string(index=False)
     if len(wanted) > 1:
-        difference = evaluation.compare(greedy[wanted[0]], greedy[wanted[-1]])
+        ends = greedy[wanted[0]], greedy[wanted[-1]]
+        correct = [list(evaluation.correct_per_question(rows).values()) for rows in ends]
+        difference = evaluation.compare(*ends)
+        difference["p_mcnemar"] = statistics.mcnemar(*correct)["p"]
         text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
     return text
 

@@ -17,7 +17,7 @@ from irpo_utils.evaluation import (
     wilson_interval,
 )
 from irpo_utils.evaluation import share_row as one_share_row
-from irpo_utils.pairs import group
+from irpo_utils.grading import group
 
 # Two-sided 95 % points of Student's t with 1, 2, ... degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -106,20 +106,25 @@ def read_profile(run: str | Path) -> Profile:
     """The settings of a run directory, also of one made before an option was renamed."""
     path = Path(run) / "profile.json"
     try:
-        settings = dict(json.loads(path.read_text()))
-        if "dpo_weight" in settings:  # runs of version 0.1
-            served = settings.pop("sampler", "transformers") == "vllm"
-            per_token = settings.pop("nll_per", "sequence") == "token"
-            chosen_only = settings.pop("dpo_weight") == 0
-            settings["engine"] = "vllm" if served else "cpu"
-            settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
-            settings["loss"] = "sft" if chosen_only else settings["loss"]
-        return Profile(**settings)
+        return profile_from(dict(json.loads(path.read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{run} is not a run directory: {path} is missing or damaged. Restore it, or make a "
             "run with `python -m irpo_utils run --out DIR`."
         ) from error
+
+
+def profile_from(settings: dict) -> Profile:
+    """The profile with these settings, which may have the names of version 0.1."""
+    if "dpo_weight" in settings:
+        settings = dict(settings)
+        served = settings.pop("sampler", "transformers") == "vllm"
+        per_token = settings.pop("nll_per", "sequence") == "token"
+        chosen_only = settings.pop("dpo_weight") == 0
+        settings["engine"] = "vllm" if served else "cpu"
+        settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
+        settings["loss"] = "sft" if chosen_only else settings["loss"]
+    return Profile(**settings)
 
 
 def describe(t: int, rows: list[dict]) -> None:

@@ -1,8 +1,7 @@
-"""What a task is: a prompt, a way to read the answer out of a completion, a comparison with gold, and a data set."""
+"""What a task is: a prompt, reading an answer, comparing it with gold, and questions."""
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from irpo_utils import UserError
@@ -11,37 +10,36 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
-FINAL_ANSWER = re.compile(r"final answer\s*:", re.IGNORECASE)
 
 
 class Task:
-    """A kind of question. Each file of this package defines one subclass and one instance of it, `TASK`.
+    """A kind of question: a name and these four methods. `tasks.register` gives it to a run.
 
-    Rows are dicts with at least `id`, `question` and `answer` (all str); `solution` (gold chain of thought) and
-    `choices` where the task has them.
+    A row has `id`, `question` and `answer` (text), perhaps `solution` (gold chain of thought) and
+    `choices`. Any other column travels with the row to every stage.
     """
 
     name: str
 
     def prompt(self, row: dict) -> str:
-        """The text of the user's turn; the model's chat template is put round it by `sampling`."""
+        """The text of the user's turn; `sampling` puts the model's chat template around it."""
         raise NotImplementedError
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
-        """The final answer in one fixed spelling, so that equal answers vote together, or None where there is none."""
+        """The final answer, or None. It has one spelling, so that equal answers vote together."""
         raise NotImplementedError
 
-    def is_correct(self, extracted: str | None, answer: str) -> bool:
-        """Reward 1 of the paper (section 2): the extracted answer equals the gold answer after normalisation."""
+    def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
+        """Whether it equals the gold answer (section 2). `row`, the question, may be left out."""
         raise NotImplementedError
 
     def load(self, split: str, data: str | None = None) -> Dataset:
-        """Questions of "train", "validation" or "test"; `data` is a local folder or file instead of the hub."""
+        """Questions of "train", "validation" or "test"; `data` is a local folder or file."""
         raise NotImplementedError
 
 
 class FewShot(Task):
-    """A task whose every question comes after a few worked ones, in the same user turn (Wei et al. 2022)."""
+    """A task whose questions each come after a few worked ones, in one turn (Wei et al. 2022)."""
 
     def __init__(self, task: Task, examples: list[dict]):
         if not all(row.get("solution") for row in examples):
@@ -53,16 +51,3 @@ class FewShot(Task):
     def prompt(self, row: dict) -> str:
         """The worked questions, then this one."""
         return self.head + self.task.prompt(row)
-
-
-def after_final_answer(completion: str) -> str | None:
-    """The rest of the line after the last "Final answer:" (any case), or None.
-
-    >>> after_final_answer("Final answer: 3\\nNo, wait.\\nFinal answer: 4")
-    '4'
-    """
-    parts = FINAL_ANSWER.split(completion)
-    if len(parts) == 1:
-        return None
-    line = parts[-1].lstrip().split("\n", 1)[0].strip()
-    return line or None

@@ -1,8 +1,9 @@
 """Where the questions of the benchmark tasks come from, and how they are split.
 
-From the hub by default, or from a folder of JSONL files with the hub's columns: `data=` or, for all tasks at once, the
-environment variable IRPO_DATA (then IRPO_DATA/<task>). Every row is checked as it is read. No question is in two
-splits (what a folder of one's own, for `jsonl`, has in two files is left there, and `contamination` refuses it).
+From the hub by default, or from a folder of JSONL files with the hub's columns: `data=` or, for all
+tasks at once, the environment variable IRPO_DATA (then IRPO_DATA/<task>). Every row is checked as
+it is read. No question is in two splits, except for questions of your own in two files of a folder:
+`contamination` reports those.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import os
 import random
 import re
 import unicodedata
+from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 from irpo_utils import UserError
 from irpo_utils.tasks.base import SPLITS, Task
@@ -22,13 +24,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SIGNS = str.maketrans("−–×·⋅÷", "--***/")  # as they are typed elsewhere
-LAYOUT = re.compile(r"(?:[^\w+\-*/^=<>!|≤≥≠√%]|_)+")  # what may differ in one and the same question
+LAYOUT = re.compile(r"(?:[^\w+\-*/^=<>!|≤≥≠√%]|_)+")  # what may differ in one question
 SEED = 0
 HELD_OUT_SHARE = 0.15  # of train for validation, where a source has no validation split
+ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "zip"}
 
 
 def normalise(question: str) -> str:
-    """Letters, numbers and signs of operation, case folded: questions that are equal in this form are the same question.
+    """Letters, numbers and signs of operation, case folded: equal questions are equal in this form.
 
     x-1 is not x+1, 3.5 not 35, and "1 23" not "12 3"; but "$x^{2}$." is "x^2", and 1,000 is 1000.
 
@@ -37,7 +40,7 @@ def normalise(question: str) -> str:
     """
     text = unicodedata.normalize("NFKC", question).translate(SIGNS)
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
-    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})", "", text)  # one-half is "one half", a - b stays
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})", "", text)  # one-half is "one half"
     text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)
     return LAYOUT.sub(_between_digits, text).casefold() or "".join(question.split())
 
@@ -51,71 +54,88 @@ def _between_digits(gap: re.Match) -> str:
 def without(rows: list[dict], *others: list[dict]) -> list[dict]:
     """`rows` less the questions of `others` and less repetitions, by `normalise`."""
     seen = {normalise(row["question"]) for other in others for row in other}
-    return [
-        row for row in rows if (key := normalise(row["question"])) not in seen and not seen.add(key)
-    ]
+    kept = []
+    for row in rows:
+        key = normalise(row["question"])
+        if key not in seen:
+            seen.add(key)
+            kept.append(row)
+    return kept
 
 
 def hold_out(rows: list[dict], count: int | None = None) -> tuple[list[dict], list[dict]]:
-    """(rest, held out): `count` rows, or 15 %, drawn with a fixed seed; never more than 15 % of a small file."""
+    """(rest, held out): `count` rows drawn with a fixed seed, but never more than 15 %."""
     share = int(HELD_OUT_SHARE * len(rows))
     held = set(random.Random(SEED).sample(range(len(rows)), min(count or share, share)))
-    return [r for i, r in enumerate(rows) if i not in held], [
-        r for i, r in enumerate(rows) if i in held
-    ]
+    rest = [row for i, row in enumerate(rows) if i not in held]
+    return rest, [row for i, row in enumerate(rows) if i in held]
 
 
 def need(condition: object, reason: str) -> None:
-    """Say what is wrong with a row; `read_jsonl` adds the file and the line."""
+    """Say what is wrong with a row; `convert_rows` adds the file and the line."""
     if not condition:
         raise ValueError(reason)
 
 
-def convert_rows(
-    raw_rows, where: str, convert: Callable[[dict, int], dict], expected: str
-) -> list[dict]:
-    """`convert(row, index)` of each (number, row); a row it does not understand is a `UserError` that names the row."""
+def _decimal(text: str) -> Decimal:
+    """A JSON number as it is written: as a float, 0.00005 would become the text 5e-05."""
+    number = Decimal(text)
+    need(not number or abs(number.adjusted()) <= 300, f"the number {text} is out of range")
+    return number
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not a number")
+
+
+def convert_rows(raw_rows, where: str, task: FileTask, prefix: str) -> list[dict]:
+    """`task.row` of each (number, raw row), with an `id`; `UserError` names a refused row."""
     rows, ids = [], set()
     for number, raw in raw_rows:
         try:
-            raw = json.loads(raw) if isinstance(raw, bytes) else raw
+            if isinstance(raw, bytes):
+                raw = json.loads(raw, parse_float=_decimal, parse_constant=_no_number)
             need(isinstance(raw, dict), "not a JSON object")
-            row = convert(raw, len(rows))
-            need(row.get("id") not in ids, f"the id {row.get('id')!r} was there before")
-            ids |= {row["id"]} if "id" in row else set()
-            rows.append(row)
+            text = json.dumps(raw, ensure_ascii=False, default=str)
+            need(not re.search("[\ud800-\udfff]", text), "a text has half of a surrogate pair")
+            row = {"id": f"{prefix}-{len(rows):05d}", **task.row(raw, len(rows))}
+            need(row["id"] not in ids, f"the id {row['id']!r} was there before")
         except KeyError as error:
             reason = f"the field {error} is missing"
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             reason = str(error)
         else:
+            ids.add(row["id"])
+            rows.append(row)
             continue
         raise UserError(
-            f"{where}{number}: {reason}. Each line has to be one JSON object with {expected}; mend or "
-            "delete that line and start again."
+            f"{where}{number}: {reason}. Each line has to be one JSON object with {task.expected}; "
+            "fix or delete that line, then run the command again."
         )
     return rows
 
 
-def read_jsonl(path: Path, convert: Callable[[dict, int], dict], expected: str) -> list[dict]:
-    """The rows of one UTF-8 JSONL file (empty lines are skipped), or a `UserError` with file and line."""
+def read_jsonl(path: Path, task: FileTask, prefix: str) -> list[dict]:
+    """The rows of a UTF-8 JSONL file (empty lines are skipped); `UserError` with file and line."""
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        content = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"Cannot read {path}: {error.strerror}. Check the path given to --data."
-        ) from error
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check --data.") from error
+    encoding = ENCODINGS.get(content[:2]) or ("UTF-16 or UTF-32" if b"\0" in content[:8] else None)
+    if encoding:
+        raise UserError(f"{path} is {encoding}; save it as plain JSONL text in UTF-8.")
+    lines = content.removeprefix(b"\xef\xbb\xbf").splitlines()
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    rows = convert_rows(numbered, f"{path}, line ", convert, expected)
+    rows = convert_rows(numbered, f"{path}, line ", task, prefix)
     if not rows:
         raise UserError(
-            f"{path} has no questions. Each line has to be one JSON object with {expected}."
+            f"{path} has no questions. Each line has to be one JSON object with {task.expected}."
         )
     return rows
 
 
 def local_path(task: str, data: str | None) -> Path | None:
-    """The file or folder to read, or None for the hub; a folder of all tasks is followed into the task's own."""
+    """The file or folder to read, or None for the hub; below a folder of all tasks, the task's."""
     base = data or os.environ.get("IRPO_DATA")
     if not base:
         return None
@@ -123,29 +143,28 @@ def local_path(task: str, data: str | None) -> Path | None:
     path = path / task if (path / task).is_dir() or not data else path
     if not path.exists():
         raise UserError(
-            f"There is no file or folder {path}. Check --data, or IRPO_DATA, under which each task has a "
-            "folder of its name; without both the questions come from the hub."
+            f"There is no file or folder {path}. Check --data, or IRPO_DATA, under which each task "
+            "has a folder of its name; without both the questions come from the hub."
         )
     return path
 
 
 def load_hub(task: str, hub: str, config: str | None, split: str) -> list[dict]:
-    """Rows of a hub data set, or a `UserError` that offers --data; code in the repository is never run."""
+    """Rows of a hub data set, or a `UserError` that offers --data; its code is never run."""
     import datasets
 
     try:
         return list(datasets.load_dataset(hub, config, split=split))
-    except (
-        Exception
-    ) as error:  # no network, hub down, gated, renamed: each library version has its own classes
+    except Exception as error:  # no network, gated, renamed: each library has its own classes
         raise UserError(
-            f"Cannot load {hub} from the hub ({type(error).__name__}). Without a network give a folder of "
-            f"JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with {task}/ in it."
+            f"Cannot load {hub} from the hub ({type(error).__name__}). Without a network give a "
+            "folder of JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with "
+            f"{task}/ in it."
         ) from error
 
 
 class FileTask(Task):
-    """A task read from the hub or from files: subclasses say what a raw row means and how the rows are split."""
+    """A task read from the hub or from files: a subclass converts a row and makes the splits."""
 
     hub: str
     config: str | None = None
@@ -153,7 +172,7 @@ class FileTask(Task):
     splits_known: tuple[str, ...] = SPLITS
 
     def row(self, raw: dict, index: int) -> dict:
-        """One raw row as `question`, `answer` and more; raises `ValueError` or `KeyError` for a malformed one."""
+        """One raw row as `question`, `answer` and more; `ValueError` or `KeyError` refuse it."""
         raise NotImplementedError
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
@@ -161,36 +180,36 @@ class FileTask(Task):
         raise NotImplementedError
 
     def read(self, path: Path | None, name: str, optional: bool = False) -> list[dict]:
-        """The rows of `name`.jsonl in the folder, or of that split on the hub; `id` is added where a row has none."""
+        """The rows of `name`.jsonl in the folder, or of that split on the hub."""
+        prefix = f"{self.name}-{name}"
         if path is None:
             raw = enumerate(load_hub(self.name, self.hub, self.config, name))
-            rows = convert_rows(raw, f"{self.hub}, {name}, row ", self.row, self.expected)
-        elif optional and not (path / f"{name}.jsonl").exists():
-            return []
-        elif path.is_file():
+            return convert_rows(raw, f"{self.hub}, {name}, row ", self, prefix)
+        if path.is_file():
             raise UserError(
-                f"{path} is a file; the task {self.name} reads a folder with {name}.jsonl in it. For one "
-                "file of your own questions take --task jsonl."
+                f"{path} is a file; the task {self.name} reads a folder with {name}.jsonl in it. "
+                "For one file of your own questions use --task jsonl."
             )
-        else:
-            rows = read_jsonl(path / f"{name}.jsonl", self.row, self.expected)
-        return [{"id": f"{self.name}-{name}-{index:05d}", **row} for index, row in enumerate(rows)]
+        if optional and not (path / f"{name}.jsonl").exists():
+            return []
+        return read_jsonl(path / f"{name}.jsonl", self, prefix)
 
     def load(self, split: str, data: str | None = None) -> Dataset:
-        """Questions of one split with `id`, `question`, `answer` and what else the task has.
+        """Questions of one split with unique `id`, `question`, `answer` and the task's columns.
 
-        `data` is a local folder (for `jsonl` also a file); otherwise IRPO_DATA, otherwise the hub. Raises `UserError`
-        for an unknown split, missing or malformed data (with file and line), or where the hub cannot be reached.
+        `data` is a local folder (for `jsonl` also a file); otherwise IRPO_DATA, otherwise the hub.
+        Raises `UserError` for an unknown split and for missing or malformed data.
         """
         from datasets import Dataset
 
         if split not in self.splits_known:
-            raise UserError(
-                f"There is no split {split!r} of {self.name}; take one of {', '.join(self.splits_known)}."
-            )
+            known = ", ".join(self.splits_known)
+            raise UserError(f"There is no split {split!r} of {self.name}; use one of {known}.")
         rows = self.splits(local_path(self.name, data))[split]
         if not rows:
             raise UserError(
-                f"The split {split} of {self.name} is empty: too few questions, or the file is missing."
+                f"The split {split} of {self.name} is empty: too few questions, or no such file."
             )
+        if len({row["id"] for row in rows}) < len(rows):
+            raise UserError(f"The files of {self.name} give two questions of {split} the same id.")
         return Dataset.from_list(rows)

@@ -3,10 +3,10 @@
 One raw row (files train.jsonl, test.jsonl):
 
     {"question": "Natalia sold clips to 48 of her friends in April, and then ...",
-     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\\n... = <<48+24=72>>72 clips ...\\n#### 72"}
+     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\\n... 72 clips ...\\n#### 72"}
 
-Prompt of the paper (appendix B.1), zero-shot. As in the paper 1,000 training questions are held out for choosing the
-checkpoint; which ones it does not say, here a fixed seed draws them.
+Zero-shot prompt of the paper (appendix B.1). As in the paper 1,000 training questions are held out
+for choosing the checkpoint; a fixed seed draws them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from irpo_utils.tasks import numbers
 from irpo_utils.tasks.files import FileTask, hold_out, need, without
 
-VALIDATION = 1000
 PROMPT = (
-    "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're "
-    'ready to answer, please use the format "Final answer: ..."\nQuestion: {question}\nSolution:'
+    "Your task is to answer the question below. Give step by step reasoning before you answer, and "
+    "when you're ready to answer, please use the format "
+    '"Final answer: ..."\nQuestion: {question}\nSolution:'
 )
 
 
@@ -36,24 +36,18 @@ class GSM8K(numbers.NumberTask, FileTask):
         return PROMPT.format(question=row["question"])
 
     def row(self, raw: dict, index: int) -> dict:
-        """`solution` loses its calculator marks and ends in the "Final answer:" that the prompt asks for."""
+        """`solution` without calculator marks, ending in the "Final answer:" of the prompt."""
         solution, mark, answer = raw["answer"].rpartition("####")
         answer = answer.strip().replace(",", "")
-        need(
-            mark and numbers.parse(answer) is not None, "`answer` does not end in #### and a number"
-        )
+        need(mark and numbers.parse(answer) is not None, "`answer` does not end in #### NUMBER")
         need(raw["question"].strip(), "`question` is empty")
-        solution = re.sub(r"<<.*?>>", "", solution).strip()
-        return {
-            "question": raw["question"],
-            "answer": answer,
-            "solution": f"{solution}\nFinal answer: {answer}",
-        }
+        solution = f"{re.sub(r'<<.*?>>', '', solution).strip()}\nFinal answer: {answer}"
+        return {"question": raw["question"], "answer": answer, "solution": solution}
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
         """Official test; official train less 1,000 held-out rows for validation."""
         test = self.read(path, "test")
-        train, validation = hold_out(without(self.read(path, "train"), test), VALIDATION)
+        train, validation = hold_out(without(self.read(path, "train"), test), 1000)
         return {"train": train, "validation": validation, "test": test}
 
 

@@ -2,11 +2,12 @@
 
 One raw row (files test.jsonl, and train.jsonl if there):
 
-    {"ID": "chal-777", "Body": "There are 87 oranges and 290 bananas in Philip's collection. If the bananas ...",
-     "Question": "How big is each group of bananas?", "Answer": 145.0, "Equation": "( 290.0 / 2.0 )", ...}
+    {"ID": "chal-777", "Body": "There are 87 oranges and 290 bananas in Philip's collection. ...",
+     "Question": "How big is each group of bananas?", "Answer": 145.0, ...}
 
-SVAMP was made as a test set and has no training split of its own. All 1,000 rows are shuffled with a fixed seed and
-split 700/100/200: accuracies on these 200 are not results on "the SVAMP test". Same prompt as GSM8K.
+SVAMP was made as a test set and has no training split. All 1,000 rows are shuffled with a fixed
+seed and split 700/100/200: accuracies on these 200 are not results on "the SVAMP test". GSM8K's
+prompt.
 """
 
 from __future__ import annotations
@@ -27,23 +28,16 @@ class SVAMP(GSM8K):
     expected = "`ID`, `Body`, `Question` (text) and `Answer` (a number)"
 
     def row(self, raw: dict, index: int) -> dict:
-        """Body and question become one text; a body that stops without a full stop gets a comma, as it goes on."""
-        body, question, answer = (
-            raw["Body"].strip(),
-            raw["Question"].strip(),
-            numbers.parse(str(raw["Answer"])),
-        )
+        """Body and question as one text; a body without a full stop gets a comma."""
+        body, question = raw["Body"].strip(), raw["Question"].strip()
+        answer = numbers.parse(str(raw["Answer"]))
         need(body and question, "`Body` or `Question` is empty")
         need(answer is not None, "`Answer` is not a number")
-        joint = " " if body[-1] in ".!?," else ", "
-        return {
-            "id": f"svamp-{raw['ID']}",
-            "question": f"{body}{joint}{question}",
-            "answer": numbers.show(answer),
-        }
+        text = f"{body}{' ' if body[-1] in '.!?,' else ', '}{question}"
+        return {"id": f"svamp-{raw['ID']}", "question": text, "answer": numbers.show(answer)}
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
-        """70, 10 and 20 % of all rows, the same from whatever source: sorted by id, then shuffled with a fixed seed."""
+        """70, 10 and 20 % of all rows, sorted by id and shuffled with a fixed seed."""
         rows = without(self.read(path, "train", optional=True) + self.read(path, "test"))
         rows.sort(key=lambda row: row["id"])
         random.Random(SEED).shuffle(rows)

@@ -1,13 +1,14 @@
-"""The embedded word problems as a multiple-choice test: four numbers to choose from, the nearest one counts.
+"""The embedded word problems as multiple choice: the nearest of four numbers counts.
 
-One raw question, and its options (the right one is B):
+One raw question, and its options (the correct one is B):
 
     Mia keeps 24 shells in a jar. ... How many shells does Mia have now?
     (A) 41   (B) 74   (C) 107   (D) 140
 
-The questions, splits and gold solutions are those of `word_problems`, and so is the prompt: M0 knows no other. The options
-are not shown to the model. It works a number out, and the option nearest to that number is ticked for it, as by a pupil who
-picks what comes closest. So a wrong number can win, which is what makes multiple choice lucky (notebook 02, section 7).
+Questions, splits, gold solutions and prompt are those of `word_problems`: M0 knows no other prompt.
+The options are not shown to the model. It calculates a number, and the nearest option is taken, as
+by a pupil who picks what comes closest. So a wrong number can be graded as correct, which is the
+luck of multiple choice (notebook 02, section 7).
 """
 
 from __future__ import annotations
@@ -27,19 +28,18 @@ OPTIONS = 4
 
 
 def options(row: dict) -> dict:
-    """`choices` and `answer` (a letter) for a row of word_problems; the same row has the same options always.
+    """`choices` and `answer` (a letter) for a row of word_problems, always the same.
 
-    The right option has each of the four places equally often (the smallest numbers apart). The options are equally spaced, by
-    an odd number of at most half the right one, so that no whole number is as near to one as to another; all are positive.
+    The correct option has each of the four places equally often (except for the smallest numbers).
+    Options are positive and equally spaced, by an odd number of at most half the correct one, so
+    that no whole number is as near to one as to another.
     """
     number, rng = int(row["answer"]), random.Random(row["id"])
     place = min(rng.randrange(OPTIONS), number - 1)
     widest = min(number // 2, (number - 1) // place if place else number)
     step = rng.randrange(1, max(1, widest) + 1, 2)
-    return {
-        "choices": [str(number + (i - place) * step) for i in range(OPTIONS)],
-        "answer": ascii_uppercase[place],
-    }
+    choices = [str(number + (i - place) * step) for i in range(OPTIONS)]
+    return {"choices": choices, "answer": ascii_uppercase[place]}
 
 
 def nearest(number: str, choices: list[str]) -> str | None:
@@ -50,11 +50,8 @@ def nearest(number: str, choices: list[str]) -> str | None:
     """
     value = parse(number)
     distances = [abs(value - int(choice)) for choice in choices]
-    return (
-        ascii_uppercase[distances.index(min(distances))]
-        if distances.count(min(distances)) == 1
-        else None
-    )
+    smallest = min(distances)
+    return ascii_uppercase[distances.index(smallest)] if distances.count(smallest) == 1 else None
 
 
 class WordChoices(Task):
@@ -64,22 +61,21 @@ class WordChoices(Task):
     prompt = staticmethod(NUMBERS.prompt)
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
-        """The letter of the option of `row["choices"]` nearest to the number after the last "Final answer:", or None."""
+        """The letter of the option nearest to the number after "Final answer:", or None."""
         number, choices = NUMBERS.extract(completion), (row or {}).get("choices")
         return nearest(number, choices) if number is not None and choices else None
 
-    def is_correct(self, extracted: str | None, answer: str) -> bool:
+    def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
         """The same letter."""
         return extracted is not None and extracted == answer
 
     def solved(self, completion: str, row: dict) -> bool:
-        """Whether the number itself is right: the letter may be so by luck."""
-        return NUMBERS.is_correct(
-            NUMBERS.extract(completion), row["choices"][ascii_uppercase.index(row["answer"])]
-        )
+        """Whether the number itself is correct: the letter may be correct by luck."""
+        gold = row["choices"][ascii_uppercase.index(row["answer"])]
+        return NUMBERS.is_correct(NUMBERS.extract(completion), gold)
 
     def load(self, split: str, data: str | None = None) -> Dataset:
-        """The rows of that split of word_problems with `choices`, and a letter as `answer`; raises the same `UserError`s."""
+        """The rows of `word_problems` with `choices` and a letter as `answer`; the same errors."""
         from datasets import Dataset
 
         return Dataset.from_list([{**row, **options(row)} for row in NUMBERS.load(split, data)])

@@ -43,9 +43,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
-from irpo_utils.__main__ import calm_libraries
+from irpo_utils.ops.cli import quiet_libraries
 
-calm_libraries()                               # no loading bars
+quiet_libraries()                              # no loading bars
 profile = profiles.get(PROFILE)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
@@ -157,13 +157,13 @@ for t in range(4):
 # %%
 # NBVAL_IGNORE_OUTPUT
 import torch
-from irpo_utils import iteration
+from irpo_utils.ops.environment import environment
 
 device, gpu_gib = models.default_device(), 0.0
 if device == "cuda":
     gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     print(f"GPU: {torch.cuda.get_device_name(0)}, {gpu_gib:.0f} GiB")
-print(f"CPU: {iteration.environment()['processor']}, {os.cpu_count()} cores, threads in use: {torch.get_num_threads()}")
+print(f"CPU: {environment()['processor']}, {os.cpu_count()} cores, threads in use: {torch.get_num_threads()}")
 assert os.cpu_count() >= 1 and gpu_gib >= 0
 
 # %% [markdown]
@@ -180,7 +180,7 @@ def billions(name):
     found = re.search(r"([\d.]+)([mb])$", name)
     return float(found[1]) / (1000 if found[2] == "m" else 1) if found else None
 
-gib_needed = {name: 8 + 5 * billions(name) for name in profiles.PROFILES if billions(name)}
+gib_needed = {name: 8 + 5 * billions(name) for name in profiles.names() if billions(name)}
 print(*(f"{name:14} {need:5.1f} GiB" for name, need in sorted(gib_needed.items(), key=lambda pair: pair[1])), sep="\n")
 
 # %%
@@ -188,7 +188,7 @@ print(*(f"{name:14} {need:5.1f} GiB" for name, need in sorted(gib_needed.items()
 fitting = [name for name, need in gib_needed.items() if need <= gpu_gib]
 suggested = max(fitting, key=gib_needed.get) if fitting else "cpu"
 print(f"largest profile for this machine: {suggested}; this notebook runs with: {PROFILE}")
-assert suggested in profiles.PROFILES
+assert suggested in profiles.names()
 
 # %% [markdown]
 # The largest is not the best one to begin with. A small model makes its mistakes in minutes. Go through the
@@ -204,11 +204,12 @@ assert suggested in profiles.PROFILES
 # %%
 # NBVAL_IGNORE_OUTPUT
 from irpo_utils import sampling, tasks
+from irpo_utils.ops import export, run as runs
 
 task = tasks.get(profile.task)
 questions = task.load("validation", profile.data).select(range(16))
-model, tokenizer = iteration.load_model(profile)
-facts = models.describe(model)
+model, tokenizer = runs.load_model(profile)
+facts = export.describe(model)
 print(f"{profile.model}: {facts['parameters']:,} frozen parameters, {facts['adapter_parameters']:,} that training may change")
 assert 0 < facts["adapter_parameters"] < facts["parameters"]
 
@@ -302,9 +303,10 @@ assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_s
 # %%
 # NBVAL_IGNORE_OUTPUT
 import math
+from irpo_utils import logprobs
 
 pair = preferences[0]
-logp_w, logp_l = models.score(model, tokenizer, [pair["prompt_ids"]] * 2, [pair["chosen_ids"], pair["rejected_ids"]])
+logp_w, logp_l = logprobs.score(model, tokenizer, [pair["prompt_ids"]] * 2, [pair["chosen_ids"], pair["rejected_ids"]])
 margin = profile.beta * (logp_w - logp_w) - profile.beta * (logp_l - logp_l)
 loss_dpo = -math.log(1 / (1 + math.exp(-margin)))
 loss_nll = -logp_w / len(pair["chosen_ids"])
@@ -344,14 +346,14 @@ import tempfile
 from pathlib import Path
 
 def is_finished(run):
-    return (run / "profile.json").exists() and (run / f"iteration_{iteration.load_profile(run).iterations}/metrics.json").exists()
+    return (run / "profile.json").exists() and (run / f"iteration_{runs.read_profile(run).iterations}/metrics.json").exists()
 
-root = Path(iteration.__file__).parents[1]              # the repository
+root = Path(models.__file__).parents[1]                 # the repository
 run = next((place for place in (root / "runs" / PROFILE, root / "notebooks" / "shipped_run") if is_finished(place)), None)
 if run is None:
     run = Path(tempfile.mkdtemp(), "smoke")
-    iteration.run(profiles.get("smoke"), run, progress=False)
-last = iteration.load_profile(run).iterations
+    runs.run(profiles.get("smoke"), run, progress=False)
+last = runs.read_profile(run).iterations
 print(f"numbers below come from: {run.name}, {last} iterations")
 assert is_finished(run)
 
@@ -531,7 +533,7 @@ steps
 # NBVAL_IGNORE_OUTPUT
 from datasets import load_from_disk
 
-settings = iteration.load_profile(run)
+settings = runs.read_profile(run)
 asked = tasks.get(settings.task).load(settings.eval_split, settings.data)
 answers = [load_from_disk(str(run / f"iteration_{t}/evaluation/greedy")) for t in range(last + 1)]
 turned = [i for i in range(len(answers[0])) if not answers[0][i]["correct"] and answers[-1][i]["correct"]]

@@ -39,9 +39,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
-from irpo_utils.__main__ import calm_libraries
+from irpo_utils.ops.cli import quiet_libraries
 
-calm_libraries()                               # no loading bars
+quiet_libraries()                              # no loading bars
 profile = profiles.get(PROFILE)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
@@ -54,11 +54,13 @@ assert models.default_device() in ("cpu", "cuda")
 # %%
 # NBVAL_IGNORE_OUTPUT
 import torch
-from irpo_utils import iteration, sampling, tasks
+from irpo_utils import sampling, tasks
+from irpo_utils.ops import run as runs
 
 task = tasks.get(profile.task)
 questions = task.load("validation", profile.data).select(range(24 if PROFILE == "smoke" else 80))
-model, tokenizer = iteration.load_model(profile)
+model, tokenizer = runs.load_model(profile)
+engine = runs.engine_of(profile)               # how this profile samples; on a CPU a faster way with the same answers
 ON_CPU = models.default_device() == "cpu"      # there sums are in float32, so that two ways to compute agree closely
 print(f"{len(questions)} questions of {task.name}, model {profile.model}")
 assert len(questions) > 0
@@ -101,7 +103,7 @@ text = "Question: Mia has 3 shells. Mia finds 14 more. How many shells does Mia 
 
 by_hand = "<|user|>" + text + "<|end|>" + "<|assistant|>"
 print(by_hand)
-assert by_hand == sampling.render_prompt(seed_tokenizer, text)
+assert by_hand == models.render_prompt(seed_tokenizer, text)
 
 # %% [markdown]
 # It stops right after `<|assistant|>`: the next token is the first of the answer. And these are the
@@ -131,7 +133,7 @@ def continue_text(text):
                          max_new_tokens=profile.max_new_tokens, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True)
 
-dressed = [continue_text(sampling.render_prompt(tokenizer, task.prompt(row))) for row in questions.select(range(12))]
+dressed = [continue_text(models.render_prompt(tokenizer, task.prompt(row))) for row in questions.select(range(12))]
 bare = [continue_text(task.prompt(row)) for row in questions.select(range(12))]
 for row, a, b in zip(questions.select(range(3)), dressed, bare):
     print(f"known answer {row['answer']}\n  with the template {a[-200:]!r}\n  without           {b[-200:]!r}")
@@ -160,7 +162,7 @@ assert profile.model != "seed" or count_right(dressed) > count_right(bare)
 # %%
 # NBVAL_IGNORE_OUTPUT
 longest = max(questions, key=lambda row: (row.get("steps", 0), len(row["question"])))    # not every task counts steps
-prompt_ids = tokenizer(sampling.render_prompt(tokenizer, task.prompt(longest)), add_special_tokens=False,
+prompt_ids = tokenizer(models.render_prompt(tokenizer, task.prompt(longest)), add_special_tokens=False,
                        return_tensors="pt").input_ids.to(model.device)
 with torch.inference_mode():
     logits = model(input_ids=prompt_ids).logits[0, -1].float().cpu()
@@ -317,7 +319,7 @@ def draw(rows, **settings):
     """N completions per question with the profile's settings, or with others."""
     settings = {"n": profile.n_samples, "temperature": 1.0, "seed": profile.seed, **settings}
     return sampling.sample(model, tokenizer, rows, task, max_new_tokens=profile.max_new_tokens,
-                           **{"batch_size": profile.sampling_batch_size, "progress": False, **settings})
+                           progress=False, **{"batch_size": profile.sampling_batch_size, "engine": engine, **settings})
 
 shares = {}
 for temperature, top_p in ((1.0, 1.0), (1.6, 1.0), (1.6, 0.8)):
@@ -573,17 +575,18 @@ assert sum(lengths) <= rows_if_refilled(lengths) <= rows_if_all_wait(lengths)
 # when no answer waits any more):
 # [continuous batching](../docs/glossary.md#continuous-batching) (Orca, [Yu et al. 2022](https://www.usenix.org/conference/osdi22/presentation/yu)).
 #
-# In `sampling.sample` the loop `_decode` does just that. `_start` runs new prompts through the model, all but their last token; a
-# `SlotCache` takes their keys and values, N copies each, into the rows that are free; then all rows, new and old, take one step together. Prompts come longest
-# first, so that rows of similar length stand side by side. On a CPU each core runs such a loop of its own. And because every token is drawn with
-# a number of its own (section 5), none of this changes an answer:
+# In the engine of the CPU profiles, [`irpo_utils/engines/cpu.py`](../irpo_utils/engines/cpu.py), the loop `_decode` does just that. `_begin` runs new
+# prompts through the model, all but their last token; a `SlotCache` takes their keys and values, N copies each, into the rows that are free; then all
+# rows, new and old, take one step together. Prompts come longest first, so that rows of similar length stand side by side. On a CPU each core runs such
+# a loop of its own. The plain loop in [`irpo_utils/sampling.py`](../irpo_utils/sampling.py) lets the rows that have ended leave the batch and puts no
+# new ones in their place. And because every token is drawn with a number of its own (section 5), none of this changes an answer:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-crowded = sampling.sample(model, tokenizer, questions.select(range(8)), task, n=2, batch_size=16, max_new_tokens=profile.max_new_tokens, progress=False)
-lonely = sampling.sample(model, tokenizer, questions.select(range(8)), task, n=2, batch_size=2, max_new_tokens=profile.max_new_tokens, progress=False)
+crowded = draw(questions.select(range(8)), n=2, batch_size=16)
+lonely = draw(questions.select(range(8)), n=2, batch_size=2, engine=None)           # None: the plain loop
 same = sum(a == b for a, b in zip(crowded["completion_ids"], lonely["completion_ids"]))
-print(f"{same} of {len(crowded)} answers are the same, drawn sixteen at a time and two at a time")
+print(f"{same} of {len(crowded)} answers are the same, drawn sixteen at a time and, in the plain loop, two at a time")
 assert same == len(crowded) or not ON_CPU
 
 # %% [markdown]
@@ -626,9 +629,11 @@ assert all(logp <= 0 for logp in at_1)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
+from irpo_utils import logprobs
+
 late = sum(forced.log_softmax(-1)[P + i, token].item() for i, token in enumerate(answer))
-[module] = models.score(model, tokenizer, [hot["prompt_ids"]], [answer])
-print(f"right place {sum(at_1):.2f} · models.score {module:.2f} · one place late {late:.2f}")
+[module] = logprobs.score(model, tokenizer, [hot["prompt_ids"]], [answer])
+print(f"right place {sum(at_1):.2f} · logprobs.score {module:.2f} · one place late {late:.2f}")
 assert abs(module - sum(at_1)) < (1e-3 if ON_CPU else 2)
 
 # %% [markdown]
@@ -723,14 +728,14 @@ import tempfile
 from pathlib import Path
 
 def is_finished(run):
-    return (run / "profile.json").exists() and (run / f"iteration_{iteration.load_profile(run).iterations}/metrics.json").exists()
+    return (run / "profile.json").exists() and (run / f"iteration_{runs.read_profile(run).iterations}/metrics.json").exists()
 
-root = Path(iteration.__file__).parents[1]                     # the repository
+root = Path(models.__file__).parents[1]                        # the repository
 run = next((place for place in (root / "runs" / PROFILE, root / "notebooks" / "shipped_run") if is_finished(place)), None)
 if run is None:
     run = Path(tempfile.mkdtemp(), "smoke")
-    iteration.run(profiles.get("smoke"), run, progress=False)
-last = iteration.load_profile(run).iterations
+    runs.run(profiles.get("smoke"), run, progress=False)
+last = runs.read_profile(run).iterations
 print(f"{run.name}: M_0 to M_{last}")
 assert is_finished(run)
 
@@ -848,7 +853,7 @@ plots.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
 # %%
 # NBVAL_IGNORE_OUTPUT
 adapter = run / f"iteration_{last}" / "adapter"
-later = last if adapter.exists() and iteration.load_profile(run).model == profile.model else 0
+later = last if adapter.exists() and runs.read_profile(run).model == profile.model else 0
 models.set_adapter(model, adapter if later else None)           # the run's last model, if it belongs to this base
 counts_later = {t: right_counts(draw(questions, temperature=t)).tolist() for t in temperatures}
 models.set_adapter(model, None)                                 # back to M_0

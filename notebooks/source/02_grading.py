@@ -41,9 +41,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
-from irpo_utils.__main__ import calm_libraries
+from irpo_utils.ops.cli import quiet_libraries
 
-calm_libraries()                               # no loading bars
+quiet_libraries()                              # no loading bars
 profile = profiles.get(PROFILE)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
@@ -108,7 +108,7 @@ def after_marker(completion):
 # The package does just that, and an assertion proves it:
 
 # %%
-from irpo_utils.tasks.base import after_final_answer
+from irpo_utils.tasks.answers import after_final_answer
 
 assert [after_final_answer(text) for text in completions] == [after_marker(text) for text in completions]
 
@@ -241,13 +241,14 @@ runs = [run for run in runs if (run / "iteration_0" / "graded" / "state.json").e
 # %%
 # NBVAL_IGNORE_OUTPUT
 from datasets import load_from_disk
-from irpo_utils import iteration, sampling
+from irpo_utils import sampling
+from irpo_utils.ops.run import load_model
 
 task = tasks.get(profile.task)
 if runs:
     graded = load_from_disk(str(runs[0] / "iteration_0" / "graded"))
 else:
-    model, tokenizer = iteration.load_model(profile)
+    model, tokenizer = load_model(profile)
     questions = task.load("train", profile.data).shuffle(seed=profile.seed).select(range(60))
     samples = sampling.sample(model, tokenizer, questions, task, n=profile.n_samples, progress=False,
                               temperature=profile.temperature_of(0), top_p=profile.top_p,

@@ -39,9 +39,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
-from irpo_utils.__main__ import calm_libraries
+from irpo_utils.ops.cli import quiet_libraries
 
-calm_libraries()                               # no loading bars
+quiet_libraries()                              # no loading bars
 profile = profiles.get(PROFILE)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
@@ -348,13 +348,14 @@ runs = [run for run in runs if (run / "iteration_0" / "pairs" / "state.json").ex
 # %%
 # NBVAL_IGNORE_OUTPUT
 from datasets import load_from_disk
-from irpo_utils import grading, iteration, sampling, tasks
+from irpo_utils import grading, sampling, tasks
+from irpo_utils.ops.run import load_model, read_profile
 
 if runs:
-    profile = iteration.load_profile(runs[0])
+    profile = read_profile(runs[0])
     graded = load_from_disk(str(runs[0] / "iteration_0" / "graded"))
 else:
-    task, (model, tokenizer) = tasks.get(profile.task), iteration.load_model(profile)
+    task, (model, tokenizer) = tasks.get(profile.task), load_model(profile)
     questions = task.load("train", profile.data).shuffle(seed=profile.seed).select(range(100))
     samples = sampling.sample(model, tokenizer, questions, task, n=profile.n_samples, progress=False,
                               temperature=profile.temperature_of(0), top_p=profile.top_p,

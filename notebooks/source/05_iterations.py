@@ -40,9 +40,9 @@ import platform
 from importlib.metadata import version
 
 from irpo_utils import models, profiles
-from irpo_utils.__main__ import calm_libraries
+from irpo_utils.ops.cli import quiet_libraries
 
-calm_libraries()                               # no loading bars
+quiet_libraries()                              # no loading bars
 profile = profiles.get(PROFILE)
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
@@ -65,12 +65,14 @@ print(f"{small.n_questions} questions x {small.n_samples} samples, {small.iterat
 assert small.model == profile.model
 
 # %%
-from irpo_utils import grading, iteration, pairs, sampling, tasks, training
+from irpo_utils import grading, pairs, sampling, tasks, training
+from irpo_utils.ops import run as runs
 
 task = tasks.get(small.task)
 questions = task.load("train", small.data).shuffle(seed=small.seed)
 questions = questions.select(range(small.n_questions))
-model, tokenizer = iteration.load_model(small)                 # M_0
+model, tokenizer = runs.load_model(small)                      # M_0
+engine = runs.engine_of(small)                                 # how this profile samples and trains
 
 def seed(t, purpose):
     """Other random numbers for each iteration and purpose, as the module has them."""
@@ -81,13 +83,14 @@ by_hand = {}
 for t in range(small.iterations):
     by_hand[t] = sampling.sample(model, tokenizer, questions, task, n=small.n_samples,
                                  temperature=small.temperature_of(t), seed=seed(t, 1),
-                                 max_new_tokens=small.max_new_tokens,
+                                 max_new_tokens=small.max_new_tokens, engine=engine,
                                  batch_size=small.sampling_batch_size, progress=False)
     graded = grading.grade(by_hand[t], task)
     preferences, _ = pairs.build_pairs(graded, k=small.k_pairs, max_length=small.max_length)
-    training.train(model, tokenizer, preferences, learning_rate=small.learning_rate,
-                   seed=seed(t + 1, 3), micro_batch_size=small.micro_batch_size, progress=False,
-                   gradient_checkpointing=small.gradient_checkpointing, optimizer=small.optimizer)
+    training.train(model, tokenizer, preferences, small.alpha, small.beta, small.learning_rate,
+                   seed=seed(t + 1, 3), batch_size=small.batch_size, trainer=engine.trainer(model),
+                   micro_batch_size=small.micro_batch_size, optim=small.optimizer,
+                   gradient_checkpointing=small.gradient_checkpointing, disable_tqdm=True)
 
 # %% [markdown]
 # `train` changes the model in place, so after the loop `model` is M_2. Nothing else is needed: no reward model, no second
@@ -96,7 +99,7 @@ for t in range(small.iterations):
 # %% [markdown]
 # ## 2 A run that is killed
 #
-# A real run takes hours, and machines are taken away. `iteration.run` does the same loop in a
+# A real run takes hours, and machines are taken away. `runs.run` does the same loop in a
 # [run directory](../docs/glossary.md#run-directory): each result is written beside its place, gets a checksum, and is moved
 # in whole. Let us start it as a process of its own, by the command line, and kill it without warning as soon as M_1 is there.
 
@@ -133,7 +136,7 @@ assert "iteration_1/adapter" in before and "iteration_2/adapter" not in before
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-rows = iteration.run(small, out, progress=False)
+rows = runs.run(small, out, progress=False)
 after = stages(out)
 print("kept:", *[name for name in after if after[name] == before.get(name)])
 print("new: ", *[name for name in after if name not in before])
@@ -160,7 +163,7 @@ assert same == 1 if models.default_device() == "cpu" else same > 0.5
 from irpo_utils import UserError
 
 try:
-    iteration.run(profiles.get(PROFILE, **{**changes, "k_pairs": 3}), out, progress=False)
+    runs.run(profiles.get(PROFILE, **{**changes, "k_pairs": 3}), out, progress=False)
 except UserError as error:
     print(str(error).split(":", 1)[1].split(". Choose")[0])
 
@@ -180,13 +183,13 @@ def usable(run):
     """Finished, and made with the model and task of this profile."""
     if not (run / "profile.json").exists():
         return False
-    p = iteration.load_profile(run)
+    p = runs.read_profile(run)
     finished = (run / f"iteration_{p.iterations}/metrics.json").exists()
     return finished and (p.model, p.task) == (profile.model, profile.task)
 
 places = (root / "runs" / PROFILE, root / "notebooks/shipped_run")
 run = next((place for place in places if usable(place)), out)
-settings = iteration.load_profile(run)
+settings = runs.read_profile(run)
 T = settings.iterations
 print(f"{run.name}: {T} iterations, {settings.n_questions} questions x {settings.n_samples} samples, "
       f"evaluated on the {settings.eval_split} split")
@@ -444,11 +447,13 @@ print("only a right:", only_a, " only b right:", only_b)
 # Six discordant questions, five for b. **Predict**: is that significant at 5 %?
 
 # %%
+from irpo_utils.ops import statistics
+
 tosses = only_a + only_b
 as_uneven = sum(math.comb(tosses, i) for i in range(min(only_a, only_b) + 1)) / 2**tosses
 p = min(1.0, 2 * as_uneven)                    # two-sided: a could have been the better one
 print(f"p = {p:.3f}")
-assert math.isclose(p, evaluation.mcnemar(a, b)["p"])
+assert math.isclose(p, statistics.mcnemar(a, b)["p"])
 
 # %% [markdown]
 # Far from it: five or more of six heads on one side or the other comes up in more than a fifth of all tries. This is the exact
@@ -456,10 +461,15 @@ assert math.isclose(p, evaluation.mcnemar(a, b)["p"])
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-steps_of_run = pd.DataFrame([
-    {"step": f"M_{t - 1} to M_{t}", **evaluation.compare(evaluated[t - 1], evaluated[t])}
-    for t in range(1, T + 1)])
-assert (steps_of_run.p_mcnemar <= 1).all()
+def compared(t):
+    """What M_t gains over the model before, and McNemar's test on the same questions."""
+    before, after = (evaluation.correct_per_question(evaluated[i]) for i in (t - 1, t))
+    test = statistics.mcnemar(list(before.values()), [after[i] for i in before])
+    return {"step": f"M_{t - 1} to M_{t}", **evaluation.compare(evaluated[t - 1], evaluated[t]),
+            "p": test["p"], "only_a": test["only_a"], "only_b": test["only_b"]}
+
+steps_of_run = pd.DataFrame([compared(t) for t in range(1, T + 1)])
+assert (steps_of_run.p <= 1).all()
 steps_of_run.round(4)
 
 # %% [markdown]
@@ -534,12 +544,14 @@ for n in (3, 10, 100, 10_000):
 
 # %%
 # NBVAL_IGNORE_OUTPUT
+from irpo_utils import logprobs
+
 some = task.load("validation", small.data).select(range(small.n_eval_questions))
 drawn = sampling.sample(model, tokenizer, some, task, n=1, temperature=1.0, seed=seed(2, 5),
-                        max_new_tokens=small.max_new_tokens,
+                        max_new_tokens=small.max_new_tokens, engine=engine,
                         batch_size=small.sampling_batch_size, progress=False)      # `model` is M_2
 models.set_adapter(model, out / "iteration_1/adapter")                             # now it is M_1
-scores = models.score(model, tokenizer, drawn["prompt_ids"][:], drawn["completion_ids"][:])
+scores = logprobs.score(model, tokenizer, drawn["prompt_ids"][:], drawn["completion_ids"][:])
 kl = sum(new - old for new, old in zip(drawn["logprob"], scores)) / len(scores)
 by_module, = (row["value"] for row in rows if (row["metric"], row["iteration"]) == ("kl_to_previous", 2))
 print(f"by hand {kl:.4f}, by the module {by_module:.4f} nats per answer")
@@ -579,8 +591,8 @@ print(checks_05.estimate_kl(estimate_kl))
 # %% [markdown]
 # ## 10 The two warning numbers
 #
-# After each iteration a run prints the KL to the model before, and the winners' log-probability per token before and after training, on
-# a fixed set of pairs. **Predict** the second: should training raise it, lower it, or is either fine?
+# After each iteration a run records the KL to the model before, and the winners' log-probability per token before and after training, on
+# 128 of the pairs that it was trained on. **Predict** the second: should training raise it, lower it, or is either fine?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -599,19 +611,26 @@ figure
 # rate and without the NLL term; and with that rate *and* the NLL term. The middle one is asking for trouble.
 
 # %%
+from irpo_utils.ops.trainer import Probe
+from irpo_utils.ops.warnings import CollapseWarning
+
 start = T - 1
 STEPS, PROBE = (6, 24) if PROFILE == "smoke" else (30, 64)
 data = load_from_disk(str(run / f"iteration_{start}/pairs")).shuffle(seed=0)
 data = data.select(range(min(len(data), STEPS * settings.batch_size)))
 adapter = run / f"iteration_{start}/adapter" if start else None
-probe = data.select(range(min(PROBE, len(data))))
+signs = []                                                     # of a collapse, as the trainer sees them
 
 def train(rate, alpha):
+    """The training log, and the rows of the probe."""
     models.set_adapter(model, adapter)                         # back to the same start
-    return training.train(
-        model, tokenizer, data, alpha=alpha, learning_rate=rate, probe=probe,
-        probe_every=max(1, STEPS // 6), micro_batch_size=settings.micro_batch_size, progress=False,
-        gradient_checkpointing=settings.gradient_checkpointing, optimizer=settings.optimizer)
+    probe = Probe(data.select(range(min(PROBE, len(data)))), tokenizer, every=max(1, STEPS // 6))
+    log = training.train(
+        model, tokenizer, data, alpha, settings.beta, rate, batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size, trainer=engine.trainer(model),
+        callbacks=[probe, CollapseWarning(signs.append)], optim=settings.optimizer,
+        gradient_checkpointing=settings.gradient_checkpointing, disable_tqdm=True)
+    return log.to_pandas(), pd.DataFrame(probe.rows)
 
 # %% [markdown]
 # After each training a look at the model: its greedy answers, and its KL to the start.
@@ -622,13 +641,13 @@ held_out = held_out.select(range(12 if PROFILE == "smoke" else 60))
 
 def draw(temperature):
     return sampling.sample(model, tokenizer, held_out, task, n=1, temperature=temperature,
-                           max_new_tokens=profile.max_new_tokens,
+                           max_new_tokens=profile.max_new_tokens, engine=engine,
                            batch_size=profile.sampling_batch_size, progress=False)
 
 def look():
     answers, drawn = grading.grade(draw(temperature=0.0), task), draw(temperature=1.0)
     models.set_adapter(model, adapter)
-    before = models.score(model, tokenizer, drawn["prompt_ids"][:], drawn["completion_ids"][:])
+    before = logprobs.score(model, tokenizer, drawn["prompt_ids"][:], drawn["completion_ids"][:])
     return answers, np.mean(np.array(drawn["logprob"]) - np.array(before))
 
 # %%
@@ -649,13 +668,14 @@ assert set(results) == set(looks) == set(trials)
 # %%
 # NBVAL_IGNORE_OUTPUT
 table = pd.DataFrame({name: {
-    "pairs with positive margin (last steps)": np.mean(results[name].log["accuracy"][-5:]),
-    "margin (last steps)": np.mean(results[name].log["margin"][-5:]),
-    "winners' log-probability per token before": -results[name].probe_log[0]["nll_chosen"],
-    "winners' log-probability per token after": -results[name].probe_log[-1]["nll_chosen"],
+    "pairs with positive margin (last steps)": log["rewards/accuracies"].tail(5).mean(),
+    "margin (last steps)": log["rewards/margins"].tail(5).mean(),
+    "winners' log-probability per token before": -probe.nll_chosen.iloc[0],
+    "winners' log-probability per token after": -probe.nll_chosen.iloc[-1],
     "KL to the start (nats per answer)": looks[name][1],
     "right, greedy": np.mean(looks[name][0]["correct"]),
-    "cut off at the token limit": 1 - np.mean(looks[name][0]["finished"])} for name in trials})
+    "cut off at the token limit": 1 - np.mean(looks[name][0]["finished"])}
+    for name, (log, probe) in results.items()})
 assert looks["150 x, no NLL"][1] > looks["as in the run"][1]
 table.round(3)
 
@@ -667,7 +687,7 @@ table.round(3)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-probes = {name: result.probe_log.to_pandas() for name, result in results.items()}
+probes = {name: probe for name, (_, probe) in results.items()}
 figure = plots.training_curves(probes)
 assert all(name in plots.alt_text(figure) for name in trials)
 figure
@@ -685,12 +705,13 @@ assert len(looks["150 x, no NLL"][0]) == len(held_out)
 
 # %% [markdown]
 # When could you have known? Below, the ruined training step by step: the trainer's measures, and the winners' log-probability of the
-# probe. (The package watches the winners, too: with the default profile it warned above, while it trained.)
+# probe. (The callback `CollapseWarning` also watches the winners: with the default profile it warned above, during training.)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
 winners = -probes["150 x, no NLL"].set_index("step").nll_chosen
-alarm = results["150 x, no NLL"].log.to_pandas().set_index("step")[["accuracy", "margin", "loss_dpo"]]
+alarm = results["150 x, no NLL"][0].set_index("step")
+alarm = alarm[["rewards/accuracies", "rewards/margins", "loss_dpo"]]
 alarm = alarm.loc[winners.index[1:]].assign(**{"winners' log-probability per token": winners})
 assert len(alarm) >= 2
 alarm.round(3)
@@ -768,7 +789,7 @@ print(checks_05.keep(keep))
 # NBVAL_IGNORE_OUTPUT
 value = metrics.drop_duplicates(["iteration", "metric"]).pivot(
     index="iteration", columns="metric", values="value")
-run_table = [{"greedy": value.greedy[t], "p": None if t == 0 else steps_of_run.p_mcnemar[t - 1],
+run_table = [{"greedy": value.greedy[t], "p": None if t == 0 else steps_of_run.p[t - 1],
               "kl": value.kl_to_previous[t], "logp_before": value.chosen_logp_per_token_before[t],
               "logp_after": value.chosen_logp_per_token[t]} for t in range(T + 1)]
 decision = keep(run_table)

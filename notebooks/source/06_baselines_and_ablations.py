@@ -33,6 +33,7 @@
 # %%
 import os, sys
 sys.path[:0] = [".", ".."]                     # checks_06.py lies beside the notebooks; ".." serves the solutions
+sys.path += ["../scripts", "../../scripts"]    # the package `studies` of this repository
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
 
 # %%
@@ -96,7 +97,7 @@ pd.DataFrame(table, columns=["name", "title", "what differs", "source"]).set_ind
 # %%
 # NBVAL_IGNORE_OUTPUT
 from pathlib import Path
-from irpo_utils import study
+from studies import trials
 
 root = next(up for up in (Path("."), Path(".."), Path("../..")) if (up / "irpo_utils").is_dir())
 
@@ -106,7 +107,7 @@ def read(name):
 
 tuning = read("tuning_of_methods").query("metric == 'greedy'")
 last = tuning[tuning.iteration == tuning.groupby("method").iteration.transform("max")]
-rates = study.tuned_rates(root / "figures")
+rates = trials.tuned_learning_rates(root / "figures")
 tuned = 100 * last.pivot_table(index="method", columns="level", values="value", sort=False)
 tuned = tuned[sorted(tuned, key=float)]
 assert set(tuned.index) <= set(rates)
@@ -123,7 +124,7 @@ close, edge = [], []
 for method, rows in last.groupby("method", sort=False):
     best, *others = rows.sort_values("value", ascending=False).itertuples()
     close += [method] * any(other.high > best.low for other in others)
-    edge += [method] * (float(best.level) in (min(study.RATES), max(study.RATES)))
+    edge += [method] * (float(best.level) in (min(trials.LEARNING_RATES), max(trials.LEARNING_RATES)))
 print(f"{tuning.n.max():.0f} validation questions, {tuning.seed.nunique()} seed")
 print("second-best rate within the noise of the best:", *close or ["none"], sep="\n  ")
 print("best rate at an edge of the search:", *edge or ["none"], sep="\n  ")
@@ -352,6 +353,7 @@ marks.swaplevel(axis=1).sort_index(axis=1).round(2)
 # %%
 # NBVAL_IGNORE_OUTPUT
 from irpo_utils import plots
+from studies import figures
 
 def precision(k):
     """Share of right ones among the winners that a majority of the first k completions names."""
@@ -404,7 +406,7 @@ behind.astype(int)
 greedy = comparison[comparison.metric == "greedy"]
 untrained = greedy.method.isin(["zero_shot", "few_shot"])
 once = greedy[(greedy.iteration == 1) | untrained]
-figure = plots.dot_plot(titled(once))
+figure = figures.dot_plot(titled(once))
 assert "Iterative RPO" in plots.alt_text(figure)
 figure
 
@@ -415,7 +417,7 @@ figure
 # NBVAL_IGNORE_OUTPUT
 T = int(greedy.iteration.max())
 at_the_end = greedy[(greedy.iteration == T) | (greedy.method == "zero_shot")]
-figure = plots.dot_plot(titled(at_the_end))
+figure = figures.dot_plot(titled(at_the_end))
 assert "Iterative RPO" in plots.alt_text(figure)
 figure
 
@@ -427,7 +429,7 @@ figure
 own = comparison[(comparison.method == "irpo") & comparison.iteration.isin([0, 1, T])]
 most = own[own.metric == "majority"].k.max()
 votes = own[(own.metric == "greedy") | ((own.metric == "majority") & (own.k == most))]
-figure = plots.dot_plot(titled(votes))
+figure = figures.dot_plot(titled(votes))
 assert "majority" in plots.alt_text(figure)
 figure
 
@@ -508,13 +510,13 @@ def against_irpo(t):
 def named(rows):
     return [f"{TITLE[row.method]} ({row.seeds} seeds)" for row in rows.itertuples()]
 
-figure = plots.differences(against_irpo(1), named(against_irpo(1)))
+figure = figures.differences(against_irpo(1), named(against_irpo(1)))
 assert "points" in plots.alt_text(figure)
 figure
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-figure = plots.differences(against_irpo(T), named(against_irpo(T)))
+figure = figures.differences(against_irpo(T), named(against_irpo(T)))
 assert "points" in plots.alt_text(figure)
 figure
 
@@ -680,7 +682,7 @@ SEEN = {("star", "rejected"): 1, ("iterative_dpo", "chosen"): -1, ("dpo_from_sft
 moved = []
 for (name, side), sign in SEEN.items():
     if name in curves:
-        first, end = (curves[name][f"logps_{side}"].iloc[i] for i in (0, -1))
+        first, end = (curves[name][f"logps/{side}"].iloc[i] for i in (0, -1))
         moved.append({"method": TITLE[name], "side": side, "from": first, "to": end,
                       "paper": "rises" if sign > 0 else "falls", "here": "rises" if end > first else "falls"})
 moved = pd.DataFrame(moved)
@@ -708,13 +710,13 @@ moved.round(2)
 # NBVAL_IGNORE_OUTPUT
 COSTED = ["irpo", "iterative_dpo", "star", "grpo", "self_consistency", "self_rewarding", "spin"]
 costs = comparison[comparison.method.isin(COSTED)]
-figure = plots.accuracy_against_tokens(titled(costs))
+figure = figures.accuracy_against_cost(titled(costs))
 assert "tokens" in plots.alt_text(figure)
 figure
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-figure = plots.accuracy_against_tokens(titled(costs), x="seconds")
+figure = figures.accuracy_against_cost(titled(costs), x="seconds")
 assert "minutes" in plots.alt_text(figure)
 figure
 
@@ -802,7 +804,7 @@ grid = cells[cells.factor.str.startswith("alpha=")]
 grid = grid.assign(alpha=grid.factor.str[6:].astype(float), learning_rate=grid.level.astype(float))
 alphas = grid.groupby("learning_rate").alpha.transform("nunique")
 grid = grid[alphas == alphas.max()]                            # rates that are there with every alpha
-figure = plots.heat_map(grid)
+figure = figures.heat_map(grid)
 print(f"{grid.groupby(['factor', 'level']).seed.nunique().min()} to {grid.seed.nunique()} seeds a cell,"
       f" {len(halted)} runs stopped")
 assert "alpha" in plots.alt_text(figure)
@@ -842,7 +844,7 @@ def label(row, text):
 nll = final(stability_means[stability_means.factor.str.startswith("alpha=")])
 nll = nll.sort_values("level", key=lambda levels: levels.astype(float), kind="stable")
 labels = [label(row, f"rate {row.level}, {row.factor} over 0") for row in nll.itertuples()]
-figure = plots.differences(nll, labels)
+figure = figures.differences(nll, labels)
 assert "alpha" in plots.alt_text(figure)
 figure
 
@@ -890,7 +892,7 @@ assert len(usual) <= len(labels)
 # NBVAL_IGNORE_OUTPUT
 regimes = final(read("regimes_mean").query("method != 'star'"))
 regimes["factor"] = regimes.factor.replace("choices", "choices, letters")
-figure = plots.differences(regimes, [label(row, row.factor) for row in regimes.itertuples()])
+figure = figures.differences(regimes, [label(row, row.factor) for row in regimes.itertuples()])
 for row in regimes.itertuples():
     print(f"{row.factor:16} pairs {100 * row.value:.1f} %, {word(row.difference_low, row.difference_high)}"
           f" ({100 * row.difference:+.1f}; {row.seeds} seeds, {row.n} test questions)")
@@ -1096,8 +1098,8 @@ material.round(2).astype(object).fillna("")
 # %%
 # NBVAL_IGNORE_OUTPUT
 ablations = final(read("ablations_mean"))
-figure = plots.differences(ablations, [label(row, f"{row.factor.replace('_', ' ')} {row.level}")
-                                       for row in ablations.itertuples()])
+figure = figures.differences(ablations, [label(row, f"{row.factor.replace('_', ' ')} {row.level}")
+                                         for row in ablations.itertuples()])
 assert "points" in plots.alt_text(figure)
 figure
 
@@ -1134,6 +1136,7 @@ assert len(ablations)
 
 # %%
 import tempfile
+from studies import runner
 
 live = Path(tempfile.mkdtemp())
 changes = dict(iterations=1, n_questions=150, n_samples=8, k_pairs=4, batch_size=4, gold=False,
@@ -1142,10 +1145,10 @@ if PROFILE == "smoke":
     changes |= dict(n_questions=24, n_samples=4, k_pairs=2, n_eval_questions=24)
 
 def run_live(name):
-    rate = rates[study.LIKE.get(name, name)] if profile.model == "seed" else profile.learning_rate
+    rate = rates[trials.TUNED_AS.get(name, name)] if profile.model == "seed" else profile.learning_rate
     p = methods.apply(profiles.get(PROFILE, method=name, learning_rate=rate, **changes))
     path = live / "live" / name / "seed_0"
-    study.share(path, p, live)
+    runner.share_stages(path, p, live)
     return iteration.run(p, path, progress=False)
 
 # %%

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Two nodes with eight cards each, from the repository's folder (made by `make` on a file system that all nodes see):
+# Two nodes with eight GPUs each; from the repository's folder, after `make`, on a file system that all nodes see:
 #
 #   sbatch scripts/cluster/slurm.sh --profile llama-3.1-8b --out /shared/runs/llama
 #
-# What follows slurm.sh are the words of `python -m irpo_utils run`; the run directory has to lie where all nodes see it. Three
-# minutes before the time is up the run is stopped as by Ctrl-C, and the job queues again with the same command, which goes on
-# where it stood. Slurm itself queues it again when a node fails or, where preempted jobs are requeued, another takes the nodes.
-# Partition, account and other sizes are options before the script: sbatch --nodes 1 --gpus-per-node 4 scripts/cluster/slurm.sh ...
+# The options after slurm.sh are those of `python -m irpo_utils run`; all nodes must see the run directory. Three minutes before
+# the time limit the run is stopped as with Ctrl-C, and the job queues again with the same command, which resumes the run. Slurm
+# queues the job again when a node fails, and after preemption if the cluster is configured so. Partition, account and other sizes
+# are options before the script: sbatch --nodes 1 --gpus-per-node 4 scripts/cluster/slurm.sh ...
 #SBATCH --job-name=irpo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -24,7 +24,7 @@ BIN=${BIN:-.venv/bin}
 names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${names%%$'\n'*}
 
-# scancel with a signal reaches the processes of the run and not this script. Without one it ends both, and nothing is queued again.
+# scancel with a signal reaches the processes of the run but not this script. Without a signal it ends both for good.
 stopped=
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 

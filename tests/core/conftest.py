@@ -2,25 +2,11 @@
 
 import pytest
 import torch
+from core_settings import TINY
 from datasets import Dataset
 
-from irpo_utils import models, profiles, sampling, tasks
+from irpo_utils import iteration, models, profiles, tasks
 from irpo_utils.engines import cpu
-
-# A run of a few seconds in which the adapter learns something.
-TINY = {
-    "n_questions": 8,
-    "n_samples": 4,
-    "k_pairs": 2,
-    "iterations": 1,
-    "max_new_tokens": 48,
-    "n_eval_questions": 4,
-    "eval_samples": 2,
-    "eval_samples_ends": 2,
-    "batch_size": 4,
-    "warmup_ratio": 0.0,
-    "learning_rate": 1e-3,
-}
 
 
 @pytest.fixture(scope="session")
@@ -90,18 +76,10 @@ def one_thread():
 
 @pytest.fixture(params=["plain", "cpu"])
 def engine(request):
-    return sampling.find_engine(request.param)
+    return iteration.plugin(f"engines.{request.param}").Engine()
 
 
 @pytest.fixture()
 def tiny():
     """`tiny(method=..., ...)`: the profile of a run of a few seconds."""
     return lambda **changes: profiles.get("smoke", **TINY | changes)
-
-
-def randomise(model, seed: int = 4) -> None:
-    """Give the adapter weights that are not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter.data, std=0.02, generator=generator)

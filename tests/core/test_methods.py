@@ -94,13 +94,13 @@ def test_a_reward_sees_all_columns_of_one_question_at_a_time(graded):
     assert again["reward"][:] == [1.0] * 12
 
 
-def test_gold_pairs_are_the_gold_solutions_alone(tokenizer):
-    questions = [{"id": i, "solution": f"gold {i}", "question": "?"} for i in "ab"]
-    data, counts = pairs.gold_pairs([*questions, {"id": "c"}], ["x", "y", "z"], tokenizer)
+def test_gold_solutions_alone_are_paired_with_empty_completions(tokenizer):
+    questions = [{"id": i, "solution": f"gold {i}", "question": "?"} for i in "ab"] + [{"id": "c"}]
+    empty = Dataset.from_list(pairs.empty_completions(questions, ["x", "y", "z"], tokenizer))
+    gold = pairs.gold_completions(questions, tokenizer)
+    data, counts = pairs.build_pairs(empty, k=1, gold=gold)
     assert [(row["chosen"], row["rejected"]) for row in data] == [("gold a", ""), ("gold b", "")]
-    assert counts["questions"] == 3 and counts["pairs"] == 2
-    with pytest.raises(UserError, match="no pairs.*no gold solutions"):
-        pairs.gold_pairs([{"id": "c"}], ["z"], tokenizer)
+    assert counts["questions"] == 3 and counts["gold_winners"] == 2
 
 
 # ---------------------------------------------------------------- settings

@@ -145,9 +145,11 @@ def test_gold_without_an_incorrect_completion_makes_no_pair():
 # ---------------------------------------------------------------- what is left out
 
 
-@pytest.mark.parametrize("letters, advice", [("ww", "too easy"), ("ll", "too weak")])
+@pytest.mark.parametrize(
+    "letters, advice", [("ww", "for 2 and.*harder"), ("ll", "for 2; .*--gold")]
+)
 def test_no_pairs_says_so_and_what_to_try(letters, advice):
-    with pytest.raises(UserError, match=f"no pairs.*{advice}"):
+    with pytest.raises(UserError, match=f"no pairs: of 2 questions.*{advice}"):
         pairs.build_pairs(graded({"a": letters, "b": letters}))
 
 
@@ -169,7 +171,8 @@ def test_over_long_pairs_are_dropped_and_counted():
         long = row["id"] == "a" and not row["correct"]
         return {"completion_ids": [9] * 50 if long else row["completion_ids"]}
 
-    kept, counts = pairs.build_pairs(graded({"a": "wl", "b": "wl"}).map(lengthen), 2, max_length=20)
+    data = graded({"a": "wl", "b": "wl"}).map(lengthen)
+    kept, counts = pairs.build_pairs(data, k=2, max_length=20)
     assert set(kept["id"]) == {"b"} and counts["over_long"] == 2 and counts["used"] == 1
 
 
@@ -189,7 +192,9 @@ def test_two_questions_with_the_same_id_are_refused():
         pairs.build_pairs(concatenate_datasets([data, other]))
 
 
-@pytest.mark.parametrize("change", [{"k": 0}, {"pairing": "all"}])
-def test_settings_that_make_no_sense_are_refused(change):
-    with pytest.raises(UserError, match="at least 1.*wrap_around or random"):
-        pairs.build_pairs(graded({"q": "wl"}), **change)
+def test_at_most_max_pairs_are_kept_at_random():
+    data = graded({f"q{i}": "wl" for i in range(20)})
+    few, counts = pairs.build_pairs(data, k=1, max_pairs=8, seed=1)
+    assert len(few) == 8 and counts["pairs"] == counts["used"] == 8
+    assert few["id"][:] == pairs.build_pairs(data, k=1, max_pairs=8, seed=1)[0]["id"][:]
+    assert few["id"][:] != pairs.build_pairs(data, k=1, max_pairs=8, seed=2)[0]["id"][:]

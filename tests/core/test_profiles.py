@@ -38,7 +38,7 @@ def test_every_field_has_a_help_text():
 def test_unknown_profiles_and_fields_are_refused():
     with pytest.raises(UserError, match="no profile 'gpu'.*smoke"):
         profiles.get("gpu")
-    with pytest.raises(UserError, match="no field n_sample.*n_samples"):
+    with pytest.raises(UserError, match="no n_sample, .*n_samples"):
         profiles.get("smoke", n_sample=3)
 
 
@@ -56,7 +56,6 @@ def test_unknown_profiles_and_fields_are_refused():
         ({"epochs": 0}, "--epochs"),
         ({"warmup_ratio": 1.0}, "--warmup-ratio"),
         ({"top_p": 0.0}, "--top-p"),
-        ({"max_steps": 0}, "--max-steps"),
         ({"temperature": []}, "--temperature"),
         ({"temperature": [1.0, 0.0]}, "--temperature"),
         ({"batch_size": 6, "micro_batch_size": 4}, "--batch-size"),
@@ -74,7 +73,7 @@ def test_values_that_cannot_work_are_refused_with_the_name_of_the_option(change,
 @pytest.mark.parametrize("name", ["data", "start", "model", "probe"])
 @pytest.mark.parametrize("path", ["keepme.csv::run1", "hf://datasets/x"])
 def test_paths_that_datasets_reads_as_addresses_are_refused(name, path):
-    with pytest.raises(UserError, match=f"--{name} is .*'::' and '://'"):
+    with pytest.raises(UserError, match=f"--{name} is .*without '::' and '://'"):
         profiles.get("smoke", **{name: path})
 
 

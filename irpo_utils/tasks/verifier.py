@@ -1,0 +1,162 @@
+r"""math-verify in a child process, so that no comparison takes unbounded time or memory.
+
+The child is ended after `TIME_LIMIT` seconds of its own processor time (not of the clock: a busy
+machine must not make a correct answer wrong) or at `MEMORY_LIMIT` bytes, whatever thread the caller
+is in. No text is evaluated as code: only the LaTeX grammar is used, not the library's `parse_expr`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from irpo_utils import UserError
+
+TIME_LIMIT = 3.0  # seconds of processor time for one comparison
+PATIENCE = 20  # times as long by the clock, for a child that is not given the processor
+START_LIMIT = 120.0  # seconds by the clock for starting the child
+MEMORY_LIMIT = 2 << 30  # bytes
+# A product without a sign, which the library reads as a mixed number, 3(4) as 7, or a function.
+PRODUCT = re.compile(r"(?:(?<=\))|(?<=\\pi)|(?<=\d)(?<![\^_]\d))\s*(?=\()|(?<=\))\s*(?=\d|\\frac)")
+
+
+class Verifier:
+    """One question per line to the child, which is killed when it takes too long."""
+
+    def __init__(self) -> None:
+        self.lock, self.process, self.owner = threading.Lock(), None, os.getpid()
+        atexit.register(self.stop)
+
+    def equal(self, gold: str, answer: str) -> bool | None:
+        """The library's verdict; None without one (time, a lost child). Thread-safe."""
+        question = json.dumps([gold, answer, TIME_LIMIT]) + "\n"
+        with self.lock:
+            for _ in range(2):  # once more if the child was lost before this question
+                if self.process is None:
+                    self._start()
+                started = time.monotonic()
+                reply = self._exchange(question, PATIENCE * TIME_LIMIT)
+                if reply or time.monotonic() - started >= TIME_LIMIT:
+                    break
+        return {"1": True, "0": False}.get(reply)
+
+    def _start(self) -> None:
+        if find_spec("math_verify") is None:
+            raise UserError("The task math needs the library math-verify: pip install math-verify.")
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "irpo_utils.tasks.verifier"],
+            env=os.environ | {"PYTHONPATH": path},
+            text=True,
+            encoding="utf-8",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        if not self._exchange("", START_LIMIT):
+            raise UserError(
+                "The grader of the task math did not start; run "
+                "`python -m irpo_utils.tasks.verifier` to see why."
+            )
+
+    def _exchange(self, line: str, limit: float) -> str:
+        """Write a line, read a line; the child is killed if there is no reply within the limit."""
+        reply, timer = "", threading.Timer(limit, self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+            reply = self.process.stdout.readline().strip()
+        except OSError:  # the child is gone
+            pass
+        finally:  # also after Ctrl-C: an unread reply would be taken for the next question's
+            timer.cancel()
+            if not reply:
+                self.stop()
+        return reply
+
+    def stop(self) -> None:
+        """Kill the child, if this process started it."""
+        process, self.process = self.process, None
+        if process is not None and self.owner == os.getpid():
+            process.kill()
+            try:
+                process.communicate()
+            except OSError:  # what could not be written to it
+                pass
+
+
+@functools.lru_cache(maxsize=1)
+def verifier(process_id: int) -> Verifier:
+    """One child for each process: after a fork two must not share one pipe."""
+    return Verifier()
+
+
+def _near(gold, answer) -> bool:
+    """Equal to nine digits if both are numbers; to the library's 15 decimals 1/2^98 is 1/2^99."""
+    from sympy import Expr
+
+    if not all(isinstance(value, Expr) and value.is_number for value in (gold, answer)):
+        return True
+    gold, answer = gold.doit(), answer.doit()
+    return bool(abs((gold - answer).evalf(30)) <= 1e-9 * abs(answer.evalf(30)))
+
+
+def _limit_time(seconds: float) -> None:
+    """The kernel ends this process after so much processor time, even in C code; 0 for never."""
+    if hasattr(signal, "SIGPROF"):  # not on Windows: there the clock alone decides
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def serve() -> None:
+    """The child: reads [gold, answer, seconds] as JSON lines, replies 1 or 0 to each."""
+    import logging
+
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.disable()
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    except (ImportError, ValueError, OSError):  # not on every system: the time limit remains
+        pass
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reply
+    settings = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
+
+    def read(text: str) -> list:
+        text = PRODUCT.sub(r"\\cdot ", text)
+        return parse(f"${text}$", extraction_config=[LatexExtractionConfig()], **settings)
+
+    def same(gold: str, answer: str) -> bool:
+        try:
+            one, two = read(gold), read(answer)
+            equal = verify(one, two, timeout_seconds=None, raise_on_error=True)
+            return equal and _near(one[0], two[0])
+        except Exception:  # the library raises errors of many classes for what it cannot read
+            return False
+
+    same("x+1", "1+x")  # imports the rest of the library outside the time of a question
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        gold, answer, seconds = json.loads(line)
+        _limit_time(seconds)
+        verdict = same(gold, answer)
+        _limit_time(0)
+        print(int(verdict), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,193 @@
+"""Figures of comparisons, ablations and benchmarks, in the style of `irpo_utils.plots`.
+
+A metrics table in, a `TextFigure` out; `UserError` for a table without what a figure draws.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.patches import Rectangle
+
+from irpo_utils import UserError, plots
+from irpo_utils.plots import BLUE, COLOURS, GREY, INK, ORANGE, PAPER, TextFigure
+
+COSTS = {  # column: what the axis divides it by, and its label
+    "tokens": (1e6, "Sampled tokens (millions)"),
+    "seconds": (60.0, "Wall-clock time (minutes)"),
+}
+
+
+def dot_plot(comparison: pd.DataFrame) -> TextFigure:
+    """Accuracy by method with 95 % intervals, best on top, seeds as small dots (tables 1 and 2).
+
+    One row per method, iteration, metric and k of the table: select what is to be compared.
+    """
+    keys = plots.metric_keys(comparison)
+    groups = [group for _, group in comparison.groupby(keys, sort=False, dropna=False)]
+    groups.sort(key=lambda group: group["value"].mean())
+    figure, axes = plots.new_figure(7.4, 1.1 + 0.36 * len(groups))
+    labels = [_row_label(group.iloc[0], comparison) for group in groups]
+    descriptions = []
+    for y, (label, group) in enumerate(zip(labels, groups, strict=True)):
+        row = plots.summarise(group).iloc[0]
+        colour = BLUE if str(row.get("method")).startswith(("irpo", "Iterative RPO")) else GREY
+        _draw_dot(axes, y, 100 * row[["value", "low", "high"]], colour, label)
+        seeds = 100 * group["value"]
+        below = [y - 0.22] * len(seeds)
+        axes.plot(seeds, below, ".", color=colour, markersize=4, label=f"_seeds {label}")
+        _annotate_right(axes, y, f"{100 * row['value']:.1f}")
+        descriptions.append(f"{label} {plots.number_with_interval(row, 100)}")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlim=(0, 100), ylim=(-0.6, len(labels) - 0.4), ylabel="Method")
+    axes.set_xlabel("Accuracy (%), 95 % interval\nsmall dots: seeds")
+    text = "; ".join(reversed(descriptions))
+    figure.alt_text = f"Accuracy by method (%, with 95 % interval). {text}."
+    return figure
+
+
+def differences(means: pd.DataFrame, labels: list[str]) -> TextFigure:
+    """Differences in accuracy from another trial on the same questions, with 95 % intervals.
+
+    `means`: rows with `difference`, `difference_low`, `difference_high` (fractions of 1), the first
+    one on top; `labels`: a name for each. Intervals that include zero are grey.
+    """
+    columns = ["difference", "difference_low", "difference_high"]
+    if means.empty or not set(columns) <= set(means) or len(labels) != len(means):
+        raise UserError(f"differences needs rows with {', '.join(columns)}, and a label for each.")
+    figure, axes = plots.new_figure(7.4, 1.1 + 0.32 * len(means))
+    descriptions, heights = [], range(len(means) - 1, -1, -1)
+    for y, label, numbers in zip(heights, labels, 100 * means[columns].to_numpy(), strict=True):
+        value, low, high = numbers
+        clear = BLUE if value > 0 else ORANGE
+        _draw_dot(axes, y, numbers, GREY if low <= 0 <= high else clear, label)
+        _annotate_right(axes, y, f"{value:+.1f}")
+        descriptions.append(f"{label} {value:+.1f} ({low:+.1f} to {high:+.1f})")
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(list(heights), labels)
+    axes.set(ylim=(-0.6, len(means) - 0.4), ylabel="Variant")
+    axes.set_xlabel("Difference in accuracy (points), 95 % interval\ngrey: the interval includes 0")
+    text = "; ".join(descriptions)
+    figure.alt_text = f"Differences in accuracy (points, with 95 % interval). {text}."
+    return figure
+
+
+def accuracy_against_cost(
+    comparison: pd.DataFrame, metric: str = "greedy", x: str = "tokens"
+) -> TextFigure:
+    """Accuracy of every method over its cost since M_0: the column `tokens` (sampled) or `seconds`.
+
+    A line per method, a point per iteration, means over seeds.
+    """
+    rows = comparison[comparison.metric == metric]
+    if rows.empty or x not in rows or x not in COSTS:
+        raise UserError(f"The table has no metric {metric} with a column {x}.")
+    unit, title = COSTS[x]
+    figure, axes = plots.new_figure(7.2, 4.4)
+    lines = []
+    for i, (method, group) in enumerate(rows.groupby("method", sort=False)):
+        means = group.groupby("iteration")[[x, "value"]].mean()
+        colour, linestyle = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
+        cost, accuracy, label = means[x] / unit, 100 * means["value"], method.replace("_", " ")
+        lines.append(plots.draw_points(axes, cost, accuracy, label, colour, linestyle=linestyle))
+    name = f"{metric.capitalize()} accuracy (%)"
+    axes.set(xlabel=title, ylabel=name, xlim=(0, None), ylim=(0, 100))
+    return plots.finish(figure, f"{name} by {title.lower()}", {"": lines})
+
+
+def heat_map(stability: pd.DataFrame, metric: str = "greedy", fall: float = 0.03) -> TextFigure:
+    """Accuracy after the last iteration by learning rate and alpha, framed where it is stable.
+
+    `stability`: metrics table with `learning_rate` and `alpha`; a cell is the mean over seeds.
+    Stable: in no seed is the last iteration more than `fall` (fraction of 1) below the best one
+    before it. A run that stopped early is not stable, and counts with its last accuracy.
+    """
+    rows = stability[stability.metric == metric]
+    if rows.empty or not {"learning_rate", "alpha", "seed"} <= set(rows):
+        raise UserError(f"heat_map needs the metric {metric} with learning_rate, alpha and seed.")
+    index = ["alpha", "learning_rate", "seed"]
+    runs = rows.pivot_table(index=index, columns="iteration", values="value")
+    cells = ["alpha", "learning_rate"]
+    falls = (runs.iloc[:, :-1].max(axis=1) - runs.iloc[:, -1]).fillna(1.0).groupby(cells).max()
+    grid = 100 * runs.ffill(axis=1).iloc[:, -1].groupby(cells).mean().unstack()
+    figure, axes = plots.new_figure(2.2 + 0.95 * grid.shape[1], 1.5 + 0.62 * grid.shape[0])
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, origin="lower", aspect="auto")
+    descriptions = []
+    for (alpha, rate), value in grid.stack().dropna().items():
+        x, y = grid.columns.get_loc(rate), grid.index.get_loc(alpha)
+        colour = INK if value > 47 else PAPER  # the dark half of the colour map needs light text
+        axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour)
+        stable = falls[alpha, rate] <= fall
+        if stable:
+            frame = {"fill": False, "linewidth": 2.5, "edgecolor": ORANGE}
+            axes.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, **frame))
+        cell = f"alpha {alpha:g}, learning rate {_scientific(rate)}: {value:.1f}"
+        descriptions.append(cell + (", stable" if stable else ""))
+    axes.set_xticks(range(grid.shape[1]), [_scientific(rate) for rate in grid.columns])
+    axes.set_yticks(range(grid.shape[0]), [f"{alpha:g}" for alpha in grid.index])
+    axes.grid(False)
+    model = f"M_{{{runs.columns[-1]}}}"
+    axes.set_title(f"${model}$; framed: no fall over {100 * fall:g} points", fontsize=10)
+    axes.set(xlabel="Learning rate", ylabel="α, weight of the NLL term")
+    name = f"{metric.capitalize()} accuracy (%)"
+    figure.colorbar(image, ax=axes).set_label(name, color=INK)
+    figure.alt_text = f"{name} of M_{runs.columns[-1]}. {'; '.join(descriptions)}."
+    return figure
+
+
+def scaling(table: pd.DataFrame) -> TextFigure:
+    """Time and memory of sampling over N, questions and model size, relative to the smallest point.
+
+    Columns `axis`, `x`, `parameters`, `seconds`, `peak_mb`; dashed: growth in proportion.
+    """
+    columns = ["axis", "x", "parameters", "seconds", "peak_mb"]
+    if table.empty or not set(columns) <= set(table):
+        raise UserError(f"scaling needs a table with {', '.join(columns)}.")
+    names = {
+        "n": "Samples per question (N)",
+        "questions": "Questions",
+        "hidden": "Parameters (millions)",
+    }
+    figure, panels = plots.new_figure(9.6, 3.6, panels=len(names))
+    drawn = {}
+    for axes, (axis, title) in zip(panels, names.items(), strict=True):
+        rows = table[table.axis == axis].sort_values("x")
+        x = rows.parameters / 1e6 if axis == "hidden" else rows.x
+        axes.plot(x, x / x.iloc[0], color=GREY, linewidth=1, linestyle="--", label="_proportional")
+        time, memory = (rows[name] / rows[name].iloc[0] for name in ("seconds", "peak_mb"))
+        drawn[title] = [
+            plots.draw_points(axes, x, time, "time", BLUE),
+            plots.draw_points(axes, x, memory, "memory", ORANGE),
+        ]
+        axes.set(xlabel=title, xscale="log", yscale="log")
+        axes.set_xticks(list(x), [f"{at:.2g}" if axis == "hidden" else f"{at:g}" for at in x])
+        axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("Multiple of the smallest point")
+    return plots.finish(figure, "Cost of sampling as the work grows", drawn)
+
+
+def _draw_dot(axes, y: float, numbers, colour: str, label: str) -> None:
+    """A dot at a value with a line for its interval; `numbers`: (value, low, high)."""
+    value, low, high = numbers
+    axes.plot([low, high], [y, y], color=colour, linewidth=2, label=f"_interval {label}")
+    axes.plot(value, y, "o", color=colour, markersize=7, label=label)
+
+
+def _annotate_right(axes, y: float, text: str) -> None:
+    plots.annotate(axes, text, (1, y), xycoords=("axes fraction", "data"))
+
+
+def _row_label(row, table: pd.DataFrame) -> str:
+    """The method, with iteration, metric and k where the table has several of the method."""
+    same = table[table.method == row["method"]]
+    label = str(row["method"]).replace("_", " ")
+    if same.iteration.nunique() > 1:
+        label += f", iteration {row['iteration']}"
+    if table.metric.nunique() > 1 or same.k.nunique() > 1:
+        label += f", {plots.LABELS.get(row['metric'], row['metric']).format(k=row['k'])}"
+    return label
+
+
+def _scientific(x: float) -> str:
+    return np.format_float_scientific(x, trim="-", exp_digits=1)
