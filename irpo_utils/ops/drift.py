@@ -84,6 +84,7 @@ class Probe(TrainerCallback):
         model.train(training_mode)
         self.rows = [*(r for r in self.rows if r["step"] < step), row]
         if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

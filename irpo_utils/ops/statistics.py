@@ -82,8 +82,11 @@ def mcnemar(correct_a, correct_b) -> dict:
     difference, each of them is a fair coin toss.
     """
     a, b = (np.asarray(side, dtype=float) for side in (correct_a, correct_b))
-    if not np.isin([a, b], (0, 1)).all():
-        raise UserError("McNemar's test needs 0 or 1 per question; else use `paired_difference`.")
+    if a.shape != b.shape or not len(a) or not np.isin([a, b], (0, 1)).all():
+        raise UserError(
+            "McNemar's test needs 0 or 1 per question, for the same questions on both sides; else "
+            "use `paired_difference`."
+        )
     only_a, only_b, both = int((a > b).sum()), int((a < b).sum()), int((a * b).sum())
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
