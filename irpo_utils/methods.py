@@ -79,8 +79,8 @@ def check_conflict(name: str, changes: dict) -> None:
     """Refuse settings that contradict those that the method fixes."""
     for setting, value in get(name).settings.items():
         if changes.get(setting, value) != value:
-            given = f"--{setting.replace('_', '-')} {changes[setting]}"
-            raise UserError(f"--method {name} fixes {value}, but {given} was given: drop one.")
+            option = f"--{setting.replace('_', '-')} {value}"
+            raise UserError(f"--method {name} fixes {option}, but {changes[setting]} was given.")
 
 
 def check_start(p: Profile) -> None:

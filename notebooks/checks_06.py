@@ -7,10 +7,9 @@ import random
 from collections import Counter
 
 import numpy as np
+from checks_common import UNSOLVED, call
 
 from irpo_utils import evaluation, methods
-
-from checks_common import UNSOLVED, call
 
 VOTES = {
     "a clear majority": ["7", "9", "7", "7"],

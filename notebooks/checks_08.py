@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-
 from checks_common import call, number
 
 SHARES = [(7, 3), (6, 3), (2, 4), (11, 4), (5, 1)]  # items, processes

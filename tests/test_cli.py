@@ -212,7 +212,7 @@ def test_a_value_that_cannot_work_is_refused_before_anything_is_written(
         ("--method iterative_dpo --alpha 5", "--method iterative_dpo fixes --alpha 0"),
         ("--method star --loss dpo_nll", "--method star fixes --loss sft"),
         ("--method ppo", "'ppo'"),
-        ("--method dpo_from_sft", "--method star --iterations 1 --out DIR; then add --start"),
+        ("--method dpo_from_sft", "run with --method star --iterations 1 --out DIR first"),
     ],
 )
 def test_a_method_that_contradicts_an_option_is_refused(words, message, tmp_path, capsys):
@@ -291,7 +291,10 @@ def test_plot_of_something_that_is_no_run(tmp_path, capsys):
     assert "not a run directory" in refused(capsys, "plot", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["irpo_utils.models.load", "irpo_utils.logprobs.score"])
+@pytest.mark.parametrize(
+    "name",
+    ["irpo_utils.models.load", pytest.param("irpo_utils.logprobs.score", marks=pytest.mark.slow)],
+)
 def test_out_of_memory_anywhere_is_one_paragraph(tmp_path, monkeypatch, capsys, name):
     """Also where no smaller batch can help: loading the model, or scoring a single row."""
 

@@ -1,7 +1,7 @@
 """The checks of notebook 00 accept the solution, and tell a typical wrong answer what is wrong with it."""
 
-import pandas as pd
 import exercises
+import pandas as pd
 import pytest
 
 pytest.importorskip("jupytext")

@@ -3,8 +3,8 @@
 import math
 from itertools import combinations
 
-import numpy as np
 import exercises
+import numpy as np
 import pytest
 import torch
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "scripts")]
 
 import checks_02  # noqa: E402
+
 from make_notebooks import view  # noqa: E402
 
 SOURCE = (ROOT / "notebooks/source/02_grading.py").read_text(encoding="utf-8")

@@ -4,8 +4,8 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import exercises
+import numpy as np
 import pytest
 
 pytest.importorskip("jupytext")

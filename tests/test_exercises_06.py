@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-import numpy as np
 import exercises
+import numpy as np
 import pytest
 
 from irpo_utils import evaluation, methods

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 pytest.importorskip("jupytext")
 
 import checks_07 as checks  # noqa: E402
+
 from irpo_utils import grading, tasks  # noqa: E402
 
 

@@ -67,7 +67,7 @@ def load(endpoint, cache, **more) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("status", [401, pytest.param(403, marks=pytest.mark.slow)])
 def test_a_gated_model_without_a_token(hub, tmp_path, status):
     handler, endpoint = hub
     handler.answer = (status, "GatedRepo")
@@ -77,6 +77,7 @@ def test_a_gated_model_without_a_token(hub, tmp_path, status):
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_exist(hub, tmp_path):
     said = load(hub[1], tmp_path)
     assert "USER ERROR: " in said and "owner/name" in said and "gated" not in said

@@ -118,7 +118,7 @@ def often(monkeypatch):
     "options",
     [
         {"num_train_epochs": 2.0, "loss": "sft"},
-        {"num_train_epochs": 3.0, "batch_size": 3},
+        pytest.param({"num_train_epochs": 3.0, "batch_size": 3}, marks=pytest.mark.slow),
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param(
             {"gradient_checkpointing": True, "micro_batch_size": 2}, marks=pytest.mark.slow
@@ -173,6 +173,7 @@ def test_training_that_was_killed_resumes_to_the_same_weights(
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_not_written_more_often_than_they_may_cost(
     model, tokenizer, pairs, tmp_path, monkeypatch
 ):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+
 import readme_tables
 
 ROOT = Path(__file__).parent.parent

@@ -170,6 +170,7 @@ def test_the_dtype_that_a_cpu_falls_back_to_is_said_and_recorded(tmp_path, monke
     assert record["dtype"] == "float32" and "float32 is used" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_record_says_on_which_machines_a_run_was_made(finished, monkeypatch):
     path, here = finished / "environment.json", environment.environment()
     first = json.loads(path.read_text())
@@ -320,7 +321,7 @@ def test_an_artefact_that_does_not_say_what_it_was_made_from_is_made_again(
     "stage, text",
     [
         ("pairs", '{"seconds": 1.0, "tok'),
-        ("graded", "[]"),
+        pytest.param("graded", "[]", marks=pytest.mark.slow),
         pytest.param("samples", '{"sha256": {}}', marks=pytest.mark.slow),
         pytest.param("evaluation", "", marks=pytest.mark.slow),
     ],
@@ -422,6 +423,7 @@ def test_questions_that_changed_behind_their_name_are_refused(tmp_path):
     run(settings, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_another_model_behind_the_same_name_is_refused(tmp_path):
     folder, out = shutil.copytree(models.FOLDERS["seed"], tmp_path / "model"), tmp_path / "run"
     settings = smoke(model=str(folder), iterations=0)
@@ -463,6 +465,7 @@ def test_a_damaged_list_of_inputs_is_refused(finished):
 # ---- mistakes found before anything is made
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_is_found_before_anything_is_made(tmp_path):
     rows = sums(60)
     data = folder_of_splits(tmp_path / "data", rows[:30], rows[30:45], rows[45:])
@@ -812,6 +815,7 @@ def test_evaluate_again_writes_a_table_and_compares_the_first_with_the_last(fini
         runs.evaluate_run(finished, "jsonl", others, iterations=[3])
 
 
+@pytest.mark.slow
 def test_evaluate_again_asks_as_the_run_did(others, tmp_path):
     """With the worked examples of few_shot, and with the same random numbers."""
     settings = smoke(method="few_shot", task="jsonl", data=others, n_eval_questions=None)
@@ -860,6 +864,7 @@ def test_evaluating_on_training_questions_is_refused_unless_allowed(unbroken, tm
     assert "greedy" in text and (out / "jsonl_test.csv").is_file()
 
 
+@pytest.mark.slow
 def test_evaluate_needs_the_training_questions_of_the_run(tmp_path):
     rows, file, out = sums(100), tmp_path / "mine.jsonl", tmp_path / "run"
     write_jsonl(file, rows)

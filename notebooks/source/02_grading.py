@@ -214,7 +214,8 @@ for length in range(len(whole) - 4, len(whole) + 1):
 # %% [markdown]
 # First none, then 1, then 11, then 112. If the known answer happened to be 11, the second cut would be a lucky winner.
 # So [truncated](../docs/glossary.md#truncated-completion) completions are never right here, whatever they seem to say.
-# The sampler knows which ones they are: `finished` is True only if the model itself ended the text. `grade_one` gives the verdict and its reason.
+# The sampler knows which ones they are: `finished` is True only if the model itself ended the text. `grade_one` gives the
+# verdict, its reason and the reward.
 
 # %%
 from irpo_utils import grading
@@ -328,9 +329,9 @@ for row in forms[forms.package & ~right].itertuples():
     print(f"{row.task}, known answer {row.answer}: {row.completion.splitlines()[-1]}\n    {row.reason}")
 
 # %% [markdown]
-# It understands few words: a denial ("not 36") and a minus in words, but units are thrown away unread, and nobody asks what
-# the number counts. A model that is rewarded for this may drift towards it, so read a few dozen winners of every iteration.
-# That is the cheapest test there is.
+# It understands few words, such as a denial ("not 36"), a bound ("36 or more") and a minus in words. But units are thrown away
+# unread, and nobody asks what the number counts. A model that is rewarded for this may drift towards it, so read a few dozen
+# winners of every iteration. That is the cheapest test there is.
 #
 # Now the other kind, counted by form.
 

@@ -206,9 +206,10 @@ def test_score_refuses_completions_that_do_not_belong_together():
 def test_compare_matches_questions_by_id():
     a = graded(*((str(i), [RIGHT if i < 10 else WRONG]) for i in range(40)))
     b = graded(*((str(i), [RIGHT if 1 <= i < 19 else WRONG]) for i in reversed(range(40))))
-    difference, low, high = evaluation.compare(a, b)
+    made = evaluation.compare(a, b)
+    difference, low, high = (made[name] for name in ("difference", "low", "high"))
     assert difference == pytest.approx((18 - 10) / 40) and low < difference < high
-    assert evaluation.compare(b, a)[0] == -difference
+    assert evaluation.compare(b, a)["difference"] == -difference
     with pytest.raises(UserError, match="37 questions are on one side"):
         evaluation.compare(a, b.select(range(3)))
 
@@ -216,7 +217,7 @@ def test_compare_matches_questions_by_id():
 def test_compare_takes_several_completions_per_question():
     mean = {"a": 0.5, "b": 0.25, "c": 0.25, "d": 0.0}
     assert evaluation.correct_per_question(SAMPLED) == mean
-    assert evaluation.compare(GREEDY, SAMPLED)[0] == pytest.approx(sum(mean.values()) / 4 - 2 / 4)
+    assert evaluation.compare(GREEDY, SAMPLED)["difference"] == pytest.approx(sum(mean.values()) / 4 - 2 / 4)
 
 
 # ---------------------------------------------------------------- the stage

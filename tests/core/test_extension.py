@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from irpo_utils import iteration, methods, tasks, training
+from irpo_utils.tasks import answers
 
 
 def lines(*objects) -> int:
@@ -47,11 +48,12 @@ def add_loss():
 def test_a_loss_in_at_most_ten_lines(tiny, tmp_path):
     assert lines(ipo, add_loss) <= 10
     add_loss()
-    _, _, log = run(tiny(loss="ipo", epochs=2.0, alpha=0.0), tmp_path / "run")
+    _, _, log = run(tiny(loss="ipo", epochs=6.0, alpha=0.0), tmp_path / "run")
     # At the first step the margin is 0.
     assert log[0]["loss"] == log[0]["loss_ipo"] == pytest.approx((1 / (2 * 0.1)) ** 2, rel=1e-4)
-    assert log[-1]["loss"] < log[0]["loss"] - 0.1
-    assert log[-1]["rewards/margins"] > 0 and math.isfinite(log[-1]["grad_norm"])
+    last = log[len(log) // 2 :]
+    assert sum(row["loss"] for row in last) / len(last) < log[0]["loss"] - 0.1
+    assert sum(row["rewards/margins"] for row in last) > 0 and math.isfinite(log[-1]["grad_norm"])
 
 
 # ---------------------------------------------------------------- a reward and a method
@@ -107,7 +109,7 @@ class Shopping(tasks.base.Task):
 
     def extract(self, completion, row=None):
         """The number after "Final answer:"."""
-        text = tasks.base.after_final_answer(completion)
+        text = answers.after_final_answer(completion)
         return text if text is not None and text.lstrip("-").isdigit() else None
 
     def is_correct(self, extracted, answer):

@@ -202,7 +202,7 @@ def test_sft_on_gold_solutions_samples_nothing_for_training(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, m in methods.METHODS.items() if m.start])
 def test_a_method_that_starts_from_another_one_needs_its_model(tiny, tmp_path, name):
-    with pytest.raises(UserError, match="starts from M_1 of the method star.*--start"):
+    with pytest.raises(UserError, match="starts from M_1 of star.*--start"):
         run(tiny(method=name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     methods.check_start(tiny(method=name, start="runs/star"))
