@@ -165,7 +165,8 @@ def comparison() -> str:
     means = pandas.read_csv(FIGURES / "comparison_mean.csv")
     record = json.loads((FIGURES / "comparison.json").read_text())
     lines = [
-        "| method | seeds | learning rate | greedy, M1 | difference from Iterative RPO | greedy, last | difference from Iterative RPO | sampled, last |",
+        "| method | seeds | learning rate | greedy, M1 | difference from Iterative RPO | greedy, last "
+        "| difference from Iterative RPO | sampled, last |",
         "|---|---|---|---|---|---|---|---|",
     ]
     by_first = means[(means.metric == "greedy") & (means.iteration == 1)].sort_values(

@@ -1,7 +1,8 @@
-"""The command line as a user meets it: what goes wrong is one paragraph that says what to do, never a traceback."""
+"""The command line as a user meets it: a mistake is one paragraph, never a traceback."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,49 +10,39 @@ import time
 
 import pandas
 import pytest
+import torch
 
-from irpo_utils import __main__ as cli
+from irpo_utils import UserError, models, tasks
+from irpo_utils.ops import cli
 
-TINY = [
-    "--profile",
-    "smoke",
-    "--quiet",
-    "--iterations",
-    "1",
-    "--n-questions",
-    "24",
-    "--n-samples",
-    "4",
-    "--n-eval-questions",
-    "20",
-    "--eval-samples-ends",
-    "2",
-]
+TINY = (
+    "--profile smoke --quiet --iterations 1 --n-questions 16 --n-samples 4 --n-eval-questions 10 "
+    "--eval-samples-ends 2"
+).split()
+STOPPED = "Stopped. What was finished is kept: the same command resumes it."
 
 
-def irpo(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "irpo_utils", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        **options,
-    )
+def irpo(*arguments):
+    words = [sys.executable, "-m", "irpo_utils", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True)
 
 
-def assert_clean_error(result, *words):
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr + result.stdout
-    message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("error: ") and len(message) > 60, result.stderr
-    for word in words:
-        assert word in message, message
+def refused(capsys, *arguments) -> str:
+    """The message of a command that a user's mistake ends."""
+    assert cli.main([str(word) for word in arguments]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and len(message) > 60, message
+    return message
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One tiny run by the real command."""
+    """A tiny run by the real command: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("cli") / "run"
     return out, irpo("run", *TINY, "--out", out)
+
+
+# ---- run, plot, evaluate
 
 
 def test_run_ends_with_the_table_and_the_place_of_the_figure(run):
@@ -59,274 +50,268 @@ def test_run_ends_with_the_table_and_the_place_of_the_figure(run):
     assert result.returncode == 0, result.stderr
     assert "M_0" in result.stdout and "M_1" in result.stdout and "greedy" in result.stdout
     assert str(out / "accuracy_per_iteration.png") in result.stdout
-    for name in (
-        "metrics.csv",
-        "timing.csv",
-        "accuracy_per_iteration.png",
-        "accuracy_per_iteration.svg",
-    ):
+    for name in ("metrics.csv", "timing.csv", "accuracy_per_iteration.svg"):
         assert (out / name).stat().st_size > 0
     record = json.loads((out / "accuracy_per_iteration.json").read_text())
-    assert (
-        record["seed"] == 0
-        and record["versions"]["torch"]
-        and "--n-questions 24" in record["command"]
-    )
+    assert record["seed"] == 0 and record["versions"]["torch"]
+    assert "run --profile smoke" in record["command"] and "--n-questions 16" in record["command"]
 
 
-def test_run_prints_counts_of_pairs_and_the_warning_numbers(run):
-    _, result = run
-    assert "all wrong" in result.stdout and "duplicate completions" in result.stdout
-    assert "KL to M_0" in result.stdout and "log-probability per token" in result.stdout
+def test_run_prints_accuracy_pairs_and_kl_of_each_iteration(run):
+    for word in ("pairs_pairs", "pairs_used", "kl_to_previous", "sampled"):
+        assert word in run[1].stdout + run[1].stderr
 
 
-def test_the_same_command_again_does_nothing_and_says_the_same(run):
-    out, result = run
-    assert (
-        irpo("run", *TINY, "--out", out).stdout.splitlines()[-5:] == result.stdout.splitlines()[-5:]
-    )
+def test_the_same_command_again_prints_the_same_table(run, capsys):
+    assert cli.main(["run", *TINY, "--out", str(run[0])]) == 0
+    assert capsys.readouterr().out.splitlines()[-5:] == run[1].stdout.splitlines()[-5:]
 
 
-def test_other_settings_over_the_same_directory(run):
-    assert_clean_error(
-        irpo("run", *TINY, "--alpha", "2", "--out", run[0]), "alpha", "Choose another --out"
-    )
+def test_other_settings_in_the_same_directory(run, capsys):
+    message = refused(capsys, "run", *TINY, "--alpha", 2, "--out", run[0])
+    assert "alpha (1.0 there, 2.0 now)" in message and "Choose another --out" in message
 
 
-def test_plot_draws_from_run_directories(run, tmp_path):
-    result = irpo("plot", run[0], "--out", tmp_path / "figures")
-    assert result.returncode == 0, result.stderr
-    table = pandas.read_csv(tmp_path / "figures" / "accuracy_per_iteration.csv")
-    assert (
-        set(table.iteration) == {0, 1}
-        and (tmp_path / "figures" / "accuracy_per_iteration.svg").exists()
-    )
+def test_plot_draws_from_run_directories(run, tmp_path, capsys):
+    assert cli.main(["plot", str(run[0]), "--out", str(tmp_path), "--name", "mine"]) == 0
+    assert "M_1" in capsys.readouterr().out
+    assert set(pandas.read_csv(tmp_path / "mine.csv").iteration) == {0, 1}
+    assert (tmp_path / "mine.svg").exists() and (tmp_path / "mine_mean.csv").exists()
+    assert "plot" in json.loads((tmp_path / "mine.json").read_text())["command"]
 
 
-def test_evaluate_again(run):
-    result = irpo("evaluate", run[0], "--split", "validation", "--k", "2", "--iterations", "1")
-    assert result.returncode == 0, result.stderr
-    assert "greedy" in result.stdout
-
-
-def test_unknown_profile():
-    assert_clean_error(irpo("run", "--profile", "laptop"), "laptop", "smoke", "cpu")
-
-
-def test_unknown_field_suggests_the_right_one():
-    assert_clean_error(irpo("run", "--learning_rat", "1"), "--learning_rat", "--learning-rate")
-
-
-def test_unknown_task(tmp_path):
-    assert_clean_error(
-        irpo("run", *TINY, "--task", "crosswords", "--out", tmp_path / "o"),
-        "crosswords",
-        "word_problems",
-        "jsonl",
-    )
-
-
-def test_value_out_of_range(tmp_path):
-    assert_clean_error(
-        irpo("run", "--n-samples", "0", "--out", tmp_path / "o"), "--n-samples", "at least 1"
-    )
-    assert not (tmp_path / "o").exists()
-
-
-@pytest.mark.parametrize(
-    "option, value",
-    [
-        ("--learning-rate", "-1"),
-        ("--lr-scheduler", "foo"),
-        ("--optimizer", "foo"),
-        ("--lora-r", "0"),
-        ("--seed", "-1"),
-        ("--epochs", "0"),
-        ("--epochs", "inf"),
-        ("--max-pairs", "0"),
-        ("--alpha", "-1"),
-        ("--nll-per", "x"),
-        ("--warmup-ratio", "1.5"),
-        ("--n-samples", "abc"),
-        ("--report-to", "no_such_logger"),
-        ("--dtype", "int3"),
-        ("--temperature", "0"),
-    ],
-)
-def test_a_value_that_cannot_work_is_refused_before_anything_is_done(
-    option, value, tmp_path, capsys
-):
-    assert cli.main(["run", *TINY, option, value, "--out", str(tmp_path / "o")]) == 1
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and (
-        option in message or option.replace("-", "_")[2:] in message
-    )
-    assert not (tmp_path / "o").exists()
-
-
-def test_none_means_all_where_a_limit_is_optional():
-    profile, _ = cli._parse_profile(["--n-questions", "none", "--max-pairs", "all", "--seed", "3"])
-    assert profile.n_questions is None and profile.max_pairs is None and profile.seed == 3
-
-
-def write_jsonl(path, lines):
-    path.write_text(
-        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n"
-    )
-    return path
-
-
-def test_malformed_row_names_file_and_line(tmp_path):
-    good = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(30)]
-    data = write_jsonl(tmp_path / "mine.jsonl", [*good[:6], '{"question": "no answer"}', *good[6:]])
-    assert_clean_error(
-        irpo("run", *TINY, "--task", "jsonl", "--data", data, "--out", tmp_path / "o"),
-        "mine.jsonl",
-        "7",
-        "answer",
-    )
-    data = write_jsonl(tmp_path / "broken.jsonl", [*good[:3], "{not json", *good[3:]])
-    assert_clean_error(
-        irpo("run", *TINY, "--task", "jsonl", "--data", data, "--out", tmp_path / "o"),
-        "broken.jsonl",
-        "4",
-    )
-
-
-def test_a_file_of_ones_own_runs(tmp_path):
-    """The embedded questions written out as a user's file, so that the seed model can answer some."""
-    from irpo_utils.tasks import word_problems
-
-    rows = [
-        {"question": r["question"], "answer": r["answer"]}
-        for r in word_problems.all_splits()["train"][:120]
-    ]
-    data = write_jsonl(tmp_path / "mine.jsonl", rows)
-    result = irpo(
-        "run",
-        *TINY,
-        "--task",
-        "jsonl",
-        "--data",
-        data,
-        "--out",
-        tmp_path / "o",
-        "--n-eval-questions",
-        "5",
-        "--n-questions",
-        "60",
-        "--n-samples",
-        "8",
-        "--temperature",
-        "1.0",
-    )
-    if (
-        result.returncode
-    ):  # the prompt is not M_0's own, so that it may answer none: then it must say so
-        assert_clean_error(result, "no pairs")
-    else:
-        assert "M_1" in result.stdout
-
-
-@pytest.mark.parametrize("answer, advice", [("impossible", "too weak")])
-def test_questions_that_nobody_can_answer_end_in_no_pairs(tmp_path, answer, advice):
-    data = write_jsonl(
-        tmp_path / "hard.jsonl",
-        [{"question": f"Riddle {i}?", "answer": f"{answer} {i}"} for i in range(60)],
-    )
-    assert_clean_error(
-        irpo("run", *TINY, "--task", "jsonl", "--data", data, "--out", tmp_path / "o"),
-        "no pairs",
-        advice,
-        "--n-samples",
-    )
-
-
-def test_a_mistake_in_the_data_leaves_nothing_behind(tmp_path):
-    result = irpo(
-        "run",
-        *TINY,
-        "--task",
-        "jsonl",
-        "--data",
-        write_jsonl(tmp_path / "a.jsonl", ["{"]),
-        "--out",
-        tmp_path / "o",
-    )
-    assert_clean_error(result, "a.jsonl")
-    assert not (tmp_path / "o").exists()
-
-
-def test_missing_data_file(tmp_path):
-    assert_clean_error(
-        irpo(
-            "run",
-            *TINY,
-            "--task",
-            "jsonl",
-            "--data",
-            tmp_path / "none.jsonl",
-            "--out",
-            tmp_path / "o",
-        ),
-        "none.jsonl",
-    )
-
-
-def test_model_folder_without_tokenizer(tmp_path):
-    import shutil
-
-    from irpo_utils.models import SEED_MODEL
-
-    folder = shutil.copytree(SEED_MODEL, tmp_path / "model")
-    (folder / "tokenizer.json").unlink(), (folder / "tokenizer_config.json").unlink()
-    assert_clean_error(
-        irpo("run", *TINY, "--model", folder, "--out", tmp_path / "o"),
-        "No tokenizer",
-        "save_pretrained",
-    )
-
-
-def test_output_folder_on_a_full_disk(run, tmp_path):
-    """A file where the folder should be stands for any place that cannot be written."""
-    (tmp_path / "file").write_text("")
-    assert_clean_error(
-        irpo("run", *TINY, "--out", tmp_path / "file" / "o"), "could not be written", "--out"
-    )
-
-
-def test_plot_of_something_that_is_no_run(tmp_path):
-    assert_clean_error(irpo("plot", tmp_path), "not a run directory")
-
-
-def test_help_lists_every_command_and_every_field():
-    assert all(word in irpo("--help").stdout for word in ("run", "evaluate", "plot"))
-    text = irpo("run", "--help").stdout
-    assert all(
-        flag in text
-        for flag in (
-            "--n-samples",
-            "--k-pairs",
-            "--alpha",
-            "--beta",
-            "--learning-rate",
-            "--temperature",
-        )
-    )
+def test_evaluate_again(run, tmp_path, capsys):
+    rows = tasks.get("word_problems").load("validation").select(range(5))
+    for split in ("train", "validation", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [dict(row) for row in rows])
+    words = ["evaluate", str(run[0]), "--task", "jsonl", "--data", str(tmp_path), "--k", "2"]
+    assert cli.main([*words, "--iterations", "1", "--allow-overlap", "false"]) == 0
+    assert "greedy" in capsys.readouterr().out
+    assert (run[0] / "evaluations" / "jsonl_test.csv").exists()
 
 
 def test_accuracy_table_shows_intervals():
     rows = [
-        dict(iteration=0, metric="greedy", k=1, value=0.25, low=0.2, high=0.3),
-        dict(iteration=0, metric="mean_tokens", k=1, value=9.5, low=9, high=10),
+        {"iteration": 0, "metric": "greedy", "k": 1, "value": 0.25, "low": 0.2, "high": 0.3},
+        {"iteration": 0, "metric": "mean_tokens", "k": 1, "value": 9.5, "low": 9, "high": 10},
     ]
-    assert "25.0 (20.0-30.0)" in cli.accuracy_table(
-        pandas.DataFrame(rows)
-    ) and "9.5" in cli.accuracy_table(pandas.DataFrame(rows))
+    table = cli.accuracy_table(pandas.DataFrame(rows))
+    assert "25.0 (20.0-30.0)" in table and "9.5" in table
+
+
+def test_help_lists_every_command_and_every_option(capsys):
+    text = irpo("--help").stdout
+    assert all(word in text for word in ("run", "plan", "evaluate", "plot"))
+    for command in ("run", "plan"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = capsys.readouterr().out
+        for option in ("--n-samples", "--k-pairs", "--alpha", "--learning-rate", "--config"):
+            assert option in text
+        assert "(default: 2e-05)" in text
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    "words, field, value",
+    [
+        (["--n-questions", "none"], "n_questions", None),
+        (["--n-questions", "all"], "n_questions", None),
+        (["--max-pairs=all"], "max_pairs", None),
+        (["--data=none"], "data", None),
+        (["--n-questions", "none", "--n-questions", "3"], "n_questions", 3),
+        (["--data", "all"], "data", "all"),
+        (["--data=all"], "data", "all"),
+        (["--pad-token", "all"], "pad_token", "all"),
+        (["--model", "none"], "model", "none"),
+        (["--report-to", "none"], "report_to", "none"),
+        (["--no-quantize"], "quantize", False),
+        (["--quantize", "false"], "quantize", False),
+        (["--gold"], "gold", True),
+        (["--n_samples", "3"], "n_samples", 3),
+        (["--temperature", "0.8", "1.0"], "temperature", [0.8, 1.0]),
+    ],
+)
+def test_an_option_has_the_value_that_was_given(words, field, value):
+    profile, _ = cli.parse_profile([*words, "--seed", "3"])
+    assert getattr(profile, field) == value and profile.seed == 3
+
+
+def test_a_file_of_options(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "profile: smoke\nout: here\nn_samples: 5\nlearning_rate: 2e-4\ntemperature: [0.5, 0.7]\n"
+        "n_questions: null\ngold: true\n"
+    )
+    profile, options = cli.parse_profile(["--config", str(file), "--n-samples", "6"])
+    assert (profile.n_samples, profile.learning_rate, profile.iterations) == (6, 2e-4, 2)
+    assert profile.temperature == [0.5, 0.7] and profile.n_questions is None and profile.gold
+    assert options.out == "here"
+    file.write_text("n_sample: 5\n")
+    assert "Did you mean --n-samples" in refused(capsys, "run", "--config", file)
+    file.write_text("n_samples: five\n")
+    assert "--n-samples" in refused(capsys, "run", "--config", file)
+    for text in ("[", "word", None):
+        file.unlink() if text is None else file.write_text(text)
+        assert "is not a YAML file of options" in refused(capsys, "run", "--config", file)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--profile laptop", "'laptop'"),
+        ("--learning_rat 1", "--learning-rate"),
+        ("--n-sampl 3", "Did you mean --n-samples"),
+        ("--prof smoke", "--profile"),
+        ("--learning-rate -1", "--learning-rate"),
+        ("--lora-r 0", "--lora-r"),
+        ("--seed -1", "--seed"),
+        ("--epochs 0", "--epochs"),
+        ("--epochs inf", "--epochs"),
+        ("--max-pairs 0", "--max-pairs"),
+        ("--alpha -1", "--alpha"),
+        ("--alpha nan", "--alpha"),
+        ("--warmup-ratio 1.5", "--warmup-ratio"),
+        ("--n-samples abc", "--n-samples"),
+        ("--n-samples 0", "--n-samples is 0: it must be at least 1"),
+        ("--dtype int3", "--dtype"),
+        ("--dtype all", "--dtype is 'all'"),
+        ("--temperature 0", "--temperature"),
+        ("--lr-scheduler foo", "--lr-scheduler"),
+        ("--optimizer foo", "--optimizer"),
+        ("--report-to no_such_logger", "--report-to"),
+        ("--loss foo", "foo"),
+        ("--engine warp", "warp"),
+        ("--task crosswords", "word_problems"),
+        ("--model no/such/folder/here", "no/such/folder/here"),
+        ("--data keepme.csv::x", "--data is 'keepme.csv::x'"),
+        ("--start s3://bucket/x", "--start is 's3://bucket/x'"),
+        ("--probe a::b", "--probe is 'a::b'"),
+        ("--model hf://a/b", "--model is 'hf://a/b'"),
+        ("--out keepme.csv::run1", "--out is 'keepme.csv::run1'"),
+        ("--out s3://bucket/run1", "--out is 's3://bucket/run1'"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_before_anything_is_written(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "keepme.csv").write_text("a,b\n")
+    assert message in refused(capsys, "run", *TINY, "--out", "o", *words.split())
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("iteration")]
+    assert (tmp_path / "keepme.csv").read_text() == "a,b\n"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--method sft_gold --iterations 3", "--method sft_gold fixes --iterations 1"),
+        ("--method iterative_dpo --alpha 5", "--method iterative_dpo fixes --alpha 0"),
+        ("--method star --loss dpo_nll", "--method star fixes --loss sft"),
+        ("--method ppo", "'ppo'"),
+        ("--method dpo_from_sft", "run with --method star --iterations 1 --out DIR first"),
+    ],
+)
+def test_a_method_that_contradicts_an_option_is_refused(words, message, tmp_path, capsys):
+    words = ["--profile", "smoke", "--quiet", "--out", tmp_path / "o", *words.split()]
+    assert message in refused(capsys, "run", *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_options_that_agree_with_the_method_are_not_refused():
+    profile, _ = cli.parse_profile(["--method", "sft_gold", "--iterations", "1"])
+    assert profile.iterations == 1
+
+
+@pytest.mark.parametrize("words", ["evaluate a::b", "evaluate s3://b/run", "plot a --out b::c"])
+def test_addresses_instead_of_paths_are_refused_by_the_other_commands(
+    words, run, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run[0], "a")
+    command, where, *rest = words.split()
+    refused(capsys, command, where, *rest)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# ---- data, models and folders
+
+
+def write_jsonl(path, lines):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(texts) + "\n")
+    return path
+
+
+GOOD = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ([*GOOD[:6], '{"question": "no answer"}', *GOOD[6:]], ("mine.jsonl", "7", "answer")),
+        ([*GOOD[:3], "{not json", *GOOD[3:]], ("mine.jsonl", "4")),
+        (None, ("mine.jsonl",)),
+    ],
+)
+def test_a_malformed_or_missing_file_is_named_with_the_line(tmp_path, capsys, lines, words):
+    data, out = tmp_path / "mine.jsonl", tmp_path / "o"
+    if lines:
+        write_jsonl(data, lines)
+    message = refused(capsys, "run", *TINY, "--task", "jsonl", "--data", data, "--out", out)
+    assert all(word in message for word in words) and not out.exists()
+
+
+def test_questions_that_the_model_cannot_answer_end_in_no_pairs(tmp_path, capsys):
+    rows = [{"question": f"Riddle {i}?", "answer": f"impossible {i}"} for i in range(60)]
+    data = write_jsonl(tmp_path / "hard.jsonl", rows)
+    out = tmp_path / "o"
+    message = refused(capsys, "run", *TINY, "--task", "jsonl", "--data", data, "--out", out)
+    assert "no pairs" in message and "--n-samples" in message
+
+
+def test_a_model_folder_without_tokenizer(tmp_path, capsys):
+    folder = shutil.copytree(models.FOLDERS["seed"], tmp_path / "model")
+    for file in folder.glob("tokenizer*.json"):
+        file.unlink()
+    message = refused(capsys, "run", *TINY, "--model", folder, "--out", tmp_path / "o")
+    assert "tokenizer" in message and "save_pretrained" in message
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, "run", *TINY, "--out", tmp_path / "file" / "o")
+    assert "cannot write to" in message and "--out" in message
+
+
+def test_plot_of_something_that_is_no_run(tmp_path, capsys):
+    assert "not a run directory" in refused(capsys, "plot", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["irpo_utils.models.load", pytest.param("irpo_utils.logprobs.score", marks=pytest.mark.slow)],
+)
+def test_out_of_memory_anywhere_is_one_paragraph(tmp_path, monkeypatch, capsys, name):
+    """Also where no smaller batch can help: loading the model, or scoring a single row."""
+
+    def fails(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(name, fails)
+    message = refused(capsys, "run", *TINY, "--out", tmp_path / "o")
+    assert message.startswith("error: Out of memory (CUDA out of memory.")
+    assert "--micro-batch-size" in message and "irpo_utils plan" in message
+
+
+# ---- interrupts
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_while_an_object_is_deleted_is_not_lost(monkeypatch, capsys, number, status):
+def test_an_interrupt_while_an_object_is_deleted_is_not_lost(monkeypatch, capsys, number, status):
     """Python drops what is raised there; the library that holds our tables has such objects."""
 
     class Table:
@@ -337,7 +322,7 @@ def test_ctrl_c_while_an_object_is_deleted_is_not_lost(monkeypatch, capsys, numb
     def busy(arguments):
         Table()
         time.sleep(20)
-        raise AssertionError("nobody heard it")
+        raise AssertionError("the interrupt was lost")
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(cli, "run", busy)
@@ -345,85 +330,56 @@ def test_ctrl_c_while_an_object_is_deleted_is_not_lost(monkeypatch, capsys, numb
         assert cli.main(["run"]) == status
     finally:
         signal.signal(signal.SIGINT, before)
-    said = capsys.readouterr().err
-    assert (
-        said == "\nStopped. What was finished is kept: the same command goes on where it stood.\n"
-    )
+    assert capsys.readouterr().err == f"\n{STOPPED}\n"
 
 
-@pytest.mark.parametrize("until", ["iteration_0/graded", "iteration_1/adapter"])
-def test_ctrl_c_is_one_line_and_the_same_command_goes_on(run, tmp_path, until):
-    """The keyboard's signal goes to the whole process group, bars and all; what was finished is not done again."""
-    out = tmp_path / "run"
-    words = [
-        sys.executable,
-        "-m",
-        "irpo_utils",
-        "run",
-        *[word for word in TINY if word != "--quiet"],
-        "--out",
-        str(out),
-    ]
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # whatever the shell did with it
-    before = {
-        "iteration_0/graded": "iteration_0/samples",
-        "iteration_1/adapter": "iteration_0/pairs",
-    }[until]
-    deadline = time.monotonic() + 200
-    while process.poll() is None and not (out / before).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said, said[-2000:]
-    assert (
-        said.strip().splitlines()[-1]
-        == "Stopped. What was finished is kept: the same command goes on where it stood."
-    )
-    kept = (out / before / "checksums.json").stat().st_mtime_ns
-    assert irpo("run", *TINY, "--out", out).returncode == 0
-    assert (out / before / "checksums.json").stat().st_mtime_ns == kept
-    assert (out / "metrics.csv").read_text() == (run[0] / "metrics.csv").read_text()
+def test_an_interrupt_while_an_error_is_reported_still_ends_in_one_message(monkeypatch, capsys):
+    """As a launcher does that ends the other processes while one waits for its turn to speak."""
 
-
-@pytest.mark.parametrize("place", ["load", "score"])
-def test_out_of_memory_anywhere_is_one_paragraph(tmp_path, monkeypatch, capsys, place):
-    """Also where no smaller batch can help: loading the model, or scoring a single row."""
-    import torch
-
-    from irpo_utils import models
-
-    def fails(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-    monkeypatch.setattr(models, place, fails)
-    assert cli.main(["run", *TINY, "--out", str(tmp_path / "o")]) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        said.startswith("error: Out of memory (CUDA out of memory.")
-        and "--micro-batch-size" in said
-        and "irpo_utils plan" in said
-    )
-
-
-def test_an_interrupt_while_an_error_is_reported_still_ends_in_one_message(
-    tmp_path, monkeypatch, capsys
-):
-    """As a launcher does that ends the other processes while one waits whether it has to speak."""
+    def mistaken(arguments):
+        raise UserError("a mistake")
 
     def interrupted(message):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(cli, "_say", interrupted)
-    assert cli.main(["run", *TINY, "--task", "crosswords", "--out", str(tmp_path / "o")]) == 143
-    assert (
-        capsys.readouterr().err.strip()
-        == "Stopped. What was finished is kept: the same command goes on where it stood."
+    monkeypatch.setattr(cli, "run", mistaken)
+    monkeypatch.setattr(cli, "_fail", interrupted)
+    assert cli.main(["run"]) == 143
+    assert capsys.readouterr().err.strip() == STOPPED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "before, interrupt, status",
+    [
+        ("iteration_0/samples", signal.SIGINT, 130),
+        ("iteration_0/pairs", signal.SIGINT, 130),
+        ("iteration_0/pairs", signal.SIGTERM, 143),
+    ],
+)
+def test_an_interrupt_is_one_line_and_the_same_command_resumes(
+    run, tmp_path, before, interrupt, status
+):
+    """The keyboard's signal goes to the whole process group; what was finished stays."""
+    out = tmp_path / "run"
+    words = [word for word in TINY if word != "--quiet"] + ["--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "irpo_utils", "run", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    deadline = time.monotonic() + 200
+    while process.poll() is None and not (out / before).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, interrupt)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in said, said[-2000:]
+    assert said.strip().splitlines()[-1] == STOPPED
+    kept = (out / before / "checksums.json").stat().st_mtime_ns
+    assert irpo("run", *TINY, "--out", out).returncode == 0
+    assert (out / before / "checksums.json").stat().st_mtime_ns == kept
+    assert (out / "metrics.csv").read_text() == (run[0] / "metrics.csv").read_text()

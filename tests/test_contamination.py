@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from irpo_utils import UserError, contamination, iteration, profiles, tasks
+from irpo_utils import UserError, profiles, tasks
+from irpo_utils.ops import contamination, run
 
 BEES = "How many legs do 3 bees and 12 flies have in all, if each of them has 6 legs and none of them has lost a leg?"
 
@@ -137,6 +138,8 @@ def test_a_run_on_its_own_test_questions_is_refused_before_anything_is_written(t
     for split, part in (("train", lines), ("validation", lines[:3]), ("test", lines[10:])):
         (folder / f"{split}.jsonl").write_text("\n".join(part))
     settings = profiles.get("smoke", task="jsonl", data=str(folder))
-    with pytest.raises(UserError, match="10 of 10 evaluation questions are training questions"):
-        iteration.run(settings, tmp_path / "run", progress=False)
+    with pytest.raises(
+        UserError, match="10 of 10 evaluation questions are also training questions"
+    ):
+        run.run(settings, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Folders that say themselves whether they are whole: a list of checksums, written last."""
+"""Folders with a list of checksums, written last, which shows whether they are whole."""
 
 from __future__ import annotations
 
@@ -24,30 +24,24 @@ def write(folder: Path, record: dict) -> None:
 
 
 def read(folder: Path) -> dict | None:
-    """The record of a folder in which every file that was written is there, unchanged; None for any other."""
+    """The record of a folder whose files are all there, unchanged; None for any other."""
     try:
         record = json.loads((folder / NAME).read_text())
-        return (
-            record
-            if all(of_file(folder / name) == value for name, value in record["sha256"].items())
-            else None
-        )
+        sound = all(of_file(folder / name) == value for name, value in record["sha256"].items())
+        return record if sound else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def digest(folder: Path) -> str:
-    """One number for the data in a folder that says itself what it holds; "" where it does not.
+    """One number for the data of a folder with checksums; "" for any other.
 
-    Tables and weights alone: what lies beside them has times in it, which differ when the same data are made again.
+    Tables and weights only: other files hold times, which differ when the same data are made again.
     """
     try:
         sums = json.loads((folder / NAME).read_text())["sha256"]
-        return of_text(
-            json.dumps(
-                {name: value for name, value in sums.items() if name.endswith(DATA)}, sort_keys=True
-            )
-        )
+        data = {name: value for name, value in sums.items() if name.endswith(DATA)}
+        return of_text(json.dumps(data, sort_keys=True))
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

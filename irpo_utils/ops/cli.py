@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import difflib
 import errno
 import os
 import re
@@ -15,6 +13,7 @@ import time
 from pathlib import Path
 
 from irpo_utils import UserError
+from irpo_utils.ops.options import parse_profile
 from irpo_utils.scale import processes
 
 NOT_WRITABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
@@ -61,15 +60,15 @@ def _report(command, arguments: list[str]) -> int:
         if should_reduce_batch_size(error):
             return _fail(
                 f"Out of memory ({first}). Run the same command to resume, with a smaller "
-                "--sampling-batch-size or --micro-batch-size, with --gradient-checkpointing true, or "
-                "on a GPU with more memory. `python -m irpo_utils plan` shows what a run needs."
+                "--sampling-batch-size or --micro-batch-size, with --gradient-checkpointing true, "
+                "or on a GPU with more memory. `python -m irpo_utils plan` shows what a run needs."
             )
         lost = re.search("connection|gloo|nccl|timed out|abort", str(error), re.IGNORECASE)
         if processes.count() == 1 or not lost:
             raise
         return _fail(
-            "Another process of this run has ended; its own message, if any, is above. Run the same "
-            f"command to resume, with any number of processes. ({first})"
+            "Another process of this run has ended; its own message, if any, is above. Run the "
+            f"same command to resume, with any number of processes. ({first})"
         )
     return 0
 
@@ -83,7 +82,7 @@ def _terminate(*_):
 
 
 def _raise_again(lost) -> None:
-    """An interrupt during the deletion of an object, which Python would drop: a moment later again."""
+    """Repeat an interrupt during the deletion of an object, which Python would drop."""
     if not isinstance(lost.exc_value, KeyboardInterrupt):
         return sys.__unraisablehook__(lost)
     terminated = isinstance(lost.exc_value, Terminated)
@@ -101,7 +100,7 @@ def _fail(message: str) -> int:
 
 def run(arguments: list[str]) -> None:
     """Iterative RPO with a profile; every field of the profile is an option."""
-    profile, options = parse_profile(arguments)
+    profile, options = parse_profile(arguments, "run", run.__doc__)
     quiet_libraries()
     import pandas
 
@@ -129,8 +128,8 @@ def run(arguments: list[str]) -> None:
 
 
 def plan(arguments: list[str]) -> None:
-    """Memory, tokens, hours and cost of a run before it starts; without --profile of all profiles."""
-    profile, options = parse_profile(arguments, "plan")
+    """Memory, tokens, hours and cost of a run before it starts; by default of all profiles."""
+    profile, options = parse_profile(arguments, "plan", plan.__doc__)
     quiet_libraries()
     from irpo_utils import methods, profiles
     from irpo_utils.ops import plan as planning
@@ -147,7 +146,7 @@ def plan(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Evaluate the iterations of a finished run again: another task, more samples, another split."""
+    """Evaluate a finished run again: another task, more samples, another split."""
     parser = _parser("evaluate", evaluate)
     parser.add_argument("run", help="run directory")
     parser.add_argument("--task", help="another task than the run's")
@@ -168,8 +167,6 @@ def evaluate(arguments: list[str]) -> None:
     quiet_libraries()
     from irpo_utils.ops import run as runs
 
-    for name in ("data", "out"):
-        runs.check_path(options[name], name)
     options["allow_overlap"] = options["allow_overlap"] == "true"
     text = runs.evaluate_run(**options)
     if processes.is_first():
@@ -188,7 +185,8 @@ def plot(arguments: list[str]) -> None:
     from irpo_utils import plots
     from irpo_utils.ops import run as runs
 
-    runs.check_path(options.out, "out")
+    for name in ("out", "name"):
+        runs.check_path(getattr(options, name), name)
     metrics, summary, record = runs.collect(options.runs)
     figure = plots.accuracy_per_iteration(metrics, summary)
     record = {"command": _command("plot", arguments), **record}
@@ -225,83 +223,8 @@ def _cell(row) -> str:
     return f"{100 * row.value:.1f}{interval}{k}"
 
 
-def parse_profile(arguments: list[str], command: str = "run"):
-    """The profile with the options given (None for all profiles), and the other options."""
-    from transformers import HfArgumentParser
-
-    from irpo_utils import profiles
-
-    common = argparse.ArgumentParser(add_help=False)
-    default = {"run": "cpu", "plan": "all"}[command]
-    listed = ", ".join(profiles.names())
-    common.add_argument("--profile", default=default, help=f"one of {listed} (default: {default})")
-    common.add_argument("--price", type=float, help="price of the machine per hour")
-    if command == "run":
-        common.add_argument("--out", help="run directory (default: runs/PROFILE)")
-        common.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
-        common.add_argument(
-            "--ignore-plan", action="store_true", help="run although the plan says it does not fit"
-        )
-    else:
-        machines = "8xA100-80GB, cpu, 2xcpu for two cores, ..."
-        common.add_argument("--gpus", help=f"{machines} (default: this computer)")
-    common.error = lambda message: _refuse(message, command)
-    options, rest = common.parse_known_args(arguments)
-    name = "cpu" if options.profile == "all" and command == "plan" else options.profile
-    base = profiles.get(name)
-    prog, text = f"python -m irpo_utils {command}", globals()[command].__doc__
-    parser = HfArgumentParser(profiles.Profile, parents=[common], prog=prog, description=text)
-    parser.set_defaults(**dataclasses.asdict(base))
-    parser.error = common.error
-    flags = {flag for action in parser._actions for flag in action.option_strings}
-    _check_known(rest, flags, command)
-    rest, changes = _split_off_none(rest)
-    given = {word.partition("=")[0][2:].replace("-", "_") for word in rest if word[:2] == "--"}
-    values = vars(parser.parse_args(rest))
-    changes |= {key: values[key] for key in given if key in values}
-    profile = profiles.get(name, **changes)
-    if command == "run":
-        options.out = options.out or f"runs/{options.profile}"
-    return (None if options.profile == "all" else profile), options
-
-
-def _check_known(words: list[str], flags: set[str], command: str) -> None:
-    for word in (word.partition("=")[0] for word in words if word.startswith("--")):
-        if word not in flags:
-            close = difflib.get_close_matches(word, [f for f in flags if "_" not in f], n=3)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise UserError(
-                f"There is no option {word}.{hint} `python -m irpo_utils {command} --help` lists them."
-            )
-
-
-def _split_off_none(words: list[str]) -> tuple[list[str], dict]:
-    """Take out `--option none`; `all` means the same for a number of questions."""
-    from irpo_utils.profiles import Profile
-
-    kinds, rest, changes, i = Profile.__annotations__, [], {}, 0
-    while i < len(words):
-        name = words[i][2:].replace("-", "_") if words[i].startswith("--") else ""
-        value = words[i + 1].lower() if i + 1 < len(words) else ""
-        none = value == "none" or (value == "all" and "questions" in name)
-        if none and "None" in kinds.get(name, ""):
-            changes[name] = None
-            i += 2
-        else:
-            rest.append(words[i])
-            i += 1
-    return rest, changes
-
-
-def _refuse(message: str, command: str):
-    raise UserError(
-        f"{message[:1].upper()}{message[1:]}. `python -m irpo_utils {command} --help` lists the "
-        "options and what they take."
-    )
-
-
 def quiet_libraries() -> None:
-    """Progress bars of our own stages only, without the loading bars and advice of the libraries."""
+    """Progress bars of our own stages only, without the bars and advice of the libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import logging

@@ -74,8 +74,8 @@ def describe(overlap: Overlap) -> str:
     """One line for the screen."""
     share = overlap.n_gram / max(1, overlap.questions)
     line = (
-        f"{overlap.n_gram} of {overlap.questions} evaluation questions share {N_GRAM} words in a row "
-        f"with a training question ({share:.1%})."
+        f"{overlap.n_gram} of {overlap.questions} evaluation questions share {N_GRAM} words in a "
+        f"row with a training question ({share:.1%})."
     )
     if overlap.normalised:
         line = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from irpo_utils.scale import processes
+
 LIBRARIES = "torch transformers trl peft bitsandbytes datasets accelerate numpy".split()
 # A run that continues on another machine records these again.
-MACHINE = ("python", "versions", "system", "processor", "gpus", "world_size", "commit")
+MACHINE = ("python", "versions", "system", "processor", "gpus", "world_size", "commit", "dtype")
 
 
 def environment() -> dict:
@@ -28,9 +31,30 @@ def environment() -> dict:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "world_size": processes.count(),
         "commit": _commit(),
     }
+
+
+def record(path: Path, model, continues: bool) -> dict:
+    """The record of a run for `path`: what is there, and this machine if the run continues on it.
+
+    `dtype` is what the base of `model` was loaded in, which a machine may not have as asked.
+    """
+    now = environment() | {"dtype": str(model.dtype).removeprefix("torch.")}
+    if not path.exists():
+        return now
+    try:
+        made = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        made = {**now, "note": "the first record was lost; the run was resumed here"}
+    machines = [made, *made.get("resumed_on", [])]
+    known = [one for one in machines if all(one.get(n, now[n]) == now[n] for n in MACHINE)]
+    if known:
+        known[0].setdefault("dtype", now["dtype"])  # a record of an older version has none
+    elif continues:
+        made["resumed_on"] = [*machines[1:], now]
+    return made
 
 
 def command() -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from irpo_utils import UserError, models
+from irpo_utils.ops import checksums
+from irpo_utils.ops.storage import read_profile
 from irpo_utils.profiles import Profile
 
 PIECE = 2**20  # bytes
@@ -43,8 +46,30 @@ def commit_of(known: str | None) -> str | None:
     return known if known and re.fullmatch("[0-9a-f]{40}", known) else None
 
 
+def find_start(p: Profile) -> Path:
+    """The adapter that `p.start` names: a folder with one, or the last one of a finished run."""
+    folder = Path(p.start).expanduser()
+    if (folder / "profile.json").is_file():
+        folder = folder / f"iteration_{read_profile(folder).iterations}" / "adapter"
+        if checksums.read(folder) is None:
+            raise UserError(f"{folder} is missing or damaged. Run its command again to finish it.")
+    if (folder / checksums.NAME).exists() and checksums.read(folder) is None:
+        raise UserError(
+            f"{folder} is damaged: its checksums do not match. Run the command that made it again, "
+            "or give another --start."
+        )
+    check_adapter(folder, p)
+    return folder
+
+
+def copy_adapter(source: Path, folder: Path) -> None:
+    """PEFT's two files."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(source / name, folder / name)
+
+
 def check_adapter(folder: Path, p: Profile) -> None:
-    """Refuse an adapter that is not readable, or that belongs to another model than the profile's."""
+    """Refuse an adapter that cannot be read, or that belongs to another model."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
@@ -62,8 +87,8 @@ def check_adapter(folder: Path, p: Profile) -> None:
     kinds = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
     if beyond := [name for name in kinds if config.get(name)]:
         raise UserError(
-            f"The adapter in {folder} was made with {' and '.join(beyond)}. Here every matrix has the "
-            "scale lora_alpha / lora_r, so it would be another one. Give another --start."
+            f"The adapter in {folder} was made with {' and '.join(beyond)}. Here every matrix has "
+            "the scale lora_alpha / lora_r, so it would be another one. Give another --start."
         )
     hub = models.HUB_NAMES.get(p.model, p.model)
     base = config.get("base_model_name_or_path")
@@ -75,8 +100,8 @@ def check_adapter(folder: Path, p: Profile) -> None:
     for name, there, now in compared:
         if there != now:
             raise UserError(
-                f"The adapter in {folder} was made with {name} {there!r}, this run has {now!r}. Give "
-                f"--{name.replace('_', '-')} {there}, or another --start."
+                f"The adapter in {folder} was made with {name} {there!r}, this run has {now!r}. "
+                f"Give --{name.replace('_', '-')} {there}, or another --start."
             )
 
 

@@ -33,7 +33,7 @@ def limit_waiting() -> None:
 
 @contextlib.contextmanager
 def explained(name: str):
-    """Turn what the libraries raise while a model is loaded into a `UserError` with cause and fix."""
+    """Turn errors of the libraries while a model is loaded into a `UserError` with the fix."""
     try:
         yield
     except UserError:
@@ -50,15 +50,15 @@ def _explain(path: str, text: str) -> str:
     first = text.strip().splitlines()[0][:300]
     if re.search(r"gated|\b40[13]\b", text):  # as a word: ports have such digits as well
         return (
-            f"The model {path} is gated: accept its licence on its hub page, make a read token there, "
-            "and log in with `hf auth login` (or set HF_TOKEN)."
+            f"The model {path} is gated: accept its licence on its hub page, make a read token "
+            "there, and log in with `hf auth login` (or set HF_TOKEN)."
         )
     if "trust_remote_code" in text or "custom code" in text:
         return f"The model {path} asks to run its own code, which is refused. Use another model."
     if Path(path).is_dir():
         return (
-            f"The model folder {path} could not be loaded: {first} It needs safetensors files and a "
-            "tokenizer, written by `save_pretrained`."
+            f"The model folder {path} could not be loaded: {first} It needs safetensors files and "
+            "a tokenizer, written by `save_pretrained`."
         )
     return (
         f"The model {path} could not be loaded: {first} Without a network, give --model a local "

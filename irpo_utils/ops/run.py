@@ -1,45 +1,56 @@
-"""A run with all that a long one needs: checks before it starts, crash-safe storage, evaluation again."""
+"""A run with what a long one needs: checks before it starts, crash-safe storage, evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
-import json
 from pathlib import Path
 
+import datasets
 import pandas
-from datasets import load_from_disk
 from tqdm.auto import tqdm
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from irpo_utils import UserError, baselines, evaluation, iteration, methods, tasks
+from irpo_utils import UserError, baselines, evaluation, iteration, methods, tasks, training
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub, statistics
-from irpo_utils.ops.run_directory import RunDirectory, digest, find_start, is_whole, read_profile
-from irpo_utils.ops.storage import Folder, check_path
+from irpo_utils.ops.provenance import digest, inputs
+from irpo_utils.ops.run_directory import RunDirectory, is_whole
+from irpo_utils.ops.seeds import accuracy_per_question, collect
+from irpo_utils.ops.storage import Folder, check_path, read_profile
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
+__all__ = [
+    "accuracy_per_question",
+    "collect",
+    "evaluate_run",
+    "is_whole",
+    "load_model",
+    "read_profile",
+    "run",
+]
 assert baselines  # adds its methods to the table
 
 
 def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     """`iteration.run` with checks and crash-safe storage; the same call resumes at any point.
 
-    Raises `UserError` for mistakes before anything is written, for an `out` that was made with other
-    settings or is in use, and for what the stages refuse.
+    Raises `UserError` for mistakes before anything is written, for an `out` that was made with
+    other settings or is in use, and for what the stages refuse.
     """
     check_path(out, "out")
     hub.limit_waiting()
+    datasets.disable_caching()  # else a shuffle adds a file to the artefact that it reads
     processes.wait()  # joins the processes, if there are several
     progress = progress and processes.is_first()
     p = methods.apply(profile)
     overlap = check(p, out)
     keep = RunDirectory(out, progress)
     with keep.lock():
-        text = json.dumps(dataclasses.asdict(overlap), indent=1) + "\n"
-        keep.write(keep.out / "contamination.json", text)
+        keep.write_json(keep.out / "contamination.json", dataclasses.asdict(overlap))
         if progress:
             tqdm.write(contamination.describe(overlap))
         rows = iteration.run(profile, out, keep, engine_of(p), progress)
@@ -58,6 +69,8 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     ):
         if value not in (names := sorted(kind.value for kind in known)):
             raise UserError(f"{option} is {value!r}; transformers knows {', '.join(names)}.")
+    if p.loss not in training.LOSSES:
+        raise UserError(f"There is no loss {p.loss!r}. --loss is {', '.join(training.LOSSES)}.")
     if p.report_to != "none" and importlib.util.find_spec(p.report_to) is None:
         raise UserError(
             f"--report-to {p.report_to} needs that package: `pip install {p.report_to}`."
@@ -65,8 +78,17 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     methods.check_start(p)
     if method.train and (p.n_samples < 2 or processes.count() > 1):
         raise UserError(
-            f"--method {p.method} compares the completions of a question in one process: --n-samples "
-            "must be at least 2, and the command must run without a launcher such as torchrun."
+            f"--method {p.method} compares the completions of a question in one process: "
+            "--n-samples must be at least 2, and the command must run without a launcher such as "
+            "torchrun."
+        )
+    if (p.gold or not (method.samples or method.train)) and not any(
+        row.get("solution") for row in train
+    ):
+        needs = "--gold true" if method.samples else f"--method {p.method}"
+        raise UserError(
+            f"There are no gold solutions among the training questions, which {needs} needs. Add "
+            "the column `solution` to the data, or leave that option out."
         )
     own_probe = Path(out) / "iteration_0" / "pairs"
     if p.probe and Path(p.probe).expanduser().resolve() != own_probe.resolve():
@@ -75,12 +97,13 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
                 f"--probe {p.probe} is no folder of pairs, such as RUN/iteration_0/pairs."
             )
     if p.start and checksums.read(Path(out) / "iteration_0" / "adapter") is None:
-        find_start(p)
+        export.find_start(p)
     return contamination.check([*train, *learnt_before(p)], questions, p.allow_overlap)
 
 
 def load_model(p: Profile):
     """M_0 and its tokenizer, as a run of this profile loads them."""
+    hub.limit_waiting()
     return engine_of(p).load(p)
 
 
@@ -116,8 +139,8 @@ def learnt_before(p: Profile) -> list[dict]:
         return [*tasks.get(before.task).load("train", before.data), *learnt_before(before)]
     except UserError as error:
         tqdm.write(
-            f"The training questions of --start {p.start} could not be compared with the evaluation "
-            f"questions: {error}"
+            f"The training questions of --start {p.start} could not be compared with the "
+            f"evaluation questions: {error}"
         )
         return []
 
@@ -137,9 +160,43 @@ def evaluate_run(
     iterations: which M_t, by default the first and the last; the text ends with their paired
     comparison. Raises `UserError` if these are questions that the run was trained on.
     """
+    hub.limit_waiting()
     p = read_profile(run)
-    split, folder = split or p.eval_split, Path(out) if out else Path(run) / "evaluations"
     wanted = iterations if iterations is not None else sorted({0, p.iterations})
+    _check_iterations(run, p, wanted, k)
+    folder = Path(out) if out else Path(run) / "evaluations"
+    check_path(folder, "out")
+    data = data or (p.data if task in (None, p.task) else None)
+    changed = {"task": task or p.task, "data": data, "eval_split": split or p.eval_split}
+    changed |= {"allow_overlap": allow_overlap or p.allow_overlap, "shard": False}
+    now = dataclasses.replace(p, n_eval_questions=None, **changed)
+    keep, first = _OtherEvaluation(run, p, now), processes.is_first()
+    stages, rows, greedy = iteration.Stages(now, keep, engine_of(now), first), [], {}
+    for t in wanted:
+        stages.engine.use(stages.model, keep.adapter(t))
+        draw = functools.partial(stages.draw, stages.eval_questions, seed=stages.seed(0, 4))
+        parts = draw(n=1, temperature=0.0), draw(n=k, temperature=p.eval_temperature)
+        both = evaluation.graded(*parts, stages.task)
+        greedy[t], sampled = both["greedy"], both["sampled"]
+        head = {"method": p.method, "seed": p.seed, "iteration": t, "split": now.eval_split}
+        made = evaluation.score(greedy[t], sampled, k)
+        made += statistics.further_rows(greedy[t], sampled, k, stages.eval_questions)
+        rows += [head | row for row in made]
+        if first:  # after each one: an interrupt keeps what is there
+            folder.mkdir(parents=True, exist_ok=True)
+            table = folder / f"{now.task}_{now.eval_split}.csv"
+            pandas.DataFrame(rows).to_csv(table, index=False)
+    text = pandas.DataFrame(rows).to_string(index=False)
+    if len(wanted) > 1:
+        ends = greedy[wanted[0]], greedy[wanted[-1]]
+        correct = [list(evaluation.correct_per_question(rows).values()) for rows in ends]
+        difference = evaluation.compare(*ends)
+        difference["p_mcnemar"] = statistics.mcnemar(*correct)["p"]
+        text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
+    return text
+
+
+def _check_iterations(run: str | Path, p: Profile, wanted: list[int], k: int) -> None:
     if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
         raise UserError(
             f"--k must be at least 1, and --iterations from 0 to {p.iterations}, the last of {run}."
@@ -148,32 +205,6 @@ def evaluate_run(
         adapter = Path(run) / f"iteration_{t}" / "adapter"
         if (t > 0 or p.start) and checksums.read(adapter) is None:
             raise UserError(f"{adapter} is missing or damaged. Run the command of {run} again.")
-    data = data or (p.data if task in (None, p.task) else None)
-    changed = {"task": task or p.task, "data": data, "eval_split": split, "n_eval_questions": None}
-    now = dataclasses.replace(
-        p, **changed, shard=False, allow_overlap=allow_overlap or p.allow_overlap
-    )
-    keep = _OtherEvaluation(run, p, now)
-    stages = iteration.Stages(now, keep, engine_of(now), processes.is_first())
-    rows, results = [], {}
-    options = {"max_new_tokens": p.max_new_tokens, "batch_size": p.sampling_batch_size}
-    options |= {"progress": processes.is_first(), "engine": stages.engine}
-    for t in wanted:
-        stages.engine.use(stages.model, keep.adapter(t))
-        parts = stages.model, stages.tokenizer, stages.eval_questions, stages.task
-        results[t] = evaluation.evaluate(
-            *parts, k, p.eval_temperature, seed=p.seed, **stages.options
-        )
-        head = {"method": p.method, "seed": p.seed, "iteration": t, "split": split}
-        rows += [head | row for row in results[t].metrics]
-        if processes.is_first():  # after each one: an interrupt keeps what is there
-            folder.mkdir(parents=True, exist_ok=True)
-            pandas.DataFrame(rows).to_csv(folder / f"{now.task}_{split}.csv", index=False)
-    text = pandas.DataFrame(rows).to_string(index=False)
-    if len(wanted) > 1:
-        difference = evaluation.compare(results[wanted[0]].greedy, results[wanted[-1]].greedy)
-        text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
-    return text
 
 
 class _OtherEvaluation(Folder):
@@ -182,7 +213,7 @@ class _OtherEvaluation(Folder):
     def __init__(self, run, p: Profile, now: Profile):
         super().__init__(run)
         self.p, self.now = p, now
-        self.known = RunDirectory(run).inputs()
+        self.known = inputs(self.out)
         self.start = self.folder(0) / "adapter" if p.start else None
         self.revision = export.commit_of(self.known.get("model"))
 
@@ -191,8 +222,9 @@ class _OtherEvaluation(Folder):
         if self.known.get("training questions") not in (None, digest(learnt)):
             if not self.now.allow_overlap:
                 raise UserError(
-                    f"The training questions of {self.out} have changed since it was trained, so they "
-                    "cannot be compared with these. Restore the data, or add --allow-overlap true."
+                    f"The training questions of {self.out} have changed since it was trained, so "
+                    "they cannot be compared with these. Restore the data, or add --allow-overlap "
+                    "true."
                 )
         train = [*learnt, *learnt_before(self.p)]
         overlap = contamination.check(train, stages.eval_questions, self.now.allow_overlap)
@@ -206,56 +238,3 @@ class _OtherEvaluation(Folder):
                 f"The model {self.p.model} is no longer the one that {self.out} was made with. "
                 "Restore it."
             )
-
-
-def collect(runs: list[str | Path]):
-    """Metrics of several runs (seeds) of one profile: (all rows, means with intervals, record).
-
-    The intervals of the means resample seeds and questions together; the gain of the last iteration
-    over M_0 is paired, question by question.
-    """
-    all_profiles = [read_profile(run) for run in runs]
-    first = all_profiles[0]
-    for run, p in zip(runs, all_profiles, strict=True):
-        if dataclasses.replace(p, seed=0) != dataclasses.replace(first, seed=0):
-            raise UserError(f"{run} and {runs[0]} differ in more than their seed.")
-        known, own = RunDirectory(runs[0]).inputs(), RunDirectory(run).inputs()
-        for name in ("model", "evaluation questions"):
-            if known.get(name) and own.get(name) and known[name] != own[name]:
-                raise UserError(f"{run} and {runs[0]} have different {name}.")
-        if not is_whole(Path(run)):
-            raise UserError(
-                f"{run} is not finished, or something in it is damaged. Run its command again."
-            )
-    tables = [pandas.read_csv(Path(run) / "metrics.csv") for run in runs]
-    means, shared = [], {"method": first.method, "split": first.eval_split, "seeds": len(runs)}
-    for metric in ("greedy", "sampled"):
-        for t in range(first.iterations + 1):
-            matrix = [accuracy_per_question(run, t, metric) for run in runs]
-            row = statistics.share_row(metric, matrix)
-            means.append(shared | {"iteration": t, **row})
-        if first.iterations:
-            last = [accuracy_per_question(run, first.iterations, metric) for run in runs]
-            start = [accuracy_per_question(run, 0, metric) for run in runs]
-            gains = [
-                [b - a for a, b in zip(*pair, strict=True)]
-                for pair in zip(start, last, strict=True)
-            ]
-            row = statistics.row(f"{metric}_gain_over_M0", gains)
-            means.append(shared | {"iteration": first.iterations, **row})
-    record = {"seeds": [p.seed for p in all_profiles], "profile": dataclasses.asdict(first)}
-    record["runs"] = [_made(run, p.seed) for run, p in zip(runs, all_profiles, strict=True)]
-    order = ["method", "iteration", "split", "metric", "k", "value", "low", "high", "n", "seeds"]
-    return pandas.concat(tables, ignore_index=True), pandas.DataFrame(means)[order], record
-
-
-def _made(run: str | Path, seed: int) -> dict:
-    environment = json.loads((Path(run) / "environment.json").read_text())
-    seconds = float(pandas.read_csv(Path(run) / "timing.csv").seconds.sum())
-    return {"seed": seed, "environment": environment, "seconds": seconds}
-
-
-def accuracy_per_question(run: str | Path, t: int, metric: str) -> list[float]:
-    """Share of correct completions of M_t for each question; `metric` is greedy or sampled."""
-    data = load_from_disk(str(Path(run) / f"iteration_{t}" / "evaluation"))[metric]
-    return list(evaluation.correct_per_question(data).values())

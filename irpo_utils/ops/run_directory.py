@@ -1,4 +1,4 @@
-"""The storage of a long run: checksums, provenance, resumption within a stage, one process at a time.
+"""The storage of a long run: checksums, provenance, resumption within a stage, a lock.
 
 Every artefact gets a list of checksums and a record of what it was made from, written last, and is
 moved into place as a whole. A stage whose artefact is there, sound, and made from what is there now
@@ -22,9 +22,18 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError, iteration
-from irpo_utils.ops import checksums, drift, export, statistics, storage, trainer, warnings
-from irpo_utils.ops.environment import MACHINE, environment
-from irpo_utils.profiles import Profile
+from irpo_utils.ops import (
+    checksums,
+    drift,
+    environment,
+    export,
+    statistics,
+    storage,
+    trainer,
+    warnings,
+)
+from irpo_utils.ops.provenance import digest, inputs, is_there
+from irpo_utils.ops.storage import read_profile
 from irpo_utils.scale import processes
 
 BLOCK = 2400  # completions stored at a time: a kill costs one block at most
@@ -36,9 +45,9 @@ FIELDS = {
     "samples": f"{MODEL} n_questions fresh_questions n_samples top_p temperature",
     "graded": "task",
     "pairs": "task method seed k_pairs gold deduplicate pairing max_length max_pairs",
-    "adapter": f"{MODEL} method lora_r lora_alpha n_questions fresh_questions n_samples temperature "
-    "keep_pairs loss alpha beta reference learning_rate epochs max_steps batch_size warmup_ratio "
-    "lr_scheduler max_grad_norm optimizer",
+    "adapter": f"{MODEL} method lora_r lora_alpha n_questions fresh_questions n_samples "
+    "temperature keep_pairs loss alpha beta reference learning_rate epochs max_steps batch_size "
+    "warmup_ratio lr_scheduler max_grad_norm optimizer",
     "evaluation": f"{MODEL} eval_split n_eval_questions eval_temperature",
     "drift": f"{MODEL} eval_split n_eval_questions",
 }
@@ -67,65 +76,37 @@ class RunDirectory(storage.Folder):
             yield
             return
         lock = FileLock(self.out / ".lock")
-        try:
-            with disk_errors(self.out):
+        with disk_errors(self.out):
+            try:
                 lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(
-                f"{self.out} is in use by another run. Wait for it, or choose another --out."
-            ) from error
+            except Timeout as error:  # an OSError, but not of the disk
+                raise UserError(
+                    f"{self.out} is in use by another run. Wait for it, or choose another --out."
+                ) from error
         with lock:
             yield
 
     # Settings and inputs
 
     def check(self, stages: iteration.Stages) -> None:
-        """Write profile.json and environment.json, or compare them with this run's."""
+        """Write profile.json, or compare it with the settings of this run; find the start."""
         self.p, path = stages.p, self.out / "profile.json"
         new = dataclasses.asdict(self.p)
-        if not any(self.out.glob("iteration_*/*")):
-            self.write(path, json.dumps(new, indent=1) + "\n")
-            self.write(self.out / "environment.json", json.dumps(environment(), indent=1) + "\n")
-        else:
+        if any(self.out.glob("iteration_*/*")):
             old = dataclasses.asdict(read_profile(self.out))
-            changed = {key for key in new if old[key] != new[key]}
-            if differing := sorted(changed - set(MAY_CHANGE)):
+            differing = sorted(k for k in new if old[k] != new[k] and k not in MAY_CHANGE)
+            if differing:
                 listed = ", ".join(f"{k} ({old[k]!r} there, {new[k]!r} now)" for k in differing)
                 raise UserError(
                     f"{self.out} was made with other settings: {listed}. Choose another --out, or "
                     "give the same settings to resume it."
                 )
-            if changed:
-                self.write(path, json.dumps(new, indent=1) + "\n")
-            self._record_machine()
+        self.write_json(path, new)
         self.start = self.folder(0) / "adapter" if self.p.start else None
         if self.p.start and checksums.read(self.start) is None:
-            source = find_start(self.p)  # a mistake is found before the model is loaded
-            self.put(self.start, lambda folder: copy_adapter(source, folder))
-        self.revision = export.commit_of(self.inputs().get("model"))
-
-    def _record_machine(self) -> None:
-        path, now = self.out / "environment.json", environment()
-        try:
-            record = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            record = {**now, "note": "the first record was lost; the run was resumed here"}
-        machines = [record, *record.get("resumed_on", [])]
-        known = any(all(one.get(name) == now[name] for name in MACHINE) for one in machines)
-        if not known and not is_whole(self.out):
-            record["resumed_on"] = [*machines[1:], now]
-        self.write(path, json.dumps(record, indent=1) + "\n")
-
-    def inputs(self) -> dict[str, str | None]:
-        """What tells the model and the questions of this run from others of the same name."""
-        path = self.out / "inputs.json"
-        try:
-            return dict(json.loads(path.read_text())) if path.exists() else {}
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{path} is damaged, so it is unknown whether model and questions are still the same. "
-                "Restore it, remove it if you are sure, or choose another --out."
-            ) from error
+            source = export.find_start(self.p)  # a mistake is found before the model is loaded
+            self.put(self.start, functools.partial(export.copy_adapter, source))
+        self.revision = export.commit_of(inputs(self.out).get("model"))
 
     def begin(self, stages: iteration.Stages) -> None:
         """Compare model and questions with those of the run; find prompts that are too long now."""
@@ -137,18 +118,18 @@ class RunDirectory(storage.Folder):
             "order of training questions": digest(train, ordered=True),
             "order of evaluation questions": digest(evaluation, ordered=True),
         }
-        old = self.inputs()
+        old = inputs(self.out)
         for name, value in new.items():
             if old.get(name) and value and old[name] != value:
                 raise UserError(
-                    f"The {name} of {self.out} changed since the run was started: --model or --data "
-                    "now give something else. Restore it, or choose another --out."
+                    f"The {name} of {self.out} changed since the run was started: --model or "
+                    "--data now give something else. Restore it, or choose another --out."
                 )
-        self.write(self.out / "inputs.json", json.dumps(new, indent=1) + "\n")
-        self.known = new
-        record = json.loads((self.out / "environment.json").read_text())
-        record["dtype"] = str(stages.model.dtype).removeprefix("torch.")
-        self.write(self.out / "environment.json", json.dumps(record, indent=1) + "\n")
+        self.write_json(self.out / "inputs.json", new)
+        self.known, path = new, self.out / "environment.json"
+        self.write_json(
+            path, environment.record(path, stages.model, continues=not is_whole(self.out))
+        )
         stages.prompts(evaluation)
         if stages.p.iterations and (stages.method.samples or stages.method.train):
             stages.prompts(stages.questions(0))
@@ -172,13 +153,12 @@ class RunDirectory(storage.Folder):
     def record(self, t: int, name: str) -> dict[str, str]:
         """Digests of the sources, and of the settings that the artefact depends on."""
         inputs = {str(f.relative_to(self.out)): checksums.digest(f) for f in self.sources(t, name)}
-        fields = {field: getattr(self.p, field) for field in FIELDS[name].split()}
-        if "temperature" in fields and name == "samples":
+        fields = {field: getattr(self.p, field) for field in FIELDS[name].split()} | self.known
+        if name == "samples":
             fields["temperature"] = self.p.temperature_of(t)
         if name == "evaluation":
             ends = t in (0, self.p.iterations)
             fields["k"] = self.p.eval_samples_ends if ends else self.p.eval_samples
-        fields |= self.known
         inputs[SETTINGS] = checksums.of_text(json.dumps(fields, sort_keys=True))
         return inputs
 
@@ -209,18 +189,14 @@ class RunDirectory(storage.Folder):
 
     def train(self, t: int, make, stages: iteration.Stages) -> None:
         """As `Folder.train`, with checkpoints, warnings and probes."""
-
         weights = None
 
         def make_safely():
             nonlocal weights
             options = {}
             if not stages.method.train:
-                kept, warn = (
-                    self.unfinished(t, "adapter"),
-                    functools.partial(self.warn, t, "training"),
-                )
-                options = trainer.options(stages, kept, warn)
+                warn = functools.partial(self.warn, t, "training")
+                options = trainer.options(stages, self.unfinished(t, "adapter"), warn)
             log = make(**options)
             if hasattr(stages.engine, "state_dict"):  # all processes put a split model together
                 weights = stages.engine.state_dict(stages.model)
@@ -230,8 +206,7 @@ class RunDirectory(storage.Folder):
             storage.save_adapter(stages.model, log, folder, weights)
             config = json.loads((folder / "adapter_config.json").read_text())
             config["target_modules"] = sorted(config["target_modules"])  # a set without an order
-            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            (folder / "adapter_config.json").write_text(text)
+            self.write_json(folder / "adapter_config.json", config)
 
         self.stage(t, "adapter", make_safely, save)
         log = self.adapter(t) / "training_log.jsonl"
@@ -239,7 +214,7 @@ class RunDirectory(storage.Folder):
             self.write(self.folder(t) / log.name, log.read_text())
 
     def stage(self, t: int, name: str, make, save) -> Path:
-        """The folder of an artefact, made unless it is there, sound and made from what is there now."""
+        """The folder of an artefact: made unless it is there, sound, and of the same origin."""
         place, kept, record = self.folder(t) / name, self.unfinished(t, name), self.record(t, name)
         self._make(place, record, make, save, kept)
         if processes.is_first():
@@ -266,14 +241,9 @@ class RunDirectory(storage.Folder):
             write(folder)
             checksums.write(folder, notes or {})
 
-        partial = place.with_name(f".{place.name}.partial")
         with disk_errors(place):
-            try:
-                shutil.rmtree(place, ignore_errors=True)
-                super().put(place, write_checked)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+            shutil.rmtree(place, ignore_errors=True)
+            super().put(place, write_checked)
 
     def write(self, path: Path, text: str) -> None:
         """Write a small file as a whole or not at all, unless it has this text already."""
@@ -288,6 +258,10 @@ class RunDirectory(storage.Folder):
             except OSError:
                 partial.unlink(missing_ok=True)
                 raise
+
+    def write_json(self, path: Path, content) -> None:
+        """`write`, as JSON."""
+        self.write(path, json.dumps(content, indent=1) + "\n")
 
     # Tables and messages
 
@@ -346,21 +320,6 @@ class RunDirectory(storage.Folder):
             self.write(path, lines + line)
 
 
-def is_there(place: Path, record: dict[str, str]) -> bool:
-    """Whether an artefact is sound and was made from `record`; says so if there is another one."""
-    found = checksums.read(place)
-    made_from = (found or {}).get("inputs")
-    if found and made_from == record:
-        return True
-    if found:
-        made_from = made_from or {}
-        names = sorted(name for name in record if made_from.get(name) != record[name])
-        tqdm.write(f"{place} was made from other {', '.join(names)}: it is made again.")
-    elif place.exists():
-        tqdm.write(f"{place} is damaged (its checksums do not match): it is made again.")
-    return False
-
-
 def is_whole(run: Path) -> bool:
     """Whether a run has all its iterations, sound, made from one another, and in its table."""
     try:
@@ -379,59 +338,6 @@ def is_whole(run: Path) -> bool:
     sources = {k: v for record in records for k, v in record.get("inputs", {}).items()}
     sources.pop(SETTINGS, None)
     return all(checksums.digest(run / name) == value for name, value in sources.items())
-
-
-def read_profile(run: str | Path) -> Profile:
-    """The settings of a run directory, also of one made before an option was renamed."""
-    path = Path(run) / "profile.json"
-    try:
-        return profile_from(dict(json.loads(path.read_text())))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{run} is not a run directory: {path} is missing or damaged. Restore it, or make a run "
-            "with `python -m irpo_utils run --out DIR`."
-        ) from error
-
-
-def profile_from(settings: dict) -> Profile:
-    """The profile with these settings, which may have the names of version 0.1."""
-    if "dpo_weight" in settings:
-        settings = dict(settings)
-        served = settings.pop("sampler", "transformers") == "vllm"
-        per_token = settings.pop("nll_per", "sequence") == "token"
-        chosen_only = settings.pop("dpo_weight") == 0
-        settings["engine"] = "vllm" if served else "cpu"
-        settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
-        settings["loss"] = "sft" if chosen_only else settings["loss"]
-    return Profile(**settings)
-
-
-def find_start(p: Profile) -> Path:
-    """The adapter that `p.start` names: a folder with one, or the last adapter of a finished run."""
-    folder = Path(p.start).expanduser()
-    if (folder / "profile.json").is_file():
-        folder = folder / f"iteration_{read_profile(folder).iterations}" / "adapter"
-        if checksums.read(folder) is None:
-            raise UserError(f"{folder} is missing or damaged. Run its command again to finish it.")
-    if (folder / checksums.NAME).exists() and checksums.read(folder) is None:
-        raise UserError(
-            f"{folder} is damaged: its checksums do not match. Run the command that made it again, "
-            "or give another --start."
-        )
-    export.check_adapter(folder, p)
-    return folder
-
-
-def copy_adapter(source: Path, folder: Path) -> None:
-    """PEFT's two files."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(source / name, folder / name)
-
-
-def digest(questions: Dataset, ordered: bool = False) -> str:
-    """One number for the questions and all that belongs to them, in this order or in any."""
-    rows = [json.dumps(row, sort_keys=True) for row in questions]
-    return checksums.of_text(json.dumps(rows if ordered else sorted(rows)))
 
 
 def count_tokens(content) -> int | None:

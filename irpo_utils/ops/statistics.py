@@ -35,8 +35,8 @@ def seed_and_question_interval(matrix, seed: int = 0) -> tuple[float, float, flo
     """(mean, low, high) of `matrix[seed, question]`, for the mean over all seeds and questions.
 
     Resamples both; a resample takes the same questions for each of its seeds. Give the matrix of
-    differences to compare two methods. With one seed the interval holds for that seed only. A single
-    new run scatters more than the mean.
+    differences to compare two methods. With one seed the interval holds for that seed only. A
+    single new run scatters more than the mean.
     """
     if not len(matrix) or {len(row) for row in matrix} != {max(1, len(matrix[0]))}:
         raise UserError("matrix[seed, question] needs the same questions for every seed.")
@@ -82,8 +82,11 @@ def mcnemar(correct_a, correct_b) -> dict:
     difference, each of them is a fair coin toss.
     """
     a, b = (np.asarray(side, dtype=float) for side in (correct_a, correct_b))
-    if not np.isin([a, b], (0, 1)).all():
-        raise UserError("McNemar's test needs 0 or 1 per question; else use `paired_difference`.")
+    if a.shape != b.shape or not len(a) or not np.isin([a, b], (0, 1)).all():
+        raise UserError(
+            "McNemar's test needs 0 or 1 per question, for the same questions on both sides; else "
+            "use `paired_difference`."
+        )
     only_a, only_b, both = int((a > b).sum()), int((a < b).sum()), int((a * b).sum())
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
@@ -107,8 +110,9 @@ def further_rows(greedy, sampled, k: int, questions) -> list[dict]:
     for size in sorted({min(COMMON_K, k), k}):
         distinct = [_in_blocks(_distinct, rows_, size) for rows_ in many]
         rows.append(bootstrap_row("distinct_answers", distinct, size))
-        votes = [_in_blocks(majority, rows_, size) for rows_ in many]
-        rows.append(one_share_row("majority", votes, size))
+        if size < k:  # `score` has the vote over all k
+            votes = [_in_blocks(majority, rows_, size) for rows_ in many]
+            rows.append(one_share_row("majority", votes, size))
     kinds: dict[str, list[bool]] = {}
     for question in questions:
         correct = first[question["id"]][0]["correct"]
@@ -125,6 +129,6 @@ def _distinct(rows: list[dict]) -> int:
 
 
 def _in_blocks(count, rows: list[dict], size: int) -> float:
-    """The mean of `count` over disjoint blocks of `size` completions; an incomplete one is left out."""
+    """The mean of `count` over disjoint blocks of `size` completions, without an incomplete one."""
     starts = range(0, len(rows) - size + 1, size)
     return float(np.mean([count(rows[start : start + size]) for start in starts]))

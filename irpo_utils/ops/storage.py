@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from irpo_utils import UserError
 from irpo_utils.iteration import Stages
+from irpo_utils.profiles import Profile
 
 
 class Folder:
@@ -67,9 +68,13 @@ class Folder:
         """Write a folder under another name, then move it: it is there as a whole or not at all."""
         partial = place.with_name(f".{place.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        os.replace(partial, place)
+        try:
+            partial.mkdir(parents=True)
+            write(partial)
+            os.replace(partial, place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def evaluated(self, t: int, stages: Stages, answers) -> list[dict]:
         """Called after each evaluation; returns further rows for the metrics."""
@@ -97,6 +102,31 @@ def check_path(path, option: str) -> None:
         raise UserError(f"--{option} is {str(path)!r}: it must be a path without '::' and '://'.")
 
 
+def read_profile(run: str | Path) -> Profile:
+    """The settings of a run directory, also of one made before an option was renamed."""
+    path = Path(run) / "profile.json"
+    try:
+        return profile_from(dict(json.loads(path.read_text())))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{run} is not a run directory: {path} is missing or damaged. Restore it, or make a "
+            "run with `python -m irpo_utils run --out DIR`."
+        ) from error
+
+
+def profile_from(settings: dict) -> Profile:
+    """The profile with these settings, which may have the names of version 0.1."""
+    if "dpo_weight" in settings:
+        settings = dict(settings)
+        served = settings.pop("sampler", "transformers") == "vllm"
+        per_token = settings.pop("nll_per", "sequence") == "token"
+        chosen_only = settings.pop("dpo_weight") == 0
+        settings["engine"] = "vllm" if served else "cpu"
+        settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
+        settings["loss"] = "sft" if chosen_only else settings["loss"]
+    return Profile(**settings)
+
+
 def describe(t: int, rows: list[dict]) -> None:
     """The main metrics in a line on the screen."""
     shown = ("greedy", "sampled", "kl_to_previous", "pairs_pairs", "pairs_used", "pairs_questions")
@@ -113,7 +143,7 @@ def save(content, folder: Path) -> None:
 
 
 def save_adapter(model, log: Dataset, folder: Path, weights: dict | None = None) -> None:
-    """The adapter in PEFT's format, and the training log next to it; weights: if not the model's."""
+    """The adapter in PEFT's format, with the training log; weights: if not the model's."""
     # Without the last argument PEFT looks for the base on the hub.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card

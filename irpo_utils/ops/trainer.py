@@ -1,4 +1,4 @@
-"""Training that survives: checkpoints, memory that runs out, disks that fill, a batch that breaks."""
+"""Training that survives kills, memory that runs out, disks that fill, and broken numbers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
-from irpo_utils import UserError, iteration, logprobs, training
-from irpo_utils.ops import checksums, drift, warnings
+from irpo_utils import UserError, iteration, training
+from irpo_utils.ops import checksums, warnings
+from irpo_utils.ops.drift import PAIRS, Probe
 from irpo_utils.scale import processes
 
 CHECKPOINT_SECONDS = 10.0  # between two checkpoints, at least
@@ -30,7 +31,7 @@ def options(stages: iteration.Stages, kept: Path, warn) -> dict:
     callbacks = [warnings.CollapseWarning(warn)]
     if p.probe or p.probe_every:
         pairs = load_from_disk(str(Path(p.probe).expanduser())) if p.probe else stages.history[-1]
-        rows = iteration.first(pairs, drift.PAIRS)
+        rows = iteration.first(pairs, PAIRS)
         callbacks.append(Probe(rows, stages.tokenizer, p.probe_every or 10**9, kept))
     resume = None
     if not p.shard:  # a split model keeps no checkpoints
@@ -43,7 +44,7 @@ def options(stages: iteration.Stages, kept: Path, warn) -> dict:
     if p.reference == "start":
         base = referring_to_start(base, stages)
     return {
-        "trainer": safe(base, kept, stages.tokenizer),
+        "trainer": safe(base, kept),
         "callbacks": callbacks,
         "resume_from_checkpoint": resume,
         **logs,
@@ -60,78 +61,85 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def safe(base: type[training.IterativeRPOTrainer], folder: Path, tokenizer):
-    """The trainer class `base` with its checkpoints in `folder`, and what the module says."""
+class SafeTraining:
+    """What `safe` adds to a trainer: checkpoints, and a way out when memory or numbers fail."""
 
-    class SafeTrainer(base):
-        pairs_that_fit: int | None = None  # in a micro-batch, once memory has run out
-        step_inputs: list[dict] = []
+    kept: Path  # folder of the checkpoints
+    pairs_that_fit: int | None = None  # in a micro-batch, once memory has run out
+    step_inputs: list[dict] = []
 
-        def _get_output_dir(self, trial):
-            return str(folder)  # logs may be elsewhere
+    def _get_output_dir(self, trial):
+        return str(self.kept)  # logs may be elsewhere
 
-        def _save_checkpoint(self, model, trial):
-            try:
-                super(training.DPOTrainer, self)._save_checkpoint(model, trial)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                path = folder / f"checkpoint-{self.state.global_step}"
-                shutil.rmtree(path, ignore_errors=True)
-                tqdm.write(f"No checkpoint could be written ({_first_line(error)}).")
+    def _save_checkpoint(self, model, trial):
+        try:
+            super(training.DPOTrainer, self)._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(self.kept / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            reason = str(error).splitlines()[0][:200]
+            tqdm.write(f"No checkpoint could be written ({reason}).")
 
-        def _get_train_sampler(self, *args):
-            sampler = super()._get_train_sampler(*args)
-            return EpochSampler(sampler, self._epoch, self.args.seed)
+    def _load_from_checkpoint(self, checkpoint, *args):
+        super()._load_from_checkpoint(checkpoint, *args)
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        self.started -= state.log_history[-1]["seconds"]
 
-        def _epoch(self) -> int:
-            args, n_processes = self.args, self.accelerator.num_processes
-            batch = (
-                args.per_device_train_batch_size * args.gradient_accumulation_steps * n_processes
-            )
-            return self.state.global_step // math.ceil(len(self.train_dataset) / batch)
+    def _get_train_sampler(self, *args):
+        return EpochSampler(super()._get_train_sampler(*args), self._epoch, self.args.seed)
 
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            """One micro-batch; if memory runs out, again in halves, and so on from then on."""
-            pairs = self.n_pairs(inputs)
-            if self.pairs_that_fit and pairs > self.pairs_that_fit:
-                return self._in_halves(model, inputs, num_items_in_batch)
-            before = [(p, None if p.grad is None else p.grad.clone()) for p in _trained(model)]
-            metrics = self._metrics["train"]
-            logged = {name: len(parts) for name, parts in metrics.items()}
-            try:
-                return super().training_step(model, inputs, num_items_in_batch)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                if pairs == 1 or self.accelerator.num_processes > 1:  # processes step together
-                    raise UserError(_too_large(inputs, pairs, self.args)) from error
-            # Outside the except block, which keeps the tensors of the failed attempt alive.
-            for name in metrics:
-                del metrics[name][logged.get(name, 0) :]
-            for parameter, gradient in before:
-                parameter.grad = gradient
-            clear_device_cache(garbage_collection=True)
-            self.pairs_that_fit = pairs // 2
-            tqdm.write(f"Out of memory: continuing with --micro-batch-size {self.pairs_that_fit}.")
-            return self._in_halves(model, inputs, num_items_in_batch)
+    def _epoch(self) -> int:
+        args, n_processes = self.args, self.accelerator.num_processes
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * n_processes
+        return self.state.global_step // math.ceil(len(self.train_dataset) / batch)
 
-        def _in_halves(self, model, inputs, num_items_in_batch):
-            parts = halves(inputs, self.n_pairs(inputs))
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch; if memory runs out, again in halves, and so on from then on."""
+        pairs, metrics = self.n_pairs(inputs), self._metrics["train"]
+        if self.pairs_that_fit and pairs > self.pairs_that_fit:
+            parts = halves(inputs, pairs)
             return sum(self.training_step(model, half, num_items_in_batch) for half in parts)
+        logged = {name: len(rows) for name, rows in metrics.items()}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = [None if p.grad is None else p.grad.clone() for p in trained]
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if pairs == 1 or self.accelerator.num_processes > 1:  # processes step together
+                raise UserError(_too_large(inputs, pairs, self.args)) from error
+        # Outside the except block, which keeps the tensors of the failed attempt alive.
+        for name in metrics:
+            del metrics[name][logged.get(name, 0) :]
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        clear_device_cache(garbage_collection=True)
+        self.pairs_that_fit = pairs // 2
+        tqdm.write(f"Out of memory: continuing with --micro-batch-size {self.pairs_that_fit}.")
+        return self.training_step(model, inputs, num_items_in_batch)
 
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            self.step_inputs = [*self.step_inputs, inputs]
-            return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.step_inputs = [*self.step_inputs, inputs]
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
-        def log(self, logs, *args):
-            try:
-                super().log(logs, *args)
-            except UserError as error:
-                texts = [tokenizer.batch_decode(batch["input_ids"]) for batch in self.step_inputs]
-                path = folder / "not_finite.json"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"log": str(logs), "texts": texts}, indent=1) + "\n")
-                raise UserError(f"{error} The pairs of that step are in {path}.") from error
-            self.step_inputs = []
+    def log(self, logs, *args):
+        try:
+            super().log(logs, *args)
+        except UserError as error:
+            decode, path = self.processing_class.batch_decode, self.kept / "not_finite.json"
+            record = {"log": str(logs)}
+            record["texts"] = [decode(batch["input_ids"]) for batch in self.step_inputs]
+            self.kept.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            raise UserError(f"{error} The pairs of that step are in {path}.") from error
+        self.step_inputs = []
+
+
+def safe(base: type[training.IterativeRPOTrainer], folder: Path):
+    """The trainer class `base` with `SafeTraining`, and its checkpoints in `folder`."""
+
+    class SafeTrainer(SafeTraining, base):
+        kept = folder
 
     return SafeTrainer
 
@@ -184,11 +192,6 @@ class Checkpoints(TrainerCallback):
     def __init__(self, folder: Path):
         self.folder, self.saved, self.took = folder, time.perf_counter(), 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-        if state.log_history:
-            self.started -= state.log_history[-1].get("seconds", 0.0)
-
     def on_step_end(self, args, state, control, **kwargs):
         self.asked = time.perf_counter()
         wait = max(CHECKPOINT_SECONDS, self.took / CHECKPOINT_SHARE)
@@ -201,7 +204,7 @@ class Checkpoints(TrainerCallback):
         if not folder.exists() or not processes.is_first():
             return
         try:
-            checksums.write(folder, {"seconds": self.saved - self.started})
+            checksums.write(folder, {"seconds": state.log_history[-1]["seconds"]})
         except OSError as error:  # a checkpoint is a help, not a result
             shutil.rmtree(folder, ignore_errors=True)
             tqdm.write(f"No checkpoint could be written ({error.strerror}).")
@@ -210,44 +213,6 @@ class Checkpoints(TrainerCallback):
         for path in sorted(older, key=_step)[:-2]:  # by step: a clock may be set back
             shutil.rmtree(path, ignore_errors=True)
         self.took = time.perf_counter() - self.asked
-
-
-class Probe(TrainerCallback):
-    """Log-probabilities of fixed pairs during training (the paper's figures 2 to 4).
-
-    `rows`: `step`, `logps/chosen`, `logps/rejected` (mean sums, nats), `nll_chosen`, `nll_rejected`
-    (nats per token); also written to probe_log.jsonl in the folder of the iteration.
-    """
-
-    def __init__(self, pairs: Dataset, tokenizer, every: int, kept: Path | None = None):
-        self.pairs, self.tokenizer, self.every, self.rows = pairs, tokenizer, every, []
-        self.path = kept.parent / "probe_log.jsonl" if kept else None
-
-    def measure(self, model, step: int) -> None:
-        """Add the row of this step."""
-        training_mode, row = model.training, {"step": step}
-        model.eval()
-        for side in ("chosen", "rejected"):
-            prompts, responses = list(self.pairs["prompt_ids"]), list(self.pairs[f"{side}_ids"])
-            scores = logprobs.score(model, self.tokenizer, prompts, responses)
-            per_token = [s / len(r) for s, r in zip(scores, responses, strict=True)]
-            row[f"logps/{side}"] = sum(scores) / len(scores)
-            row[f"nll_{side}"] = -sum(per_token) / len(per_token)
-        model.train(training_mode)
-        self.rows = [*(r for r in self.rows if r["step"] < step), row]
-        if self.path:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not state.global_step:
-            self.measure(model, 0)
-        elif self.path and self.path.exists():  # resumed from a checkpoint
-            rows = map(json.loads, self.path.read_text().splitlines())
-            self.rows = [row for row in rows if row["step"] <= state.global_step]
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.measure(model, state.global_step)
 
 
 def halves(batch: dict, pairs: int) -> list[dict]:
@@ -262,20 +227,13 @@ def halves(batch: dict, pairs: int) -> list[dict]:
     return [{key: rows(value, part) for key, value in batch.items()} for part in parts]
 
 
-def _trained(model) -> list:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
-
-
 def _too_large(inputs, pairs: int, args) -> str:
-    advice = [] if args.gradient_checkpointing else ["--gradient-checkpointing true"]
-    advice += ["a smaller --micro-batch-size"] if pairs > 1 else []
+    advice = [] if args.gradient_checkpointing else ["with --gradient-checkpointing true"]
+    advice += ["with a smaller --micro-batch-size"] if pairs > 1 else []
+    advice += ["on a GPU with more memory"]
     return (
-        f"Out of memory in training with a micro-batch of {pairs} pairs, "
-        f"{inputs['input_ids'].shape[1]} columns wide. Nothing finished is lost: run the same command "
-        f"with {' or '.join([*advice, 'a GPU with more memory'])}. A smaller --max-length also helps, "
-        "but is another run and needs another --out."
+        f"Out of memory in training with a micro-batch of {pairs} pair{'s' if pairs > 1 else ''}, "
+        f"{inputs['input_ids'].shape[1]} columns wide. Nothing finished is lost: run the same "
+        f"command {' or '.join(advice)}. A smaller --max-length also helps, but is another run and "
+        "needs another --out."
     )

@@ -19,8 +19,8 @@ def of_training(rows: list[dict], steps: int, beta: float) -> list[str]:
     found = []
     if accuracy < 0.5:
         found.append(
-            f"rejected completions gain on chosen ones: reward accuracy {accuracy:.2f} over {STEPS} "
-            "steps"
+            f"rejected completions gain on chosen ones: reward accuracy {accuracy:.2f} over "
+            f"{STEPS} steps"
         )
     if ratio < -1:
         found.append(
@@ -35,8 +35,8 @@ def of_evaluation(t: int, before: dict, now: dict) -> list[str]:
     found, cut = [], before["truncated_rate"]
     if now["truncated_rate"] > min(max(2 * cut, 0.1), (1 + cut) / 2):
         found.append(
-            f"length is running off: {now['truncated_rate']:.0%} of the completions of M_{t} do not "
-            f"end, of M_{t - 1} {cut:.0%}"
+            f"length is running off: {now['truncated_rate']:.0%} of the completions of M_{t} do "
+            f"not end, of M_{t - 1} {cut:.0%}"
         )
     if now["sampled"] < before["sampled"] - 0.05:
         found.append(

@@ -1,0 +1,390 @@
+"""Training that survives kills, memory that runs out, disks that fill, and numbers that break."""
+
+import json
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from irpo_utils import UserError, logprobs, models, training
+from irpo_utils.engines import shared_prompt
+from irpo_utils.ops import checksums, trainer, warnings
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return models.load("seed")
+
+
+@pytest.fixture()
+def model(loaded):
+    """The seed model as M_0, also after a test that left weights that are not finite."""
+    models.set_adapter(loaded[0], None)
+    training.draw_adapter(loaded[0], 0)
+    return loaded[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(loaded):
+    return loaded[1]
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer):
+    """Eleven pairs of unequal lengths: no micro-batch but one divides their number."""
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    rows = []
+    for i in range(11):
+        story = f"Mia has {i + 12} shells. {'Mia finds 5 more. ' * (i % 4)}How many?"
+        steps = "".join(f"{i + 12 + 5 * j}+5={i + 17 + 5 * j}\n" for j in range(i % 4))
+        end = [tokenizer.eos_token_id]
+        prompt = models.render_prompt(tokenizer, f"Question: {story}\nSolution:")
+        rows.append(
+            {
+                "prompt_ids": encode(prompt),
+                "chosen_ids": encode(f"{steps}Final answer: {i + 12 + 5 * (i % 4)}") + end,
+                "rejected_ids": encode(f"Final answer: {i}") + end,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(params=["plain", "shared prompt"])
+def base(request):
+    """The trainers of both engines."""
+    plain = request.param == "plain"
+    return training.IterativeRPOTrainer if plain else shared_prompt.SharedPromptTrainer
+
+
+def train(
+    model, tokenizer, pairs, kept, base=training.IterativeRPOTrainer, callbacks=(), **settings
+):
+    """`training.train` as a long run calls it; `kept` is the folder of its checkpoints."""
+    options = {"learning_rate": 1e-3, "batch_size": 4, "disable_tqdm": True} | settings
+    return training.train(
+        model,
+        tokenizer,
+        pairs,
+        trainer=trainer.safe(base, kept),
+        callbacks=[*callbacks, trainer.Checkpoints(kept)],
+        resume_from_checkpoint=trainer.newest_checkpoint(kept),
+        **options,
+    )
+
+
+def adapter_of(model) -> dict:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def without_seconds(log) -> list[dict]:
+    return [{name: row[name] for name in row if name != "seconds"} for row in log]
+
+
+# ---- kills
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+class Kill(TrainerCallback):
+    """Raises `Killed` at a step; sets the clock of the checkpoints back by an hour at every step."""
+
+    def __init__(self, step: int, folder):
+        self.step, self.folder = step, folder
+
+    def on_log(self, args, state, control, **kwargs):
+        for path in self.folder.glob("checkpoint-*"):
+            os.utime(path, (1.7e9 - 3600 * int(path.name.partition("-")[2]),) * 2)
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture()
+def often(monkeypatch):
+    """A checkpoint after every step."""
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_train_epochs": 2.0, "loss": "sft"},
+        pytest.param({"num_train_epochs": 3.0, "batch_size": 3}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {"gradient_checkpointing": True, "micro_batch_size": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"num_train_epochs": 9.0, "learning_rate": 1e-2, "alpha": 0.0}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_training_that_was_killed_resumes_to_the_same_weights(
+    model, tokenizer, pairs, tmp_path, often, options, base
+):
+    """From the newest sound checkpoint: a damaged one is passed over."""
+    options = {"seed": 3, "base": base} | options
+    probes = [trainer.Probe(pairs.select(range(4)), tokenizer, 2, tmp_path / n / "x") for n in "ab"]
+    warned = {}
+
+    def warnings_of(name):
+        return warnings.CollapseWarning(warned.setdefault(name, []).append)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    callbacks = [probes[0], warnings_of("whole")]
+    whole = train(model, tokenizer, pairs, tmp_path / "a" / "kept", callbacks=callbacks, **options)
+    expected, steps = adapter_of(model), len(whole)
+    models.set_adapter(model, None)
+
+    kept, kill_at = tmp_path / "b" / "kept", max(3, steps - 1)
+    with pytest.raises(Killed):
+        callbacks = [probes[1], warnings_of("killed"), Kill(kill_at, kept)]
+        train(model, tokenizer, pairs, kept, callbacks=callbacks, **options)
+    names = {path.name for path in kept.iterdir()}
+    assert names == {f"checkpoint-{kill_at - i}" for i in (1, 2)}  # older ones are deleted
+    newest = trainer.newest_checkpoint(kept)
+    weights = kept / f"checkpoint-{kill_at - 1}" / "adapter_model.safetensors"
+    assert str(weights.parent) == newest
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert trainer.newest_checkpoint(kept) == str(kept / f"checkpoint-{kill_at - 2}")
+
+    models.set_adapter(model, None)
+    probe = trainer.Probe(pairs.select(range(4)), tokenizer, 2, tmp_path / "b" / "x")
+    callbacks = [probe, warnings_of("resumed")]
+    log = train(model, tokenizer, pairs, kept, callbacks=callbacks, **options)
+    assert [row["step"] for row in log] == list(range(1, steps + 1))
+    assert without_seconds(log) == without_seconds(whole)
+    seconds = log["seconds"][:]
+    assert seconds == sorted(seconds)  # those before the kill count
+    assert probe.rows == probes[0].rows and len(probe.rows) > 1
+    assert set(warned["resumed"]) <= set(warned["whole"])
+    assert bool(warned["whole"]) == (options.get("learning_rate", 0) > 1e-3)
+    ours = adapter_of(model)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_checkpoints_are_not_written_more_often_than_they_may_cost(
+    model, tokenizer, pairs, tmp_path, monkeypatch
+):
+    train(model, tokenizer, pairs, tmp_path / "kept")
+    assert not list(tmp_path.rglob("checkpoint-*"))  # training takes less than 10 seconds
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e-9)
+    train(model, tokenizer, pairs, tmp_path / "kept", num_train_epochs=2)
+    assert [path.name for path in tmp_path.rglob("checkpoint-*")] == ["checkpoint-1"]
+
+
+# ---- memory
+
+
+def out_of_memory_above(monkeypatch, limit: int, trainer_class) -> list[int]:
+    """Let the loss of a micro-batch with more pairs than `limit` fail; returns the sizes tried."""
+    tried, real = [], trainer_class.pair_logps
+
+    def pair_logps(self, model, inputs):
+        found = real(self, model, inputs)
+        tried.append(self.n_pairs(inputs))
+        if tried[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return found
+
+    monkeypatch.setattr(trainer_class, "pair_logps", pair_logps)
+    return tried
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(
+    model, tokenizer, pairs, tmp_path, monkeypatch, capsys, base
+):
+    settings = {"base": base, "batch_size": 8, "num_train_epochs": 2}
+    whole = train(model, tokenizer, pairs, tmp_path, **settings)
+    expected = adapter_of(model)
+    models.set_adapter(model, None)
+    tried = out_of_memory_above(monkeypatch, 3, base)
+    log = train(model, tokenizer, pairs, tmp_path, **settings)
+    assert tried[:4] == [8, 4, 2, 2] and 8 not in tried[1:] and max(tried[2:]) <= 3
+    assert "Out of memory: continuing with --micro-batch-size 2" in "".join(capsys.readouterr())
+    for name in ("loss", "loss_dpo", "loss_nll", "grad_norm", "rewards/margins", "logps/chosen"):
+        assert log[name][:] == pytest.approx(whole[name][:], rel=1e-4, abs=1e-6), name
+    assert log["tokens"][:] == whole["tokens"][:]
+    ours = adapter_of(model)
+    assert all(torch.allclose(ours[name], expected[name], atol=1e-5) for name in expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_out_of_memory_with_one_pair_says_what_to_lower(
+    model, tokenizer, pairs, tmp_path, monkeypatch, checkpointing
+):
+    out_of_memory_above(monkeypatch, 0, training.IterativeRPOTrainer)
+    with pytest.raises(UserError, match="micro-batch of 1 pair,.*--max-length") as error:
+        train(model, tokenizer, pairs, tmp_path, gradient_checkpointing=checkpointing)
+    advised = "--gradient-checkpointing true or on a GPU with more memory" in str(error.value)
+    assert advised != checkpointing
+
+
+def test_halves_of_both_kinds_of_batches():
+    two_rows = {
+        "input_ids": torch.arange(6),
+        "ref": torch.tensor([0.0, 1, 2]),
+        "n": torch.tensor(7),
+    }
+    first, second = trainer.halves(two_rows, 3)
+    assert first["input_ids"].tolist() == [0, 3] and second["input_ids"].tolist() == [1, 2, 4, 5]
+    assert first["ref"].tolist() == [0.0] and second["ref"].tolist() == [1.0, 2.0]
+    assert first["n"] == second["n"] == 7
+
+
+# ---- disks
+
+
+def failing(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("place", ["save_pretrained", "checksums"])
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
+    model, tokenizer, pairs, tmp_path, monkeypatch, often, capsys, place
+):
+    """While the checkpoint is written, or between its files."""
+    if place == "checksums":
+        monkeypatch.setattr(checksums, "write", failing)
+    else:
+        monkeypatch.setattr(type(model), "save_pretrained", failing)
+    log = train(model, tokenizer, pairs, tmp_path / "kept")
+    said = "".join(capsys.readouterr())
+    assert "No checkpoint could be written (" in said and "No space left on device" in said
+    assert len(log) == 3 and not list((tmp_path / "kept").glob("checkpoint-*"))
+
+
+# ---- numbers
+
+
+def test_numbers_that_are_not_finite_leave_the_batch_to_look_at(
+    model, tokenizer, pairs, tmp_path, monkeypatch, base
+):
+    def broken(pairs, alpha, beta):
+        return pairs.chosen * float("nan"), {}
+
+    monkeypatch.setitem(training.LOSSES, "broken", broken)
+    with pytest.raises(
+        UserError, match="stopped at step 1.*pairs of that step are in .*not_finite"
+    ):
+        settings = {"loss": "broken", "micro_batch_size": 2}
+        train(model, tokenizer, pairs, tmp_path / "kept", base=base, **settings)
+    record = json.loads((tmp_path / "kept" / "not_finite.json").read_text())
+    texts = [text for batch in record["texts"] for text in batch]
+    assert len(texts) >= 4 and all("Question" in text and "Final answer" in text for text in texts)
+
+
+def test_signs_of_a_collapse_in_a_log_are_named_and_a_healthy_log_is_not():
+    def rows(accuracy, reward, n):
+        return [{"rewards/accuracies": accuracy, "rewards/chosen": reward}] * n
+
+    healthy = rows(0.8, 0.05, 30)
+    assert warnings.of_training(healthy, 30, beta=0.1) == []
+    [text] = warnings.of_training(healthy + rows(0.9, -0.3, 10), 40, beta=0.1)
+    assert text.startswith("chosen completions lose probability: -3.0 nats")
+    [text] = warnings.of_training(healthy + rows(0.3, 0.05, 10), 40, beta=0.1)
+    assert text.startswith("rejected completions gain on chosen ones: reward accuracy 0.30")
+    assert warnings.of_training(rows(0.9, -0.3, 10), 400, beta=0.1) == []  # too early to tell
+    assert warnings.of_training([{"nll_chosen": 1.0}] * 40, 40, beta=0.1) == []  # SFT
+
+
+@pytest.mark.slow
+def test_a_collapse_is_named_while_it_happens(model, tokenizer, pairs, tmp_path, capsys):
+    """At the step that shows it, not at the end, which a collapse may not reach."""
+    told = []
+
+    def stop(text):
+        told.append(text)
+        raise Killed
+
+    callbacks, settings = [warnings.CollapseWarning(stop)], {"alpha": 0.0, "learning_rate": 1e-2}
+    with pytest.raises(Killed):
+        settings["num_train_epochs"] = 30
+        train(model, tokenizer, pairs, tmp_path / "kept", callbacks=callbacks, **settings)
+    assert "chosen completions lose probability" in told[0]
+    assert 18 <= int(re.search(r"\(step (\d+)\)", told[0])[1]) < 60
+    assert told[0] in "".join(capsys.readouterr())
+
+
+# ---- probes, loggers, the start as the reference
+
+
+def test_a_probe_measures_fixed_pairs_while_others_are_trained_on(
+    model, tokenizer, pairs, tmp_path
+):
+    fixed = pairs.select([0, 3])
+    texts = list(fixed["prompt_ids"]), list(fixed["chosen_ids"])
+    before = logprobs.score(model, tokenizer, *texts)
+    probe = trainer.Probe(fixed, tokenizer, 2, tmp_path / "kept")
+    others = pairs.select(range(4, 11))
+    settings = {"num_train_epochs": 5, "batch_size": 8}
+    train(model, tokenizer, others, tmp_path / "kept", callbacks=[probe], **settings)
+    assert [row["step"] for row in probe.rows] == [0, 2, 4, 5]
+    assert probe.rows[0]["logps/chosen"] == pytest.approx(sum(before) / 2, abs=1e-3)
+    after = logprobs.score(model, tokenizer, *texts)
+    assert probe.rows[-1]["logps/chosen"] == pytest.approx(sum(after) / 2, abs=1e-3)
+    assert after != before
+    per_token = [s / len(r) for s, r in zip(after, texts[1], strict=True)]
+    assert probe.rows[-1]["nll_chosen"] == pytest.approx(-sum(per_token) / 2, abs=1e-4)
+    lines = (tmp_path / "probe_log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == probe.rows
+
+
+def test_the_trainer_of_a_run_logs_where_it_says_and_measures_the_runs_own_pairs(
+    model, tokenizer, pairs, tmp_path
+):
+    settings = {"probe": None, "probe_every": 5, "shard": False, "report_to": "tensorboard"}
+    p = SimpleNamespace(**settings, reference="previous")
+    engine = SimpleNamespace(trainer=lambda model: None)
+    stages = SimpleNamespace(p=p, engine=engine, model=model, tokenizer=tokenizer, history=[pairs])
+    options = trainer.options(stages, tmp_path / "iteration_1" / "kept", print)
+    assert options["report_to"] == "tensorboard" and options["resume_from_checkpoint"] is None
+    assert options["output_dir"] == options["run_name"] == str(tmp_path / "iteration_1" / "logs")
+    [probe] = [c for c in options["callbacks"] if isinstance(c, trainer.Probe)]
+    assert len(probe.pairs) == len(pairs) and probe.every == 5
+
+
+def test_a_logger_finds_the_training_in_the_folder_that_is_named(model, tokenizer, pairs, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logs = {"report_to": "tensorboard", "output_dir": str(tmp_path / "logs")}
+    log = train(model, tokenizer, pairs, tmp_path / "kept", **logs)
+    [events] = tmp_path.rglob("events.out.tfevents.*")
+    read = accumulator.EventAccumulator(str(events.parent)).Reload()
+    values = [event.value for event in read.Scalars("train/loss_dpo")]
+    assert values == pytest.approx(log["loss_dpo"][:], abs=1e-5)
+
+
+def test_m0_can_be_the_reference_of_a_later_iteration(model, tokenizer, pairs, tmp_path, base):
+    """The trainer scores the reference under M_0 and then starts from M_t."""
+    train(model, tokenizer, pairs, tmp_path / "first", base=base)
+    model.save_pretrained(tmp_path / "m1", save_embedding_layers=False)
+    m1, expected = adapter_of(model), {}
+    for name, folder in (("m1", tmp_path / "m1"), ("m0", None)):
+        models.set_adapter(model, folder)
+        texts = list(pairs["prompt_ids"]), list(pairs["chosen_ids"])
+        expected[name] = sum(logprobs.score(model, tokenizer, *texts)) / len(pairs)
+    models.set_adapter(model, tmp_path / "m1")
+    keep = SimpleNamespace(adapter=lambda t: None)
+    engine = SimpleNamespace(use=models.set_adapter)
+    stages = SimpleNamespace(keep=keep, model=model, engine=engine)
+    referring = trainer.referring_to_start(base, stages)
+    settings = {"base": referring, "batch_size": 11, "learning_rate": 1e-9}
+    [row] = train(model, tokenizer, pairs, tmp_path / "second", **settings)
+    assert row["logps/chosen"] == pytest.approx(expected["m1"], abs=1e-3)
+    moved = expected["m1"] - expected["m0"]
+    assert abs(moved) > 0.1 and row["rewards/chosen"] == pytest.approx(0.1 * moved, abs=1e-3)
+    assert "ref" not in model.peft_config
+    ours = adapter_of(model)
+    assert all(torch.allclose(ours[name], m1[name], atol=1e-7) for name in m1)
