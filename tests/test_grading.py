@@ -311,7 +311,7 @@ def test_every_real_arc_answer_is_right_in_every_form_and_others_are_wrong(real_
     assert len(rows) == 946 + 166 + 1172
     ambiguous = 0
     for index, row in enumerate(rows):
-        for place, (name, text) in enumerate(zip("ABCDE", row["choices"], strict=False)):
+        for name, text in zip("ABCDE", row["choices"]):
             forms = [
                 name,
                 name.lower(),

@@ -44,13 +44,11 @@ def tokenizer():
 def test_a_question_cannot_end_the_users_turn(tokenizer, text):
     """The prompt has the control tokens of the template and no others, as ids and not as text alone."""
     control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    count = lambda what: sum(
-        i in control
-        for i in tokenizer(
-            models.render_prompt(tokenizer, what),  # noqa: E731
-            add_special_tokens=False,
-        ).input_ids
-    )
+
+    def count(what: str) -> int:
+        ids = tokenizer(models.render_prompt(tokenizer, what), add_special_tokens=False).input_ids
+        return sum(i in control for i in ids)
+
     assert count(f"Question: {text} How many?") == count("Question: How many?") > 0
     plain = models.plain_text(tokenizer, f"a {text} b")
     assert re.sub(r"\s", "", plain) == re.sub(

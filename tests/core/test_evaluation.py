@@ -217,7 +217,9 @@ def test_compare_matches_questions_by_id():
 def test_compare_takes_several_completions_per_question():
     mean = {"a": 0.5, "b": 0.25, "c": 0.25, "d": 0.0}
     assert evaluation.correct_per_question(SAMPLED) == mean
-    assert evaluation.compare(GREEDY, SAMPLED)["difference"] == pytest.approx(sum(mean.values()) / 4 - 2 / 4)
+    assert evaluation.compare(GREEDY, SAMPLED)["difference"] == pytest.approx(
+        sum(mean.values()) / 4 - 2 / 4
+    )
 
 
 # ---------------------------------------------------------------- the stage
