@@ -185,7 +185,10 @@ def set_adapter(model, folder: str | Path | None) -> None:
     """Turn the loaded model into another M_t by replacing the adapter's weights; None gives M_0."""
     parameters = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
     if folder is None:
-        weights = {n: torch.zeros_like(p) if "lora_B" in n else p for n, p in parameters.items()}
+        weights = {
+            n: torch.zeros_like(p) if "lora_B" in n else torch.nan_to_num(p, 0, 0, 0)
+            for n, p in parameters.items()
+        }
     else:
         weights = load_peft_weights(str(folder), device=str(model.device))
     if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in parameters.items()}:
