@@ -100,7 +100,6 @@ def ablations() -> list[Trial]:
         "reference": ("start",),
         "gold": (True,),
         "keep_pairs": (True,),
-        "nll_per": ("token",),
         "pairing": ("random",),
         "fresh_questions": (True,),
         "deduplicate": (False,),
@@ -110,6 +109,8 @@ def ablations() -> list[Trial]:
         for name, values in levels.items()
         for level in values
     ]
+    per_token = SHORT | {"loss": "dpo_nll_per_token"}
+    changed.append(Trial("irpo", per_token, "nll_per", "token", against="irpo_base"))
     return [Trial("irpo", SHORT, "base"), *changed]
 
 
