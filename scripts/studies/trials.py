@@ -100,17 +100,17 @@ def ablations() -> list[Trial]:
         "reference": ("start",),
         "gold": (True,),
         "keep_pairs": (True,),
+        "nll_per": ("token",),
         "pairing": ("random",),
         "fresh_questions": (True,),
         "deduplicate": (False,),
     }
-    changed = [
-        Trial("irpo", SHORT | {name: level}, name, _format_level(level), against="irpo_base")
-        for name, values in levels.items()
-        for level in values
-    ]
-    per_token = SHORT | {"loss": "dpo_nll_per_token"}
-    changed.append(Trial("irpo", per_token, "nll_per", "token", against="irpo_base"))
+    changed = []
+    for name, values in levels.items():
+        for level in values:
+            setting = {"loss": "dpo_nll_per_token"} if name == "nll_per" else {name: level}
+            level = _format_level(level)
+            changed.append(Trial("irpo", SHORT | setting, name, level, against="irpo_base"))
     return [Trial("irpo", SHORT, "base"), *changed]
 
 
@@ -277,6 +277,8 @@ def portable(profile: Profile, runs: Path) -> dict:
 
 
 def _format_level(level) -> str:
+    if isinstance(level, str):
+        return level
     if isinstance(level, list):
         return " then ".join(f"{value:g}" for value in level)
     return f"{level:g}" if isinstance(level, float) else str(level).lower()
