@@ -339,7 +339,7 @@ def test_a_dead_link_is_found(tmp_path):
         place,
     ) == ["nothing.md", "../README.md#no-such-heading", "../../x"]
     assert not dead_links(
-        "[a](../README.md#files) [b](https://example.org/x) [c](model_card_seed.md)", place
+        "[a](../README.md#the-package) [b](https://example.org/x) [c](model_card_seed.md)", place
     )
 
 
