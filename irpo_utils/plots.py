@@ -24,7 +24,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from irpo_utils import UserError
-from irpo_utils.ops.statistics import t_quantile
+from irpo_utils.ops.student import t_quantile
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6A00", "#5F5F5F"]
 BLUE, ORANGE, GREEN, *_, GREY = COLOURS

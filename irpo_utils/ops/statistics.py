@@ -18,17 +18,7 @@ from irpo_utils.evaluation import (
 )
 from irpo_utils.evaluation import share_row as one_share_row
 from irpo_utils.grading import group
-
-# Two-sided 95 % points of Student's t with 1, 2, ... degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def t_quantile(degrees: int) -> float:
-    """Two-sided 95 % point of Student's t; from 11 degrees on an expansion, within 0.003."""
-    if degrees <= len(T_95):
-        return T_95[degrees - 1]
-    first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
-    return Z + first / degrees + second / degrees**2
+from irpo_utils.ops.student import t_quantile
 
 
 def seed_and_question_interval(matrix, seed: int = 0) -> tuple[float, float, float]:
