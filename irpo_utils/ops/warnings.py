@@ -54,6 +54,12 @@ class CollapseWarning(TrainerCallback):
     def __init__(self, warn):
         self.warn, self.known = warn, set()
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        rows = [row for row in state.log_history if "tokens" in row]
+        for end in range(1, len(rows) + 1):  # a resumed training does not warn twice
+            signs = of_training(rows[:end], state.max_steps, args.beta)
+            self.known |= {sign.partition(":")[0] for sign in signs}
+
     def on_log(self, args, state, control, **kwargs):
         rows = [row for row in state.log_history if "tokens" in row]
         for sign in of_training(rows, state.max_steps, args.beta):
