@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from irpo_utils import UserError
 
 CACHE = Path(os.environ.get("IRPO_CACHE", Path.home() / ".cache" / "irpo_utils"))
-FOLDERS = {"seed": Path(__file__).parent / "seed_model"}  # models that come with this package
+SHIPPED = {"seed": "seed_model", "seed-misconceptions": "seed_model_misconceptions"}
+FOLDERS = {name: Path(__file__).parent / folder for name, folder in SHIPPED.items()}
 HUB_NAMES = json.loads((Path(__file__).parent / "recipes" / "hub_names.json").read_text())
 
 
@@ -62,12 +63,11 @@ def load(
 ):
     """M_t and its tokenizer: the base `name` with `adapter`, or with a zero adapter (M_0).
 
-    name: "seed" (comes with this package), a key of `HUB_NAMES`, a hub name, or a folder.
+    name: a key of `FOLDERS` (come with this package) or `HUB_NAMES`, a hub name, or a folder.
     quantize: store the linear layers of the base in NF4 with double quantisation; nf4_options are
         changes to the `BitsAndBytesConfig`.
     lora_r, lora_alpha: rank and rank * scale of the adapter on all linear layers. The adapter stays
-        in fp32, whatever the `dtype` of the base ("float32", "bfloat16" or "float16").
-    revision: a commit on the hub.
+        in fp32, whatever the base's `dtype` (e.g. "bfloat16"). revision: a commit on the hub.
     """
     path, device = find(name), device or default_device()
     tokenizer, dtype = load_tokenizer(path, pad_token, revision), default_dtype(device, dtype)

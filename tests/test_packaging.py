@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from irpo_utils import models
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -65,12 +67,13 @@ def test_python_range_is_said_once_the_same_everywhere():
     assert "3.11" in (ROOT / "README.md").read_text() and "3.13" in (ROOT / "README.md").read_text()
 
 
-def test_installed_package_carries_the_seed_model():
+def test_installed_package_carries_the_seed_models():
     assert PROJECT["license"] == "Apache-2.0" and "Apache License" in (ROOT / "LICENSE").read_text()
     package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-data"
     ]
-    assert {"seed_model/*", "ops/*.yaml"} <= set(package_data["irpo_utils"])
+    folders = {f"{folder.name}/*" for folder in models.FOLDERS.values()}
+    assert {*folders, "ops/*.yaml"} <= set(package_data["irpo_utils"])
 
 
 def tracked() -> list[Path]:
