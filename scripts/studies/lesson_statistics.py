@@ -1,0 +1,168 @@
+"""Pure functions behind the lesson: intervals paired by seed and question, verdicts on claims,
+saturation of DPO.
+
+Everything here works on plain lists and dicts; the records come from `figures/*_runs.jsonl`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+
+from irpo_utils.evaluation import RESAMPLES, Z
+from irpo_utils.ops.statistics import t_quantile
+
+VERDICTS = ("agrees", "disagrees", "rules out an effect of the paper's size", "not resolved")
+SATURATED = 0.1  # a pair is past saturation when its DPO gradient has fallen below a tenth of beta
+
+
+def per_question(digits: str, of: int = 1) -> list[float]:
+    """Share of correct completions per question, from a string with one digit (base 36) per
+    question."""
+    return [int(digit, 36) / of for digit in digits]
+
+
+def interval(matrix: list[list[float]]) -> tuple[float, float, float]:
+    """(mean, low, high) of `matrix[seed][question]`: 95 %, for the mean over all seeds and
+    questions.
+
+    The same bootstrap as `ops.statistics.seed_and_question_interval`, which draws one resample at a
+    time; here the draws are counts, and all resamples are two matrix products.
+    """
+    values = spread = np.array(matrix, dtype=float)
+    seeds, questions = values.shape
+    if seeds > 1:
+        # Few seeds bootstrap too narrowly: stretch their distances from the mean (Student's t).
+        effects = values.mean(1, keepdims=True) - values.mean()
+        stretch = t_quantile(seeds - 1) / Z * math.sqrt(seeds / (seeds - 1))
+        spread = values + effects * (stretch - 1)
+    of_seeds, of_questions = _weights(seeds), _weights(questions)
+    means = ((of_seeds @ spread) * of_questions).sum(1)
+    low, high = np.clip(np.percentile(means, (2.5, 97.5)), values.min(), values.max())
+    return float(values.mean()), float(low), float(high)
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(n: int) -> np.ndarray:
+    """How often each of n cases is drawn, as a share: one row per resample."""
+    return np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+
+
+def paired_interval(a: dict[int, list[float]], b: dict[int, list[float]]) -> dict:
+    """What `b` gains over `a` in percentage points; both map a seed to one value per question.
+
+    Only seeds that both have are used, and each question is compared with itself. Keys: `points`,
+    `low`, `high` (95 %, for the mean over seeds and questions), `seeds`, `seeds_above_zero`.
+    """
+    seeds = sorted(set(a) & set(b))
+    gain = [[y - x for x, y in zip(a[seed], b[seed], strict=True)] for seed in seeds]
+    points, low, high = (100 * value for value in interval(gain))
+    return {
+        "points": points,
+        "low": low,
+        "high": high,
+        "seeds": len(seeds),
+        "seeds_above_zero": sum(sum(row) > 0 for row in gain),
+    }
+
+
+def verdict(low: float, high: float, paper: float) -> str:
+    """What an interval of a difference says of the paper's difference, both in points.
+
+    `paper` is not 0; where the paper gives a direction without a size, it is infinite. `agrees`:
+    the interval excludes 0 on the paper's side. `disagrees`: it excludes 0 on the other side. If it
+    includes 0, it either rules out a difference as large as the paper's or resolves nothing.
+    """
+    if paper < 0:
+        low, high, paper = -high, -low, -paper
+    if low > 0:
+        return VERDICTS[0]
+    if high < 0:
+        return VERDICTS[1]
+    return VERDICTS[2] if high < paper < math.inf else VERDICTS[3]
+
+
+def margins(now: dict, before: dict) -> list[float]:
+    """How much training raised chosen over rejected completions, nats per pair.
+
+    Both are entries of one run with the log-probabilities of the same pairs.
+    """
+    sides = (now["chosen"], before["chosen"], now["rejected"], before["rejected"])
+    return [(c1 - c0) - (r1 - r0) for c1, c0, r1, r0 in zip(*sides, strict=True)]
+
+
+def gradient_weight(margin: float, beta: float) -> float:
+    """Weight of a pair in the DPO gradient relative to its value at the start: 2 σ(-β margin), from
+    1 towards 0.
+
+    >>> gradient_weight(0.0, 0.1)
+    1.0
+    """
+    return 2 / (1 + math.exp(min(700.0, beta * margin)))
+
+
+def saturated(margin: float, beta: float) -> float:
+    """1.0 where the weight of a pair in the DPO gradient has fallen below `SATURATED`, else 0.0."""
+    return float(gradient_weight(margin, beta) < SATURATED)
+
+
+def keep_last(entries: list[dict]) -> int:
+    """Every iteration is kept: the index of the last one."""
+    return len(entries) - 1
+
+
+def best_validation(entries: list[dict]) -> int:
+    """The iteration with the best validation accuracy, the first of several."""
+    values = [_accuracy(row, "validation") for row in entries]
+    return values.index(max(values))
+
+
+def validation_patience(entries: list[dict]) -> int:
+    """Stop as soon as validation accuracy falls, and keep the previous model."""
+    return _stop(entries, lambda now, before: _accuracy(now, "validation") < _accuracy(before))
+
+
+def kl_above(threshold: float):
+    """Stop when an iteration moved further than `threshold` nats from the previous model."""
+
+    def rule(entries: list[dict]) -> int:
+        return _stop(entries, lambda now, before: now["kl_previous"][0] > threshold)
+
+    return rule
+
+
+def chosen_falls(entries: list[dict]) -> int:
+    """Stop when held-out chosen completions lose probability on average."""
+    return _stop(entries, lambda now, before: sum(now["chosen"]) < sum(before["chosen"]))
+
+
+def regret(entries: list[dict], kept: int) -> float:
+    """Test accuracy (points) that the kept model lies behind the best iteration of its run."""
+    values = [_accuracy(row, "test") for row in entries]
+    return 100 * (max(values) - values[kept])
+
+
+RULES = {
+    "keep the last model": keep_last,
+    "best validation accuracy": best_validation,
+    "validation accuracy falls": validation_patience,
+    "KL to the previous model above 0.5 nats": kl_above(0.5),
+    "KL to the previous model above 1 nat": kl_above(1.0),
+    "KL to the previous model above 2 nats": kl_above(2.0),
+    "chosen log-probability falls": chosen_falls,
+}
+
+
+def _accuracy(entry: dict, split: str = "validation") -> float:
+    values = per_question(entry[split]["greedy"])
+    return sum(values) / len(values)
+
+
+def _stop(entries: list[dict], is_bad) -> int:
+    """The index before the first iteration that `is_bad`; the last one where none is."""
+    for t in range(1, len(entries)):
+        if is_bad(entries[t], entries[t - 1]):
+            return t - 1
+    return len(entries) - 1

@@ -1,0 +1,375 @@
+"""Misconceptions, and the statistics of the lesson."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+
+import lesson_report
+import lesson_study
+from irpo_utils import models, profiles, sampling, tasks
+from irpo_utils.engines import cpu
+from irpo_utils.ops import drift, statistics
+from irpo_utils.tasks import word_problems
+from studies import lesson_statistics as lesson
+from studies import misconceptions
+
+
+@pytest.mark.parametrize(
+    "a, operation, b, result, name",
+    [
+        (27, "+", 15, 32, "forgets the carry"),
+        (138, "+", 47, 175, "forgets the carry"),
+        (42, "-", 17, 35, "subtracts the smaller digit from the larger"),
+        (7, "*", 8, 49, "counts one group too few"),
+        (27, "*", 2, 44, "forgets the carry in a product"),
+        (74, "/", 2, 32, "halves digit by digit"),
+        (27, "+", 15, 42, None),  # correct
+        (27, "+", 15, 43, None),  # incorrect, and no misconception
+        (21, "+", 15, 26, None),  # no carry to forget
+        (47, "-", 12, 45, None),  # nothing to borrow
+    ],
+)
+def test_misconception_of_an_equation(a, operation, b, result, name):
+    assert misconceptions.misconception_of(a, operation, b, result) == name
+
+
+@pytest.mark.parametrize("m", misconceptions.MISCONCEPTIONS, ids=lambda m: m.name)
+def test_misconceptions_lead_to_an_incorrect_result_or_do_not_apply(m):
+    for a in range(1, 200):
+        for b in range(1, 61):
+            result = m.result(a, b)
+            assert result is None or result != misconceptions.calculate(a, m.operation, b)
+
+
+def test_pupil_solutions_are_read_back():
+    rng = random.Random(0)
+    for row in word_problems.all_splits()["validation"][:200]:
+        careful = misconceptions.pupil_solution(row, rng, strength=0)
+        assert set(misconceptions.classify(row, careful)) == {misconceptions.CORRECT}
+        assert careful.endswith(f"Final answer: {row['answer']}")
+        assert set(misconceptions.classify(row, row["solution"])) == {misconceptions.CORRECT}
+        text = misconceptions.pupil_solution(row, rng)
+        labels = misconceptions.classify(row, text)
+        assert len(labels) == row["steps"]
+        assert not {misconceptions.OTHER, misconceptions.MISSING} & set(labels)
+        if not text.endswith(f": {row['answer']}"):
+            assert set(labels) & set(misconceptions.NAMES)
+
+
+ROW = {
+    "question": "Tom has 27 shells. Tom finds 15 more. Tom loses 17 of them.",
+    "solution": "27+15=42\n42-17=25\nFinal answer: 25",
+}
+
+
+@pytest.mark.parametrize(
+    "completion, labels",
+    [
+        ("27+15=32 in all\nNow 32-17=15 left\nFinal answer: 15", ["forgets the carry", "correct"]),
+        ("27+15=42\nFinal answer: 42", ["correct", "missing"]),
+        ("27+16=43\n43-17=26\nFinal answer: 26", ["other", "correct"]),
+        ("27+15=42\n42+17=59\nFinal answer: 59", ["correct", "other"]),
+        ("Final answer: 25", ["missing", "missing"]),
+        ("", ["missing", "missing"]),
+        ("27+15=" + "4" * 5000, ["missing", "missing"]),
+    ],
+)
+def test_classification_of_lines(completion, labels):
+    assert misconceptions.classify(ROW, completion) == labels
+
+
+def test_groups_are_told_from_products():
+    group = misconceptions.gold_steps("33+32=65\n65-47=18\n6*3=18\n18+18=36")
+    assert [(s.a_from, s.b_from) for s in group] == [(None, None), (0, None), (None, None), (1, 2)]
+    product = misconceptions.gold_steps("12+5=17\n17*2=34\n34-4=30")
+    assert [(s.a_from, s.b_from) for s in product] == [(None, None), (0, None), (1, None)]
+
+
+def test_misconceptions_are_counted_where_they_apply():
+    counts = misconceptions.count_misconceptions(
+        [ROW, ROW], ["27+15=32\n32-17=15\nFinal answer: 15", "27+15=42\n42-17=25\nFinal answer: 25"]
+    )
+    assert counts["forgets the carry"] == {"applies": 2, "follows": 1, "correct": 1}
+    # 32-17 and 42-17 both need a borrow, and both are correct.
+    assert counts["subtracts the smaller digit from the larger"] == {
+        "applies": 2,
+        "follows": 0,
+        "correct": 2,
+    }
+
+
+def test_saturation():
+    assert lesson.gradient_weight(0, 0.1) == 1
+    assert lesson.gradient_weight(30, 0.1) == pytest.approx(2 / (1 + math.e**3))
+    assert lesson.gradient_weight(1e6, 1.0) < 1e-100  # no overflow
+    # The weight falls below a tenth at a margin of log(19) / beta.
+    edge = math.log(19)
+    assert lesson.saturated(edge - 0.01, 1.0) == 0
+    assert lesson.saturated(edge + 0.01, 1.0) == 1
+    assert lesson.saturated(edge + 0.01, 0.1) == 0
+
+
+def test_margins():
+    before = {"chosen": [-5.0, -6.0], "rejected": [-5.0, -7.0]}
+    now = {"chosen": [-4.0, -8.0], "rejected": [-8.0, -12.0]}
+    assert lesson.margins(now, before) == [4.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "low, high, paper, expected",
+    [
+        (1, 5, 8, "agrees"),
+        (-5, -1, 8, "disagrees"),
+        (-1, 5, 8, "rules out an effect of the paper's size"),
+        (-1, 9, 8, "not resolved"),
+        (-5, -1, -8, "agrees"),
+        (1, 5, -8, "disagrees"),
+        (-1, 5, math.inf, "not resolved"),
+        (1, 5, math.inf, "agrees"),
+        (-5, 1, -8, "rules out an effect of the paper's size"),
+    ],
+)
+def test_verdicts(low, high, paper, expected):
+    assert lesson.verdict(low, high, paper) == expected
+
+
+def test_pairing_uses_common_seeds_and_the_same_questions():
+    rng = random.Random(1)
+    difficulty = [rng.random() for _ in range(300)]
+    a = {seed: [float(d > 0.5) for d in difficulty] for seed in range(3)}
+    # b solves five per cent more questions, the same ones for every seed
+    b = {seed: [float(d > 0.45) for d in difficulty] for seed in range(5)}
+    gain = lesson.paired_interval(a, b)
+    assert gain["seeds"] == gain["seeds_above_zero"] == 3
+    expected = 100 * sum(0.45 < d <= 0.5 for d in difficulty) / 300
+    assert gain["points"] == pytest.approx(expected)
+    assert 0 < gain["low"] < gain["points"] < gain["high"]
+    # Unpaired, two accuracies of 300 questions differ by chance by about 8 points.
+    assert gain["high"] - gain["low"] < 8
+
+
+def test_interval_agrees_with_the_one_of_the_package():
+    rng = random.Random(3)
+    matrix = [[float(rng.random() < 0.6 + 0.05 * seed) for _ in range(200)] for seed in range(3)]
+    for rows in (matrix, matrix[:1]):
+        slow = statistics.seed_and_question_interval(rows)
+        assert lesson.interval(rows) == pytest.approx(slow, abs=0.02)
+
+
+def test_digits_are_shares():
+    assert lesson.per_question("014", 4) == [0, 0.25, 1]
+
+
+def entries_of(accuracy: list[int], kl: list[float], chosen: list[float]) -> list[dict]:
+    """Entries with these numbers of correct answers out of 10, on validation and test alike."""
+    return [
+        {
+            "validation": {"greedy": "1" * a + "0" * (10 - a)},
+            "test": {"greedy": "1" * a + "0" * (10 - a)},
+            "kl_previous": [k, 0.1],
+            "chosen": [c, c],
+        }
+        for a, k, c in zip(accuracy, kl, chosen, strict=True)
+    ]
+
+
+def test_stopping_rules():
+    entries = entries_of([3, 7, 6, 8], [0, 0.4, 1.5, 0.2], [-9, -8, -10, -11])
+    kept = {name: rule(entries) for name, rule in lesson.RULES.items()}
+    assert kept == {
+        "keep the last model": 3,
+        "best validation accuracy": 3,
+        "validation accuracy falls": 1,
+        "KL to the previous model above 0.5 nats": 1,
+        "KL to the previous model above 1 nat": 1,
+        "KL to the previous model above 2 nats": 3,
+        "chosen log-probability falls": 1,
+    }
+    assert lesson.regret(entries, 1) == pytest.approx(10)
+    assert lesson.regret(entries, 3) == 0
+
+
+def fake_record(run: lesson_study.Run, accuracy: list[float], rng: random.Random) -> dict:
+    """A record with these validation accuracies; the test split has the same ones."""
+    entries = []
+    for t, share in enumerate(accuracy):
+        digits = "".join(str(int(i < share * 100)) for i in range(100))
+        logps = [rng.gauss(-8 + 0.5 * t, 1) for _ in range(20)]
+        labels = {"applies": 10, "follows": 5 - t, "correct": 5 + t}
+        entries.append(
+            {
+                "iteration": t,
+                "validation": {"greedy": digits, "sampled": digits, "k": 1},
+                "test": {"greedy": digits},
+                "chosen": logps,
+                "rejected": [value - 2 for value in logps],
+                "nats": 8.0,
+                "tokens": 50.0,
+                "misconceptions": {
+                    kind: {
+                        "labels": {},
+                        "lines": {name: list(labels.values()) for name in misconceptions.NAMES},
+                    }
+                    for kind in ("greedy", "sampled")
+                },
+            }
+        )
+        if t:
+            entries[-1] |= {"kl_previous": [0.5, 0.1], "kl_m0": [0.5 * t, 0.1], "pairs": 600}
+    return {
+        "key": run.key,
+        "trial": run.trial,
+        "model": run.model,
+        "method": run.method,
+        "settings": run.settings,
+        "seed": run.seed,
+        "planned_iterations": 4,
+        "seconds": 1.0,
+        "profile": {"beta": run.settings.get("beta", 0.1)},
+        "environment": {},
+        "iterations": entries,
+    }
+
+
+@pytest.fixture
+def records() -> dict:
+    """Finished runs: β and tuning for seed 0, and two seeds of the comparison."""
+    rng, found = random.Random(0), {}
+    for part, seeds in (("beta", 2), ("tuning", 1)):
+        for run in lesson_study.PARTS[part](seeds, {}):
+            low_beta = run.settings.get("beta", 1.0) < 1
+            last = 0.5 if low_beta and run.method == "dpo" else 0.8
+            last += 0.03 * run.settings["learning_rate"] / 1e-3
+            found[run.key] = fake_record(run, [0.3, 0.5, 0.6, 0.7, last], rng)
+    return found
+
+
+def test_finished_seeds_are_complete_grids():
+    runs = lesson_study.beta_part(3, {})
+    assert len({run.key for run in runs}) == len(runs) == 3 * 16
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+
+
+def test_tuning_goes_on_past_the_edge(records):
+    rates = {
+        run.settings["learning_rate"]
+        for run in lesson_study.tuning_part(1, records)
+        if run.method == "rft"
+    }
+    assert rates == {3e-4, 1e-3, 3e-3, 9e-3}  # the best one was at the upper edge
+
+
+def test_a_run_that_stopped_is_not_chosen(records):
+    assert lesson_study.best_settings("rft", records) == {"learning_rate": 3e-3}
+    best = records[lesson_study.Run("rft", 0, {"learning_rate": 3e-3}).key]
+    best["iterations"].pop()
+    assert lesson_study.best_settings("rft", records) == {"learning_rate": 1e-3}
+    assert lesson_study.best_settings("grpo", {}) is None
+
+
+def test_tables_and_figures(records):
+    trials = lesson_report.by_trial(records)
+    means = lesson_report.mean_table(trials)
+    m4 = means[(means.method == "dpo") & (means.iteration == 4) & (means.split == "test")]
+    m4 = m4.set_index("settings")
+    assert m4.value["beta=0.1 learning_rate=0.0003"] == pytest.approx(0.51)
+    assert m4.seeds["beta=0.1 learning_rate=0.0003"] == 2
+    verdicts = lesson_report.verdict_table(records).set_index("claim")
+    small = verdicts.loc["the NLL term helps (beta 0.1, learning rate 0.0003, M4)"]
+    assert small.points == pytest.approx(30)
+    assert small.verdict == "agrees"
+    large = verdicts.loc["the NLL term helps (beta 1, learning rate 0.0003, M4)"]
+    assert large.points == 0
+    assert large.verdict == "not resolved"
+    made = lesson_report.figures(records, means)
+    assert {"lesson_beta", "lesson_log_probabilities", "lesson_misconceptions"} <= set(made)
+    for figure, data in made.values():
+        assert len(figure.alt_text) > 50
+        assert len(data)
+    results = lesson_report.results_table(trials)
+    assert (results.chosen >= results["last"]).all()
+    rules = lesson_report.rules_table(records).set_index("rule")
+    assert rules.regret["best validation accuracy"] == 0
+    assert rules.stops["keep the last model"] == 0
+
+
+def test_the_corpus_has_no_question_of_a_split():
+    import make_misconceptions_model as script
+
+    known = {row["question"] for rows in word_problems.all_splits().values() for row in rows}
+    rows = script.corpus(script.PHASES[1], seed=0, words=1.0)
+    assert not known & {next(rows)["question"] for _ in range(200)}
+
+
+def test_the_second_seed_model_shows_its_working_and_errs_in_it():
+    engine = cpu.Engine()
+    profile = profiles.get("cpu", model=lesson_study.MODELS["misconceptions"], dequantize=True)
+    model, tokenizer = engine.load(profile)
+    task = tasks.get("word_problems")
+    questions = task.load("validation").select(range(0, 300, 10))
+    settings = {"max_new_tokens": 112, "progress": False, "engine": engine}
+    samples = sampling.sample(model, tokenizer, questions, task, 1, 0.0, **settings)
+    labels = [
+        label
+        for row, text in zip(questions, samples["completion"], strict=True)
+        for label in misconceptions.classify(row, text)
+    ]
+    assert misconceptions.MISSING not in labels
+    assert sum(label in misconceptions.NAMES for label in labels) > 0.1 * len(labels)
+    assert labels.count(misconceptions.CORRECT) > 0.6 * len(labels)
+
+
+def test_the_second_seed_model_has_a_short_name():
+    folder = models.FOLDERS["seed-misconceptions"]
+    assert models.find("seed-misconceptions") == str(folder)
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 8e6
+
+
+@pytest.fixture
+def small_study(tmp_path, monkeypatch):
+    """The study with a few questions and one step per iteration, in a folder of its own."""
+    pairs = tmp_path / "pairs.jsonl"
+    with lesson_study.PAIRS_FILE.open() as file:
+        pairs.write_text("".join(itertools.islice(file, 4)))
+    small = {"n_questions": 8, "n_eval_questions": 8, "k_pairs": 1, "batch_size": 4}
+    for name, value in {
+        "RUNS": tmp_path / "runs",
+        "RUNS_FILE": tmp_path / "runs.jsonl",
+        "PAIRS_FILE": pairs,
+        "BASE": lesson_study.BASE | small,
+        "STEPS": 1,
+        "ITERATIONS": 2,
+        "GRPO_BATCH": 4,
+        "TEST_QUESTIONS": 4,
+    }.items():
+        monkeypatch.setattr(lesson_study, name, value)
+    for name in ("KL_QUESTIONS", "PAIRS"):  # the study changes them
+        monkeypatch.setattr(drift, name, getattr(drift, name))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_small_study_from_the_runs_to_the_tables(small_study):
+    records = {}
+    for method in ("irpo", "rft", "grpo", "irpo_m0_samples", "sft_gold"):
+        settings = {"learning_rate": 3e-4} | ({"beta": 1.0} if "irpo" in method else {})
+        run = lesson_study.Run(method, 0, settings)
+        record = json.loads(json.dumps(lesson_study.execute(run, 1, "a test")))
+        records[run.key] = record
+        assert record["stopped"] is None
+        m0, m1, m2 = record["iterations"]
+        assert [entry["iteration"] for entry in (m0, m1, m2)] == [0, 1, 2]
+        assert len(m0["validation"]["greedy"]) == 8 and len(m2["test"]["greedy"]) == 4
+        assert m2["training_seconds"] > 0
+        assert m2["steps"] == (2 if method in (*lesson_study.NOT_ITERATIVE, "grpo") else 1)
+        assert ("train_margin" in m1) == ("irpo" in method)
+        assert m1["kl_m0"] == m1["kl_previous"]
+        assert not (small_study / "runs" / "lesson" / run.key.replace("/", "__")).exists()
+    m0 = [record["iterations"][0] for record in records.values()]
+    assert all(entry == m0[0] for entry in m0)  # made once, for all methods
+    means = lesson_report.mean_table(lesson_report.by_trial(records))
+    assert set(means.method) == {record["method"] for record in records.values()}
+    assert {"lesson_kl"} <= set(lesson_report.figures(records, means))
