@@ -143,8 +143,11 @@ def metrics_of(runs: dict[int, dict], t: int) -> list[dict]:
             rows.append(scalar_row([v[0] for v in values], name, [v[1] for v in values]))
     moved = held_out_margins(runs, t)
     if moved:
-        beta = next(iter(runs.values()))["profile"]["beta"]
         rows.append(interval_row(moved, "margin", "held-out pairs"))
+    if moved and next(iter(runs.values()))["method"] in study.WITH_PAIRS:
+        beta = next(iter(runs.values()))["profile"]["beta"]
+        weights = {s: [lesson.gradient_weight(m, beta) for m in row] for s, row in moved.items()}
+        rows.append(interval_row(weights, "gradient_weight", "held-out pairs"))
         gone = {seed: [lesson.saturated(m, beta) for m in values] for seed, values in moved.items()}
         rows.append(interval_row(gone, "saturated_share", "held-out pairs"))
     for name in ("train_margin", "train_accuracy", "pairs", "questions_with_pairs"):
@@ -248,7 +251,7 @@ def claims(records: dict[str, dict]) -> list[dict]:
         )
     for t in (1, 4):
         add(
-            f"Iterative RPO beats DPO without NLL, each tuned (M{t})",
+            f"Iterative RPO beats DPO without NLL, each at its settings (M{t})",
             (names.get("dpo"), t),
             (irpo, t),
             11.3,
@@ -263,6 +266,14 @@ def claims(records: dict[str, dict]) -> list[dict]:
                     (trial_name("irpo", settings), t),
                     11.3 if t == 1 else math.inf,
                 )
+    large = {"beta": 1.0, "learning_rate": 3e-4}
+    for t in (1, 4):
+        add(
+            f"at beta 1 the NLL term helps with ten times the weight (M{t})",
+            (trial_name("dpo", large), t),
+            (trial_name("irpo", large | {"alpha": 10.0}), t),
+            math.inf,
+        )
     for t in (2, 4):
         add(
             f"new samples are worth more than more steps on those of M0 (M{t})",

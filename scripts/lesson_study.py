@@ -137,6 +137,19 @@ def core_part(seeds: int, records: dict) -> list[Run]:
     return runs
 
 
+def weights_part(seeds: int, records: dict) -> list[Run]:
+    """Is it β, or the weight of the NLL term against the DPO term?
+
+    The DPO gradient is proportional to β. With α = 1 the NLL term therefore weighs a tenth as
+    much at β = 1 as at β = 0.1. These runs hold α / β at the value of the other β with α = 1.
+    """
+    return [
+        Run("irpo", seed, {"beta": beta, "learning_rate": 3e-4, "alpha": alpha})
+        for seed in range(seeds)
+        for beta, alpha in ((1.0, 10.0), (0.1, 0.1))
+    ]
+
+
 def hasty_part(seeds: int, records: dict) -> list[Run]:
     """β on the first seed model, whose completions differ from the first token on."""
     return [
@@ -245,6 +258,7 @@ def long_part(seeds: int, records: dict) -> list[Run]:
 
 PARTS = {
     "core": core_part,
+    "weights": weights_part,
     "beta": beta_part,
     "tuning": tuning_part,
     "comparison": comparison_part,
@@ -256,6 +270,7 @@ PARTS = {
 }
 SEEDS = {
     "core": 3,
+    "weights": 3,
     "beta": 3,
     "comparison": 5,
     "hasty": 3,
