@@ -39,7 +39,7 @@ def run_record(path: Path) -> dict:
     rows = rows.assign(**{name: rows.iteration.map(cost[name]) for name in cost})
     probe_log = []
     if profile["probe_every"]:
-        text = (path / "iteration_1" / "adapter" / "probe_log.jsonl").read_text()
+        text = (path / "iteration_1" / "probe_log.jsonl").read_text()
         probe_log = [json.loads(line) for line in text.splitlines()]
     task = tasks.get(profile["task"])
     evaluations = sorted(path.glob("iteration_*/evaluation/checksums.json"))
