@@ -34,10 +34,10 @@ $(CLUSTER): | $(READY)
 run: $(READY)    ## Iterative RPO with the default profile, a few minutes on two cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
-test: $(REAL)    ## the tests, notebooks included, in about 12 minutes on two cores
+test: $(REAL)    ## the fast tests, about ten minutes on one core
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(REAL) $(CLUSTER)  ## the tests that take longer: kills, several processes, studies, real data
+test-slow: $(REAL) $(CLUSTER)  ## the long tests: notebooks executed by nbval, kills, several processes, studies
 	$(BIN)/python -m pytest -m slow
 
 gpu-test: $(REAL)  ## the tests that need a CUDA GPU
