@@ -275,7 +275,7 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
         "train_sampling_strategy": "group_by_length",
         "remove_unused_columns": False,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,
+        "precompute_ref_batch_size": 64,
         "save_strategy": "no",
         "report_to": "none",
         "bf16": False,  # the base has its dtype, and the adapter stays in fp32
