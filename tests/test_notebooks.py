@@ -417,7 +417,7 @@ def test_shipping_is_exact_repeatable_and_refuses_half_a_run(ship_run, tmp_path)
 def clean_copy(tmp_path_factory) -> Path:
     """What the notebooks need and no more: no runs of whoever tests, nothing installed in their stead."""
     copy = tmp_path_factory.mktemp("clean") / "repository"
-    for folder in ("irpo_utils", "notebooks", "figures"):
+    for folder in ("irpo_utils", "notebooks", "figures", "scripts"):
         shutil.copytree(
             ROOT / folder,
             copy / folder,

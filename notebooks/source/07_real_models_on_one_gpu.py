@@ -745,7 +745,7 @@ eight = Dataset.from_list([{"prompt_ids": ids(task.prompt(row)), "chosen_ids": i
 
 def adapter_after_training(base):
     models.set_adapter(seed_model, None)       # the zero adapter, as it was
-    safe = trainer.safe(base, Path(tempfile.mkdtemp()), seed_tokenizer)        # the trainer of a run, around `base`
+    safe = trainer.safe(base, Path(tempfile.mkdtemp()))        # the trainer of a run, around `base`
     training.train(seed_model, seed_tokenizer, eight, learning_rate=1e-3, batch_size=8, num_train_epochs=2, warmup_steps=0,
                    trainer=safe, disable_tqdm=True)
     return {name: p.detach().clone() for name, p in seed_model.named_parameters() if p.requires_grad}
