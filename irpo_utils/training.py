@@ -285,9 +285,9 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
         "dataloader_pin_memory": False,
     }
     config = DPOConfig(**(defaults | settings))
-    share = batch_size // config.world_size
+    share = max(batch_size // config.world_size, 1)
     micro = min(micro_batch_size or share, share)
-    if not share or batch_size % (micro * config.world_size):
+    if batch_size % (micro * config.world_size):
         raise UserError(
             f"batch_size = {batch_size} must be a multiple of micro_batch_size = {micro} times the "
             f"number of processes, {config.world_size}."

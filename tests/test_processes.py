@@ -179,6 +179,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, tmp_path):
         sizes(3, None)
     with pytest.raises(UserError, match="micro_batch_size = 3 times the number of processes, 4"):
         sizes(4, 3)
+    with pytest.raises(UserError, match="micro_batch_size = 1 times the number of processes, 32"):
+        sizes(32, None)  # fewer pairs than processes
 
 
 def test_the_second_process_speaks_if_the_first_is_gone_or_ends_at_that_moment(monkeypatch):
