@@ -3,7 +3,7 @@
     L = - log σ( β [log π_θ(w|x) - log π_t(w|x)] - β [log π_θ(l|x) - log π_t(l|x)] )
         - α log π_θ(w|x) / |w|
 
-The log-ratios are sums over the response tokens. The NLL is divided by the length of its own
+The log-ratios are sums over the response tokens. The NLL is divided by the length of the chosen
 response, per sequence, then averaged over the batch. Prompt tokens are in neither term. Training
 starts from M_t, and M_t is the reference.
 

@@ -1,6 +1,6 @@
 r"""math-verify in a child process, so that no comparison takes unbounded time or memory.
 
-The child is ended after `TIME_LIMIT` seconds of its own processor time (not of the clock: a busy
+The child is ended after `TIME_LIMIT` seconds of processor time (not wall-clock time: a busy
 machine must not make a correct answer wrong) or at `MEMORY_LIMIT` bytes, whatever thread the caller
 is in. No text is evaluated as code: only the LaTeX grammar is used, not the library's `parse_expr`.
 """

@@ -493,7 +493,7 @@ print(checks_00.iterative_rpo(iterative_rpo))
 # %% [markdown]
 # The worked solution is in [solutions/00_start_here.ipynb](solutions/00_start_here.ipynb). The real loop is
 # [`irpo_utils/iteration.py`](../irpo_utils/iteration.py). It does the same, and besides writes every artefact to disk,
-# so that a run that was stopped goes on where it stood.
+# so that a run that was stopped resumes where it was.
 
 # %% [markdown]
 # ## 7 Where the course ends

@@ -577,9 +577,9 @@ assert sum(lengths) <= rows_if_refilled(lengths) <= rows_if_all_wait(lengths)
 #
 # In the engine of the CPU profiles, [`irpo_utils/engines/cpu.py`](../irpo_utils/engines/cpu.py), the loop `_decode` does just that. `_begin` runs new
 # prompts through the model, all but their last token; a `SlotCache` takes their keys and values, N copies each, into the rows that are free; then all
-# rows, new and old, take one step together. Prompts come longest first, so that rows of similar length stand side by side. On a CPU each core runs such
-# a loop of its own. The plain loop in [`irpo_utils/sampling.py`](../irpo_utils/sampling.py) lets the rows that have ended leave the batch and puts no
-# new ones in their place. And because every token is drawn with a number of its own (section 5), none of this changes an answer:
+# rows, new and old, take one step together. Prompts come longest first, so that rows of similar length are next to each other. On a CPU each core runs
+# its own loop. The plain loop in [`irpo_utils/sampling.py`](../irpo_utils/sampling.py) lets the rows that have ended leave the batch and puts no
+# new ones in their place. And because every token is drawn with its own random number (section 5), none of this changes a completion:
 
 # %%
 # NBVAL_IGNORE_OUTPUT

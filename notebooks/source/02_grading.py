@@ -330,8 +330,8 @@ for row in forms[forms.package & ~right].itertuples():
 
 # %% [markdown]
 # It understands few words, such as a denial ("not 36"), a bound ("36 or more") and a minus in words. But units are thrown away
-# unread, and nobody asks what the number counts. A model that is rewarded for this may drift towards it, so read a few dozen
-# winners of every iteration. That is the cheapest test there is.
+# unread, and the grader does not check what the number counts. Training may reward such answers, so read a few dozen
+# chosen completions of every iteration. That is the cheapest test.
 #
 # Now the other kind, counted by form.
 

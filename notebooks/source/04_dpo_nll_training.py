@@ -734,7 +734,7 @@ assert len(preferences) > 0
 
 # %% [markdown]
 # Three trainings from the same M_0 on the same pairs: **DPO + NLL** (the method), **DPO** alone (α = 0), and **SFT** on the
-# winners (`loss="sft"`; one round of [STaR](../docs/glossary.md#star) in the paper). A *probe*, a few fixed pairs, is scored
+# chosen completions (`loss="sft"`; one round of [STaR](../docs/glossary.md#star) in the paper). A *probe*, a few fixed pairs, is scored
 # every few steps in all three. The learning rate is fifteen times the profile's, so that one short training shows what
 # the run does gently over several iterations.
 
@@ -942,7 +942,7 @@ for alpha in (0.0, 1.0):
 # %% [markdown]
 # **Try**
 #
-# - `train(1.0, "dpo_nll_per_token")`: do the curves change? Are your winners of similar length?
+# - `train(1.0, "dpo_nll_per_token")`: do the curves change? Do your chosen completions have similar lengths?
 # - Divide `RATE` by ten. Which statements of section 10 change, and which become too small to tell?
 # - Change the features of section 11 until DPO alone raises the winner.
 #

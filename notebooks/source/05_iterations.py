@@ -462,7 +462,7 @@ assert math.isclose(p, statistics.mcnemar(a, b)["p"])
 # %%
 # NBVAL_IGNORE_OUTPUT
 def compared(t):
-    """What M_t gains over the model before, and McNemar's test on the same questions."""
+    """What M_t gains over the previous model, and McNemar's test on the same questions."""
     before, after = (evaluation.correct_per_question(evaluated[i]) for i in (t - 1, t))
     test = statistics.mcnemar(list(before.values()), [after[i] for i in before])
     return {"step": f"M_{t - 1} to M_{t}", **evaluation.compare(evaluated[t - 1], evaluated[t]),
@@ -591,7 +591,7 @@ print(checks_05.estimate_kl(estimate_kl))
 # %% [markdown]
 # ## 10 The two warning numbers
 #
-# After each iteration a run records the KL to the model before, and the winners' log-probability per token before and after training, on
+# After each iteration a run records the KL to the previous model. It also records the log-probability per token of the chosen completions before and after training, on
 # 128 of the pairs that it was trained on. **Predict** the second: should training raise it, lower it, or is either fine?
 
 # %%
@@ -705,7 +705,7 @@ assert len(looks["150 x, no NLL"][0]) == len(held_out)
 
 # %% [markdown]
 # When could you have known? Below, the ruined training step by step: the trainer's measures, and the winners' log-probability of the
-# probe. (The callback `CollapseWarning` also watches the winners: with the default profile it warned above, during training.)
+# probe. (The callback `CollapseWarning` also watches the chosen completions: with the default profile it warned above, during training.)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -751,7 +751,7 @@ alarm.round(3)
 #
 # **Goal**: turn these rules into a decision. **Difficulty**: 3 of 3. **Time**: 15 minutes.
 #
-# `keep(table)` takes a list of dicts, one for each iteration t = 0, 1, ..., with `greedy`, `p` (McNemar against the model before),
+# `keep(table)` takes a list of dicts, one for each iteration t = 0, 1, ..., with `greedy`, `p` (McNemar against the previous model),
 # `kl`, `logp_before` and `logp_after` (the winners', per token; all but `greedy` are None at t = 0). A step to t is *sound* if
 # accuracy rose, p < 0.05, and the winners' log-probability did not fall. Return the number of the last model before the
 # first step that is not sound; if all steps are sound, the last one.

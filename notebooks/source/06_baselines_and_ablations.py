@@ -76,7 +76,7 @@ table = [(name, m.title, differs(m), m.source) for name, m in methods.METHODS.it
 pd.DataFrame(table, columns=["name", "title", "what differs", "source"]).set_index("name")
 
 # %% [markdown]
-# Four questions tell them apart. *Who wins?* That is the reward. *What is learnt from winners and losers?* That is `loss`, and
+# Four questions tell them apart. *Who wins?* That is the reward. *What is learnt from chosen ("winning") and rejected ("losing") completions?* That is `loss`, and
 # `alpha`, the weight of the NLL term. DPO alone is `alpha = 0`. [STaR](../docs/glossary.md#star), rejection-sampling SFT on the
 # model's own correct completions, is `loss = sft`. *Where does training start?* And *how much data?*
 #
@@ -193,7 +193,7 @@ shown.assign(per_token=(shown.logprob / shown.n_tokens).round(2))
 # loses, unweighted. SPIN has no NLL term; here the gold solution has it. And the loss of GRPO is a mean over all tokens of a batch, as in TRL.
 #
 # And two controls. *Lucky winners*: one wrong answer in four counts as right, always the same ones, as where a wrong
-# calculation hits the right letter; here b's 8 and c's 29. *Random labels*: as many winners as there are right answers, at
+# calculation hits the right letter; here b's 8 and c's 29. *Random labels*: as many winners as there are correct completions, at
 # random places.
 
 # %%
@@ -323,8 +323,8 @@ assert judged.loc["irpo", "of them right (%)"] == 100
 judged.round(1)
 
 # %% [markdown]
-# Iterative RPO has fewer winners and questions than most of the others, and all of its winners are right. With random labels, the share of
-# right winners is above the overall share for one reason only: questions with many right answers get many winners.
+# Iterative RPO has fewer winners and questions than most of the others, and all of its winners are correct. With random labels, the share of
+# correct winners is above the overall share for one reason only: questions with many correct completions get many winners.
 #
 # ### Can a model judge itself?
 #
@@ -814,7 +814,7 @@ figure
 
 # %% [markdown]
 # A frame means that in no seed the last iteration lies more than three points below the best one before it. Now the number that a
-# run prints about each step: the KL to the model before, in nats per completion. And as a row of its own the winners alone
+# run prints about each step: the KL to the previous model, in nats per completion. A separate row shows the winners alone
 # (STaR), which is what remains of the loss as α grows.
 
 # %%
@@ -1080,7 +1080,7 @@ material.round(2).astype(object).fillna("")
 # seventh, in each of the three seeds that were continued (of the two that were not, one had turned in the fourth already); DPO without NLL turns earlier and then goes up and down: a model that has fallen writes losers again that
 # are easy to tell, and one good training lifts it. Winners alone stay where they are, at a KL per step that goes on shrinking. With
 # pairs that KL had shrunk to a fraction of a nat, too, and grows again about the turn. Of the two signs the KL came with the turn or
-# after it, so that it tells in time to go back to the model before, and no earlier. The fall of the winners came before the turn in
+# after it, so that it tells in time to go back to the previous model, and no earlier. The fall of the winners came before the turn in
 # four of six runs, by one to three iterations. But in two of the four it came in the first step, which took the model to nearly its
 # best, and it came in a run that did not turn as well. So it is a reason to look and no proof.
 #
@@ -1238,12 +1238,12 @@ assert looked.loc["irpo", "losers that are right (%)"] == 0
 looked.round(1)
 
 # %% [markdown]
-# Two things to take along. The winners got shorter, as far as a question has several right answers to choose from; and in this
-# task short means blurted. And right answers have become *losers*. A reward says who wins, and everybody else loses. Where
-# that is not meant, train on the winners alone (`settings=methods.SFT`): nothing is learnt from losers then, which makes it
-# [RAFT](https://arxiv.org/abs/2304.06767) with one winner a question.
+# Two results. The chosen completions got shorter where a question has several correct ones to choose from. In this
+# task a short completion answers without reasoning. And correct completions were *rejected*: whatever the reward does not choose is rejected. Where
+# you do not want that, train on the chosen completions alone (`settings=methods.SFT`). Rejected ones are not used then, which makes it
+# [RAFT](https://arxiv.org/abs/2304.06767) with one chosen completion per question.
 #
-# The whole loop takes the new name, too. The smallest of runs, to see that it goes through:
+# The whole loop also takes the new name. The smallest of runs, to see that it goes through:
 
 # %%
 # NBVAL_IGNORE_OUTPUT

@@ -240,8 +240,8 @@ print(checks_07.kv_cache_bytes(kv_cache_bytes))
 # - **bf16.** Cards of NVIDIA's Ampere generation (2020) and later have it; T4 and V100 do not (section 5).
 # - **Disk**, and whether it outlives the machine. The formula follows.
 # - **Egress**: some offers charge for what leaves the machine. What has to come home is small (section 7).
-# - **Interruptible** (spot) machines cost less and may be taken away within minutes. A run of this package goes on where it
-#   stood, so they are a good choice here.
+# - **Interruptible** (spot) machines cost less and may be taken away within minutes. A run of this package resumes where it
+#   stopped, so they are a good choice here.
 # - **The driver.** The packages bring CUDA with them; the machine needs a driver that is new enough, and nothing else.
 #
 # **Disk**: the model as it is downloaded, 2 bytes a weight; as much again if you merge it (section 9); 10 GB for the packages
@@ -722,11 +722,11 @@ assert sum(grading.count_reasons(graded).values()) == len(samples)
 #   the others come out the same, since every token has a separate random number ([notebook 01](01_sampling.ipynb), section 5).
 #   The plain engine stops, and names the settings to lower;
 # - **scoring** (the KL) takes half as many rows;
-# - **training** takes the micro-batch again in two halves, and goes on with that size.
+# - **training** takes the micro-batch again in two halves, and continues with that size.
 #
 # The last is the delicate one. A step that failed half-way has left gradients behind. **Predict**: what goes wrong if these
 # stay, and the two halves are added to them? The pairs of the failed attempt would count a second time. So `ops.trainer.safe` copies the
-# gradients before each micro-batch and puts them back. To see it, let us play a card that can hold no more than three pairs, with the seed
+# gradients before each micro-batch and puts them back. To see it, we simulate a GPU that holds at most three pairs, with the seed
 # model and eight pairs from our questions.
 
 # %%

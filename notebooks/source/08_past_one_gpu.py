@@ -945,7 +945,7 @@ for engine, count in (("vllm", "1"), ("plain", "8")):
 # docker build --tag irpo --file scripts/cluster/Dockerfile .
 # ```
 #
-# The first two rely on one thing: the same command goes on where it stood. Nothing in them knows about iterations. **Predict**: why
+# The first two rely on one thing: the same command resumes the run. Nothing in them knows about iterations. **Predict**: why
 # does the SkyPilot file copy the run directory into the bucket, instead of giving `--out` a folder there? A stage is finished when
 # its folder is renamed, and that only one run writes there is guarded by a lock. A mounted bucket promises neither.
 #
