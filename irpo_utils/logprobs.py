@@ -1,7 +1,4 @@
-"""Log-probabilities of responses: padding, scoring, and nothing else.
-
-All numbers are natural logarithms (nats). Prompt tokens are conditioned on and never scored.
-"""
+"""Log-probabilities of responses, in nats. The model reads the prompt; it is never scored."""
 
 from __future__ import annotations
 
@@ -41,18 +38,19 @@ def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -losses.view(targets.shape)
 
 
+def response_logits(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the last prompt column and of all response columns, (rows, 1 + R, vocabulary)."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    kept = 1 + batch["response_mask"].shape[1]
+    return model(**inputs, use_cache=False, logits_to_keep=kept).logits
+
+
 def response_logps(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Log-probability of every response token given all before it, (rows, R), 0 on padding."""
-    width = batch["response_mask"].shape[1]
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        use_cache=False,
-        logits_to_keep=width + 1,
-    ).logits
+    logits = response_logits(model, batch)
+    targets = batch["input_ids"][:, 1 - logits.shape[1] :]
     # The logits of a position predict the next token: drop the last, keep the one before column P.
-    return token_logps(logits[:, :-1], batch["input_ids"][:, -width:]) * batch["response_mask"]
+    return token_logps(logits[:, :-1], targets) * batch["response_mask"]
 
 
 @torch.no_grad()

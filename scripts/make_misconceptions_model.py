@@ -19,14 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import make_seed_model as first
@@ -95,43 +92,8 @@ def batches(phase: Phase, tokenizer, seed: int, words: float):
             yield ids, labels
 
 
-def train_phase(phase: Phase, model, tokenizer, seed: int, words: float, log: list[dict]) -> None:
-    """Train all weights on the texts of one phase: warm-up, then a cosine down to a tenth of the
-    learning rate."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    warmup = max(1, phase.steps // 14)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(
-            (step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / phase.steps))
-        ),
-    )
-    bar, started = tqdm(range(phase.steps), desc=f"{phase.name:>7}", mininterval=5), time.time()
-    for step, (ids, labels) in zip(bar, batches(phase, tokenizer, seed, words), strict=False):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = first.loss_on_answers(model, ids, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 49 or step == phase.steps - 1:
-            seconds = round(time.time() - started, 1)
-            log.append(
-                {
-                    "phase": phase.name,
-                    "step": step + 1,
-                    "loss": round(loss.item(), 4),
-                    "seconds": seconds,
-                }
-            )
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
 def start(from_nothing: bool, seed: int, log: list[dict]):
-    """The model before the phase `careful`, and its tokenizer."""
+    """The model on which the phase `careful` starts, and its tokenizer."""
     if not from_nothing:
         model = AutoModelForCausalLM.from_pretrained(SEED_MODEL, attn_implementation="eager")
         return model, AutoTokenizer.from_pretrained(SEED_MODEL)
@@ -139,7 +101,7 @@ def start(from_nothing: bool, seed: int, log: list[dict]):
     model = first.make_model(tokenizer, seed)
     for phase in first.PHASES:
         if not phase.hasty:
-            first.train_phase(phase, model, tokenizer, seed, log)
+            first.train_phase(phase, model, first.batches(phase, tokenizer, seed), log)
     return model, tokenizer
 
 
@@ -175,7 +137,7 @@ def main() -> None:
     else:
         model, tokenizer = start(args.from_nothing, args.seed, log)
     for phase in phases:
-        train_phase(phase, model, tokenizer, args.seed, args.words, log)
+        first.train_phase(phase, model, batches(phase, tokenizer, args.seed, args.words), log)
         folder = args.out if phase is PHASES[-1] else args.out / phase.name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -179,7 +179,9 @@ def loss_on_answers(model, ids, labels):
     )
 
 
-def train_phase(phase: Phase, model, tokenizer, seed: int, log: list[dict]) -> None:
+def train_phase(phase: Phase, model, batches, log: list[dict]) -> None:
+    """Train all weights on the (ids, labels) of one phase: warm-up, then a cosine down to a tenth
+    of the learning rate."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -190,13 +192,15 @@ def train_phase(phase: Phase, model, tokenizer, seed: int, log: list[dict]) -> N
             (step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / phase.steps))
         ),
     )
-    bar, started = tqdm(range(phase.steps), desc=f"{phase.name:>5}", mininterval=5), time.time()
-    for step, (ids, labels) in zip(bar, batches(phase, tokenizer, seed)):
+    bar, started = tqdm(range(phase.steps), desc=f"{phase.name:>7}", mininterval=5), time.time()
+    for step, (ids, labels) in zip(bar, batches, strict=False):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_on_answers(model, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
         if step % 50 == 49 or step == phase.steps - 1:
             log.append(
                 {
@@ -242,7 +246,7 @@ def main() -> None:
         if phase.name == args.from_phase and state.exists():
             model.load_state_dict(torch.load(state, weights_only=True))
         torch.save(model.state_dict(), state)
-        train_phase(phase, model, tokenizer, args.seed, log)
+        train_phase(phase, model, batches(phase, tokenizer, args.seed), log)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     record = {

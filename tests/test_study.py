@@ -18,7 +18,7 @@ import torch
 from datasets import load_from_disk
 
 from irpo_utils import UserError, methods, profiles, tasks
-from studies import api, report, runner, trials
+from studies import api, check_reliability, report, runner, trials
 
 ROOT = Path(__file__).parent.parent
 BEST = {"irpo": 1e-4, "iterative_dpo": 2e-5, "star": 3e-4}
@@ -354,3 +354,11 @@ def test_a_lucky_letter_is_told_from_a_correct_number(tmp_path):
     assert sum(solved) <= sum(greedy["correct"])
     metrics = pandas.read_csv(out / "regimes_mean.csv").metric
     assert set(metrics) == {"greedy", "sampled", "solved"}
+
+
+@pytest.mark.parametrize("fault", check_reliability.FAULTS)
+def test_every_injected_fault_names_tests_that_exist(fault):
+    *files, words = check_reliability.FAULTS[fault]
+    for file in files:
+        names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+        assert any(word in name for word in words.split(" or ") for name in names), file

@@ -52,13 +52,7 @@ def pair_batch(prompts, chosen, rejected, pad_id: int, dtype=torch.float32) -> d
 def pair_logps(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the chosen and the rejected responses of a `pair_batch`, (B,), nats."""
     width, split = batch["response_mask"].shape[1], int(batch["n_columns"])
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        use_cache=False,
-        logits_to_keep=width + 1,
-    ).logits
+    logits = logprobs.response_logits(model, batch)
     # The last prompt token predicts the first token of both responses.
     predicting = torch.cat([logits[:, :split], logits[:, :1], logits[:, split + 1 : -1]], 1)
     targets = batch["input_ids"][:, -width:]

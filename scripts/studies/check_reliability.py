@@ -57,34 +57,34 @@ SMALL = dict(
 )
 FAULTS = {  # what is broken: files of tests, and words that select some of their tests
     "out of memory in sampling, training and scoring": [
-        "test_sampling.py",
-        "test_training.py",
-        "test_models.py",
+        "core/test_sampling.py",
+        "core/test_models.py",
+        "test_long_training.py",
         "test_cli.py",
         "out_of_memory",
     ],
-    "non-finite loss or gradients": ["test_training.py", "not_finite"],
+    "non-finite loss or gradients": [
+        "core/test_training.py",
+        "test_long_training.py",
+        "not_finite",
+    ],
     "a reference, pairs or questions that are not those of the run": [
-        "test_training.py",
-        "test_iteration.py",
+        "core/test_training.py",
+        "test_run.py",
         "test_contamination.py",
         "test_vllm_server.py",
         "reference_that_is_not or made_from_another or of_other_settings or behind or refused "
         "or not_whole",
     ],
-    "a collapse is named while it happens": [
-        "test_training.py",
-        "test_iteration.py",
-        "collapse or run_off",
-    ],
-    "two runs on one directory": ["test_iteration.py", "two_runs or another_process"],
+    "a collapse is named while it happens": ["test_long_training.py", "test_run.py", "collapse"],
+    "two runs on one directory": ["test_run.py", "two_runs"],
     "a clock that is set back": [
-        "test_iteration.py",
-        "test_training.py",
+        "test_run.py",
+        "test_long_training.py",
         "clock or training_that_was_killed",
     ],
     "no network, a hub that does not answer, gated or absent models": ["test_hub.py", ""],
-    "Ctrl-C": ["test_cli.py", "ctrl_c"],
+    "Ctrl-C": ["test_cli.py", "interrupt"],
     "one of two processes killed": ["test_processes.py", "dies"],
     "hostile questions and completions": [
         "test_hostile_input.py",
@@ -92,7 +92,9 @@ FAULTS = {  # what is broken: files of tests, and words that select some of thei
         "hostile or strange or escape or turn or ends or hundred_thousand or raise",
     ],
     "pickles, code of a model's own, truncated weights": [
-        "test_models.py",
+        "core/test_models.py",
+        "test_export.py",
+        "test_hub.py",
         "pickled or code_of_its_own or truncated",
     ],
 }
