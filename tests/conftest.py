@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,12 @@ def real_data() -> Path:
 def _no_data_from_outside(monkeypatch):
     """A test reads the data it names and no other, whatever the shell has set."""
     monkeypatch.delenv("IRPO_DATA", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_one_test_only():
+    """Rounding depends on the number of threads: a test that changes it must not change the next."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None:
+        sys.modules["torch"].set_num_threads(before)
