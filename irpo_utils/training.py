@@ -259,7 +259,8 @@ def train(
             parameter.requires_grad_(True)
         torch.manual_seed(args.seed)  # the order of the pairs, whatever was scored before
         running.train(resume_from_checkpoint=checkpoint)
-    return Dataset.from_list([row for row in running.state.log_history if "tokens" in row])
+    rows = [row for row in running.state.log_history if "tokens" in row]
+    return Dataset.from_list([dict(sorted(row.items())) for row in rows])  # as in a checkpoint
 
 
 def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size) -> DPOConfig:
