@@ -30,9 +30,8 @@ SPLIT_SIZES = {"train": 2400, "validation": 500, "test": 500}
 # In the sentences {n}, {k} and {m} are numbers, {name} and {item} are filled once per question.
 SENTENCES = json.loads(Path(__file__).with_name("word_problems.json").read_text(encoding="utf-8"))
 NAMES, THEMES, ANY_THEME = SENTENCES["names"].split(), SENTENCES["themes"], SENTENCES["any theme"]
-ORDERS = ("in order", "question first", "start last")
-CLAUSE_STEPS = {"gain": 1, "loss": 1, "multiply": 1, "halve": 1, "pack": 2, "share": 2}
 OPERATORS = {"gain": "+", "pack": "+", "loss": "-", "share": "-", "multiply": "*", "halve": "/"}
+TWO_STEPS = ("pack", "share")  # "buys 3 bags with 4 shells each": 3*4=12, and then the sum
 
 
 class NumberRange(NamedTuple):
@@ -49,55 +48,51 @@ WIDE_RANGE = NumberRange(start=120, running=499, result=999, operand=150)  # M0'
 
 
 class Skeleton(NamedTuple):
-    """A story without names, objects and numbers; `parts` are (clause kind, sentence, factor)."""
+    """A story without names, objects and numbers; a clause is (kind, sentence, factor)."""
 
     theme: dict
     order: str
     opening: str
-    parts: tuple[tuple[str, str, int], ...]
+    clauses: tuple[tuple[str, str, int], ...]
     question: str
 
     def tell(self, opening: str, sentences: list[str]) -> str:
         """The story in its order, with this opening and these sentences."""
-        if self.order == "question first":
-            return " ".join([self.question, opening, *sentences])
-        if self.order == "start last":
-            return " ".join([self.theme["setting"], *sentences, opening, self.question])
-        return " ".join([opening, *sentences, self.question])
+        parts = {"opening": opening, "sentences": " ".join(sentences), "question": self.question}
+        return SENTENCES["orders"][self.order].format(setting=self.theme["setting"], **parts)
 
     @property
     def text(self) -> str:
         """The masked question, with {name}, {item}, {n}, {k} and {m} where the fillings go."""
-        return self.tell(self.opening, [sentence for _, sentence, _ in self.parts])
+        return self.tell(self.opening, [sentence for _, sentence, _ in self.clauses])
 
 
 def _draw_clause(rng: random.Random, theme: dict, steps_left: int) -> tuple[str, str, int]:
     kinds = ["gain"] * 4 + ["loss"] * 4 + ["multiply"] * 2 + ["halve"]
     kind = rng.choice(kinds + (["pack", "pack", "share", "share"] if steps_left >= 2 else []))
-    if kind == "multiply":
-        factor = rng.choice((2, 3))
-        return kind, rng.choice(ANY_THEME["double" if factor == 2 else "triple"]), factor
-    return kind, rng.choice((ANY_THEME if kind == "halve" else theme)[kind]), 2
+    factor = rng.choice((2, 3)) if kind == "multiply" else 2
+    sentences = theme | ANY_THEME | {"multiply": ANY_THEME["double" if factor == 2 else "triple"]}
+    return kind, rng.choice(sentences[kind]), factor
 
 
 def _draw_skeleton(rng: random.Random, steps: int) -> Skeleton:
-    theme, order = rng.choice(THEMES), rng.choice(ORDERS)
+    theme, order = rng.choice(THEMES), rng.choice(list(SENTENCES["orders"]))
     told_last = order == "start last"
     opening = rng.choice(ANY_THEME["openings told last"] if told_last else theme["openings"])
-    parts: list[tuple[str, str, int]] = []
-    while (left := steps - sum(CLAUSE_STEPS[kind] for kind, _, _ in parts)) > 0:
-        clause = _draw_clause(rng, theme, left)
-        repeated = parts and {clause[0], parts[-1][0]} <= {"multiply", "halve"}
-        if not repeated and clause not in parts:
-            parts.append(clause)
-    return Skeleton(theme, order, opening, tuple(parts), rng.choice(theme["questions"]))
+    clauses: list[tuple[str, str, int]] = []
+    while steps > 0:
+        clause = _draw_clause(rng, theme, steps)
+        repeated = clauses and {clause[0], clauses[-1][0]} <= {"multiply", "halve"}
+        if not repeated and clause not in clauses:
+            clauses.append(clause)
+            steps -= 2 if clause[0] in TWO_STEPS else 1
+    return Skeleton(theme, order, opening, tuple(clauses), rng.choice(theme["questions"]))
 
 
 @functools.lru_cache(maxsize=1)
 def skeletons() -> dict[tuple[str, int], list[Skeleton]]:
     """All skeletons by group ("seen" or "held_out") and number of steps; equal on every machine."""
-    rng, known = random.Random(2404), set()
-    groups = {}
+    rng, known, groups = random.Random(2404), set(), {}
     for steps in STEPS:
         drawn: list[Skeleton] = []
         while len(drawn) < SKELETONS_PER_STEP:
@@ -110,37 +105,37 @@ def skeletons() -> dict[tuple[str, int], list[Skeleton]]:
 
 
 def _fill(skeleton: Skeleton, rng, bounds: NumberRange, tries: int = 20) -> dict | None:
-    """Numbers for one skeleton, or None where none within bounds were found in `tries` draws."""
+    """A row with numbers but no names, or None where no draw of `tries` stayed within bounds."""
     for _ in range(tries):
         value = start = rng.randint(4, bounds.start)
         sentences, lines = [], []
-        for position, part in enumerate(skeleton.parts):
-            last = position == len(skeleton.parts) - 1
-            limit = bounds.result if last else bounds.running
-            sentence, new_lines, value = _apply_clause(part, value, limit, rng, bounds.operand)
-            if value is None:
-                break
+        for clause in skeleton.clauses:
+            sentence, equations, value = _apply_clause(clause, value, rng, bounds.operand)
             sentences.append(sentence)
-            lines += new_lines
+            lines += equations
+            is_last = len(sentences) == len(skeleton.clauses)
+            if not 1 <= value <= (bounds.result if is_last else bounds.running):
+                break
         else:
-            return {"start": start, "sentences": sentences, "lines": lines, "result": value}
+            opening = skeleton.opening.replace("{n}", str(start))
+            solution = "\n".join([*lines, f"Final answer: {value}"])
+            question = skeleton.tell(opening, sentences)
+            return {"question": question, "answer": str(value), "solution": solution}
     return None
 
 
-def _apply_clause(part: tuple[str, str, int], value: int, limit: int, rng, operand: int):
-    """(sentence, equation lines, new value) of one clause; Nones if the value leaves its bounds."""
-    kind, sentence, n = part
-    lines = []
-    if kind in ("pack", "share"):
+def _apply_clause(clause: tuple[str, str, int], value: int, rng, operand: int):
+    """(sentence, equation lines, new value) of one clause; half of an odd number counts as 0."""
+    (kind, sentence, n), lines = clause, []
+    if kind in TWO_STEPS:
         k, m = rng.randint(2, 9), rng.randint(2, 9)
         sentence, n = sentence.replace("{k}", str(k)).replace("{m}", str(m)), k * m
         lines.append(f"{k}*{m}={n}")
     elif kind in ("gain", "loss"):
         n = rng.randint(2, operand)
+    half = value // n if value % n == 0 else 0
     symbol = OPERATORS[kind]
-    result = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[symbol]
-    if not 1 <= result <= limit or (kind == "halve" and value % 2):
-        return None, None, None
+    result = {"+": value + n, "-": value - n, "*": value * n, "/": half}[symbol]
     return sentence.replace("{n}", str(n)), [*lines, f"{value}{symbol}{n}={result}"], result
 
 
@@ -149,30 +144,20 @@ def make_question(rng, group="seen", bounds=TASK_RANGE, steps: int | None = None
 
     `group` is "seen" or "held_out"; `steps` fixes the number of equation lines (default: random).
     """
-    steps = rng.choice(STEPS) if steps is None else steps
-    filled = None
-    while filled is None:
+    row, steps = None, rng.choice(STEPS) if steps is None else steps
+    while row is None:
         skeleton = rng.choice(skeletons()[group, steps])
-        filled = _fill(skeleton, rng, bounds)
-    opening = skeleton.opening.replace("{n}", str(filled["start"]))
-    text = skeleton.tell(opening, filled["sentences"]).replace("{name}", rng.choice(NAMES))
+        row = _fill(skeleton, rng, bounds)
+    text = row["question"].replace("{name}", rng.choice(NAMES))
     text = text.replace("{item}", rng.choice(skeleton.theme["items"]))
-    answer = str(filled["result"])
-    return {
-        "question": text[0].upper() + text[1:],
-        "answer": answer,
-        "solution": "\n".join([*filled["lines"], f"Final answer: {answer}"]),
-        "steps": steps,
-        "skeleton": skeleton.text,
-        "new_skeleton": group == "held_out",
-    }
+    row |= {"question": text[0].upper() + text[1:], "steps": steps, "skeleton": skeleton.text}
+    return row | {"new_skeleton": group == "held_out"}
 
 
 @functools.lru_cache(maxsize=1)
 def all_splits() -> dict[str, list[dict]]:
     """The fixed splits: train has seen skeletons only, the others 30 % held-out ones."""
-    rng, known = random.Random(19733), set()
-    splits = {}
+    rng, known, splits = random.Random(19733), set(), {}
     for split, size in SPLIT_SIZES.items():
         rows = splits[split] = []
         while len(rows) < size:
