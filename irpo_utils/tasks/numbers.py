@@ -18,18 +18,9 @@ from irpo_utils.tasks import answers
 from irpo_utils.tasks.base import Task
 
 MAX_DIGITS = MAX_EXPONENT = 100
-MAGNITUDES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-MAGNITUDES["trillion"] = 10**12
+MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # of ten
 PATTERNS = answers.read_patterns("numbers")
-_PLAIN = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![.,]?\d)"  # 0,123 is no 123
-NUMBER = re.compile(
-    r"(?P<sign>^\s*[-+]\s*|(?<![^\s(\[:=~])(?<!\b[b-z]\s)[-+])?"
-    r"(?<![\w^\u00c0-\u024f\u0370-\u052f])(?<!\d[.,])(?:(?P<whole>\d+)\s+(?=\d+\s*/))?"
-    rf"(?P<top>{_PLAIN})(?:\s*/\s*(?P<bottom>{_PLAIN}))?"
-    r"(?:(?:[eE]|\s*[xX*]\s*10\s*\^\s*)(?P<exponent>[-+]?\s*\d+))?"
-    rf"(?:\s*(?P<magnitude>{'|'.join(MAGNITUDES)})\b)?",
-    re.ASCII | re.IGNORECASE,
-)
+NUMBER = PATTERNS["number"][0][0]  # groups: sign, whole, top, bottom, exponent, magnitude
 
 
 def parse(text: str) -> Fraction | None:
@@ -91,7 +82,7 @@ def _value(match: re.Match) -> Fraction | None:
     if bottom == 0 or abs(exponent) > MAX_EXPONENT or (match["whole"] and top >= bottom):
         return None  # "1 5/2" is not understood
     value = (Fraction(match["whole"] or 0) + top / bottom) * Fraction(10) ** exponent
-    value *= MAGNITUDES.get((match["magnitude"] or "").lower(), 1)
+    value *= 10 ** MAGNITUDES.get((match["magnitude"] or "").lower(), 0)
     if len(show(value)) > MAX_DIGITS:  # an answer must be short enough to be read again
         return None
     return -value if "-" in (match["sign"] or "") else value
