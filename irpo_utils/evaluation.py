@@ -4,8 +4,6 @@
 `compare` pairs two models on the same questions.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -81,8 +79,7 @@ def share_row(metric: str, shares, k: int = 1) -> dict:
     """`bootstrap_row`; if all shares are 0 or all are 1, Wilson's interval instead of a point."""
     row = bootstrap_row(metric, shares, k)
     if row["low"] == row["high"] and row["value"] in (0, 1):
-        successes = round(row["value"] * len(shares))
-        row["low"], row["high"] = wilson_interval(successes, len(shares))
+        row["low"], row["high"] = wilson_interval(round(sum(shares)), len(shares))
     return row
 
 
@@ -140,14 +137,13 @@ class Evaluation:
 
 
 def evaluate(
-    model, tokenizer, questions, task, k: int = 8, temperature=0.8, **options
+    model, tokenizer, questions, task, k: int = 8, temperature=0.8, top_p=1.0, **options
 ) -> Evaluation:
     """Greedy accuracy, and accuracy, majority vote, pass@k and lengths over k samples.
 
     The paper votes over 32 samples at temperature 0.8 (section 3.1). `options` go to
     `sampling.sample`.
     """
-    top_p = options.pop("top_p", 1.0)
     greedy = sample(model, tokenizer, questions, task, 1, 0.0, **options)
     sampled = sample(model, tokenizer, questions, task, k, temperature, top_p, **options)
     both = graded(greedy, sampled, task)
@@ -164,8 +160,7 @@ def graded(greedy: Dataset, sampled: Dataset, task) -> DatasetDict:
 def correct_per_question(graded: Dataset) -> dict[str, float]:
     """Share of correct completions by question id."""
     groups = group(graded.select_columns(["id", "correct"]))
-    values = per_question(groups, lambda row: row["correct"])
-    return dict(zip(groups, values, strict=True))
+    return dict(zip(groups, per_question(groups, lambda row: row["correct"]), strict=True))
 
 
 def compare(graded_a: Dataset, graded_b: Dataset) -> dict:

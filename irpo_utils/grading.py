@@ -7,17 +7,11 @@ happens to a completion without an answer or one cut off at the token limit. Her
 and `reason` tells them apart.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from irpo_utils.tasks.base import Task
+from irpo_utils.tasks.base import Task
 
 REASONS = ("ok", "wrong", "no_answer", "truncated")
 COLUMNS = {"extracted": "string", "correct": "bool", "reason": "string", "reward": "float64"}
@@ -30,26 +24,23 @@ def grade_one(row: dict, task: Task) -> dict:
     of them. Where `finished` is False the completion was cut off, perhaps within a number, so
     nothing is extracted from it.
     """
-    if not row["finished"]:
-        return {"extracted": None, "correct": False, "reason": "truncated", "reward": 0.0}
-    extracted = task.extract(row["completion"] or "", row)
-    if extracted is None:
-        return {"extracted": None, "correct": False, "reason": "no_answer", "reward": 0.0}
-    if "row" in inspect.signature(task.is_correct).parameters:
-        correct = bool(task.is_correct(extracted, row["answer"], row))
-    else:  # the verdict of this task does not depend on the question
-        correct = bool(task.is_correct(extracted, row["answer"]))
-    reason = "ok" if correct else "wrong"
+    extracted, correct, reason = None, False, "truncated"
+    if row["finished"]:
+        extracted, reason = task.extract(row["completion"] or "", row), "no_answer"
+    if extracted is not None:
+        takes_row = "row" in inspect.signature(task.is_correct).parameters
+        correct = bool(task.is_correct(extracted, row["answer"], *([row] if takes_row else [])))
+        reason = "ok" if correct else "wrong"
     return {"extracted": extracted, "correct": correct, "reason": reason, "reward": float(correct)}
 
 
-def grade(samples: Dataset, task: Task) -> Dataset:
-    """`samples` with the columns `extracted`, `correct`, `reason` and `reward`.
+def grade(samples, task: Task):
+    """`samples` (a `Dataset`) with the columns `extracted`, `correct`, `reason` and `reward`.
 
     Columns of these names are replaced. No completion raises an error: the task must be safe with
     hostile text, in bounded time.
     """
-    from datasets import Value
+    from datasets import Value  # late: it takes a second, and the graders do without it
 
     samples = samples.remove_columns([name for name in COLUMNS if name in samples.column_names])
     grades = [grade_one(row, task) for row in samples]
@@ -58,7 +49,7 @@ def grade(samples: Dataset, task: Task) -> Dataset:
     return samples
 
 
-def count_reasons(graded: Dataset) -> dict[str, int]:
+def count_reasons(graded) -> dict[str, int]:
     """How many completions got each of `REASONS`, zeros included.
 
     >>> count_reasons({"reason": ["ok", "wrong", "ok"]})
@@ -68,7 +59,7 @@ def count_reasons(graded: Dataset) -> dict[str, int]:
     return {reason: counts[reason] for reason in REASONS}
 
 
-def unread(graded: Dataset, n: int = 3) -> tuple[int, list[tuple[str, int]]]:
+def unread(graded, n: int = 3) -> tuple[int, list[tuple[str, int]]]:
     """How many completions have no readable answer, and their n commonest endings with counts.
 
     An ending is the last line, 60 characters at most, with # for numbers. Many equal endings are a

@@ -9,8 +9,6 @@
 that also survives kills within a stage, full disks and damaged files.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 
@@ -55,17 +53,10 @@ class Stages:
         self.history: list[Dataset] = []  # the pairs of all iterations so far
         keep.check(self)
         self.model, self.tokenizer = self.engine.load(p, keep.revision)
+        how = {"max_new_tokens": p.max_new_tokens, "batch_size": p.sampling_batch_size}
+        how |= {"task": self.task, "progress": progress, "engine": engine}
         # Draws completions of the model as it is: (questions, n, temperature, seed, ...).
-        self.draw = functools.partial(
-            sampling.sample,
-            self.model,
-            self.tokenizer,
-            task=self.task,
-            max_new_tokens=p.max_new_tokens,
-            batch_size=p.sampling_batch_size,
-            progress=progress,
-            engine=engine,
-        )
+        self.draw = functools.partial(sampling.sample, self.model, self.tokenizer, **how)
         keep.begin(self)
 
     def sample(self, t: int) -> Dataset | None:
@@ -82,26 +73,26 @@ class Stages:
 
         return self.keep.dataset(t, "samples", make, over=self.questions(t))
 
-    def grade(self, t: int, samples: Dataset | None) -> Dataset | None:
-        """Reward 1 where the final answer equals the gold answer, or the method's own reward."""
+    def grade(self, t: int, samples: Dataset | None) -> Dataset | list[dict]:
+        """Reward 1 where the final answer equals the gold answer, or the method's own reward.
+
+        Without samples: an empty completion per question, which gold solutions are paired with.
+        """
         if samples is None:
-            return None
+            questions = self.questions(t)
+            return pairs.empty_completions(questions, self.prompts(questions)[0], self.tokenizer)
         graded = self.keep.dataset(t, "graded", lambda: grading.grade(samples, self.task))
         return methods.reward(graded, self.method.reward)
 
-    def pair(self, t: int, graded: Dataset | None) -> None:
-        """K pairs per question, for training M_{t+1}."""
+    def pair(self, t: int, graded: Dataset | list[dict]) -> None:
+        """K pairs per question, for training M_{t+1}; one per gold solution without samples."""
 
         def make() -> tuple[Dataset, dict]:
-            p, questions, rows = self.p, self.questions(t), graded
-            use_gold, k = p.gold or graded is None, p.k_pairs if graded else 1
-            gold = pairs.gold_completions(questions, self.tokenizer) if use_gold else None
-            if graded is None:
-                rows = pairs.empty_completions(
-                    questions, self.prompts(questions)[0], self.tokenizer
-                )
+            p, gold, k = self.p, None, self.p.k_pairs if self.method.samples else 1
+            if p.gold or not self.method.samples:
+                gold = pairs.gold_completions(self.questions(t), self.tokenizer)
             limits = p.max_length, p.max_pairs, p.deduplicate, p.pairing, self.seed(t, 2)
-            return pairs.build_pairs(rows, k, gold, *limits)
+            return pairs.build_pairs(graded, k, gold, *limits)
 
         preferences, counts = self.keep.dataset(t, "pairs", make)
         self.history.append(preferences)

@@ -1,7 +1,5 @@
 """Log-probabilities of responses, in nats. The model reads the prompt; it is never scored."""
 
-from __future__ import annotations
-
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -21,12 +19,8 @@ def pad_batch(prompts, responses, pad_id: int, device="cpu") -> dict[str, torch.
         used = slice(width - len(prompt), width + len(response))
         ids[row, used] = torch.tensor(prompt + response)
         mask[row, used] = 1
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-        "response_mask": mask[:, width:],
-    }
+    batch = {"input_ids": ids, "attention_mask": mask, "response_mask": mask[:, width:]}
+    batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

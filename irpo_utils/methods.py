@@ -5,18 +5,12 @@ say how completions are rewarded, what the pairs are made of, or which model it 
 method by adding an entry to `METHODS`, also from a notebook.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from irpo_utils import UserError
 from irpo_utils.grading import group
-
-if TYPE_CHECKING:
-    from irpo_utils.profiles import Profile
 
 PAPER = "Pang et al. 2024, table 1"
 
@@ -68,8 +62,8 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
-def apply(profile: Profile) -> Profile:
-    """The profile with the settings of its method. `iteration.run` does this, once."""
+def apply(profile):
+    """The `profiles.Profile` with the settings of its method. `iteration.run` does this, once."""
     method = get(profile.method)
     k_pairs = profile.k_pairs * method.pairs_factor
     return dataclasses.replace(profile, **{"k_pairs": k_pairs, **method.settings})
@@ -83,7 +77,7 @@ def check_conflict(name: str, changes: dict) -> None:
             raise UserError(f"--method {name} fixes {option}, but {changes[setting]} was given.")
 
 
-def check_start(p: Profile) -> None:
+def check_start(p) -> None:
     """Refuse a method that starts from another one's M_1 if the profile does not name it."""
     if (first := get(p.method).start) and not p.start:
         raise UserError(

@@ -5,8 +5,6 @@ QLoRA (Dettmers et al. 2023). The adapter is never merged into the 4-bit weights
 would remove it. M_0 is the base with a zero adapter.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -144,10 +142,8 @@ def render_prompt(tokenizer, text: str) -> str:
     would differ tomorrow) and hidden thinking (Qwen3). Other templates ignore them.
     """
     turn = {"role": "user", "content": plain_text(tokenizer, text)}
-    fixed = {"date_string": "26 Jul 2024", "enable_thinking": False}
-    return tokenizer.apply_chat_template(
-        [turn], tokenize=False, add_generation_prompt=True, **fixed
-    )
+    fixed = {"date_string": "26 Jul 2024", "enable_thinking": False, "add_generation_prompt": True}
+    return tokenizer.apply_chat_template([turn], tokenize=False, **fixed)
 
 
 def plain_text(tokenizer, text: str) -> str:
@@ -164,8 +160,8 @@ def plain_text(tokenizer, text: str) -> str:
 def end_tokens(model, tokenizer) -> list[int]:
     """Ids that end a completion: the tokenizer's EOS and those of the generation config."""
     listed = getattr(model.generation_config, "eos_token_id", None)
-    listed = listed if isinstance(listed, list) else [listed] if listed is not None else []
-    return sorted({tokenizer.eos_token_id, *listed})
+    listed = listed if isinstance(listed, list) else [listed]
+    return sorted({tokenizer.eos_token_id, *listed} - {None})
 
 
 def turn_end(tokenizer) -> int:

@@ -5,8 +5,6 @@ it reaches its end. This is a zip with wrap-around, not a random draw. A questio
 is left out.
 """
 
-from __future__ import annotations
-
 import random
 
 from datasets import Dataset
@@ -21,6 +19,13 @@ from irpo_utils.sampling import check_ids
 COUNTS = (
     "questions used all_right all_wrong duplicates empty repeated over_long gold_winners pairs"
 ).split()
+NO_PAIRS = (
+    "no pairs: of {questions} questions, all completions were correct for {all_right} and all "
+    "incorrect for {all_wrong}; {over_long} pairs were longer than --max-length. If most are "
+    "incorrect, draw more samples (--n-samples), add gold solutions (--gold true) or look at "
+    "`extracted` and `reason` of the graded data; if most are correct, raise --temperature or use "
+    "harder questions. Other settings need another --out."
+)
 
 
 def build_pairs(
@@ -55,9 +60,8 @@ def build_pairs(
     rng, rows, counts = random.Random(seed), [], dict.fromkeys(COUNTS, 0)
     for question, completions in group(graded).items():
         counts["questions"] += 1
-        chosen, rejected = split(completions, gold_of.get(question))
-        chosen = _usable(chosen, deduplicate, counts)
-        rejected = _usable(rejected, deduplicate, counts)
+        sides = split(completions, gold_of.get(question))
+        chosen, rejected = (_usable(side, deduplicate, counts) for side in sides)
         if not chosen or not rejected:
             counts["all_right" if chosen else "all_wrong"] += 1
             continue
@@ -74,15 +78,7 @@ def _limited(rows, max_length, max_pairs, seed: int, counts) -> tuple[Dataset, d
     kept = [pair for pair in rows if max_length is None or length(pair) <= max_length]
     counts["over_long"] = len(rows) - len(kept)
     if not kept:
-        raise UserError(
-            "no pairs: of {questions} questions, all completions were correct for {all_right} and "
-            "all incorrect for {all_wrong}; {over_long} pairs were longer than --max-length. If "
-            "most are incorrect, draw more samples (--n-samples), add gold solutions (--gold true) "
-            "or look at `extracted` and `reason` of the graded data; if most are correct, raise "
-            "--temperature or use harder questions. Other settings need another --out.".format(
-                **counts
-            )
-        )
+        raise UserError(NO_PAIRS.format(**counts))
     data = Dataset.from_list(kept)
     if max_pairs is not None and len(data) > max_pairs:
         data = data.shuffle(seed=seed).select(range(max_pairs))
@@ -131,28 +127,23 @@ def gold_completions(questions, tokenizer) -> list[dict]:
 
 def empty_completions(questions, prompts: list[str], tokenizer) -> list[dict]:
     """A lone end token per question with reward 0: what gold solutions are paired with for SFT."""
+    empty = {"completion": "", "completion_ids": [models.turn_end(tokenizer)], "reward": 0.0}
     rows = []
     for question, prompt in zip(questions, prompts, strict=True):
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        row = {"id": question["id"], "sample": 0, "prompt": prompt, "prompt_ids": ids}
-        empty = {"completion": "", "completion_ids": [models.turn_end(tokenizer)], "reward": 0.0}
-        rows.append(row | empty)
+        rows.append(
+            {"id": question["id"], "sample": 0, "prompt": prompt, "prompt_ids": ids} | empty
+        )
     return rows
 
 
 def make_pair(question: dict, chosen: dict, rejected: dict) -> dict:
     """One row of the pairs from a row with `id`, `prompt`, `prompt_ids` and two completions."""
-    return {
-        "id": question["id"],
-        "prompt": question["prompt"],
-        "chosen": chosen["completion"],
-        "rejected": rejected["completion"],
-        "prompt_ids": question["prompt_ids"],
-        "chosen_ids": chosen["completion_ids"],
-        "rejected_ids": rejected["completion_ids"],
-        "chosen_sample": chosen["sample"],
-        "rejected_sample": rejected["sample"],
-    }
+    pair = {name: question[name] for name in ("id", "prompt", "prompt_ids")}
+    for side, row in (("chosen", chosen), ("rejected", rejected)):
+        pair |= {side: row["completion"], f"{side}_ids": row["completion_ids"]}
+        pair[f"{side}_sample"] = row["sample"]
+    return pair
 
 
 def length(pair: dict) -> int:

@@ -34,10 +34,8 @@ CHOICES = {
 
 def _option(default: Any, text: str):
     """A field with its help text on the command line."""
-    metadata = {"help": text}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": text})
 
 
 @dataclass
@@ -104,12 +102,11 @@ class Profile:
 
     def __post_init__(self):
         """Refuse what cannot work, naming the option."""
-        for known in dataclasses.fields(self):
-            value = getattr(self, known.name)
-            if one_of := CHOICES.get(known.name):
-                self._need(value in one_of, known.name, f"one of {', '.join(map(str, one_of))}")
+        for name, known in CHOICES.items():
+            self._need(getattr(self, name) in known, name, f"one of {', '.join(map(str, known))}")
+        for name, value in vars(self).items():
             if isinstance(value, str):  # `datasets` would write such a path to another file
-                self._need(not re.search("::|://", value), known.name, "without '::' and '://'")
+                self._need(not re.search("::|://", value), name, "without '::' and '://'")
         for low, listed in AT_LEAST.items():
             for name in listed.split():
                 value = getattr(self, name)
@@ -126,10 +123,8 @@ class Profile:
 
     def _need(self, good, name: str, what: str) -> None:
         if not good:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{option} is {getattr(self, name)!r}: it must be {what}. See `run --help`."
-            )
+            option, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            raise UserError(f"{option} is {value!r}: it must be {what}. See `run --help`.")
 
     def temperature_of(self, iteration: int) -> float:
         """Sampling temperature when sampling from M_t."""

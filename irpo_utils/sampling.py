@@ -6,8 +6,6 @@ question id, sample, position): a completion does not depend on the others in it
 chunking a run does not change its samples.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import Counter

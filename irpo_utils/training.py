@@ -12,8 +12,6 @@ ours: TRL's `loss_type=["sigmoid", "sft"]` averages the NLL over all tokens of a
 long chosen responses count more than in Eq. 1.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -26,6 +24,7 @@ import torch
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import logsigmoid
+from torch.nn.init import kaiming_uniform_
 from transformers import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -243,17 +242,12 @@ def train(
     data = pairs.select_columns(list(IDS))
     data = data.add_column("length", [sum(map(len, row.values())) for row in data])
     checkpoint = config.pop("resume_from_checkpoint", None)
-    settings = config | {"beta": beta, "learning_rate": learning_rate}
+    config |= {"beta": beta, "learning_rate": learning_rate}
     with tempfile.TemporaryDirectory() as folder, _restored(model) as trained:
-        args = _config(model, {"output_dir": folder} | settings, loss, batch_size, micro_batch_size)
+        args = _config(model, {"output_dir": folder} | config, loss, batch_size, micro_batch_size)
+        given = {"train_dataset": data, "processing_class": tokenizer, "callbacks": list(callbacks)}
         running = (trainer or IterativeRPOTrainer)(
-            model,
-            args=args,
-            train_dataset=data,
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-            loss=loss,
-            alpha=alpha,
+            model, args=args, loss=loss, alpha=alpha, **given
         )
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -278,7 +272,6 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
         "logging_steps": 1,
         "precompute_ref_batch_size": 64,
         "save_strategy": "no",
-        "report_to": "none",
         "bf16": False,  # the base has its dtype, and the adapter stays in fp32
         "fp16": model.dtype == torch.float16 and not on_cpu,  # loss scaling for small gradients
         "use_cpu": on_cpu,
@@ -333,8 +326,9 @@ def draw_adapter(model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         weight = layer.lora_A["default"].weight
-        bound = 1 / math.sqrt(weight.shape[1])  # as PEFT: Kaiming uniform with a = sqrt(5)
-        value = torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
+        value = kaiming_uniform_(
+            torch.empty(weight.shape), a=5**0.5, generator=generator
+        )  # as PEFT
         models.assign(weight, value)
 
 

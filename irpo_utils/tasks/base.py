@@ -1,13 +1,6 @@
 """What a task is: a prompt, reading an answer, comparing it with gold, and questions."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from irpo_utils import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
 
@@ -33,8 +26,8 @@ class Task:
         """Whether it equals the gold answer (section 2). `row`, the question, may be left out."""
         raise NotImplementedError
 
-    def load(self, split: str, data: str | None = None) -> Dataset:
-        """Questions of "train", "validation" or "test"; `data` is a local folder or file."""
+    def load(self, split: str, data: str | None = None):
+        """The `Dataset` of "train", "validation" or "test"; `data` is a local folder or file."""
         raise NotImplementedError
 
 

@@ -9,8 +9,6 @@ Zero-shot prompt of the paper (appendix B.1). As in the paper 1,000 training que
 for choosing the checkpoint; a fixed seed draws them.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -8,8 +8,6 @@ denied or only a bound ("not 36", "36 or more"), in a number in words, and in on
 after the last "=" counts. "20%" is 20.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from fractions import Fraction

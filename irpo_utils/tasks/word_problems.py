@@ -9,19 +9,14 @@ quarter are held out: neither the training split nor the corpus of the seed mode
 the column `new_skeleton` marks their questions. The sentences are in word_problems.json.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from irpo_utils import UserError
 from irpo_utils.tasks.numbers import NumberTask
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 STEPS = (2, 3, 4, 5, 6)
 SKELETONS_PER_STEP, HELD_OUT = 400, 100
@@ -178,8 +173,8 @@ class WordProblems(NumberTask):
         """The question between "Question:" and "Solution:"."""
         return f"Question: {row['question']}\nSolution:"
 
-    def load(self, split: str, data: str | None = None) -> Dataset:
-        """Rows of one fixed split; `UserError` for another split and for `data`."""
+    def load(self, split: str, data: str | None = None):
+        """The `Dataset` of one fixed split; `UserError` for another split and for `data`."""
         from datasets import Dataset
 
         if data:
