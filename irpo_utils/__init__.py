@@ -20,7 +20,4 @@ if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: the message is one paragraph with the cause and the fix.
-
-    The command line prints it without a traceback and exits with status 1.
-    """
+    """A mistake that the user can fix: cause and fix in a paragraph, shown without a traceback."""

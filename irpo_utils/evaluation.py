@@ -1,8 +1,4 @@
-"""Stage 5: how good M_t is, with intervals. Accuracies are fractions of 1, intervals are 95 %.
-
-`score` applies the statistics to graded completions, `evaluate` samples, grades and scores, and
-`compare` pairs two models on the same questions.
-"""
+"""Stage 5: how good M_t is, with intervals. Accuracies are fractions of 1, intervals are 95 %."""
 
 import math
 from collections import Counter
@@ -93,9 +89,8 @@ def proportion_row(metric: str, correct) -> dict:
 def score(greedy: Dataset, sampled: Dataset, k: int) -> list[dict]:
     """Rows `metric`, `k`, `value`, `low`, `high`, `n` (questions) from graded completions.
 
-    greedy: one completion per question; sampled: k per question. The column `k` is how many
-    completions of a question a number looks at: 1 for means over single completions, more for
-    `pass_at_k` (powers of two up to k, and k) and `majority`.
+    greedy: one completion per question; sampled: k per question. The column `k`: how many of them
+    a number looks at, for `pass_at_k` the powers of two up to k, and k.
     """
     columns = ["id", "correct", "extracted", "finished", "n_tokens"]
     first, many = group(greedy.select_columns(columns)), group(sampled.select_columns(columns))
@@ -136,19 +131,15 @@ class Evaluation:
     sampled: Dataset
 
 
-def evaluate(
-    model, tokenizer, questions, task, k: int = 8, temperature=0.8, top_p=1.0, **options
-) -> Evaluation:
+def evaluate(model, tokenizer, questions, task, k=8, temperature=0.8, top_p=1.0, **options):
     """Greedy accuracy, and accuracy, majority vote, pass@k and lengths over k samples.
 
-    The paper votes over 32 samples at temperature 0.8 (section 3.1). `options` go to
-    `sampling.sample`.
+    The paper votes over 32 samples at temperature 0.8 (section 3.1). options: of `sampling.sample`.
     """
     greedy = sample(model, tokenizer, questions, task, 1, 0.0, **options)
     sampled = sample(model, tokenizer, questions, task, k, temperature, top_p, **options)
     both = graded(greedy, sampled, task)
-    rows = score(both["greedy"], both["sampled"], k)
-    return Evaluation(Dataset.from_list(rows), both["greedy"], both["sampled"])
+    return Evaluation(Dataset.from_list(score(**both, k=k)), **both)
 
 
 def graded(greedy: Dataset, sampled: Dataset, task) -> DatasetDict:

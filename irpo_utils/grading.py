@@ -1,10 +1,8 @@
-"""Grade completions: reward 1 where the final answer equals the gold answer, otherwise 0.
+"""Stage 2: reward 1 where the final answer equals the gold answer, otherwise 0 (section 2).
 
-Source: Pang et al., arXiv 2404.19733v3, section 2 ("the reward is 1 if y matches the gold label")
-and the prompts of appendix B.1, which ask for "Final answer: ...". The task decides how an answer
-is read and compared (`irpo_utils.tasks`); the paper does not say how. It also does not say what
-happens to a completion without an answer or one cut off at the token limit. Here both get reward 0,
-and `reason` tells them apart.
+The prompts of appendix B.1 ask for "Final answer: ...". The task decides how an answer is read and
+compared; the paper does not say how. It also does not say what happens to a completion without an
+answer or one cut off at the token limit. Here both get reward 0, and `reason` tells them apart.
 """
 
 import inspect
@@ -20,9 +18,8 @@ COLUMNS = {"extracted": "string", "correct": "bool", "reason": "string", "reward
 def grade_one(row: dict, task: Task) -> dict:
     """`extracted` (str or None), `correct`, `reason` (of `REASONS`) and `reward` of one row.
 
-    `row` has `completion`, `answer`, `finished` and the columns of its question; the task sees all
-    of them. Where `finished` is False the completion was cut off, perhaps within a number, so
-    nothing is extracted from it.
+    The task sees all columns of the row. Nothing is extracted from a completion that was cut off,
+    perhaps within a number.
     """
     extracted, correct, reason = None, False, "truncated"
     if row["finished"]:
@@ -50,11 +47,7 @@ def grade(samples, task: Task):
 
 
 def count_reasons(graded) -> dict[str, int]:
-    """How many completions got each of `REASONS`, zeros included.
-
-    >>> count_reasons({"reason": ["ok", "wrong", "ok"]})
-    {'ok': 2, 'wrong': 1, 'no_answer': 0, 'truncated': 0}
-    """
+    """How many completions got each of `REASONS`, zeros included."""
     counts = Counter(graded["reason"])
     return {reason: counts[reason] for reason in REASONS}
 
@@ -64,9 +57,6 @@ def unread(graded, n: int = 3) -> tuple[int, list[tuple[str, int]]]:
 
     An ending is the last line, 60 characters at most, with # for numbers. Many equal endings are a
     format problem: read them before you train.
-
-    >>> unread({"reason": ["no_answer"] * 2, "completion": ["It is 4.", "It is 15."]})
-    (2, [('It is #.', 2)])
     """
     rows = zip(graded["reason"], graded["completion"], strict=True)
     texts = [text or "" for reason, text in rows if reason == "no_answer"]

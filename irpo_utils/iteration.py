@@ -74,11 +74,8 @@ class Stages:
         return self.keep.dataset(t, "samples", make, over=self.questions(t))
 
     def grade(self, t: int, samples: Dataset | None) -> Dataset | list[dict]:
-        """Reward 1 where the final answer equals the gold answer, or the method's own reward.
-
-        Without samples: an empty completion per question, which gold solutions are paired with.
-        """
-        if samples is None:
+        """Reward 1 where the final answer equals the gold answer, or the method's own reward."""
+        if samples is None:  # gold solutions are paired with an empty completion per question
             questions = self.questions(t)
             return pairs.empty_completions(questions, self.prompts(questions)[0], self.tokenizer)
         graded = self.keep.dataset(t, "graded", lambda: grading.grade(samples, self.task))
@@ -114,9 +111,8 @@ class Stages:
             options |= {"batch_size": p.batch_size, "micro_batch_size": p.micro_batch_size}
             options |= {"num_train_epochs": p.epochs, "max_steps": p.max_steps}
             options |= {"warmup_steps": p.warmup_ratio, "lr_scheduler_type": p.lr_scheduler}
-            options |= {"max_grad_norm": p.max_grad_norm, "optim": p.optimizer}
-            options |= {"gradient_checkpointing": p.gradient_checkpointing}
-            options |= {"disable_tqdm": not self.progress} | extra
+            options |= {"gradient_checkpointing": p.gradient_checkpointing, "optim": p.optimizer}
+            options |= {"max_grad_norm": p.max_grad_norm, "disable_tqdm": not self.progress} | extra
             return training.train(*model, preferences, p.alpha, p.beta, p.learning_rate, **options)
 
         self.keep.train(t, make, self)
@@ -134,8 +130,7 @@ class Stages:
             return evaluation.graded(greedy, sampled, self.task)
 
         answers = self.keep.dataset(t, "evaluation", make, over=self.eval_questions)
-        rows = evaluation.score(answers["greedy"], answers["sampled"], k)
-        self.report(t, rows + self.keep.evaluated(t, self, answers))
+        self.report(t, evaluation.score(**answers, k=k) + self.keep.evaluated(t, self, answers))
 
     def report(self, t: int, rows: list[dict]) -> None:
         """Add rows to the metrics of iteration t."""

@@ -2,6 +2,7 @@
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch.nn.functional import cross_entropy
 
 LOGITS = {"cpu": 2**24, "cuda": 2**28}  # numbers in the logits of one batch: 64 MB and 1 GB in fp32
 
@@ -26,9 +27,7 @@ def pad_batch(prompts, responses, pad_id: int, device="cpu") -> dict[str, torch.
 
 def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of `targets` (rows, R) under `logits` (rows, R, vocabulary), in fp32."""
-    losses = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
-    )
+    losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return -losses.view(targets.shape)
 
 
@@ -51,8 +50,7 @@ def response_logps(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def score(model, tokenizer, prompts, responses, batch_size: int = 64) -> list[float]:
     """Sum of the log-probabilities of each response under the model as it is, in nats.
 
-    Rows are batched by length. `batch_size` is a limit: it is smaller where the logits of a batch
-    would be large, and halved when memory runs out.
+    Batches have rows of similar length, and fewer of them if the logits would take much memory.
     """
     longest, scores = max(map(len, responses), default=0) + 1, [0.0] * len(prompts)
     room = LOGITS[model.device.type] // (longest * model.config.get_text_config().vocab_size)

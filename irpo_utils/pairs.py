@@ -75,7 +75,9 @@ def build_pairs(
 
 def _limited(rows, max_length, max_pairs, seed: int, counts) -> tuple[Dataset, dict[str, int]]:
     """The pairs that are not too long and not too many."""
-    kept = [pair for pair in rows if max_length is None or length(pair) <= max_length]
+    limit = float("inf") if max_length is None else max_length
+    longer = [max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in rows]
+    kept = [row for row, n in zip(rows, longer, strict=True) if len(row["prompt_ids"]) + n <= limit]
     counts["over_long"] = len(rows) - len(kept)
     if not kept:
         raise UserError(NO_PAIRS.format(**counts))
@@ -131,9 +133,8 @@ def empty_completions(questions, prompts: list[str], tokenizer) -> list[dict]:
     rows = []
     for question, prompt in zip(questions, prompts, strict=True):
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        rows.append(
-            {"id": question["id"], "sample": 0, "prompt": prompt, "prompt_ids": ids} | empty
-        )
+        row = {"id": question["id"], "sample": 0, "prompt": prompt, "prompt_ids": ids}
+        rows.append(row | empty)
     return rows
 
 
@@ -144,11 +145,6 @@ def make_pair(question: dict, chosen: dict, rejected: dict) -> dict:
         pair |= {side: row["completion"], f"{side}_ids": row["completion_ids"]}
         pair[f"{side}_sample"] = row["sample"]
     return pair
-
-
-def length(pair: dict) -> int:
-    """Tokens of the prompt and the longer response."""
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
 def _usable(completions: list[dict], deduplicate: bool, counts: dict) -> list[dict]:

@@ -6,12 +6,10 @@ CPU), `cpu` (minutes, the default), and one per real model, with the arithmetic 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -32,7 +30,7 @@ CHOICES = {
 }
 
 
-def _option(default: Any, text: str):
+def _option(default, text: str):
     """A field with its help text on the command line."""
     given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**given, metadata={"help": text})
@@ -132,7 +130,6 @@ class Profile:
 
 
 def names() -> list[str]:
-    """The names of all profiles."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -140,9 +137,9 @@ def get(name: str, **changes) -> Profile:
     """The profile of that name with some fields changed."""
     if name not in names():
         raise UserError(f"There is no profile {name!r}. The profiles are {', '.join(names())}.")
-    known = {f.name for f in dataclasses.fields(Profile)}
-    if unknown := sorted(set(changes) - known):
+    known = Profile.__annotations__
+    if unknown := sorted(set(changes) - set(known)):
         raise UserError(f"A profile has no {', '.join(unknown)}, but {', '.join(sorted(known))}.")
     base = Profile(**yaml.safe_load((RECIPES / f"{name}.yaml").read_text()))
     methods.check_conflict(changes.get("method", base.method), changes)
-    return dataclasses.replace(base, **changes)
+    return replace(base, **changes)

@@ -30,8 +30,7 @@ from trl import DPOConfig, DPOTrainer
 
 from irpo_utils import UserError, models
 
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 # At the first step the policy is the reference: log-ratios differ from 0 by rounding only, at most
 # this share of a response's log-probability.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -123,10 +122,9 @@ class IterativeRPOTrainer(DPOTrainer):
 
     def pair_logps(self, model, inputs) -> PairLogps:
         """From TRL's batch (2B, L): B rows with chosen responses, then B with the rejected ones."""
-        ids, attention = inputs["input_ids"], inputs["attention_mask"]
-        response = inputs["completion_mask"]
-        if self.loss_name in CHOSEN_ONLY:
-            ids, attention, response = (x.chunk(2)[0] for x in (ids, attention, response))
+        names = ("input_ids", "attention_mask", "completion_mask")
+        rows = self.n_pairs(inputs) * (1 if self.loss_name in CHOSEN_ONLY else 2)
+        ids, attention, response = (inputs[name][:rows] for name in names)
         batch = {"input_ids": ids, "attention_mask": attention, "use_cache": False}
         labels = ids.masked_fill(response == 0, -100)
         # TRL's head gives per-token log-probabilities without the full logits.
@@ -134,7 +132,7 @@ class IterativeRPOTrainer(DPOTrainer):
         if self.loss_name in CHOSEN_ONLY:
             return PairLogps(logps, response.sum(1))
         (chosen, rejected), (n_chosen, n_rejected) = logps.chunk(2), response.sum(1).chunk(2)
-        reference = (inputs[name] for name in REFERENCE)
+        reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         return PairLogps(chosen, n_chosen, rejected, n_rejected, *reference)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -163,16 +161,15 @@ class IterativeRPOTrainer(DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row per optimiser step: TRL averages over micro-batches, this over pairs."""
         metrics, gather = self._metrics["train"], self.accelerator.gather
-        tokens = metrics.pop("tokens", None)
-        if tokens:
-            for name, parts in metrics.items():
-                total, pairs = gather(torch.cat(parts)).sum(0).tolist()
-                metrics[name] = [total / pairs]
-            logs["tokens"] = int(gather(torch.stack(tokens)).sum())
-            logs["seconds"] = time.perf_counter() - self.started
+        if "tokens" not in metrics:  # the summary at the end
+            return super().log(logs, start_time)
+        logs["tokens"] = int(gather(torch.stack(metrics.pop("tokens"))).sum())
+        logs["seconds"] = time.perf_counter() - self.started
+        for name, parts in metrics.items():
+            total, pairs = gather(torch.cat(parts)).sum(0).tolist()
+            metrics[name] = [total / pairs]
         super().log(logs, start_time)
-        if tokens:
-            self._check_numbers(logs)
+        self._check_numbers(logs)
 
     def _check_numbers(self, logs: dict[str, float]) -> None:
         """Stop if numbers are not finite, or if the reference is not what training starts from."""
@@ -232,23 +229,28 @@ def train(
     config: further settings of TRL's `DPOConfig`, such as num_train_epochs, max_steps, seed, optim,
         and `resume_from_checkpoint`.
 
-    Pairs of similar length share a batch. Log: one row per optimiser step with `step`, `loss`,
-    `loss_dpo`, `loss_nll`, `rewards/chosen|rejected|margins|accuracies`, `logps/chosen|rejected`
-    (mean sums, nats), `nll_chosen` (nats per token), `grad_norm`, `learning_rate`, `tokens`,
-    `seconds`. Raises `UserError` for missing columns and numbers that are not finite.
+    Log: one row per optimiser step with `step`, `loss`, `loss_dpo`, `loss_nll`, `logps/chosen`,
+    `logps/rejected` (mean sums, nats), `rewards/chosen|rejected|margins|accuracies`, `nll_chosen`
+    (nats per token), `grad_norm`, `learning_rate`, `tokens`, `seconds`.
+    Raises `UserError` for missing columns and numbers that are not finite.
     """
-    _check(pairs, alpha, loss)
+    if missing := sorted(set(IDS) - set(pairs.column_names)):
+        raise UserError(f"The pairs lack {', '.join(missing)}. Use pairs.build_pairs.")
+    if len(pairs) == 0:
+        raise UserError("no pairs: there is nothing to train on.")
+    if loss not in LOSSES or alpha < 0:
+        known = ", ".join(LOSSES)
+        raise UserError(f"loss = {loss!r} must be one of {known}, and alpha = {alpha} at least 0.")
     draw_adapter(model, config.get("seed", 0))
-    data = pairs.select_columns(list(IDS))
+    data = pairs.select_columns(IDS)
     data = data.add_column("length", [sum(map(len, row.values())) for row in data])
     checkpoint = config.pop("resume_from_checkpoint", None)
     config |= {"beta": beta, "learning_rate": learning_rate}
     with tempfile.TemporaryDirectory() as folder, _restored(model) as trained:
         args = _config(model, {"output_dir": folder} | config, loss, batch_size, micro_batch_size)
         given = {"train_dataset": data, "processing_class": tokenizer, "callbacks": list(callbacks)}
-        running = (trainer or IterativeRPOTrainer)(
-            model, args=args, loss=loss, alpha=alpha, **given
-        )
+        given |= {"args": args, "loss": loss, "alpha": alpha}
+        running = (trainer or IterativeRPOTrainer)(model, **given)
         for parameter in trained:
             parameter.requires_grad_(True)
         torch.manual_seed(args.seed)  # the order of the pairs, whatever was scored before
@@ -260,24 +262,17 @@ def train(
 def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size) -> DPOConfig:
     """`DPOConfig` with the defaults of this package, changed by `settings`."""
     on_cpu = model.device.type == "cpu"
-    defaults = {
-        "num_train_epochs": 1.0,
-        "seed": 0,
-        "precompute_ref_log_probs": loss not in CHOSEN_ONLY,
-        "max_length": None,  # `build_pairs` has dropped what is too long
-        "warmup_steps": 0.1,  # share of the steps
-        "lr_scheduler_type": "cosine",
-        "train_sampling_strategy": "group_by_length",
+    defaults = {"num_train_epochs": 1.0, "seed": 0, "train_sampling_strategy": "group_by_length"}
+    defaults |= {"warmup_steps": 0.1, "lr_scheduler_type": "cosine"}  # a share of the steps
+    defaults |= {
+        "max_length": None,
         "remove_unused_columns": False,
-        "logging_steps": 1,
-        "precompute_ref_batch_size": 64,
-        "save_strategy": "no",
-        "bf16": False,  # the base has its dtype, and the adapter stays in fp32
-        "fp16": model.dtype == torch.float16 and not on_cpu,  # loss scaling for small gradients
-        "use_cpu": on_cpu,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-    }
+    }  # `build_pairs` drops long ones
+    defaults |= {"precompute_ref_log_probs": loss not in CHOSEN_ONLY}
+    defaults |= {"precompute_ref_batch_size": 64, "logging_steps": 1, "save_strategy": "no"}
+    # The base has its dtype, the adapter stays in fp32; fp16 scales the loss for small gradients.
+    defaults |= {"bf16": False, "fp16": model.dtype == torch.float16 and not on_cpu}
+    defaults |= {"use_cpu": on_cpu, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     config = DPOConfig(**(defaults | settings))
     share = max(batch_size // config.world_size, 1)
     micro = min(micro_batch_size or share, share)
@@ -319,24 +314,12 @@ def _restored(model):
 
 
 def draw_adapter(model, seed: int) -> None:
-    """Draw the A matrices of a zero adapter from `seed`; leave a trained adapter as it is."""
+    """Draw the A matrices of a zero adapter from `seed`, as PEFT does; leave a trained one."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if any(layer.lora_B["default"].weight.any() for layer in layers):
         return
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         weight = layer.lora_A["default"].weight
-        value = kaiming_uniform_(
-            torch.empty(weight.shape), a=5**0.5, generator=generator
-        )  # as PEFT
+        value = kaiming_uniform_(torch.empty(weight.shape), a=5**0.5, generator=generator)
         models.assign(weight, value)
-
-
-def _check(pairs, alpha: float, loss: str) -> None:
-    if missing := sorted(set(IDS) - set(pairs.column_names)):
-        raise UserError(f"The pairs lack {', '.join(missing)}. Use pairs.build_pairs.")
-    if len(pairs) == 0:
-        raise UserError("no pairs: there is nothing to train on.")
-    if loss not in LOSSES or alpha < 0:
-        known = ", ".join(LOSSES)
-        raise UserError(f"loss = {loss!r} must be one of {known}, and alpha = {alpha} at least 0.")

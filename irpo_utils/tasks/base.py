@@ -37,10 +37,6 @@ class FewShot(Task):
     def __init__(self, task: Task, examples: list[dict]):
         if not all(row.get("solution") for row in examples):
             raise UserError(f"The task {task.name} has no worked solutions to show as examples.")
-        self.task, self.name = task, task.name
-        self.head = "".join(f"{task.prompt(row)} {row['solution']}\n\n" for row in examples)
+        worked = "".join(f"{task.prompt(row)} {row['solution']}\n\n" for row in examples)
+        self.prompt, self.name = lambda row: worked + task.prompt(row), task.name
         self.extract, self.is_correct, self.load = task.extract, task.is_correct, task.load
-
-    def prompt(self, row: dict) -> str:
-        """The worked questions, then this one."""
-        return self.head + self.task.prompt(row)

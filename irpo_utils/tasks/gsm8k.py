@@ -30,7 +30,6 @@ class GSM8K(numbers.NumberTask, FileTask):
     expected = '`question` and `answer` (text, the answer ending in "#### NUMBER")'
 
     def prompt(self, row: dict) -> str:
-        """The paper's instruction, the question, and "Solution:"."""
         return PROMPT.format(question=row["question"])
 
     def row(self, raw: dict, index: int) -> dict:

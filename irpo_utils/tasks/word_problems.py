@@ -135,10 +135,7 @@ def _apply_clause(clause: tuple[str, str, int], value: int, rng, operand: int):
 
 
 def make_question(rng, group="seen", bounds=TASK_RANGE, steps: int | None = None) -> dict:
-    """One question as a row: `question`, `answer`, `solution`, `steps`, `skeleton`, `new_skeleton`.
-
-    `group` is "seen" or "held_out"; `steps` fixes the number of equation lines (default: random).
-    """
+    """One question as a row; group is "seen" or "held_out", steps the number of equation lines."""
     row, steps = None, rng.choice(STEPS) if steps is None else steps
     while row is None:
         skeleton = rng.choice(skeletons()[group, steps])
@@ -170,7 +167,6 @@ class WordProblems(NumberTask):
     name = "word_problems"
 
     def prompt(self, row: dict) -> str:
-        """The question between "Question:" and "Solution:"."""
         return f"Question: {row['question']}\nSolution:"
 
     def load(self, split: str, data: str | None = None):
