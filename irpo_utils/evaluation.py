@@ -89,8 +89,8 @@ def proportion_row(metric: str, correct) -> dict:
 def score(greedy: Dataset, sampled: Dataset, k: int) -> list[dict]:
     """Rows `metric`, `k`, `value`, `low`, `high`, `n` (questions) from graded completions.
 
-    greedy: one completion per question; sampled: k per question. The column `k`: how many of them
-    a number looks at, for `pass_at_k` the powers of two up to k, and k.
+    greedy: one completion per question; sampled: k per question. The column `k` is how many
+    completions of a question a number looks at: `pass_at_k` takes powers of two up to k, and k.
     """
     columns = ["id", "correct", "extracted", "finished", "n_tokens"]
     first, many = group(greedy.select_columns(columns)), group(sampled.select_columns(columns))

@@ -263,11 +263,9 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
     """`DPOConfig` with the defaults of this package, changed by `settings`."""
     on_cpu = model.device.type == "cpu"
     defaults = {"num_train_epochs": 1.0, "seed": 0, "train_sampling_strategy": "group_by_length"}
-    defaults |= {"warmup_steps": 0.1, "lr_scheduler_type": "cosine"}  # a share of the steps
-    defaults |= {
-        "max_length": None,
-        "remove_unused_columns": False,
-    }  # `build_pairs` drops long ones
+    defaults |= {"warmup_steps": 0.1, "lr_scheduler_type": "cosine"}  # 0.1 is a share of the steps
+    # No longest length: `build_pairs` has dropped what is too long.
+    defaults |= {"max_length": None, "remove_unused_columns": False}
     defaults |= {"precompute_ref_log_probs": loss not in CHOSEN_ONLY}
     defaults |= {"precompute_ref_batch_size": 64, "logging_steps": 1, "save_strategy": "no"}
     # The base has its dtype, the adapter stays in fp32; fp16 scales the loss for small gradients.
