@@ -44,8 +44,7 @@ def build_pairs(
     gold: rows of `gold_completions`, which come first among the chosen, as the paper does on GSM8K.
     max_length: drop pairs whose prompt and longer response have more tokens (section 3.1).
     max_pairs: keep this many random pairs.
-    deduplicate: leave out completions that repeat an earlier one. The paper describes no such step;
-        without it a question whose samples agree gives the same pair K times.
+    deduplicate: leave out completions that repeat an earlier one; the paper has no such step.
     pairing: "wrap_around" (the paper) or "random" (K draws with replacement), for comparison.
 
     Columns: `id`, `prompt`, `chosen`, `rejected`, `prompt_ids`, `chosen_ids`, `rejected_ids`,

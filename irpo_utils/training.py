@@ -244,7 +244,6 @@ def train(
     draw_adapter(model, config.get("seed", 0))
     data = pairs.select_columns(IDS)
     data = data.add_column("length", [sum(map(len, row.values())) for row in data])
-    checkpoint = config.pop("resume_from_checkpoint", None)
     config |= {"beta": beta, "learning_rate": learning_rate}
     with tempfile.TemporaryDirectory() as folder, _restored(model) as trained:
         args = _config(model, {"output_dir": folder} | config, loss, batch_size, micro_batch_size)
@@ -254,7 +253,7 @@ def train(
         for parameter in trained:
             parameter.requires_grad_(True)
         torch.manual_seed(args.seed)  # the order of the pairs, whatever was scored before
-        running.train(resume_from_checkpoint=checkpoint)
+        running.train(resume_from_checkpoint=args.resume_from_checkpoint)
     rows = [row for row in running.state.log_history if "tokens" in row]
     return Dataset.from_list([dict(sorted(row.items())) for row in rows])  # as in a checkpoint
 
