@@ -139,11 +139,12 @@ def empty_completions(questions, prompts: list[str], tokenizer) -> list[dict]:
 
 def make_pair(question: dict, chosen: dict, rejected: dict) -> dict:
     """One row of the pairs from a row with `id`, `prompt`, `prompt_ids` and two completions."""
-    pair = {name: question[name] for name in ("id", "prompt", "prompt_ids")}
-    for side, row in (("chosen", chosen), ("rejected", rejected)):
-        pair |= {side: row["completion"], f"{side}_ids": row["completion_ids"]}
-        pair[f"{side}_sample"] = row["sample"]
-    return pair
+    sides = {"chosen": chosen, "rejected": rejected}
+    pair = {"id": question["id"], "prompt": question["prompt"]}
+    pair |= {side: row["completion"] for side, row in sides.items()}
+    pair |= {"prompt_ids": question["prompt_ids"]}
+    pair |= {f"{side}_ids": row["completion_ids"] for side, row in sides.items()}
+    return pair | {f"{side}_sample": row["sample"] for side, row in sides.items()}
 
 
 def _usable(completions: list[dict], deduplicate: bool, counts: dict) -> list[dict]:
