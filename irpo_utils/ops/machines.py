@@ -22,18 +22,23 @@ CHARACTERS, TEMPLATE = 4, 26  # per token; tokens around a question. Fits GSM8K,
 # Tokens of a prompt (mean, longest) and of a completion (mean); questions per split; where the
 # numbers come from.
 TaskSize = namedtuple("TaskSize", "prompt longest completion train validation test source")
-# `count` GPUs or cores of a CPU; the rest is of one, speeds as reached: bytes of `memory`, FLOPs
-# per second by dtype, bytes per second of its memory and to a GPU of the same (`link`) or another
-# node (`between`). `layers`: by engine, milliseconds that a layer adds to a step, with a base in
-# 16 bits and in NF4. `dtype`: the default there. `note`, `measured`: what the speed rests on.
+# `count` GPUs, or cores, which work as one of `devices`. The rest is of one device, speeds as
+# reached: bytes of `memory` and those that `libraries` take, FLOPs per second by dtype, bytes per
+# second of its memory and to a GPU of the same (`link`) or another node (`between`). `overhead`: by
+# engine, milliseconds that a layer adds to a step, with a base in 16 bits and in NF4. `dtype`: the
+# default there. `note`: what the speeds rest on.
 Machine = namedtuple(
-    "Machine", "name count memory flops bandwidth layers dtype note measured link between"
+    "Machine",
+    "name count devices memory libraries flops bandwidth overhead dtype note link between",
 )
 
 
 @dataclass
 class Shape:
-    """A decoder like Llama's. `linear` (quantised, with LoRA), `head`, `parameters`: weights."""
+    """A decoder like Llama's. `linear` (quantised, with LoRA), `head`, `parameters`: weights.
+
+    Norms and biases, less than 0.2 % of the weights, are left out.
+    """
 
     layers: int
     hidden: int
@@ -43,39 +48,23 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool = True  # embeddings and output layer are one matrix
-    family: str = "llama"  # the first part of the config's `model_type`
     sliding: bool = False  # some layers have a sliding window, so a pair cannot be one row
 
     def __post_init__(self):
-        h, i, family = self.hidden, self.intermediate, self.family
+        h, i = self.hidden, self.intermediate
         self.query, self.kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = [(h, self.query), (h, self.kv), (h, self.kv), (self.query, h)]
         self.matrices = [*attention, (h, i), (h, i), (i, h)]
         self.linear = self.layers * sum(a * b for a, b in self.matrices)
         self.head = self.vocabulary * h
-        small = (4 if family == "gemma3" else 2) * h  # norms
-        small += 2 * self.head_dim if family in ("qwen3", "gemma3") else 0  # norms of q and k
-        small += self.query + 2 * self.kv if family == "qwen2" else 0  # biases
-        embeddings = self.head if self.tied else 2 * self.head
-        self.parameters = self.linear + embeddings + self.layers * small + h
+        self.parameters = self.linear + (1 if self.tied else 2) * self.head
 
     def lora(self, rank: int) -> int:
         """Weights of a LoRA adapter on all linear layers."""
         return self.layers * rank * sum(a + b for a, b in self.matrices)
 
-    def base_bytes(self, nf4: bool, width: int) -> tuple[float, float]:
-        """Of the base and, in NF4, of the largest matrix of a layer, unpacked while in use."""
-        linear = self.linear * (NF4_BYTES if nf4 else width)
-        unpacked = max(a * b for a, b in self.matrices) * width if nf4 else 0
-        return linear + (self.parameters - self.linear) * width, unpacked
-
-    def adapter_bytes(self, rank: int, optimizer: str) -> float:
-        """Weights and gradients in fp32, gradients again for a repeated step, two moments."""
-        return (12 + (2 if "8bit" in optimizer else 8)) * self.lora(rank)
-
 
 TASKS = {name: TaskSize(**size) for name, size in DATA["tasks"].items()}
-HUB = {model.pop("hub"): name for name, model in DATA["models"].items()}
 SHAPES = {name: Shape(**model) for name, model in DATA["models"].items()}
 
 
@@ -99,22 +88,26 @@ def task_size(p: Profile) -> TaskSize:
 
 def find_shape(name: str) -> Shape:
     """The shape of a model in machines.yaml, or from config.json in a folder or on the hub."""
-    name = HUB.get(name, name)
+    name = {hub: short for short, hub in models.HUB_NAMES.items()}.get(name, name)
     if name in SHAPES:
         return SHAPES[name]
     from transformers import AutoConfig
 
-    path = models.find(name)
     try:
-        c = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
-        h, heads = c.hidden_size, c.num_attention_heads
-        kv_heads = getattr(c, "num_key_value_heads", None) or heads
-        head_dim = getattr(c, "head_dim", None) or h // heads
-        mlp, family = getattr(c, "intermediate_size", None) or 4 * h, c.model_type.split("_")[0]
-        sliding = "sliding_attention" in (getattr(c, "layer_types", None) or [])
-        sliding = sliding or bool(getattr(c, "sliding_window", None))
-        sizes = (c.num_hidden_layers, h, mlp, heads, kv_heads, head_dim, c.vocab_size)
-        return Shape(*sizes, c.tie_word_embeddings, family, sliding)
+        config = AutoConfig.from_pretrained(models.find(name), trust_remote_code=False)
+        c = config.get_text_config()
+        heads, windows = c.num_attention_heads, getattr(c, "layer_types", None) or []
+        return Shape(
+            layers=c.num_hidden_layers,
+            hidden=c.hidden_size,
+            intermediate=getattr(c, "intermediate_size", None) or 4 * c.hidden_size,
+            heads=heads,
+            kv_heads=getattr(c, "num_key_value_heads", None) or heads,
+            head_dim=getattr(c, "head_dim", None) or c.hidden_size // heads,
+            vocabulary=c.vocab_size,
+            tied=c.tie_word_embeddings,
+            sliding="sliding_attention" in windows or bool(getattr(c, "sliding_window", None)),
+        )
     except (OSError, ValueError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
@@ -129,15 +122,7 @@ def find_machine(text: str | None = None) -> Machine:
     import torch
 
     if text is None and torch.cuda.is_available():
-        here, count = torch.cuda.get_device_properties(0), int(os.environ.get("WORLD_SIZE", "1"))
-        same = [gpu for gpu in GPUS if re.search(rf"\b{GPUS[gpu]['pattern']}\b", here.name)]
-        same.sort(key=lambda gpu: abs(1e9 * GPUS[gpu]["memory"] - here.total_memory))
-        made = _machine(same[0] if same else "T4-16GB", count, here.total_memory)
-        if same:
-            return made._replace(name=here.name)
-        dtype = "bfloat16" if getattr(here, "major", 0) >= 8 else "float16"
-        note = f"{here.name} is unknown, a T4's speed is assumed: {made.note}"
-        return made._replace(name=here.name, dtype=dtype, note=note)
+        return _this_gpu(torch.cuda.get_device_properties(0))
     count, name = re.fullmatch(r"(?:(\d+)[xX])?(.*)", text or "cpu", re.DOTALL).groups()
     name = {known.lower(): known for known in (*GPUS, "cpu")}.get(name.lower())
     if name is None or count == "0":
@@ -146,22 +131,43 @@ def find_machine(text: str | None = None) -> Machine:
             f"8xA100-80GB, or cpu. The GPUs are {', '.join(GPUS)}."
         )
     if name == "cpu":
-        cores, memory = count or torch.get_num_threads(), psutil.virtual_memory().total
-        return _machine(name, int(cores), memory)
+        cores = int(count or torch.get_num_threads())
+        return _machine(name, cores, psutil.virtual_memory().total)
     return _machine(name, int(count or 1), 1e9 * GPUS[name]["memory"])
+
+
+def _this_gpu(here) -> Machine:
+    """The GPU of the table whose pattern and memory fit best; a T4's speed for an unknown one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    found = [name for name, gpu in GPUS.items() if re.search(rf"\b{gpu['pattern']}\b", here.name)]
+    if found:
+        gigabytes = here.total_memory / 1e9
+        found.sort(key=lambda name: abs(GPUS[name]["memory"] - gigabytes))
+        found.sort(key=lambda name: -len(GPUS[name]["pattern"]))  # "H100 PCIe" before "H100"
+        return _machine(found[0], count, here.total_memory)._replace(name=here.name)
+    made = _machine("T4-16GB", count, here.total_memory)
+    dtype = "bfloat16" if getattr(here, "major", 0) >= 8 else "float16"
+    note = f"{here.name} is unknown, a T4's speed is assumed: {made.note}"
+    return made._replace(name=here.name, dtype=dtype, note=note)
 
 
 def _machine(name: str, count: int, memory: float) -> Machine:
     """The machine at the calibrated shares of its data sheet; `memory` in bytes."""
-    sheet, c = GPUS.get(name, DATA["cpu"]), DATA["calibration"]["cpu" if name == "cpu" else "gpu"]
-    dtypes, share = ("bfloat16", "float16", "float32"), c["bandwidth"]["share"]
-    flops = {dtype: 1e12 * sheet["tflops"] * c["flops"][dtype] for dtype in dtypes}
-    bandwidth, link = 1e9 * sheet["bandwidth"] * share, 1e9 * c["link"]["share"]
-    here = name == c["machine"]
-    measured = "measured" if here else f"measured on {c['machine']}, assumed here"
-    note = f"{c['flops']['bfloat16']:.0%} of FLOPS (assumed), {share:.0%} of bandwidth ({measured})"
-    if name == "cpu":
-        note = "as cores did in figures/bench.csv (measured)"
-    links = (link * sheet["link"], link * DATA["between_nodes"])
-    speeds = (flops, bandwidth, c["layers"], sheet["dtype"], note, measured, *links)
-    return Machine(name, count, memory, *speeds)
+    kind, cores = ("cpu", count) if name == "cpu" else ("gpu", 1)
+    sheet, reached = GPUS.get(name, DATA["cpu"]), DATA["calibration"][kind]
+    peak = 1e12 * cores * sheet["tflops"]
+    link = 1e9 * reached["link"]
+    return Machine(
+        name=name,
+        count=count,
+        devices=count // cores,
+        memory=memory,
+        libraries=1e9 * reached["libraries"],
+        flops={dtype: peak * share for dtype, share in reached["flops"].items()},
+        bandwidth=1e9 * cores * sheet["bandwidth"] * reached["bandwidth"],
+        overhead=reached["overhead"],
+        dtype=sheet["dtype"],
+        note=reached["note"],
+        link=link * sheet["link"],
+        between=link * DATA["between_nodes"],
+    )

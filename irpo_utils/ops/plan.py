@@ -1,8 +1,9 @@
 """Before a run: memory, tokens, hours and cost of each stage. Arithmetic; no model is loaded.
 
-Memory is counted tensor by tensor from the model's shape. Time is a roofline (Williams et al.
-2009): a matrix product takes as long as its arithmetic or as reading its weights, whichever is
-slower; reading the cache and each layer's overhead are added. Units: bytes, seconds.
+Memory adds up the large tensors, from the model's shape. Time is a roofline (Williams et al. 2009):
+a matrix product takes as long as its arithmetic or as reading its weights, whichever is slower;
+reading the cache and each layer's overhead are added. Take both within a factor of two where the
+plan says that its numbers are assumed. Units: bytes, seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections import namedtuple
 from irpo_utils import UserError, methods
 from irpo_utils.ops.machines import (  # noqa: F401  (notebooks use the tables)
     DATA,
-    GPUS,
     NF4_BYTES,
     SHAPES,
     TASKS,
@@ -31,10 +31,10 @@ from irpo_utils.profiles import Profile
 OVERVIEW = ("cpu", "T4-16GB", "RTX4090-24GB", "A100-80GB", "H200-141GB")
 NODE = 8  # GPUs of a node
 RESERVE = 0.05  # share of the memory that stays free: the allocator cannot use every gap
-CUDA_CONTEXT, CPU_PROCESS = 0.8e9, 0.5e9  # the libraries themselves: assumed, measured
 PAIR_SHARE = 0.75  # of the possible pairs: 0.58 to 0.86 in notebooks/shipped_run
 KL_QUESTIONS = 256  # as in `iteration`
 PREFILL, ROOM = 32, 16  # prompts prefilled at once, and spare columns of the cache, when decoding
+SCORED = 2**28  # logits that `logprobs.score` computes at once, of at most 64 rows
 
 # A row of the plan: peak bytes on one GPU; tokens and hours of all iterations, and their cost.
 Stage = namedtuple("Stage", "name memory tokens tokens_at_most hours hours_at_most cost")
@@ -45,8 +45,6 @@ Sharing = namedtuple("Sharing", "memory sent hours")
 # A copy of the model per GPU against split layers (FSDP2): bytes of the frozen `base`, and the
 # largest with which copies fit; tokens of a micro-batch, and from how many on gathering is hidden.
 BreakEven = namedtuple("BreakEven", "gpus copies split base largest_base positions hidden_from")
-# Settings for training, and the peak bytes with them.
-Choice = namedtuple("Choice", "micro_batch_size gradient_checkpointing quantize memory")
 
 
 def plan(
@@ -62,13 +60,13 @@ def plan(
         raise UserError(f"--price is {price}: give the machine's cost per hour, 0 or more.")
     p = dataclasses.replace(profile, **methods.get(profile.method).settings)
     e = Estimate(p, find_shape(p.model), find_machine(machine), task_size(p))
-    if not (e.on_cpu or e.online) and e.share % e.requested:
+    if not e.online and e.share % e.requested:
         raise UserError(
             f"batch_size = {p.batch_size} is not a multiple of micro_batch_size = {e.requested} "
             f"times {e.ranks} processes. Choose another --micro-batch-size."
         )
-    length, memory, stages = min(e.size.completion, p.max_new_tokens), e.memory(), []
-    expected, at_most = e.work(length, PAIR_SHARE), e.work(p.max_new_tokens, 1.0)
+    memory, stages = e.memory(), []
+    expected, at_most = e.work(e.length, PAIR_SHARE), e.work(p.max_new_tokens, 1.0)
     for name, peak in memory.items():
         (tokens, seconds), (most, longest) = expected[name], at_most[name]
         stages.append(Stage(name, peak, tokens, most, seconds / 3600, longest / 3600, None))
@@ -76,12 +74,11 @@ def plan(
     stages.append(Stage("total", max(memory.values()), *sums, None))
     if price is not None:
         stages = [row._replace(cost=price * row.hours) for row in stages]
-    engine = e.machine.layers[e.engine]
     assumptions = [
-        f"sizes: prompts of {e.size.prompt} tokens, completions of {length}: {e.size.source}",
+        f"sizes: prompts of {e.size.prompt} tokens, completions of {e.length}: {e.size.source}",
         f"expected: {PAIR_SHARE:.0%} of the possible pairs; at most: all, at full length",
-        f"speed: {e.machine.note}; {engine[e.ms]} ms per layer and step of engine {e.engine} "
-        f"({e.machine.measured if engine['measured'] else 'assumed'})",
+        f"speed: {e.machine.note}; {e.overhead_ms[e.engine]} ms per layer and step of engine "
+        f"{e.engine}",
     ]
     if e.engine == "vllm":
         assumptions[-1] += "; the server's memory is counted on the same GPUs"
@@ -96,13 +93,13 @@ def break_even(e: Estimate) -> BreakEven | None:
     if e.ranks == 1 or not e.p.iterations:
         return None
     copies, split = e.replace(shard=False), e.replace(shard=True)
-    length, ways = min(e.size.completion, e.p.max_new_tokens), []
+    ways = []
     for way in (copies, split):
-        hours = way.work(length, PAIR_SHARE)["training"][1] / 3600
+        hours = way.work(e.length, PAIR_SHARE)["training"][1] / 3600
         ways.append(Sharing(way.memory()["training"], way.sent_per_step(), hours))
     slack = e.room - max(copies.memory().values())
     largest = e.base + slack / (1 + 1 / e.served if e.engine == "vllm" else 1)
-    positions = e.micro_batch(e.size.prompt, min(length, e.new))[0]
+    positions = e.micro_batch(e.size.prompt, min(e.length, e.new))[0]
     flops_per_token = 2 * e.passes * (e.shape.linear + e.shape.head)
     hidden = e.gathered / e.link * e.machine.flops[e.dtype] / flops_per_token
     return BreakEven(e.ranks, *ways, e.base, largest, positions, hidden)
@@ -126,22 +123,22 @@ def check(made: Plan) -> None:
 
 def what_fits(made: Plan) -> dict | None:
     """The fewest and smallest changes of settings with which the run fits; None: there are none."""
-    p, size = made.profile, task_size(made.profile)
-    e = Estimate(p, made.shape, made.machine, size)
-    rows, pairs = (
-        [n >> i for i in range(1, 30) if n >> i] for n in (p.sampling_batch_size, e.micro)
-    )
+    p = made.profile
+    e = Estimate(p, made.shape, made.machine, task_size(p))
     options = {
-        "quantize": [] if p.quantize else [True],
-        "gradient_checkpointing": [] if p.gradient_checkpointing else [True],
-        "sampling_batch_size": rows,
-        "micro_batch_size": [n for n in pairs if e.share % n == 0],
+        "quantize": [True],
+        "gradient_checkpointing": [True],
+        "sampling_batch_size": _halves(p.sampling_batch_size),
+        "micro_batch_size": [n for n in _halves(e.micro) if e.share % n == 0],
     }
-    choices = [[(), *((name, value) for value in values)] for name, values in options.items()]
-    candidates = [dict(filter(None, changes)) for changes in itertools.product(*choices)]
-    candidates.sort(key=len)
+    subsets = (itertools.combinations(options, n) for n in range(1, len(options) + 1))
+    candidates = [
+        dict(zip(names, values, strict=True))
+        for names in itertools.chain.from_iterable(subsets)
+        for values in itertools.product(*(options[name] for name in names))
+    ]
     if made.break_even and not p.shard:
-        split = {"shard": True, "engine" if hasattr(p, "engine") else "sampler": "vllm"}
+        split = {"shard": True, "engine": "vllm"}
         if "8bit" in p.optimizer or "paged" in p.optimizer:  # FSDP2 cannot split their states
             split["optimizer"] = "adamw_torch"
         candidates.append(split)
@@ -151,90 +148,48 @@ def what_fits(made: Plan) -> dict | None:
     return None
 
 
-def training_bytes(shape, pairs, lengths, checkpointing, width=2, one_row=True, on_cpu=False):
-    """(positions, bytes of a layer's activations, peak bytes) of a micro-batch of so many pairs.
-
-    `lengths`: tokens of the prompt and of a completion. `width`: bytes of a number. Per position:
-    inputs of norms and LoRA's A in fp32, the four of attention and three of the MLP; on a CPU the
-    softmax, its dropout and a mask. At the peak: all layers (with checkpointing their inputs and
-    one layer), a layer's gradients, and the logits, twice in the compute dtype and twice in fp32.
-    """
-    s, (prompt, new) = shape, lengths
-    rows = pairs if one_row else 2 * pairs
-    positions = rows * prompt + 2 * pairs * new
-    wide = s.hidden if width == 4 else 4 * s.hidden + s.query
-    numbers = width * (4 * s.query + 3 * s.intermediate)
-    layer = positions * (4 * (3 * s.hidden + wide + s.intermediate) + numbers)
-    layer += 9 * s.heads * positions**2 / rows if on_cpu else 0
-    kept = layer + s.layers * positions * s.hidden * width if checkpointing else s.layers * layer
-    return positions, layer, kept + layer + 2 * pairs * new * s.vocabulary * (2 * width + 8)
-
-
-def choose_training(
-    shape, lengths, free_bytes, batch_size, lora_r=16, dtype="bfloat16", optimizer="", one_row=True
-) -> Choice:
-    """Settings for training on one GPU: the fastest that fit, as far as memory decides.
-
-    `lengths`: tokens of the longest prompt and completion. `free_bytes`: free memory of the GPU
-    before it is used. `one_row`: the pair's completions share a prompt. Neither checkpointing nor
-    NF4 where that fits, else the first, the second, or both; then the largest micro-batch that
-    divides `batch_size`. If nothing fits, the smallest.
-    """
-    width, one_row = 4 if dtype == "float32" else 2, one_row and not shape.sliding
-    sizes = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
-    for quantize, checkpointing, micro in itertools.product((False, True), (False, True), sizes):
-        batch = training_bytes(shape, micro, lengths, checkpointing, width, one_row)
-        fixed = CUDA_CONTEXT + sum(shape.base_bytes(quantize, width))
-        memory = fixed + shape.adapter_bytes(lora_r, optimizer) + batch[2]
-        if memory <= free_bytes * (1 - RESERVE):
-            break
-    return Choice(micro, checkpointing, quantize, memory)
+def _halves(n: int) -> list[int]:
+    return [n >> i for i in range(1, n.bit_length())]
 
 
 class Estimate:
-    """Memory and work of one profile on one machine."""
+    """Memory and work of one profile on one machine. A CPU's cores count as one device."""
 
     def __init__(self, p: Profile, shape: Shape, machine: Machine, size: TaskSize):
         self.p, self.shape, self.machine, self.size = p, shape, machine, size
-        s, count, self.on_cpu = shape, machine.count, machine.name == "cpu"
         method, self.room = methods.get(p.method), machine.memory * (1 - RESERVE)
         self.online = method.train is not None  # GRPO: each completion once, and no reference
         self.draws = (method.samples or self.online) and p.iterations > 0
-        server = getattr(p, "sampler", "") == "vllm"
-        engine = getattr(p, "engine", None) or ("vllm" if server else "cpu")
-        self.engine = engine if engine in machine.layers else "plain"
-        self.cores = count if self.on_cpu else 1
-        self.loops = self.cores if self.engine == "cpu" else 1  # one decoder per core
+        self.engine = p.engine if p.engine in machine.overhead else "plain"
         self.dtype = p.dtype or machine.dtype
         self.width = 4 if self.dtype == "float32" else 2
         self.nf4 = p.quantize and not p.dequantize
-        self.ms = "nf4_ms" if self.nf4 else "ms"
-        layers = machine.layers.items()  # seconds that all layers add to a step or pass
-        self.overhead = {name: 1e-3 * s.layers * layer[self.ms] for name, layer in layers}
-        # The "cpu" engine samples M_0 from a merged, unpacked copy of a small base.
-        self.merges = self.nf4 and self.engine == "cpu" and 4 * s.linear <= 2**31
-        self.base, self.unpacked = s.base_bytes(self.nf4, self.width)
-        self.frozen = self.base + 4 * s.lora(p.lora_r)  # what FSDP2 splits
-        self.outside = (s.parameters - s.linear) * self.width  # embeddings, head and norms
-        self.token = s.layers * 2 * s.kv * self.width  # bytes of its keys and values
+        self.overhead_ms = {name: ms[self.nf4] for name, ms in machine.overhead.items()}
+        self.outside = (shape.parameters - shape.linear) * self.width  # embeddings and head
+        self.base = shape.linear * (NF4_BYTES if self.nf4 else self.width) + self.outside
+        self.adapter = 4 * shape.lora(p.lora_r)
+        self.frozen = self.base + self.adapter  # what FSDP2 splits
+        # In NF4 the largest matrix of a layer is unpacked while it is in use.
+        self.unpacked = max(a * b for a, b in shape.matrices) * self.width if self.nf4 else 0
+        self.token = shape.layers * 2 * shape.kv * self.width  # bytes of its keys and values
         self.passes = 3 if p.gradient_checkpointing else 2  # forward, backward, forward again
+        self.length = min(size.completion, p.max_new_tokens)  # of a completion, expected
         limit = p.max_length or 10**9
         self.new = min(p.max_new_tokens, max(1, limit - size.prompt))  # longest in training
         self.prompt = min(size.longest, max(1, limit - self.new))
         self.questions = min(p.n_questions or size.train, size.train)
-        available = getattr(size, p.eval_split, size.test)
+        available = getattr(size, p.eval_split)
         self.n_eval = min(p.n_eval_questions or available, available)
         # Processes share a batch in equal parts, so that some GPUs may stay without work.
-        busy = 1 if self.on_cpu or self.online else min(count, p.batch_size)
+        busy = 1 if self.online else min(machine.devices, p.batch_size)
         self.ranks = max(n for n in range(1, busy + 1) if p.batch_size % n == 0)
         batch = max(1, p.batch_size * p.n_samples // 2) if self.online else p.batch_size
         self.share = batch // self.ranks  # pairs of one process in a step
         self.requested = min(p.micro_batch_size or self.share, self.share)
         self.batch = min(batch, self.pairs(1.0) * (max(1, p.iterations) if p.keep_pairs else 1))
         self.micro = min(self.requested, math.ceil(self.batch / self.ranks))
-        self.score_on = count if self.on_cpu else self.ranks
-        self.draw_on = count if self.engine == "vllm" else self.score_on  # a server uses all
-        self.served = 1 if self.on_cpu else min(NODE, count)  # GPUs over which it splits the model
+        self.draw_on = machine.devices if self.engine == "vllm" else self.ranks  # a server uses all
+        self.served = min(NODE, machine.devices)  # GPUs over which a server splits the model
         self.link = min(machine.link, machine.between) if self.ranks > NODE else machine.link
         gathered = 2 * (self.frozen - self.outside) + self.outside  # per micro-batch if split
         self.gathered = gathered * (self.ranks - 1) / self.ranks
@@ -261,34 +216,30 @@ class Estimate:
     def memory(self) -> dict[str, float]:
         """Peak bytes per stage on one GPU, for the longest prompts and completions."""
         p, s, parts = self.p, self.shape, self.ranks if self.p.shard else 1
-        # On a CPU the pages of the model's file count as well.
-        fixed = CPU_PROCESS + s.parameters * self.width if self.on_cpu else CUDA_CONTEXT
-        fixed += self.frozen / parts
+        fixed = self.machine.libraries + self.unpacked + self.frozen / parts
         if parts > 1:  # one layer at work, the next on its way, and what is outside the layers
             fixed += 2 * (self.frozen - self.outside) / s.layers + self.outside
-        unpacked = s.linear * self.width if self.merges else self.unpacked
         drawing = self.decoding_bytes(self.questions, p.n_samples)
         evaluating = max(self.decoding_bytes(n, k) for n, k, _ in self.evaluations())
         if self.engine == "vllm":  # a server for each node, which stays there during training
-            held = self.frozen + max(drawing, evaluating)
-            fixed += CUDA_CONTEXT + held / self.served + self.unpacked
-            drawing = evaluating = unpacked = 0
-        rows = max(1, min(64, 2**28 // ((self.new + 1) * s.vocabulary)))  # as `score` takes them
+            fixed += self.machine.libraries + (self.frozen + max(drawing, evaluating)) / self.served
+            drawing = evaluating = 0
+        rows = max(1, min(64, SCORED // ((self.new + 1) * s.vocabulary)))
         logits = rows * (self.new + 1) * s.vocabulary * (self.width + 8)
-        scoring = self.unpacked + logits + self.forward_bytes(rows, self.prompt + self.new)
-        learning = (s.adapter_bytes(p.lora_r, p.optimizer) - 4 * s.lora(p.lora_r)) / parts
-        learning += self.unpacked + self.micro_batch(self.prompt, self.new)[2]
+        scoring = logits + self.forward_bytes(rows * (self.prompt + self.new))
+        # Gradients in fp32, again for a repeated step, and two moments of each adapter weight.
+        learning = (8 + (2 if "8bit" in p.optimizer else 8)) * s.lora(p.lora_r) / parts
+        learning += self.micro_batch(self.prompt, self.new)[2]
         return {
-            "sampling": fixed + unpacked + drawing if self.draws else 0,
+            "sampling": fixed + drawing if self.draws else 0,
             "training": fixed + max(learning, scoring) if p.iterations else 0,
-            "evaluation": fixed + max(unpacked + evaluating, scoring),
+            "evaluation": fixed + max(evaluating, scoring),
         }
 
     def rows(self, questions: int, n: int) -> int:
-        """Completions that one decoder holds at once, n per question: no more than there are."""
-        decoders = self.loops if self.on_cpu else self.ranks
-        there = math.ceil(questions / (1 if self.engine == "vllm" else decoders))
-        return max(1, min(self.p.sampling_batch_size // self.loops // n, there)) * n
+        """Completions that a device holds at once, n per question: no more than there are."""
+        there = math.ceil(questions / (1 if self.engine == "vllm" else self.ranks))
+        return max(1, min(self.p.sampling_batch_size // n, there)) * n
 
     def decoding_bytes(self, questions: int, n: int) -> float:
         """Cache of all rows, and of one layer again while rows move; prefill; probabilities."""
@@ -297,25 +248,35 @@ class Estimate:
         cache = (rows * columns * (1 + 1 / s.layers) + prompts * longest) * self.token
         # Per row and word of the vocabulary a logit, and five numbers in fp32, with top-p ten.
         words = rows * s.vocabulary * (self.width + (40 if self.p.top_p < 1 else 20))
-        return self.loops * (cache + words + self.forward_bytes(prompts, longest))
+        return cache + words + self.forward_bytes(prompts * longest)
 
-    def forward_bytes(self, rows: int, length: int) -> float:
-        """One layer without gradients; on a CPU with attention scores, three times in fp32."""
+    def forward_bytes(self, positions: float) -> float:
+        """Activations of one layer without gradients."""
         s = self.shape
-        numbers = 4 * s.hidden + 4 * s.query + 3 * s.intermediate
-        scores = 12 * s.heads * length if self.on_cpu else 0
-        return rows * length * (numbers * self.width + scores)
+        return positions * self.width * (4 * s.hidden + 4 * s.query + 3 * s.intermediate)
 
     def micro_batch(self, prompt: float, new: float) -> tuple[float, float, float]:
-        """`training_bytes` of a micro-batch with these lengths in tokens."""
-        two_rows = self.shape.sliding or self.online or self.engine == "plain"
-        layout = (self.width, not two_rows, self.on_cpu)
-        again = self.p.gradient_checkpointing
-        return training_bytes(self.shape, self.micro, (prompt, new), again, *layout)
+        """(positions, bytes of a layer's activations, peak bytes) of a micro-batch.
+
+        `prompt`, `new`: tokens of the prompt and of a completion. Activations are those of a
+        forward pass, and inputs of norms and of LoRA's A in fp32. At the peak: all layers (with
+        checkpointing their inputs and one layer), a layer's gradients, and the logits, twice in the
+        compute dtype and twice in fp32.
+        """
+        s, width, pairs = self.shape, self.width, self.micro
+        two_rows = s.sliding or self.online or self.engine == "plain"  # else prompts are shared
+        positions = pairs * ((2 if two_rows else 1) * prompt + 2 * new)
+        layer = self.forward_bytes(positions) + positions * 4 * (
+            5 * s.hidden + s.query + s.intermediate
+        )
+        kept = s.layers * layer
+        if self.p.gradient_checkpointing:
+            kept = layer + s.layers * positions * s.hidden * width
+        return positions, layer, kept + layer + 2 * pairs * new * s.vocabulary * (2 * width + 8)
 
     def sent_per_step(self) -> float:
         """Bytes that a GPU sends per step in a ring: an all-reduce is two, a reduce-scatter one."""
-        gradients = 4 * self.shape.lora(self.p.lora_r) * (self.ranks - 1) / self.ranks
+        gradients = self.adapter * (self.ranks - 1) / self.ranks
         micro_batches = self.batch / self.micro / self.ranks
         return micro_batches * (self.gathered + gradients) if self.p.shard else 2 * gradients
 
@@ -326,7 +287,7 @@ class Estimate:
         tokens, seconds = self.training_work(self.pairs(share), length)
         scored = last * min(KL_QUESTIONS, self.n_eval) * (self.size.prompt + length)
         evaluating = sum(self.decoding_seconds(*draw, length) for draw in evaluations)
-        evaluating += self.forward_seconds(scored, self.score_on)
+        evaluating += self.forward_seconds(scored, self.ranks)
         return {
             "sampling": (length * math.prod(drawn), self.decoding_seconds(*drawn, length)),
             "training": (last * tokens, last * seconds),
@@ -335,14 +296,12 @@ class Estimate:
 
     def decoding_seconds(self, questions: int, n: int, times: int, length: float) -> float:
         """Each prompt once; then steps of all rows: weights, cache, and the layers' overhead."""
-        here = questions * n / (self.loops if self.on_cpu else self.draw_on)
+        here = questions * n / self.draw_on
         rows = min(self.rows(questions, n), max(1, here))
         cache = rows * (self.size.prompt + length / 2) * self.token / self.machine.bandwidth
-        unpacked = not self.nf4 or (self.merges and self.width == 4)
-        step = (self.product_seconds(rows, unpacked) + cache) * self.loops / self.cores
         # The plain engine does not refill rows: a batch lasts as long as a completion can be.
         waiting = self.p.max_new_tokens / length if self.engine == "plain" else 1
-        step += waiting * self.overhead[self.engine]
+        step = self.product_seconds(rows) + cache + waiting * self.overhead_seconds(self.engine)
         prefill = self.forward_seconds(questions * self.size.prompt, self.draw_on)
         return times * (here / rows * length * step + prefill)
 
@@ -361,26 +320,29 @@ class Estimate:
         elif p.max_steps > 0:
             shown = p.max_steps * self.batch
         positions, layer, _ = self.micro_batch(self.size.prompt, length)
-        step = self.passes * self.product_seconds(positions, not self.nf4)
-        step += 3 * self.shape.layers * layer / self.machine.bandwidth
-        step = step / self.cores + self.passes * self.overhead["training"]
+        one_pass = self.product_seconds(positions) + self.overhead_seconds("training")
+        step = self.passes * one_pass + 3 * self.shape.layers * layer / self.machine.bandwidth
         each = step * self.batch / self.micro / self.ranks
         sent = self.sent_per_step() / self.link
         seconds = shown / self.batch * (max(each, sent) if p.shard else each + sent)
         tokens = shown * (prompts * self.size.prompt + 2 * length)
-        return tokens, seconds + self.forward_seconds(reference, self.score_on)
+        return tokens, seconds + self.forward_seconds(reference, self.ranks)
 
-    def product_seconds(self, tokens: float, unpacked: bool) -> float:
-        """All matrix products for so many tokens on one GPU or core: the roofline."""
+    def overhead_seconds(self, engine: str) -> float:
+        """What all layers add to a step of decoding, or to a pass of training."""
+        return 1e-3 * self.shape.layers * self.overhead_ms[engine]
+
+    def product_seconds(self, tokens: float) -> float:
+        """All matrix products for so many tokens on one device: the roofline."""
         s, m = self.shape, self.machine
         # NF4 weights are read, written unpacked and read again, as by bitsandbytes.
-        weight = self.width if unpacked else NF4_BYTES + 2 * self.width
+        weight = NF4_BYTES + 2 * self.width if self.nf4 else self.width
         read = s.linear * weight + s.head * self.width
         return max(read / m.bandwidth, 2 * (s.linear + s.head) * tokens / m.flops[self.dtype])
 
-    def forward_seconds(self, tokens: float, workers: int) -> float:
-        """So many tokens in one forward pass on so many GPUs or cores, limited by arithmetic."""
-        return 2 * self.shape.linear * tokens / self.machine.flops[self.dtype] / workers
+    def forward_seconds(self, tokens: float, devices: int) -> float:
+        """So many tokens in one forward pass on so many devices, limited by arithmetic."""
+        return 2 * self.shape.linear * tokens / self.machine.flops[self.dtype] / devices
 
 
 def table(made: Plan) -> str:
