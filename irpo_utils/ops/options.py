@@ -20,22 +20,24 @@ def parse_profile(arguments: list[str], command: str = "run", text: str | None =
     from irpo_utils import profiles
 
     common = _common_options(command, profiles.names())
-    common.error = lambda message: _refuse(message, command)
     options, words = common.parse_known_args(arguments)
     if options.config:
         options, words = common.parse_known_args(_words_of_file(options.config) + arguments)
     name = "cpu" if options.profile == "all" and command == "plan" else options.profile
-    base = profiles.get(name)
+    defaults = dataclasses.asdict(profiles.get(name))
     own = {"prog": f"python -m irpo_utils {command}", "description": text, "allow_abbrev": False}
     parser = HfArgumentParser(profiles.Profile, parents=[common], **own)
-    parser.set_defaults(**dataclasses.asdict(base))
     parser.error = common.error
-    flags = {flag: action.dest for action in parser._actions for flag in action.option_strings}
-    _check_known(words, flags, command)
-    words, changes = _split_off_none(words)
-    values = vars(parser.parse_args(words))
-    given = [flags.get(word.partition("=")[0]) for word in words]
-    changes |= {field: values[field] for field in given if field is not None}
+    shows_defaults = bool({"-h", "--help"} & set(words))
+    for action in parser._actions:
+        if action.dest in defaults:  # without a default, what was not given stays out of `given`
+            action.default = defaults[action.dest] if shows_defaults else argparse.SUPPRESS
+        if "None" in profiles.Profile.__annotations__.get(action.dest, ""):
+            action.type = _optional(action.type)
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        _refuse_unknown(unknown[0], parser, command)
+    changes = {name: value for name, value in vars(given).items() if name in defaults}
     profile = profiles.get(name, **changes)
     if command == "run":
         options.out = options.out or f"runs/{options.profile}"
@@ -45,6 +47,7 @@ def parse_profile(arguments: list[str], command: str = "run", text: str | None =
 def _common_options(command: str, names: list[str]) -> argparse.ArgumentParser:
     """The options that are not fields of the profile."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = lambda message: _refuse(f"{message[:1].upper()}{message[1:]}.", command)
     default, listed = {"run": "cpu", "plan": "all"}[command], ", ".join(names)
     parser.add_argument("--profile", default=default, help=f"one of {listed} (default: {default})")
     parser.add_argument("--config", help="YAML file of options, which those given here override")
@@ -78,39 +81,26 @@ def _words_of_file(path: str) -> list[str]:
     return words
 
 
-def _check_known(words: list[str], flags: dict[str, str], command: str) -> None:
-    for word in (word.partition("=")[0] for word in words if word.startswith("--")):
-        if word not in flags:
-            close = difflib.get_close_matches(word, [f for f in flags if "_" not in f], n=3)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise UserError(
-                f"There is no option {word}.{hint} `python -m irpo_utils {command} --help` lists "
-                "them."
-            )
+def _optional(kind):
+    """A type that also takes `none`; for a number `all` means the same."""
+
+    def read(word: str):
+        nothing = word.lower() == "none" or (word == "all" and kind is int)
+        return None if nothing else kind(word)
+
+    read.__name__ = kind.__name__  # argparse names it in its messages
+    return read
 
 
-def _split_off_none(words: list[str]) -> tuple[list[str], dict]:
-    """Take out `--option none`; for a number `all` means the same."""
-    from irpo_utils.profiles import Profile
-
-    kinds, rest, changes = Profile.__annotations__, [], {}
-    for word in words:
-        option, equals, value = word.partition("=")
-        if not equals and rest and rest[-1].startswith("--"):  # a value after its option
-            option, value = rest[-1], word
-        name = option[2:].replace("-", "_") if option.startswith("--") else ""
-        kind = kinds.get(name, "")
-        if "None" in kind and (value.lower() == "none" or (value == "all" and "int" in kind)):
-            changes[name] = None
-            rest = rest if equals else rest[:-1]
-        else:
-            rest.append(word)
-            changes.pop(name, None)  # the last one counts
-    return rest, changes
+def _refuse_unknown(word: str, parser: argparse.ArgumentParser, command: str):
+    option = word.partition("=")[0]
+    known = [flag for flag in parser._option_string_actions if "_" not in flag]
+    close = difflib.get_close_matches(option, known, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    _refuse(f"There is no option {option}.{hint}", command)
 
 
 def _refuse(message: str, command: str):
     raise UserError(
-        f"{message[:1].upper()}{message[1:]}. `python -m irpo_utils {command} --help` lists the "
-        "options and what they take."
+        f"{message} `python -m irpo_utils {command} --help` lists the options and what they take."
     )
