@@ -121,7 +121,7 @@ def run(arguments: list[str]) -> None:
     metrics = pandas.DataFrame(runs.run(profile, options.out, progress=not options.quiet))
     if processes.is_first():
         figure = plots.accuracy_per_iteration(metrics)
-        record = {"command": _command("run", arguments), "seed": profile.seed, **environment()}
+        record = {"seed": profile.seed, **environment()}
         plots.save(figure, options.out, "accuracy_per_iteration", metrics, record)
         path = Path(options.out) / "accuracy_per_iteration.png"
         print(f"\n{accuracy_table(metrics)}\n\nFigure: {path}")
@@ -189,8 +189,8 @@ def plot(arguments: list[str]) -> None:
         runs.check_path(getattr(options, name), name)
     metrics, summary, record = runs.collect(options.runs)
     figure = plots.accuracy_per_iteration(metrics, summary)
-    record = {"command": _command("plot", arguments), **record}
-    plots.save(figure, options.out, options.name, metrics, record)
+    command = " ".join(["python -m irpo_utils plot", *arguments])
+    plots.save(figure, options.out, options.name, metrics, {"command": command, **record})
     summary.to_csv(Path(options.out) / f"{options.name}_mean.csv", index=False)
     print(f"{accuracy_table(summary)}\n\nFigure: {Path(options.out) / options.name}.png")
 
@@ -203,22 +203,20 @@ def accuracy_table(metrics) -> str:
     """Accuracy per iteration as text, with 95 % intervals."""
     titles = {"greedy": "greedy", "sampled": "sampled", "majority": "majority vote"}
     titles |= {"pass_at_k": "pass@k", "mean_tokens": "tokens"}
-    titles = {name: title for name, title in titles.items() if name in set(metrics.metric)}
-    lines = [f"{'':8}" + "".join(f"{title:>24}" for title in titles.values())]
-    for t, rows in metrics.groupby("iteration"):
-        cells = []
-        for name in titles:
-            found = rows[rows.metric == name].sort_values("k")
-            cells.append(_cell(found.iloc[-1]) if len(found) else "")
-        lines.append(f"M_{t:<6}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
+    rows = metrics[metrics.metric.isin(titles)].sort_values("k")
+    rows = rows.drop_duplicates(["iteration", "metric"], keep="last")  # the largest k
+    rows = rows.astype({"low": float, "high": float})  # None is NaN
+    rows["cell"] = rows.apply(_cell, axis=1)
+    table = rows.pivot(index="iteration", columns="metric", values="cell").fillna("")
+    table = table[[name for name in titles if name in table]].rename(columns=titles)
+    table = table.set_axis([f"M_{t}" for t in table.index]).rename_axis(columns=None)
+    return table.to_string(col_space=24)
 
 
 def _cell(row) -> str:
     if row.metric == "mean_tokens":
         return f"{row.value:.1f}"
-    known = row.low is not None and row.low == row.low  # NaN is not equal to itself
-    interval = f" ({100 * row.low:.1f}-{100 * row.high:.1f})" if known else ""
+    interval = f" ({100 * row.low:.1f}-{100 * row.high:.1f})" if row.low == row.low else ""
     k = f" @{int(row.k)}" if row.metric in ("majority", "pass_at_k") else ""
     return f"{100 * row.value:.1f}{interval}{k}"
 
@@ -238,7 +236,3 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # optional kernels not found
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-
-
-def _command(name: str, arguments: list[str]) -> str:
-    return " ".join(["python -m irpo_utils", name, *arguments])
