@@ -89,16 +89,12 @@ def accuracy_per_iteration(metrics: pd.DataFrame, intervals=None) -> TextFigure:
     """Greedy, majority and sampled accuracy of M_0 to M_T, seeds as thin lines, 95 % intervals.
 
     `intervals`: means with `low` and `high` by `metric` and `iteration`, instead of `summarise`.
-    The axis ends at 100 %, or above the data if all accuracies are below `LOW_ACCURACY`.
     """
-    figure, axes = new_figure(6.6, 4.2)
+    questions = f"% of {metrics[metrics.metric == 'greedy'].n.max():.0f} questions"
     colours = {"greedy": BLUE, "majority": GREEN, "sampled": ORANGE}
-    lines = _draw_metrics(axes, metrics, colours, intervals=intervals)
-    questions = f"{metrics[metrics.metric == 'greedy'].n.max():.0f} questions"
-    _label_iterations(axes, f"Accuracy (% of {questions})", PERCENT)
-    if axes.dataLim.y1 < LOW_ACCURACY:
-        axes.set_ylim(0, max(1.25 * axes.dataLim.y1, LOW_ACCURACY / 2))
-    return finish(figure, f"Accuracy per iteration (% of {questions})", {"": lines})
+    panels = {"": (f"Accuracy ({questions})", PERCENT, colours)}
+    title = f"Accuracy per iteration ({questions})"
+    return _over_iterations(metrics, title, panels, intervals=intervals)
 
 
 def accuracy_by_steps(metrics: pd.DataFrame) -> TextFigure:
@@ -109,53 +105,44 @@ def accuracy_by_steps(metrics: pd.DataFrame) -> TextFigure:
         raise UserError(
             "There is no metric greedy_steps_...: the questions have no column `steps`."
         )
-    figure, axes = new_figure(6.6, 4.2)
-    colours = dict(zip(names, shades(len(names)), strict=True))
-    lines = _draw_metrics(axes, metrics, colours, show_seeds=False)
-    _label_iterations(axes, "Greedy accuracy (%)", PERCENT)
-    return finish(figure, "Greedy accuracy by number of steps and iteration (%)", {"": lines})
+    panels = {"": ("Greedy accuracy (%)", PERCENT, shades(names))}
+    title = "Greedy accuracy by number of steps and iteration (%)"
+    return _over_iterations(metrics, title, panels, show_seeds=False)
 
 
 def lengths_per_iteration(metrics: pd.DataFrame) -> TextFigure:
     """Mean length of sampled and of greedy completions per iteration, in tokens."""
-    figure, axes = new_figure(6.6, 3.6)
     colours = {"mean_tokens": ORANGE, "greedy_mean_tokens": BLUE}
-    lines = _draw_metrics(axes, metrics, colours)
-    _label_iterations(axes, "Length (tokens per completion)", ylim=(0, None))
-    return finish(figure, "Mean length per iteration (tokens per completion)", {"": lines})
+    panels = {"": ("Length (tokens per completion)", (0, None), colours)}
+    return _over_iterations(metrics, "Mean length per iteration (tokens per completion)", panels)
 
 
 def warning_numbers(metrics: pd.DataFrame) -> TextFigure:
     """Early signs of a collapse: KL(M_t || M_{t-1}) and log-probabilities of chosen completions."""
-    figure, (left, right) = new_figure(9.6, 3.6, panels=2)
-    kl = _draw_metrics(left, metrics, {"kl_to_previous": BLUE})
-    _label_iterations(left, "KL to the previous model\n(nats per completion)", ylim=(0, None))
+    kl, chosen = "KL to the previous model", "log-probability of chosen"
     colours = {"chosen_logp_per_token": BLUE, "chosen_logp_per_token_before": GREY}
-    chosen = _draw_metrics(right, metrics, colours)
-    _label_iterations(right, "Log-probability of chosen\n(nats per token)")
-    panels = {"KL (nats per completion)": kl, "log-probability of chosen (nats per token)": chosen}
-    return finish(figure, "Warning numbers per iteration", panels)
+    panels = {
+        kl: ("Nats per completion", (0, None), {"kl_to_previous": BLUE}),
+        chosen: ("Nats per token", (None, None), colours),
+    }
+    return _over_iterations(metrics, "Warning numbers per iteration (nats)", panels)
 
 
 def diversity(metrics: pd.DataFrame) -> TextFigure:
     """pass@k for every k that all iterations have, and distinct answers in k completions."""
-    figure, (left, right) = new_figure(9.6, 3.8, panels=2)
-    ks = _common_ks(metrics, "pass_at_k", needed=True)
-    colours = zip(ks, shades(len(ks)), strict=True)
-    passed = [_draw_metric(left, metrics, "pass_at_k", c, k, show_seeds=False) for k, c in colours]
-    _label_iterations(left, "Questions solved by one of k (%)", PERCENT)
-    distinct = _draw_metrics(right, metrics, {"distinct_answers": BLUE})
-    _label_iterations(right, "Distinct answers per question", ylim=(0, None))
-    panels = {"questions solved (%)": passed, "distinct answers": distinct}
-    return finish(figure, "Diversity per iteration", panels)
+    solved = shades([("pass_at_k", k) for k in _common_ks(metrics, "pass_at_k", needed=True)])
+    panels = {
+        "questions solved by one of k": ("Questions (%)", PERCENT, solved),
+        "distinct answers": ("Answers per question", (0, None), {"distinct_answers": BLUE}),
+    }
+    return _over_iterations(metrics, "Diversity per iteration", panels, show_seeds=False)
 
 
-def training_curves(logs: dict[str, pd.DataFrame], window: int = 1) -> TextFigure:
+def training_curves(logs: dict[str, pd.DataFrame]) -> TextFigure:
     """Log-probabilities of chosen and rejected over steps, and their difference (figures 2 to 4).
 
     `logs`: name of a run -> table with `step`, `logps/chosen` and `logps/rejected` (sums over a
-    completion, nats), such as training_log.jsonl; each run gets a panel. `window`: rows of a
-    running mean; with more than one, the rows themselves are a thin line.
+    completion, nats), such as training_log.jsonl; each run gets a panel.
     """
     needed = {"step", CHOSEN, REJECTED}
     if not logs or not all(needed <= set(log) for log in logs.values()):
@@ -164,9 +151,9 @@ def training_curves(logs: dict[str, pd.DataFrame], window: int = 1) -> TextFigur
     panels, differences = {}, []
     for axes, colour, (name, log) in zip(figure.axes, cycle(COLOURS), logs.items(), strict=False):
         step, chosen, rejected = log["step"], log[CHOSEN], log[REJECTED]
-        dashed = draw_line(axes, step, rejected, "rejected", ORANGE, window, linestyle="--")
-        panels[name] = [draw_line(axes, step, chosen, "chosen", BLUE, window), dashed]
-        differences.append(draw_line(others[-1], step, chosen - rejected, name, colour, window))
+        dashed = draw_line(axes, step, rejected, "rejected", ORANGE, linestyle="--")
+        panels[name] = [draw_line(axes, step, chosen, "chosen", BLUE), dashed]
+        differences.append(draw_line(others[-1], step, chosen - rejected, name, colour))
     for axes in others[:-1]:
         axes.sharey(first)
     panels["chosen − rejected"] = differences
@@ -260,14 +247,11 @@ def new_figure(width: float, height: float, panels: int = 1):
     return figure, axes if panels > 1 else axes[0]
 
 
-def draw_line(axes, x, y, label, colour, window=1, **style) -> Line:
-    """One line; with a window, a running mean over that many points, and the points thin behind."""
-    x, y = np.asarray(x, float), pd.Series(np.asarray(y, float))
-    if window > 1:
-        axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3, label="_rows")
-        y = y.rolling(window, min_periods=1, center=True).mean()
+def draw_line(axes, x, y, label, colour, **style) -> Line:
+    """One line without markers."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
     axes.plot(x, y, color=colour, label=label, linewidth=2, markersize=5, **style)
-    return Line(x, y.to_numpy(), label, colour, f"{y.iloc[0]:.1f} to {y.iloc[-1]:.1f}")
+    return Line(x, y, label, colour, f"{y[0]:.1f} to {y[-1]:.1f}")
 
 
 def draw_points(axes, x, y, label, colour, band=(), **style) -> Line:
@@ -308,16 +292,33 @@ def metric_keys(metrics: pd.DataFrame) -> list[str]:
     return [name for name in ("method", "iteration", "split", "metric", "k") if name in metrics]
 
 
-def shades(n: int) -> list:
-    """n colours in order from dark to light, none too light for white paper."""
-    return list(matplotlib.colormaps["viridis"](np.linspace(0.05, 0.75, n)))
+def shades(names: list) -> dict:
+    """A colour for each name, in order from dark to light, none too light for white paper."""
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.75, len(names)))
+    return dict(zip(names, colours, strict=True))
 
 
-def _draw_metrics(axes, metrics, colours: dict[str, str], **options) -> list[Line]:
-    """Each metric as a line; all but the first are left out if not every iteration has them."""
-    first = next(iter(colours))
-    shown = {m: c for m, c in colours.items() if m == first or _common_ks(metrics, m)}
-    return [_draw_metric(axes, metrics, m, colour, **options) for m, colour in shown.items()]
+def _over_iterations(metrics, title: str, panels: dict[str, tuple], **options) -> TextFigure:
+    """A figure over iterations; `options`: of `_draw_metric`.
+
+    `panels`: name -> (y label, y limits, colours of the metrics or of (metric, k)). In a panel, all
+    metrics but the first are left out if not every iteration has them. Axes in per cent end at 100,
+    or above the data if these are all below `LOW_ACCURACY`.
+    """
+    figure, _ = new_figure(3.6 + 3 * len(panels), 3.9, panels=len(panels))
+    drawn = {}
+    for axes, (name, (ylabel, ylim, colours)) in zip(figure.axes, panels.items(), strict=True):
+        lines = drawn[name] = []
+        for key, colour in colours.items():
+            metric, k = key if isinstance(key, tuple) else (key, None)
+            if not lines or _common_ks(metrics, metric):
+                lines.append(_draw_metric(axes, metrics, metric, colour, k, **options))
+        axes.set(xlabel="Iteration t (model $M_t$)", ylabel=ylabel, ylim=ylim)
+        axes.set_title(name[:1].upper() + name[1:], fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if ylim == PERCENT and axes.dataLim.y1 < LOW_ACCURACY:
+            axes.set_ylim(0, max(1.25 * axes.dataLim.y1, LOW_ACCURACY / 2))
+    return finish(figure, title, drawn)
 
 
 def _draw_metric(axes, metrics, metric, colour, k=None, intervals=None, show_seeds=True) -> Line:
@@ -346,11 +347,6 @@ def _draw_metric(axes, metrics, metric, colour, k=None, intervals=None, show_see
     rows = means.to_dict("records")
     numbers = (f"M_{row['iteration']} {number_with_interval(row, scale)}" for row in rows)
     return line._replace(numbers=", ".join(numbers))
-
-
-def _label_iterations(axes, ylabel: str, ylim=(None, None)) -> None:
-    axes.set(xlabel="Iteration t (model $M_t$)", ylabel=ylabel, ylim=ylim)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _name_line_ends(axes, lines: list[Line]) -> None:
