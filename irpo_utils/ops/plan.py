@@ -32,9 +32,8 @@ OVERVIEW = ("cpu", "T4-16GB", "RTX4090-24GB", "A100-80GB", "H200-141GB")
 NODE = 8  # GPUs of a node
 RESERVE = 0.05  # share of the memory that stays free: the allocator cannot use every gap
 PAIR_SHARE = 0.75  # of the possible pairs: 0.58 to 0.86 in notebooks/shipped_run
-KL_QUESTIONS = 256  # as in `iteration`
-PREFILL, ROOM = 32, 16  # prompts prefilled at once, and spare columns of the cache, when decoding
 SCORED = 2**28  # logits that `logprobs.score` computes at once, of at most 64 rows
+PREFILL, ROOM = 32, 16  # prompts prefilled at once, and spare columns of the cache, when decoding
 
 # A row of the plan: peak bytes on one GPU; tokens and hours of all iterations, and their cost.
 Stage = namedtuple("Stage", "name memory tokens tokens_at_most hours hours_at_most cost")
@@ -207,11 +206,10 @@ class Estimate:
         return min(possible, self.p.max_pairs or math.inf)
 
     def evaluations(self) -> list[tuple[int, int, int]]:
-        """(questions, completions of each, times): greedy, for KL, sampled at the ends, between."""
+        """(questions, completions of each, times): greedy, sampled at both ends, and between."""
         p, n, last = self.p, self.n_eval, self.p.iterations
-        draws = [(n, 1, last + 1), (min(KL_QUESTIONS, n), 1, last)]
-        draws += [(n, p.eval_samples_ends, min(2, last + 1)), (n, p.eval_samples, last - 1)]
-        return [draw for draw in draws if draw[2] > 0]
+        draws = [(n, 1, last + 1), (n, p.eval_samples_ends, min(2, last + 1))]
+        return [*draws, (n, p.eval_samples, last - 1)] if last > 1 else draws
 
     def memory(self) -> dict[str, float]:
         """Peak bytes per stage on one GPU, for the longest prompts and completions."""
@@ -224,8 +222,8 @@ class Estimate:
         if self.engine == "vllm":  # a server for each node, which stays there during training
             fixed += self.machine.libraries + (self.frozen + max(drawing, evaluating)) / self.served
             drawing = evaluating = 0
-        rows = max(1, min(64, SCORED // ((self.new + 1) * s.vocabulary)))
-        logits = rows * (self.new + 1) * s.vocabulary * (self.width + 8)
+        rows = max(1, min(64, SCORED // (self.new * s.vocabulary)))
+        logits = rows * self.new * s.vocabulary * (self.width + 8)
         scoring = logits + self.forward_bytes(rows * (self.prompt + self.new))
         # Gradients in fp32, again for a repeated step, and two moments of each adapter weight.
         learning = (8 + (2 if "8bit" in p.optimizer else 8)) * s.lora(p.lora_r) / parts
@@ -285,9 +283,7 @@ class Estimate:
         last, evaluations = self.p.iterations, self.evaluations()
         drawn = (self.questions, self.p.n_samples, last if self.draws else 0)
         tokens, seconds = self.training_work(self.pairs(share), length)
-        scored = last * min(KL_QUESTIONS, self.n_eval) * (self.size.prompt + length)
         evaluating = sum(self.decoding_seconds(*draw, length) for draw in evaluations)
-        evaluating += self.forward_seconds(scored, self.ranks)
         return {
             "sampling": (length * math.prod(drawn), self.decoding_seconds(*drawn, length)),
             "training": (last * tokens, last * seconds),
@@ -295,15 +291,14 @@ class Estimate:
         }
 
     def decoding_seconds(self, questions: int, n: int, times: int, length: float) -> float:
-        """Each prompt once; then steps of all rows: weights, cache, and the layers' overhead."""
+        """Steps of all rows: weights, cache, and the layers' overhead. Prompts are left out."""
         here = questions * n / self.draw_on
         rows = min(self.rows(questions, n), max(1, here))
         cache = rows * (self.size.prompt + length / 2) * self.token / self.machine.bandwidth
         # The plain engine does not refill rows: a batch lasts as long as a completion can be.
         waiting = self.p.max_new_tokens / length if self.engine == "plain" else 1
         step = self.product_seconds(rows) + cache + waiting * self.overhead_seconds(self.engine)
-        prefill = self.forward_seconds(questions * self.size.prompt, self.draw_on)
-        return times * (here / rows * length * step + prefill)
+        return times * here / rows * length * step
 
     def training_work(self, pairs: float, length: float) -> tuple[float, float]:
         """(tokens, seconds) of one iteration, the reference's log-probabilities included.
@@ -314,7 +309,7 @@ class Estimate:
         p, length = self.p, min(length, self.new)
         if p.keep_pairs and not self.online:
             pairs *= (p.iterations + 1) / 2  # those of 1 to T iterations
-        shown, prompts, reference = pairs * p.epochs, 1, 2 * pairs * (self.size.prompt + length)
+        shown, prompts, reference = pairs * p.epochs, 1, pairs * 2 * (self.size.prompt + length)
         if self.online:
             shown, prompts, reference = pairs, 2, 0
         elif p.max_steps > 0:
@@ -325,8 +320,8 @@ class Estimate:
         each = step * self.batch / self.micro / self.ranks
         sent = self.sent_per_step() / self.link
         seconds = shown / self.batch * (max(each, sent) if p.shard else each + sent)
-        tokens = shown * (prompts * self.size.prompt + 2 * length)
-        return tokens, seconds + self.forward_seconds(reference, self.ranks)
+        seconds += 2 * self.shape.linear * reference / self.machine.flops[self.dtype] / self.ranks
+        return shown * (prompts * self.size.prompt + 2 * length), seconds
 
     def overhead_seconds(self, engine: str) -> float:
         """What all layers add to a step of decoding, or to a pass of training."""
@@ -339,10 +334,6 @@ class Estimate:
         weight = NF4_BYTES + 2 * self.width if self.nf4 else self.width
         read = s.linear * weight + s.head * self.width
         return max(read / m.bandwidth, 2 * (s.linear + s.head) * tokens / m.flops[self.dtype])
-
-    def forward_seconds(self, tokens: float, devices: int) -> float:
-        """So many tokens in one forward pass on so many devices, limited by arithmetic."""
-        return 2 * self.shape.linear * tokens / self.machine.flops[self.dtype] / devices
 
 
 def table(made: Plan) -> str:
