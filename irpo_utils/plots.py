@@ -357,10 +357,9 @@ def _name_line_ends(axes, lines: list[Line]) -> None:
     lines = sorted(lines, key=lambda line: line.y[-1])
     low, high = axes.get_ylim()
     row = (high - low) * 13 / (72 * 0.78 * axes.figure.get_figheight())  # a row of text
-    heights = [line.y[-1] for line in lines]
-    for i in range(1, len(lines)):
-        heights[i] = max(heights[i], heights[i - 1] + row)
-    heights = [min(y, high - row * above) for above, y in enumerate(heights[::-1])][::-1]
+    rows = row * np.arange(len(lines))
+    heights = np.maximum.accumulate([line.y[-1] for line in lines] - rows) + rows  # a row apart
+    heights = np.minimum(heights, high - rows[::-1])
     ends = {line.x[-1] for line in lines}
     names_at = axes.get_xlim()[1] if len(ends) > 1 else max(ends, default=0)
     for line, height in zip(lines, heights, strict=True):

@@ -316,7 +316,7 @@ def test_what_is_not_done_takes_nothing():
     )
 
 
-def test_grpo_draws_as_much_and_learns_from_all_of_it_once():
+def test_grpo_draws_as_much_and_learns_about_as_much():
     ours, online = (
         stages(planning.plan(profiles.get("smollm2-360m", method=name), GPU, must_fit=False))
         for name in ("irpo", "grpo")
@@ -324,9 +324,8 @@ def test_grpo_draws_as_much_and_learns_from_all_of_it_once():
     assert online["sampling"] == ours["sampling"] and online["evaluation"] == ours["evaluation"]
     p, size = profiles.get("smollm2-360m"), planning.TASKS["gsm8k"]
     completions = p.iterations * p.n_questions * p.n_samples
-    assert online["training"].tokens == completions * (
-        size.prompt + min(size.completion, p.max_new_tokens)
-    )
+    each = size.prompt + min(size.completion, p.max_new_tokens)
+    assert within(online["training"].tokens, completions * each, 3)
     assert (
         memory(method="grpo", micro_batch_size=None)["training"]
         > 5 * memory(method="grpo", micro_batch_size=2)["training"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ def environment() -> dict:
     return {
         "command": command(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: metadata.version(name) for name in LIBRARIES if find_spec(name)},
         "system": platform.system(),
         "processor": _processor(),
         "cpus": os.cpu_count(),
@@ -64,31 +66,20 @@ def command() -> str:
     return " ".join([name, *sys.argv[1:]])
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _processor() -> str:
+    """The model of the CPU; on Linux `platform` knows only its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found = re.search("model name\\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
     """The commit of this checkout, with "+" if files were changed since."""
-
-    def git(*words):
-        words = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(words, capture_output=True, text=True, timeout=10)
-
+    words = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
-        head = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        done = subprocess.run(
+            words, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return head.stdout.strip() + ("+" if changed else "") if head.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from irpo_utils import UserError, models
@@ -123,17 +122,11 @@ def merge(name: str, adapter: str | Path, folder: str | Path, dtype: str | None 
 def describe(model) -> dict:
     """Type, parameters and precision of a loaded model, for records."""
     base = model.get_base_model()
-    sizes = {name: n_weights(p) for name, p in base.named_parameters() if "lora_" not in name}
+    trained, total = model.get_nb_trainable_parameters()  # also counts weights packed by NF4
     return {
         "type": base.config.model_type,
-        "parameters": sum(sizes.values()),
-        "adapter_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": total - trained,
+        "adapter_parameters": trained,
         "four_bit": bool(getattr(base, "is_loaded_in_4bit", False)),
         "dtype": str(base.dtype).removeprefix("torch."),
     }
-
-
-def n_weights(parameter) -> int:
-    """Number of weights, also of NF4 storage, which packs two into a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()

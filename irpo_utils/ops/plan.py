@@ -157,7 +157,7 @@ class Estimate:
     def __init__(self, p: Profile, shape: Shape, machine: Machine, size: TaskSize):
         self.p, self.shape, self.machine, self.size = p, shape, machine, size
         method, self.room = methods.get(p.method), machine.memory * (1 - RESERVE)
-        self.online = method.train is not None  # GRPO: each completion once, and no reference
+        self.online = method.train is not None  # GRPO: planned as if it trained on pairs
         self.draws = (method.samples or self.online) and p.iterations > 0
         self.engine = p.engine if p.engine in machine.overhead else "plain"
         self.dtype = p.dtype or machine.dtype
@@ -200,8 +200,6 @@ class Estimate:
 
     def pairs(self, share: float) -> float:
         """Pairs of one iteration if `share` of the possible ones can be built."""
-        if self.online:
-            return self.questions * self.p.n_samples / 2
         possible = self.questions * self.p.k_pairs * share if self.draws else self.questions
         return min(possible, self.p.max_pairs or math.inf)
 
@@ -262,7 +260,7 @@ class Estimate:
         compute dtype and twice in fp32.
         """
         s, width, pairs = self.shape, self.width, self.micro
-        two_rows = s.sliding or self.online or self.engine == "plain"  # else prompts are shared
+        two_rows = s.sliding or self.engine == "plain"  # else the completions share a prompt
         positions = pairs * ((2 if two_rows else 1) * prompt + 2 * new)
         layer = self.forward_bytes(positions) + positions * 4 * (
             5 * s.hidden + s.query + s.intermediate
@@ -307,21 +305,18 @@ class Estimate:
         others are computed.
         """
         p, length = self.p, min(length, self.new)
-        if p.keep_pairs and not self.online:
+        if p.keep_pairs:
             pairs *= (p.iterations + 1) / 2  # those of 1 to T iterations
-        shown, prompts, reference = pairs * p.epochs, 1, pairs * 2 * (self.size.prompt + length)
-        if self.online:
-            shown, prompts, reference = pairs, 2, 0
-        elif p.max_steps > 0:
-            shown = p.max_steps * self.batch
+        shown = p.max_steps * self.batch if p.max_steps > 0 else pairs * p.epochs
         positions, layer, _ = self.micro_batch(self.size.prompt, length)
         one_pass = self.product_seconds(positions) + self.overhead_seconds("training")
         step = self.passes * one_pass + 3 * self.shape.layers * layer / self.machine.bandwidth
         each = step * self.batch / self.micro / self.ranks
         sent = self.sent_per_step() / self.link
         seconds = shown / self.batch * (max(each, sent) if p.shard else each + sent)
-        seconds += 2 * self.shape.linear * reference / self.machine.flops[self.dtype] / self.ranks
-        return shown * (prompts * self.size.prompt + 2 * length), seconds
+        reference = 2 * self.shape.linear * pairs * 2 * (self.size.prompt + length)
+        seconds += reference / self.machine.flops[self.dtype] / self.ranks
+        return shown * (self.size.prompt + 2 * length), seconds
 
     def overhead_seconds(self, engine: str) -> float:
         """What all layers add to a step of decoding, or to a pass of training."""

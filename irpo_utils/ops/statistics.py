@@ -56,13 +56,9 @@ def row(metric: str, matrix, k: int = 1) -> dict:
 def share_row(metric: str, matrix, k: int = 1) -> dict:
     """`row`; if all shares are 0 or all are 1, Wilson's interval instead of a point."""
     made = row(metric, matrix, k)
-    made["low"], made["high"] = no_point(made["value"], made["low"], made["high"], made["n"])
+    if made["low"] == made["high"] and made["value"] in (0, 1):
+        made["low"], made["high"] = wilson_interval(round(made["value"] * made["n"]), made["n"])
     return made
-
-
-def no_point(value: float, low: float, high: float, n: int) -> tuple[float, float]:
-    """(low, high), or Wilson's interval where a share of n questions is 0 or 1 for each of them."""
-    return wilson_interval(round(value * n), n) if low == high and value in (0, 1) else (low, high)
 
 
 def mcnemar(correct_a, correct_b) -> dict:
