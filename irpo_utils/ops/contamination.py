@@ -36,21 +36,22 @@ def find(train, evaluation) -> Overlap:
     """The overlap of two sets of questions (rows with `id` and `question`)."""
     train, evaluation = list(train), list(evaluation)
     exact = {_squeezed(row["question"]) for row in train}
-    same = {normalise(row["question"]): row["id"] for row in train}
+    known = {normalise(row["question"]): row["id"] for row in train}
     grams = {gram for row in train for gram in n_grams(row["question"])}
-    overlap, forms = Overlap(len(evaluation)), set()
-    for row in evaluation:
-        form = normalise(row["question"])
-        forms.add(form)
-        overlap.exact += _squeezed(row["question"]) in exact
-        overlap.n_gram += any(gram in grams for gram in n_grams(row["question"]))
-        if form in same:
-            overlap.normalised += 1
-            ids = {"train": same[form], "evaluation": row["id"]}
-            overlap.examples.append({**ids, "question": row["question"]})
-    overlap.examples = overlap.examples[:KEPT]
-    overlap.train_rows = sum(normalise(row["question"]) in forms for row in train)
-    return overlap
+    asked = {normalise(row["question"]) for row in evaluation}
+    examples = [
+        {"train": known[form], "evaluation": row["id"], "question": row["question"]}
+        for row in evaluation
+        if (form := normalise(row["question"])) in known
+    ]
+    return Overlap(
+        questions=len(evaluation),
+        exact=sum(_squeezed(row["question"]) in exact for row in evaluation),
+        normalised=len(examples),
+        train_rows=sum(normalise(row["question"]) in asked for row in train),
+        n_gram=sum(not grams.isdisjoint(n_grams(row["question"])) for row in evaluation),
+        examples=examples[:KEPT],
+    )
 
 
 def check(train, evaluation, allow: bool = False) -> Overlap:
@@ -72,16 +73,12 @@ def check(train, evaluation, allow: bool = False) -> Overlap:
 
 def describe(overlap: Overlap) -> str:
     """One line for the screen."""
+    same = f"{overlap.normalised} evaluation questions ARE training questions, as allowed; "
     share = overlap.n_gram / max(1, overlap.questions)
-    line = (
+    return (same if overlap.normalised else "") + (
         f"{overlap.n_gram} of {overlap.questions} evaluation questions share {N_GRAM} words in a "
         f"row with a training question ({share:.1%})."
     )
-    if overlap.normalised:
-        line = (
-            f"{overlap.normalised} evaluation questions ARE training questions, as allowed; {line}"
-        )
-    return line
 
 
 def n_grams(question: str, n: int = N_GRAM) -> list[tuple[str, ...]]:

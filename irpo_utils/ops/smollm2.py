@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -45,12 +44,7 @@ def convert() -> Path:
     partial = folder.with_suffix(f".partial{os.getpid()}")
     model.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    try:
-        os.replace(partial, folder)
-    except OSError:  # another process was first
-        if not (folder / "config.json").is_file():
-            raise
-        shutil.rmtree(partial)
+    partial.rename(folder)
     return folder
 
 
