@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from accelerate.utils.memory import should_reduce_batch_size
+from huggingface_hub import constants, get_session
 
 from irpo_utils import UserError, models
 
@@ -16,19 +17,15 @@ def limit_waiting() -> None:
 
     Some calls of the library set no limit at all, and wait for a silent server without end.
     """
-    from huggingface_hub import constants, get_session
-
-    def limit(request):
-        seconds, given = constants.HF_HUB_DOWNLOAD_TIMEOUT, request.extensions.get("timeout", {})
-        kinds = ("connect", "read", "write", "pool")
-        limits = {kind: min(given.get(kind) or seconds, seconds) for kind in kinds}
-        request.extensions["timeout"] = limits
-
     session = get_session()
-    if not getattr(session, "waits_within_limit", False):
-        hooks = [*session.event_hooks["request"], limit]
-        session.event_hooks = {**session.event_hooks, "request": hooks}
-        session.waits_within_limit = True
+    hooks = session.event_hooks
+    if _limit not in hooks["request"]:
+        session.event_hooks = {**hooks, "request": [*hooks["request"], _limit]}
+
+
+def _limit(request) -> None:
+    kinds = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = dict.fromkeys(kinds, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 @contextlib.contextmanager
