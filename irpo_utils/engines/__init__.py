@@ -1,10 +1,20 @@
 """How a run computes: `plain` is here, and each module is a faster way with the same results."""
 
-from irpo_utils import models, sampling
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from tqdm.auto import tqdm
+
+from irpo_utils import UserError, models, sampling
 
 
 class Engine:
     """The plain way to load, sample and train; the modules of this folder have subclasses."""
+
+    most = math.inf  # completions in a batch, once memory has run out
 
     def load(self, p, revision: str | None = None, **options):
         """The model and the tokenizer of a profile: M_0. options: others of `models.load`."""
@@ -17,9 +27,37 @@ class Engine:
         models.set_adapter(model, adapter)
 
     def decode(self, model, request: sampling.Request, batch_size: int):
-        """Yield (prompt, sample, tokens, finished, logprob) of every completion, in any order."""
-        return sampling.decode(model, request, batch_size)
+        """Yield (prompt, sample, tokens, finished, logprob) of every completion, in any order.
+
+        Each time that memory runs out, the rest goes on with half the batch, and so do later calls.
+        """
+        waiting = list(range(len(request.prompts)))
+        while waiting:
+            size, drawn = min(batch_size, self.most), set()
+            try:
+                for i, *rest in sampling.decode(model, part_of(request, waiting), size):
+                    drawn.add(waiting[i])
+                    yield waiting[i], *rest
+                return
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if size <= request.n:
+                    raise UserError(
+                        f"Out of memory with the {request.n} completions of a single question. "
+                        "Lower --n-samples or --max-new-tokens, or use a GPU with more memory."
+                    ) from error
+            waiting = [i for i in waiting if i not in drawn]
+            clear_device_cache(garbage_collection=True)
+            self.most = min(self.most, size // 2)  # another core may have lowered it
+            tqdm.write(f"Out of memory: continuing with --sampling-batch-size {self.most}.")
 
     def trainer(self, model):
         """The class that trains this model, or None for `training.IterativeRPOTrainer`."""
         return None
+
+
+def part_of(request: sampling.Request, rows: list[int]) -> sampling.Request:
+    """The request for these of its prompts alone."""
+    prompts, ids = ([column[i] for i in rows] for column in (request.prompts, request.ids))
+    return dataclasses.replace(request, prompts=prompts, ids=ids)

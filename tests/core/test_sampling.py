@@ -53,7 +53,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_greedy_of_other_families_is_generate(kind, engine, task, questions, tmp_path):
-    """With grouped heads, a sliding window shorter than the text, and rows that take turns."""
+    """With grouped heads, and a sliding window shorter than the text."""
     tokenizer = AutoTokenizer.from_pretrained(models.FOLDERS["seed"])
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -260,20 +260,48 @@ def test_an_unknown_engine_is_refused():
         iteration.plugin("engines.warp")
 
 
+# ---------------------------------------------------------------- memory
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_completions(
+    engine, ready, questions, task, monkeypatch, one_thread, capsys
+):
+    """What was drawn before is not drawn again, and later calls begin with the smaller batch."""
+    settings = {"n": 4, "batch_size": 24, "max_new_tokens": 40, "engine": engine}
+    expected = draw(ready, questions, task, **settings)
+    real, asked = sampling._decode_batch, []
+
+    def decode_batch(model, request, part):
+        asked.append([request.ids[i] for i in part])
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        yield from real(model, request, part)
+
+    monkeypatch.setattr(sampling, "_decode_batch", decode_batch)
+    found = draw(ready, questions, task, **settings)
+    assert "continuing with --sampling-batch-size 12" in "".join(capsys.readouterr())
+    assert found["completion_ids"][:] == expected["completion_ids"][:]
+    assert found["id"][:] == expected["id"][:]
+    first, refused, *others = asked
+    assert len(first) == len(refused) == 6 and max(map(len, others)) == 3
+    drawn = [*first, *(name for part in others for name in part)]
+    assert sorted(drawn) == sorted(questions["id"])
+    draw(ready, questions, task, **settings)
+    assert len(asked[-1]) <= 3 and len(asked) == 2 + len(others) + 6
+
+
+def test_out_of_memory_with_one_question_says_what_to_lower(
+    engine, ready, questions, task, monkeypatch
+):
+    def next_tokens(*args):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(sampling, "next_tokens", next_tokens)
+    with pytest.raises(UserError, match="4 completions of a single question.*--n-samples"):
+        draw(ready, questions, task, n=4, batch_size=16, engine=engine)
+
+
 # ---------------------------------------------------------------- the engine of a CPU
-
-
-def test_rows_that_take_turns_have_memory_for_their_keys(fast, task, monkeypatch):
-    """While few rows are free, columns of rows that are over have to be dropped in time."""
-    models.set_adapter(fast[0], None)
-    questions = task.load("validation").select(range(40))
-    settings = {"n": 1, "max_new_tokens": 30, "seed": 5, "temperature": 1.5}
-    expected = draw(fast, questions, task, batch_size=16, **settings)
-    monkeypatch.setattr(cpu, "ROOM", 1)
-    for share, size in ((1 / 4, 16), (3 / 8, 8)):
-        monkeypatch.setattr(cpu, "FREE_SHARE", share)
-        found = draw(fast, questions, task, batch_size=size, engine=cpu.Engine(), **settings)
-        assert found["completion_ids"][:] == expected["completion_ids"][:]
 
 
 def test_samples_do_not_depend_on_the_number_of_cores(fast, questions, task, one_thread):
@@ -300,27 +328,6 @@ def test_an_error_in_one_loop_reaches_the_caller(fast, questions, task, monkeypa
     assert torch.get_num_threads() == 2
 
 
-def test_every_row_is_used_again_while_questions_wait(
-    fast, questions, task, monkeypatch, one_thread
-):
-    """The number of rows computed stays near the number of tokens: rows do not wait for others."""
-    models.set_adapter(fast[0], None)
-    shapes, forward = [], type(fast[0]).forward
-
-    def counting(self, *arguments, **options):
-        shapes.append(tuple(options["input_ids"].shape))
-        return forward(self, *arguments, **options)
-
-    monkeypatch.setattr(type(fast[0]), "forward", counting)
-    samples = draw(fast, questions, task, n=8, batch_size=32, seed=5, engine=cpu.Engine())
-    computed = sum(rows for rows, columns in shapes if columns == 1)
-    assert sum(rows for rows, columns in shapes if columns > 1) == len(questions)
-    lengths = samples["n_tokens"][:]
-    assert sum(lengths) <= computed < 1.6 * sum(lengths)
-    batches = [32 * max(lengths[i : i + 32]) for i in range(0, len(lengths), 32)]
-    assert computed < 0.85 * sum(batches)  # what batches that wait would compute
-
-
 def test_merged_layers_give_the_same_logits_and_leave_no_trace(fast, questions):
     model, tokenizer = fast
     models.set_adapter(model, None)
@@ -337,36 +344,6 @@ def test_merged_layers_give_the_same_logits_and_leave_no_trace(fast, questions):
         assert torch.equal(model(input_ids=ids).logits, apart)
     assert torch.allclose(apart, together, atol=1e-4)
     assert not torch.allclose(zero, apart, atol=1e-2)  # the adapter did matter
-
-
-def test_out_of_memory_halves_the_batch_and_keeps_the_completions(
-    fast, questions, task, monkeypatch
-):
-    models.set_adapter(fast[0], None)
-    settings = {"n": 4, "batch_size": 48, "max_new_tokens": 40, "engine": cpu.Engine()}
-    expected = draw(fast, questions, task, **settings)
-    real, refused, calls = sampling.next_tokens, [], []
-
-    def next_tokens(logits, *args):
-        calls.append(len(logits))
-        if len(logits) > 16 and len(calls) > 12:  # some completions are there by then
-            refused.append(len(logits))
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(logits, *args)
-
-    monkeypatch.setattr(sampling, "next_tokens", next_tokens)
-    found = draw(fast, questions, task, **settings)
-    assert refused and found["completion_ids"][:] == expected["completion_ids"][:]
-    assert found["id"][:] == expected["id"][:]
-
-
-def test_out_of_memory_with_one_question_says_what_to_lower(fast, questions, task, monkeypatch):
-    def next_tokens(*args):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(sampling, "next_tokens", next_tokens)
-    with pytest.raises(UserError, match="4 completions of a single question.*--n-samples"):
-        draw(fast, questions, task, n=4, batch_size=16, engine=cpu.Engine())
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
