@@ -234,13 +234,13 @@ def test_a_run_killed_in_a_stage_resumes_to_the_same_results(unbroken, tmp_path,
 import os, signal
 from irpo_utils import profiles
 from irpo_utils.ops import run, run_directory
-real = run_directory.RunDirectory.stage
-def stage(self, t, name, make, save):
-    def save_and_die(content, folder):
-        save(content, folder)
+real = run_directory.RunDirectory.put
+def put(self, place, write, about=None):
+    def write_and_die(folder):
+        write(folder)
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, t, name, make, save_and_die if (t, name) == ({t}, {stage!r}) else save)
-run_directory.RunDirectory.stage = stage
+    return real(self, place, write_and_die if place == self.folder({t}) / {stage!r} else write, about)
+run_directory.RunDirectory.put = put
 run.run(profiles.get("smoke", **{SMOKE!r}), {str(out)!r}, progress=False)
 """
     killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

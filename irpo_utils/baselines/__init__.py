@@ -6,7 +6,10 @@ import random
 import zlib
 from collections import Counter
 
+from irpo_utils import UserError
 from irpo_utils.methods import METHODS, SFT, Method
+from irpo_utils.profiles import Profile
+from irpo_utils.scale import processes
 from irpo_utils.training import LOSSES
 
 
@@ -45,6 +48,16 @@ def never(rows: list[dict]) -> list[float]:
     return [0.0 for _ in rows]
 
 
+def check_group(p: Profile) -> None:
+    """Refuse GRPO with one completion per question, or in several processes."""
+    if p.n_samples < 2 or processes.count() > 1:
+        raise UserError(
+            f"--method {p.method} compares the completions of a question in one process: "
+            "--n-samples must be at least 2, and the command must run without a launcher such as "
+            "torchrun."
+        )
+
+
 def by_grpo(*arguments):
     """See `grpo.train`; imported late, because TRL's trainer takes seconds to load."""
     from irpo_utils.baselines import grpo
@@ -61,33 +74,26 @@ def dpo_nll_per_token(pairs, alpha: float, beta: float):
 
 LOSSES["dpo_nll_per_token"] = dpo_nll_per_token
 METHODS.update(
-    {
-        "shuffled": Method("Random labels", "control", reward=at_random),
-        "few_shot": Method(
-            "M0 with four examples",
-            "Wei et al. 2022, arXiv 2201.11903",
-            {"iterations": 0},
-            examples=4,
-        ),
-        "self_consistency": Method(
-            "Majority as reward", "after Prasad et al. 2024, arXiv 2411.04109", reward=by_majority
-        ),
-        "self_rewarding": Method(
-            "Own likelihood as reward",
-            "after Yuan et al. 2024, arXiv 2401.10020",
-            reward=by_own_likelihood,
-        ),
-        # Without the paper's own loss: `alpha` adds an NLL term that SPIN does not have.
-        "spin": Method(
-            "Gold vs. sampled (SPIN-style)",
-            "after Chen et al. 2024, arXiv 2401.01335",
-            {"gold": True},
-            reward=never,
-        ),
-        "grpo": Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo),
-        "irpo_lucky": Method("Iterative RPO, lucky chosen", "control", reward=by_luck),
-        "star_lucky": Method(
-            "Rejection-sampling SFT, lucky chosen", "control", SFT, reward=by_luck
-        ),
-    }
+    shuffled=Method("Random labels", "control", reward=at_random),
+    few_shot=Method(
+        "M0 with four examples", "Wei et al. 2022, arXiv 2201.11903", {"iterations": 0}, examples=4
+    ),
+    self_consistency=Method(
+        "Majority as reward", "after Prasad et al. 2024, arXiv 2411.04109", reward=by_majority
+    ),
+    self_rewarding=Method(
+        "Own likelihood as reward",
+        "after Yuan et al. 2024, arXiv 2401.10020",
+        reward=by_own_likelihood,
+    ),
+    # Without the paper's own loss: `alpha` adds an NLL term that SPIN does not have.
+    spin=Method(
+        "Gold vs. sampled (SPIN-style)",
+        "after Chen et al. 2024, arXiv 2401.01335",
+        {"gold": True},
+        reward=never,
+    ),
+    grpo=Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo),
+    irpo_lucky=Method("Iterative RPO, lucky chosen", "control", reward=by_luck),
+    star_lucky=Method("Rejection-sampling SFT, lucky chosen", "control", SFT, reward=by_luck),
 )

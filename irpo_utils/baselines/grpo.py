@@ -18,9 +18,9 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from irpo_utils import UserError, grading, iteration, models, sampling, training
+from irpo_utils import grading, iteration, models, sampling, training
+from irpo_utils.baselines import check_group
 from irpo_utils.profiles import Profile
-from irpo_utils.scale import processes
 
 COLUMNS = ["step", "loss", "reward", "grad_norm", "learning_rate", "tokens", "seconds"]
 
@@ -88,11 +88,7 @@ def train(model, tokenizer, questions, task, p: Profile, seed: int) -> Dataset:
     of their group. The loss is a mean over all tokens of the batch (in the paper first one per
     completion). Returns the log: one row per optimiser step, with the columns `COLUMNS`.
     """
-    if p.n_samples < 2 or processes.count() > 1:
-        raise UserError(
-            "GRPO compares the completions of a question in one process: --n-samples must be at "
-            "least 2, and the command must run without a launcher such as torchrun."
-        )
+    check_group(p)
     with tempfile.TemporaryDirectory() as folder, training._restored(model) as trained:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that `rollout_func` is experimental

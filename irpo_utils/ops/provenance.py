@@ -10,23 +10,31 @@ from tqdm.auto import tqdm
 
 from irpo_utils import UserError
 from irpo_utils.ops import checksums
+from irpo_utils.scale import processes
 
 
 def is_there(place: Path, record: dict[str, str]) -> bool:
-    """Whether an artefact is sound and was made from `record`; says so if there is another one."""
-    found = checksums.read(place)
-    if found is None:
-        if place.exists():
-            tqdm.write(f"{place} is damaged (its checksums do not match): it is made again.")
+    """Whether an artefact is sound and was made from `record`; says so if there is another one.
+
+    The first process decides, so that all do the same.
+    """
+    return processes.from_first(lambda: _is_there(place, record))
+
+
+def _is_there(place: Path, record: dict[str, str]) -> bool:
+    if not place.exists():
         return False
-    if (made_from := found.get("inputs")) == record:
+    if (found := checksums.read(place)) is None:
+        fault = "is damaged (its checksums do not match)"
+    elif (made_from := found.get("inputs")) is None:
+        fault = "does not say what it was made from"
+    elif made_from != record:
+        names = {*record, *made_from}
+        other = sorted(name for name in names if made_from.get(name) != record.get(name))
+        fault = f"was made from other {', '.join(other)}"
+    else:
         return True
-    if made_from is None:
-        tqdm.write(f"{place} does not say what it was made from: it is made again.")
-        return False
-    names = {*record, *made_from}
-    other = sorted(name for name in names if made_from.get(name) != record.get(name))
-    tqdm.write(f"{place} was made from other {', '.join(other)}: it is made again.")
+    tqdm.write(f"{place} {fault}: it is made again.")
     return False
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 from pathlib import Path
 
@@ -32,7 +31,6 @@ __all__ = [
     "read_profile",
     "run",
 ]
-assert baselines  # adds its methods to the table
 
 
 def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
@@ -41,14 +39,13 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     Raises `UserError` for mistakes before anything is written, for an `out` that was made with
     other settings or is in use, and for what the stages refuse.
     """
-    check_path(out, "out")
     hub.limit_waiting()
     datasets.disable_caching()  # else a shuffle adds a file to the artefact that it reads
     processes.wait()  # joins the processes, if there are several
     progress = progress and processes.is_first()
     p = methods.apply(profile)
     overlap = check(p, out)
-    keep = RunDirectory(out, progress)
+    keep = RunDirectory(out)
     with keep.lock():
         keep.write_json(keep.out / "contamination.json", dataclasses.asdict(overlap))
         if progress:
@@ -76,12 +73,8 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
             f"--report-to {p.report_to} needs that package: `pip install {p.report_to}`."
         )
     methods.check_start(p)
-    if method.train and (p.n_samples < 2 or processes.count() > 1):
-        raise UserError(
-            f"--method {p.method} compares the completions of a question in one process: "
-            "--n-samples must be at least 2, and the command must run without a launcher such as "
-            "torchrun."
-        )
+    if method.train:
+        baselines.check_group(p)
     if (p.gold or not (method.samples or method.train)) and not any(
         row.get("solution") for row in train
     ):
@@ -110,13 +103,7 @@ def load_model(p: Profile):
 def engine_of(p: Profile) -> Engine:
     """The engine of the profile, for the processes of this run; its errors name cause and fix."""
     engine = iteration.plugin(f"engines.{p.engine}").Engine()
-    load = engine.load
-
-    def load_explained(p: Profile, revision: str | None = None, **options):
-        with hub.explained(p.model):
-            return load(p, revision, **options)
-
-    engine.load = load_explained
+    engine.load = hub.explained(p.model)(engine.load)
     if p.shard:
         from irpo_utils.scale import fsdp
 
@@ -163,40 +150,6 @@ def evaluate_run(
     hub.limit_waiting()
     p = read_profile(run)
     wanted = iterations if iterations is not None else sorted({0, p.iterations})
-    _check_iterations(run, p, wanted, k)
-    folder = Path(out) if out else Path(run) / "evaluations"
-    check_path(folder, "out")
-    data = data or (p.data if task in (None, p.task) else None)
-    changed = {"task": task or p.task, "data": data, "eval_split": split or p.eval_split}
-    changed |= {"allow_overlap": allow_overlap or p.allow_overlap, "shard": False}
-    now = dataclasses.replace(p, n_eval_questions=None, **changed)
-    keep, first = _OtherEvaluation(run, p, now), processes.is_first()
-    stages, rows, greedy = iteration.Stages(now, keep, engine_of(now), first), [], {}
-    for t in wanted:
-        stages.engine.use(stages.model, keep.adapter(t))
-        draw = functools.partial(stages.draw, stages.eval_questions, seed=stages.seed(0, 4))
-        parts = draw(n=1, temperature=0.0), draw(n=k, temperature=p.eval_temperature)
-        both = evaluation.graded(*parts, stages.task)
-        greedy[t], sampled = both["greedy"], both["sampled"]
-        head = {"method": p.method, "seed": p.seed, "iteration": t, "split": now.eval_split}
-        made = evaluation.score(greedy[t], sampled, k)
-        made += statistics.further_rows(greedy[t], sampled, k, stages.eval_questions)
-        rows += [head | row for row in made]
-        if first:  # after each one: an interrupt keeps what is there
-            folder.mkdir(parents=True, exist_ok=True)
-            table = folder / f"{now.task}_{now.eval_split}.csv"
-            pandas.DataFrame(rows).to_csv(table, index=False)
-    text = pandas.DataFrame(rows).to_string(index=False)
-    if len(wanted) > 1:
-        ends = greedy[wanted[0]], greedy[wanted[-1]]
-        correct = [list(evaluation.correct_per_question(rows).values()) for rows in ends]
-        difference = evaluation.compare(*ends)
-        difference["p_mcnemar"] = statistics.mcnemar(*correct)["p"]
-        text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
-    return text
-
-
-def _check_iterations(run: str | Path, p: Profile, wanted: list[int], k: int) -> None:
     if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
         raise UserError(
             f"--k must be at least 1, and --iterations from 0 to {p.iterations}, the last of {run}."
@@ -205,36 +158,75 @@ def _check_iterations(run: str | Path, p: Profile, wanted: list[int], k: int) ->
         adapter = Path(run) / f"iteration_{t}" / "adapter"
         if (t > 0 or p.start) and checksums.read(adapter) is None:
             raise UserError(f"{adapter} is missing or damaged. Run the command of {run} again.")
+    folder = Path(out) if out else Path(run) / "evaluations"
+    check_path(folder, "out")
+    now = dataclasses.replace(
+        p,
+        task=task or p.task,
+        data=data or (p.data if task in (None, p.task) else None),
+        eval_split=split or p.eval_split,
+        n_eval_questions=None,
+        eval_samples=k,
+        eval_samples_ends=k,
+        allow_overlap=allow_overlap or p.allow_overlap,
+        shard=False,
+    )
+    keep = _Evaluation(run, p, folder / f"{now.task}_{now.eval_split}.csv")
+    stages = iteration.Stages(now, keep, engine_of(now), processes.is_first())
+    for t in wanted:
+        stages.evaluate(t)
+    text = pandas.DataFrame(keep.rows).to_string(index=False)
+    if len(wanted) > 1:
+        ends = keep.greedy[wanted[0]], keep.greedy[wanted[-1]]
+        correct = [list(evaluation.correct_per_question(rows).values()) for rows in ends]
+        difference = evaluation.compare(*ends)
+        difference["p_mcnemar"] = statistics.mcnemar(*correct)["p"]
+        text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
+    return text
 
 
-class _OtherEvaluation(Folder):
-    """The adapters of a finished run, for other evaluation questions; nothing is stored in it."""
+class _Evaluation(Folder):
+    """The adapters of a finished run `out`; the metrics of new questions go into `table_path`."""
 
-    def __init__(self, run, p: Profile, now: Profile):
-        super().__init__(run)
-        self.p, self.now = p, now
+    def __init__(self, out: str | Path, p: Profile, table_path: Path):
+        super().__init__(out)
+        self.p, self.table_path, self.rows, self.greedy = p, table_path, [], {}
         self.known = inputs(self.out)
         self.start = self.folder(0) / "adapter" if p.start else None
         self.revision = export.commit_of(self.known.get("model"))
 
-    def check(self, stages) -> None:
-        learnt = tasks.get(self.p.task).load("train", self.p.data)
-        if self.known.get("training questions") not in (None, digest(learnt)):
-            if not self.now.allow_overlap:
-                raise UserError(
-                    f"The training questions of {self.out} have changed since it was trained, so "
-                    "they cannot be compared with these. Restore the data, or add --allow-overlap "
-                    "true."
-                )
+    def check(self, stages: iteration.Stages) -> None:
+        learnt, allowed = tasks.get(self.p.task).load("train", self.p.data), stages.p.allow_overlap
+        if self.known.get("training questions") not in (None, digest(learnt)) and not allowed:
+            raise UserError(
+                f"The training questions of {self.out} have changed since it was trained, so they "
+                "cannot be compared with these. Restore the data, or add --allow-overlap true."
+            )
         train = [*learnt, *learnt_before(self.p)]
-        overlap = contamination.check(train, stages.eval_questions, self.now.allow_overlap)
+        overlap = contamination.check(train, stages.eval_questions, allowed)
         if processes.is_first():
             tqdm.write(contamination.describe(overlap))
 
-    def begin(self, stages) -> None:
+    def begin(self, stages: iteration.Stages) -> None:
         known = self.known.get("model")
         if known and export.fingerprint(stages.model) not in (None, known):
             raise UserError(
                 f"The model {self.p.model} is no longer the one that {self.out} was made with. "
                 "Restore it."
             )
+
+    def dataset(self, t: int, name: str, make, over=None):
+        answers = make(over)
+        self.greedy[t] = answers["greedy"]
+        return answers
+
+    def evaluated(self, t: int, stages: iteration.Stages, answers) -> list[dict]:
+        parts = answers["greedy"], answers["sampled"], stages.p.eval_samples
+        return statistics.further_rows(*parts, stages.eval_questions)
+
+    def metrics(self, t: int, rows: list[dict]) -> None:
+        """Written after each iteration: an interrupt keeps what is there."""
+        self.rows += rows
+        if processes.is_first():
+            self.table_path.parent.mkdir(parents=True, exist_ok=True)
+            pandas.DataFrame(self.rows).to_csv(self.table_path, index=False)

@@ -17,21 +17,14 @@ import time
 from pathlib import Path
 
 import pandas
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError, iteration
-from irpo_utils.ops import (
-    checksums,
-    drift,
-    environment,
-    export,
-    statistics,
-    storage,
-    trainer,
-    warnings,
-)
+from irpo_utils.ops import checksums, drift, environment, export, statistics, storage, trainer
+from irpo_utils.ops import warnings as signs
 from irpo_utils.ops.provenance import digest, inputs, is_there
 from irpo_utils.ops.storage import read_profile
 from irpo_utils.scale import processes
@@ -61,30 +54,22 @@ MAY_CHANGE = (
 class RunDirectory(storage.Folder):
     """`storage.Folder` for long runs; several processes may share it, and the first one writes."""
 
-    def __init__(self, out: str | Path, progress: bool = True):
+    def __init__(self, out: str | Path):
         super().__init__(out)
-        self.progress = progress
         with disk_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
 
-    @contextlib.contextmanager
     def lock(self):
-        """One run at a time; the lock is released with the process, also when it is killed."""
-        from filelock import FileLock, Timeout
-
+        """A context in which no other run uses the directory; a killed process releases it."""
         if not processes.is_first():
-            yield
-            return
-        lock = FileLock(self.out / ".lock")
+            return contextlib.nullcontext()
         with disk_errors(self.out):
             try:
-                lock.acquire(timeout=0)
+                return FileLock(self.out / ".lock").acquire(timeout=0)
             except Timeout as error:  # an OSError, but not of the disk
                 raise UserError(
                     f"{self.out} is in use by another run. Wait for it, or choose another --out."
                 ) from error
-        with lock:
-            yield
 
     # Settings and inputs
 
@@ -127,40 +112,34 @@ class RunDirectory(storage.Folder):
                 )
         self.write_json(self.out / "inputs.json", new)
         self.known, path = new, self.out / "environment.json"
-        self.write_json(
-            path, environment.record(path, stages.model, continues=not is_whole(self.out))
-        )
+        self.write_json(path, environment.record(path, stages.model, not is_whole(self.out)))
         stages.prompts(evaluation)
         if stages.p.iterations and (stages.method.samples or stages.method.train):
             stages.prompts(stages.questions(0))
 
     # Artefacts
 
-    def sources(self, t: int, name: str) -> list[Path]:
-        """The artefacts that this one is made from, as far as they exist."""
-        here, before = self.folder(t), self.folder(t - 1)
-        pairs = [self.folder(i) / "pairs" for i in range(0 if self.p.keep_pairs else t - 1, t)]
-        found = {
-            "samples": [self.adapter(t)],
-            "graded": [here / "samples"],
-            "pairs": [here / "graded"],
-            "evaluation": [self.adapter(t)],
-            "drift": [self.adapter(t), self.adapter(t - 1) if t else None, before / "pairs"],
-            "adapter": [*pairs, self.adapter(t - 1) if t else None],
-        }[name]
-        return [folder for folder in found if folder is not None and folder.exists()]
-
     def record(self, t: int, name: str) -> dict[str, str]:
-        """Digests of the sources, and of the settings that the artefact depends on."""
-        inputs = {str(f.relative_to(self.out)): checksums.digest(f) for f in self.sources(t, name)}
+        """Digests of what an artefact is made from: other artefacts, and the settings it needs."""
+        model, previous = self.adapter(t), self.adapter(t - 1) if t else None
+        pairs = [self.folder(i) / "pairs" for i in range(0 if self.p.keep_pairs else t - 1, t)]
+        sources = {
+            "samples": [model],
+            "graded": [self.folder(t) / "samples"],
+            "pairs": [self.folder(t) / "graded"],
+            "evaluation": [model],
+            "drift": [model, previous, self.folder(t - 1) / "pairs"],
+            "adapter": [*pairs, previous],
+        }[name]
+        made = [folder for folder in sources if folder is not None and folder.exists()]
+        record = {str(folder.relative_to(self.out)): checksums.digest(folder) for folder in made}
         fields = {field: getattr(self.p, field) for field in FIELDS[name].split()} | self.known
         if name == "samples":
             fields["temperature"] = self.p.temperature_of(t)
         if name == "evaluation":
             ends = t in (0, self.p.iterations)
             fields["k"] = self.p.eval_samples_ends if ends else self.p.eval_samples
-        inputs[SETTINGS] = checksums.of_text(json.dumps(fields, sort_keys=True))
-        return inputs
+        return record | {SETTINGS: checksums.of_text(json.dumps(fields, sort_keys=True))}
 
     def unfinished(self, t: int, name: str) -> Path:
         """Where a stage keeps what it has so far, until its artefact is complete."""
@@ -169,81 +148,68 @@ class RunDirectory(storage.Folder):
 
     def dataset(self, t: int, name: str, make, over: Dataset | None = None):
         """As `Folder.dataset`; with `over`, blocks of questions are stored one by one."""
-        if over is not None:
-            make = functools.partial(self._blocks, t, name, make, over)
-        self.stage(t, name, make, storage.save)
-        return super().dataset(t, name, make)
+        place, record, kept = self.folder(t) / name, self.record(t, name), self.unfinished(t, name)
+        if not is_there(place, record):
+            started = time.perf_counter() - seconds_spent(kept)
+            if over is None:
+                content = make()
+            else:
+                blocks = self.blocks(kept, over)
+                for block, questions in blocks.items():
+                    if not is_there(block, {}):
+                        begun = time.perf_counter()
+                        content = make(questions)
+                        self.put(block, functools.partial(storage.save, content), notes(begun))
+                content = joined([storage.load(block) for block in blocks])
+            about = notes(started, record, count_tokens(name, content))
+            self.put(place, functools.partial(storage.save, content), about)
+        self.clear(t, name)
+        return storage.load(place)
 
-    def _blocks(self, t: int, name: str, make, over: Dataset):
-        p, kept = self.p, self.unfinished(t, name)
-        size = max(1, BLOCK // max(p.n_samples, p.eval_samples_ends + 1))
-        parts = []
-        for start in range(0, len(over), size):
-            rows = over.select(range(start, min(start + size, len(over))))
-            place = kept / f"block_{start:06d}_of_{size}"
-            self._make(place, {}, functools.partial(make, rows), storage.save)
-            parts.append(load_from_disk(str(place)))
-        if isinstance(parts[0], DatasetDict):
-            return DatasetDict({k: concatenate_datasets([p[k] for p in parts]) for k in parts[0]})
-        return concatenate_datasets(parts)
+    def blocks(self, kept: Path, questions: Dataset) -> dict[Path, Dataset]:
+        """The blocks of a stage: the folder of each in `kept`, and its questions."""
+        size = max(1, BLOCK // max(self.p.n_samples, self.p.eval_samples_ends + 1))
+        parts = [range(i, min(i + size, len(questions))) for i in range(0, len(questions), size)]
+        return {kept / f"block_{rows[0]:06d}_of_{size}": questions.select(rows) for rows in parts}
 
     def train(self, t: int, make, stages: iteration.Stages) -> None:
         """As `Folder.train`, with checkpoints, warnings and probes."""
-        weights = None
-
-        def make_safely():
-            nonlocal weights
-            options = {}
+        place, record = self.folder(t) / "adapter", self.record(t, "adapter")
+        if not is_there(place, record):
+            kept, options = self.unfinished(t, "adapter"), {}
+            started = time.perf_counter() - seconds_spent(kept)
             if not stages.method.train:
                 warn = functools.partial(self.warn, t, "training")
-                options = trainer.options(stages, self.unfinished(t, "adapter"), warn)
-            log = make(**options)
+                options = trainer.options(stages, kept, warn)
+            log, weights = make(**options), None
             if hasattr(stages.engine, "state_dict"):  # all processes put a split model together
                 weights = stages.engine.state_dict(stages.model)
-            return log
-
-        def save(log, folder: Path) -> None:
-            storage.save_adapter(stages.model, log, folder, weights)
-            config = json.loads((folder / "adapter_config.json").read_text())
-            config["target_modules"] = sorted(config["target_modules"])  # a set without an order
-            self.write_json(folder / "adapter_config.json", config)
-
-        self.stage(t, "adapter", make_safely, save)
-        log = self.adapter(t) / "training_log.jsonl"
+            save = functools.partial(storage.save_adapter, stages.model, log, weights=weights)
+            self.put(place, save, notes(started, record, count_tokens("adapter", log)))
+        self.clear(t, "adapter")
+        log = place / "training_log.jsonl"
         if log.exists():
             self.write(self.folder(t) / log.name, log.read_text())
 
-    def stage(self, t: int, name: str, make, save) -> Path:
-        """The folder of an artefact: made unless it is there, sound, and of the same origin."""
-        place, kept, record = self.folder(t) / name, self.unfinished(t, name), self.record(t, name)
-        self._make(place, record, make, save, kept)
+    def clear(self, t: int, name: str) -> None:
+        """Remove what a stage has kept, now that its artefact is complete."""
         if processes.is_first():
-            for folder in place.parent.glob(f".{name}.*unfinished"):
+            for folder in self.folder(t).glob(f".{name}.*unfinished"):
                 shutil.rmtree(folder, ignore_errors=True)
-        return place
 
-    def _make(self, place: Path, record: dict, make, save, kept: Path | None = None) -> None:
-        if processes.from_first(lambda: is_there(place, record)):
-            return
-        started = time.perf_counter() - (seconds_spent(kept) if kept else 0)
-        content = make()
-        processes.wait()  # others may still read what is in `kept`
-        if processes.is_first():
-            seconds = round(time.perf_counter() - started, 3)
-            notes = {"seconds": seconds, "tokens": count_tokens(content), "inputs": record}
-            self.put(place, functools.partial(save, content), notes)
-        processes.wait()
-
-    def put(self, place: Path, write, notes: dict | None = None) -> None:
-        """As `Folder.put`, with checksums; a disk that is full leaves nothing behind."""
+    def put(self, place: Path, write, about: dict | None = None) -> None:
+        """As `Folder.put`, with checksums and what is known `about` the artefact."""
 
         def write_checked(folder: Path) -> None:
             write(folder)
-            checksums.write(folder, notes or {})
+            checksums.write(folder, about or {})
 
-        with disk_errors(place):
-            shutil.rmtree(place, ignore_errors=True)
-            super().put(place, write_checked)
+        processes.wait()  # others may still read what the stage has kept
+        if processes.is_first():
+            with disk_errors(place):
+                shutil.rmtree(place, ignore_errors=True)
+                super().put(place, write_checked)
+        processes.wait()
 
     def write(self, path: Path, text: str) -> None:
         """Write a small file as a whole or not at all, unless it has this text already."""
@@ -275,10 +241,7 @@ class RunDirectory(storage.Folder):
         return rows
 
     def table(self, iterations) -> list[dict]:
-        """The metrics of all iterations, also in metrics.csv; seconds and tokens in timing.csv."""
-        paths = [self.folder(t) / "metrics.json" for t in iterations]
-        rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
-        self.write(self.out / "metrics.csv", pandas.DataFrame(rows).to_csv(index=False))
+        """As `Folder.table`; also the seconds and tokens of all stages in timing.csv."""
         times = []
         for t in iterations:
             for file in sorted(self.folder(t).glob(f"*/{checksums.NAME}")):
@@ -287,27 +250,15 @@ class RunDirectory(storage.Folder):
                     row = {"iteration": t, "stage": file.parent.name}
                     times.append(row | {key: record[key] for key in ("seconds", "tokens")})
         self.write(self.out / "timing.csv", pandas.DataFrame(times).to_csv(index=False))
-        return rows
+        return super().table(iterations)
 
     def metrics(self, t: int, rows: list[dict]) -> None:
-        """As `Folder.metrics`; also brings the tables up to date and warns of a collapse."""
-        path, value = self.folder(t) / "metrics.json", {row["metric"]: row["value"] for row in rows}
-        try:
-            old = json.loads(path.read_text())
-        except (OSError, ValueError):
-            old = []
-        if "greedy" in value:  # a new evaluation replaces all of the old rows
-            old = []
-        new = {(row["metric"], row["k"]): row for row in [*old, *rows]}
-        self.write(path, json.dumps(list(new.values()), indent=0) + "\n")
-        self.table(range(t + 1))
-        if not processes.is_first():
-            return
-        storage.describe(t, rows)
-        if "kl_to_previous" in value:
-            before = json.loads((self.folder(t - 1) / "metrics.json").read_text())
-            known = {row["metric"]: row["value"] for row in before}
-            for warning in warnings.of_evaluation(t, known, value):
+        """As `Folder.metrics`; also warns of a collapse."""
+        super().metrics(t, rows)
+        value = {row["metric"]: row["value"] for row in rows}
+        if "kl_to_previous" in value and processes.is_first():
+            before = {row["metric"]: row["value"] for row in self.known_metrics(t - 1)}
+            for warning in signs.of_evaluation(t, before, value):
                 tqdm.write(f"     warning: {warning}")
                 self.warn(t, "evaluation", warning)
 
@@ -324,15 +275,16 @@ def is_whole(run: Path) -> bool:
     """Whether a run has all its iterations, sound, made from one another, and in its table."""
     try:
         iterations = range(json.loads((run / "profile.json").read_text())["iterations"] + 1)
-        for t in iterations:
-            json.loads((run / f"iteration_{t}" / "metrics.json").read_text())
+        folders = [run / f"iteration_{t}" for t in iterations]
+        for folder in folders:
+            json.loads((folder / "metrics.json").read_text())
         listed = set(pandas.read_csv(run / "metrics.csv").iteration)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    needed = {run / f"iteration_{t}" / "evaluation" for t in iterations}
-    needed |= {run / f"iteration_{t}" / "adapter" for t in iterations if t > 0}
-    folders = needed | {file.parent for file in run.glob(f"iteration_*/*/{checksums.NAME}")}
-    records = [checksums.read(folder) for folder in folders]
+    artefacts = {file.parent for file in run.glob(f"iteration_*/*/{checksums.NAME}")}
+    artefacts |= {folder / "evaluation" for folder in folders}
+    artefacts |= {folder / "adapter" for folder in folders[1:]}
+    records = [checksums.read(artefact) for artefact in artefacts]
     if listed != set(iterations) or not all(records):
         return False
     sources = {k: v for record in records for k, v in record.get("inputs", {}).items()}
@@ -340,15 +292,24 @@ def is_whole(run: Path) -> bool:
     return all(checksums.digest(run / name) == value for name, value in sources.items())
 
 
-def count_tokens(content) -> int | None:
-    """Tokens sampled or trained on, for timing.csv."""
-    if isinstance(content, DatasetDict):
-        return sum(sum(part["n_tokens"]) for part in content.values())
-    if isinstance(content, Dataset) and "tokens" in content.column_names:
-        return sum(content["tokens"])
-    if isinstance(content, Dataset) and "finished" in content.column_names:
-        return None if "reason" in content.column_names else sum(content["n_tokens"])
-    return None
+def joined(parts: list):
+    """Several `Dataset`s or `DatasetDict`s, one after the other."""
+    if isinstance(parts[0], DatasetDict):
+        return DatasetDict({k: concatenate_datasets([p[k] for p in parts]) for k in parts[0]})
+    return concatenate_datasets(parts)
+
+
+def notes(started: float, record: dict | None = None, tokens: int | None = None) -> dict:
+    """What is written with an artefact: its seconds and tokens, and what it was made from."""
+    seconds = round(time.perf_counter() - started, 3)
+    return {"seconds": seconds, "tokens": tokens, "inputs": record or {}}
+
+
+def count_tokens(name: str, content) -> int | None:
+    """Tokens that a stage sampled or trained on, for timing.csv."""
+    column = {"samples": "n_tokens", "evaluation": "n_tokens", "adapter": "tokens"}.get(name)
+    parts = content.values() if isinstance(content, DatasetDict) else [content]
+    return sum(sum(part[column]) for part in parts) if column else None
 
 
 def seconds_spent(unfinished: Path) -> float:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from irpo_utils import UserError
 from irpo_utils.iteration import Stages
 from irpo_utils.profiles import Profile
+from irpo_utils.scale import processes
 
 
 class Folder:
@@ -55,8 +56,7 @@ class Folder:
         if not place.exists():
             content = make() if over is None else make(over)
             self.put(place, lambda folder: save(content, folder))
-        data, counts = load_from_disk(str(place)), place / "counts.json"
-        return (data, json.loads(counts.read_text())) if counts.exists() else data
+        return load(place)
 
     def train(self, t: int, make, stages: Stages) -> None:
         """Make the adapter of M_t with `make()`, which returns the training log."""
@@ -76,23 +76,40 @@ class Folder:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
+    def write(self, path: Path, text: str) -> None:
+        """Write a small file next to the artefacts."""
+        path.write_text(text)
+
     def evaluated(self, t: int, stages: Stages, answers) -> list[dict]:
         """Called after each evaluation; returns further rows for the metrics."""
         return []
 
     def metrics(self, t: int, rows: list[dict]) -> None:
-        """Add rows to metrics.json of iteration t, and show the main ones."""
-        path = self.folder(t) / "metrics.json"
-        old = json.loads(path.read_text()) if path.exists() else []
+        """Add rows to metrics.json of iteration t and to metrics.csv, and show the main ones.
+
+        The rows of a new evaluation replace all that are there.
+        """
+        evaluated = any(row["metric"] == "greedy" for row in rows)
+        old = [] if evaluated else self.known_metrics(t)
         new = {(row["metric"], row["k"]): row for row in [*old, *rows]}
-        path.write_text(json.dumps(list(new.values()), indent=0) + "\n")
-        describe(t, rows)
+        self.write(self.folder(t) / "metrics.json", json.dumps(list(new.values()), indent=0) + "\n")
+        self.table(range(t + 1))
+        if processes.is_first():
+            shown = "greedy sampled kl_to_previous pairs_pairs pairs_used pairs_questions".split()
+            line = [f"{row['metric']} {row['value']:.4g}" for row in rows if row["metric"] in shown]
+            tqdm.write(f"M_{t}: {', '.join(line)}")
+
+    def known_metrics(self, t: int) -> list[dict]:
+        """The rows of metrics.json of iteration t; none if it is missing or damaged."""
+        try:
+            return json.loads((self.folder(t) / "metrics.json").read_text())
+        except (OSError, ValueError):
+            return []
 
     def table(self, iterations) -> list[dict]:
         """The metrics of all iterations, also written to metrics.csv."""
-        paths = [self.folder(t) / "metrics.json" for t in iterations]
-        rows = [row for path in paths for row in json.loads(path.read_text())]
-        pandas.DataFrame(rows).to_csv(self.out / "metrics.csv", index=False)
+        rows = [row for t in iterations for row in self.known_metrics(t)]
+        self.write(self.out / "metrics.csv", pandas.DataFrame(rows).to_csv(index=False))
         return rows
 
 
@@ -127,13 +144,6 @@ def profile_from(settings: dict) -> Profile:
     return Profile(**settings)
 
 
-def describe(t: int, rows: list[dict]) -> None:
-    """The main metrics in a line on the screen."""
-    shown = ("greedy", "sampled", "kl_to_previous", "pairs_pairs", "pairs_used", "pairs_questions")
-    line = [f"{row['metric']} {row['value']:.4g}" for row in rows if row["metric"] in shown]
-    tqdm.write(f"M_{t}: {', '.join(line)}")
-
-
 def save(content, folder: Path) -> None:
     """A `Dataset` or `DatasetDict`, or (`Dataset`, counts)."""
     data, counts = content if isinstance(content, tuple) else (content, None)
@@ -142,9 +152,19 @@ def save(content, folder: Path) -> None:
         (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
 
 
+def load(place: Path):
+    """What `save` wrote."""
+    data, counts = load_from_disk(str(place)), place / "counts.json"
+    return (data, json.loads(counts.read_text())) if counts.exists() else data
+
+
 def save_adapter(model, log: Dataset, folder: Path, weights: dict | None = None) -> None:
     """The adapter in PEFT's format, with the training log; weights: if not the model's."""
     # Without the last argument PEFT looks for the base on the hub.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])  # a set without an order
+    path.write_text(json.dumps(config, indent=1) + "\n")
     log.to_json(folder / "training_log.jsonl")
