@@ -73,7 +73,7 @@ def train(
         tokenizer,
         pairs,
         trainer=trainer.safe(base, kept),
-        callbacks=[*callbacks, trainer.Checkpoints(kept)],
+        callbacks=[*callbacks, trainer.Checkpoints()],
         resume_from_checkpoint=trainer.newest_checkpoint(kept),
         **options,
     )

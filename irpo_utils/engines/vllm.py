@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import numpy as np
+
 from irpo_utils import UserError, logprobs, sampling
 from irpo_utils.engines import Engine as PlainEngine
 from irpo_utils.engines import shared_prompt
@@ -47,15 +49,12 @@ class Engine(PlainEngine):
         # A model that is split over processes scores the same rows in all of them.
         prompts, responses, theirs = zip(*processes.gather(rows)[:CHECKED], strict=True)
         ours = logprobs.score(model, self.tokenizer, prompts, responses)
-        differences = [
-            abs(a - b) / len(tokens) for a, b, tokens in zip(ours, theirs, responses, strict=True)
-        ]
-        difference = sum(differences) / len(differences)
-        if difference > MOST_DIFFERENCE:
+        per_token = np.abs(np.subtract(ours, theirs)) / [len(tokens) for tokens in responses]
+        if per_token.mean() > MOST_DIFFERENCE:
             raise UserError(
                 f"The server at {self.server.url} does not complete with this model and adapter: "
-                f"its log-probabilities differ by {difference:.2f} nats per token. Serve the same "
-                "base there, with the default --logprobs-mode."
+                f"its log-probabilities differ by {per_token.mean():.2f} nats per token. Serve the "
+                "same base there, with the default --logprobs-mode."
             )
 
     def trainer(self, model):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from irpo_utils import evaluation, iteration, logprobs
@@ -24,25 +25,18 @@ def measure(t: int, stages: iteration.Stages) -> Dataset:
     use(stages.model, adapter(t))
     questions = iteration.first(stages.eval_questions, KL_QUESTIONS)
     drawn = stages.draw(questions, n=1, temperature=1.0, seed=stages.seed(t, 5))
-    parts = {"sample": (drawn, "completion_ids")}
+    rows = [("sample", row["prompt_ids"], row["completion_ids"]) for row in drawn]
     if stages.history:
-        preferences = iteration.first(concatenate_datasets(stages.history[-1:]), PAIRS)
-        parts |= {side: (preferences, f"{side}_ids") for side in ("chosen", "rejected")}
-
-    def score_all() -> list[float]:
-        scores = []
-        for rows, column in parts.values():
-            texts = list(rows["prompt_ids"]), list(rows[column])
-            scores += logprobs.score(stages.model, stages.tokenizer, *texts)
-        return scores
-
-    now = score_all()
+        pairs = iteration.first(stages.history[-1], PAIRS)
+        for side in ("chosen", "rejected"):
+            rows += [(side, row["prompt_ids"], row[f"{side}_ids"]) for row in pairs]
+    kinds, prompts, responses = zip(*rows, strict=True)
+    score = functools.partial(logprobs.score, stages.model, stages.tokenizer, prompts, responses)
+    columns = {"kind": kinds, "logp": score(), "n_tokens": list(map(len, responses))}
     use(stages.model, adapter(t - 1))
-    before = score_all()
+    columns["logp_previous"] = score()
     use(stages.model, adapter(t))
-    kinds = [(kind, len(ids)) for kind, (rows, column) in parts.items() for ids in rows[column]]
-    columns = {"kind": [kind for kind, _ in kinds], "logp": now, "logp_previous": before}
-    return Dataset.from_dict(columns | {"n_tokens": [n for _, n in kinds]})
+    return Dataset.from_dict(columns)
 
 
 def rows(drift: Dataset) -> list[dict]:

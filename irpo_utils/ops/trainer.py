@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import shutil
 import time
 from pathlib import Path
@@ -28,27 +27,22 @@ CHECKPOINT_SHARE = 0.02  # of the time may be spent on writing them
 def options(stages: iteration.Stages, kept: Path, warn) -> dict:
     """Arguments of `training.train` for a long run; `kept` is the folder of its checkpoints."""
     p, base = stages.p, stages.engine.trainer(stages.model) or training.IterativeRPOTrainer
-    callbacks = [warnings.CollapseWarning(warn)]
+    options = {"callbacks": [warnings.CollapseWarning(warn)]}
     if p.probe or p.probe_every:
         pairs = load_from_disk(str(Path(p.probe).expanduser())) if p.probe else stages.history[-1]
         rows = iteration.first(pairs, PAIRS)
-        callbacks.append(Probe(rows, stages.tokenizer, p.probe_every or 10**9, kept))
-    resume = None
+        probe = Probe(rows, stages.tokenizer, p.probe_every or 10**9, kept)
+        options["callbacks"].append(probe)
     if not p.shard:  # a split model keeps no checkpoints
-        callbacks.append(Checkpoints(kept))
-        resume = processes.from_first(functools.partial(newest_checkpoint, kept))
-    logs = {}
+        options["callbacks"].append(Checkpoints())
+        newest = processes.from_first(functools.partial(newest_checkpoint, kept))
+        options["resume_from_checkpoint"] = newest
     if p.report_to != "none":
-        folder = kept.parent / "logs"
-        logs = {"report_to": p.report_to, "output_dir": str(folder), "run_name": str(folder)}
+        folder = str(kept.parent / "logs")
+        options |= {"report_to": p.report_to, "output_dir": folder, "run_name": folder}
     if p.reference == "start":
         base = referring_to_start(base, stages)
-    return {
-        "trainer": safe(base, kept),
-        "callbacks": callbacks,
-        "resume_from_checkpoint": resume,
-        **logs,
-    }
+    return options | {"trainer": safe(base, kept)}
 
 
 def newest_checkpoint(folder: Path) -> str | None:
@@ -72,10 +66,21 @@ class SafeTraining:
         return str(self.kept)  # logs may be elsewhere
 
     def _save_checkpoint(self, model, trial):
+        """With checksums, and without the older ones; a disk that is full costs the checkpoint."""
+        step = self.state.global_step
+        folder = self.kept / f"checkpoint-{step}"
         try:
-            super(training.DPOTrainer, self)._save_checkpoint(model, trial)
+            try:
+                super(training.DPOTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                processes.wait()  # each process has written the state of its random numbers
+            if processes.is_first():
+                checksums.write(folder, {"seconds": self.state.log_history[-1]["seconds"]})
+                older = [path for path in self.kept.glob("checkpoint-*") if _step(path) <= step]
+                for path in sorted(older, key=_step)[:-2]:  # by step: a clock may be set back
+                    shutil.rmtree(path, ignore_errors=True)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(self.kept / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             reason = str(error).splitlines()[0][:200]
             tqdm.write(f"No checkpoint could be written ({reason}).")
 
@@ -85,12 +90,7 @@ class SafeTraining:
         self.started -= state.log_history[-1]["seconds"]
 
     def _get_train_sampler(self, *args):
-        return EpochSampler(super()._get_train_sampler(*args), self._epoch, self.args.seed)
-
-    def _epoch(self) -> int:
-        args, n_processes = self.args, self.accelerator.num_processes
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * n_processes
-        return self.state.global_step // math.ceil(len(self.train_dataset) / batch)
+        return EpochSampler(super()._get_train_sampler(*args), self)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch; if memory runs out, again in halves, and so on from then on."""
@@ -137,11 +137,7 @@ class SafeTraining:
 
 def safe(base: type[training.IterativeRPOTrainer], folder: Path):
     """The trainer class `base` with `SafeTraining`, and its checkpoints in `folder`."""
-
-    class SafeTrainer(SafeTraining, base):
-        kept = folder
-
-    return SafeTrainer
+    return type("SafeTrainer", (SafeTraining, base), {"kept": folder})
 
 
 def referring_to_start(base: type[training.IterativeRPOTrainer], stages: iteration.Stages):
@@ -151,20 +147,18 @@ def referring_to_start(base: type[training.IterativeRPOTrainer], stages: iterati
         starts_from_reference = False
 
         def _precompute_ref_logps(self, *args):
-            model, now = stages.model, {n: p.clone() for n, p in _lora(stages.model)}
+            model = stages.model
+            lora = [p for n, p in model.named_parameters() if "lora_" in n and ".default" in n]
+            now = [parameter.clone() for parameter in lora]
             stages.engine.use(model, stages.keep.adapter(0))
             if "ref" in model.peft_config:  # TRL's copy of M_t
                 model.delete_adapter("ref")
             scored = super()._precompute_ref_logps(*args)
-            for name, parameter in _lora(model):
-                parameter.data.copy_(now[name])
+            for parameter, value in zip(lora, now, strict=True):
+                parameter.data.copy_(value)
             return scored
 
     return ReferringToStart
-
-
-def _lora(model) -> list:
-    return [(n, p) for n, p in model.named_parameters() if "lora_" in n and ".default" in n]
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -174,23 +168,24 @@ class EpochSampler(torch.utils.data.Sampler):
     would give a resumed run that order in every epoch.
     """
 
-    def __init__(self, sampler, epoch, seed: int):
-        self.sampler, self.epoch, self.seed = sampler, epoch, seed
+    def __init__(self, sampler, trainer):
+        self.sampler, self.trainer = sampler, trainer
 
     def __len__(self):
         return len(self.sampler)
 
     def __iter__(self):
-        if self.epoch():
-            self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        if epoch := int(self.trainer.state.epoch):
+            seed = self.trainer.args.seed + epoch
+            self.sampler.generator = torch.Generator().manual_seed(seed)
         return iter(self.sampler)
 
 
 class Checkpoints(TrainerCallback):
-    """Asks for a checkpoint now and then, adds checksums, and deletes older ones."""
+    """Asks for a checkpoint now and then."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.saved, self.took = folder, time.perf_counter(), 0.0
+    def __init__(self):
+        self.saved, self.took = time.perf_counter(), 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
         self.asked = time.perf_counter()
@@ -198,32 +193,18 @@ class Checkpoints(TrainerCallback):
         control.should_save = processes.from_first(lambda: self.asked - self.saved >= wait)
 
     def on_save(self, args, state, control, **kwargs):
-        processes.wait()  # each process has written the state of its random numbers
         self.saved = time.perf_counter()
-        folder = self.folder / f"checkpoint-{state.global_step}"
-        if not folder.exists() or not processes.is_first():
-            return
-        try:
-            checksums.write(folder, {"seconds": state.log_history[-1]["seconds"]})
-        except OSError as error:  # a checkpoint is a help, not a result
-            shutil.rmtree(folder, ignore_errors=True)
-            tqdm.write(f"No checkpoint could be written ({error.strerror}).")
-            return
-        older = sorted(f for f in self.folder.glob("checkpoint-*") if _step(f) <= state.global_step)
-        for path in sorted(older, key=_step)[:-2]:  # by step: a clock may be set back
-            shutil.rmtree(path, ignore_errors=True)
-        self.took = time.perf_counter() - self.asked
+        self.took = self.saved - self.asked
 
 
 def halves(batch: dict, pairs: int) -> list[dict]:
     """A batch of pairs as two; tensors with two rows per pair have all chosen ones first."""
-    parts = (list(range(pairs // 2)), list(range(pairs // 2, pairs)))
 
-    def rows(value, part):
-        if value.dim() == 0:
-            return value
-        return value[part if len(value) == pairs else part + [i + pairs for i in part]]
+    def rows(value, part: slice):
+        # (pairs, ...) or (2 * pairs, ...) as (1 or 2, pairs, ...)
+        return value.unflatten(0, (-1, pairs))[:, part].flatten(0, 1) if value.dim() else value
 
+    parts = slice(pairs // 2), slice(pairs // 2, None)
     return [{key: rows(value, part) for key, value in batch.items()} for part in parts]
 
 

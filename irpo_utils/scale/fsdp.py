@@ -80,7 +80,6 @@ class ShardedEngine(processes.SharedEngine):
 
     def load(self, p, revision: str | None = None, **options):
         """The model is loaded on the CPU, and each process moves its part to its GPU."""
-        check(p)
         device = models.default_device()
         dtype = models.default_dtype(device, p.dtype)
         # FSDP2 splits floating-point weights only, so NF4 bytes must be stored as such.
