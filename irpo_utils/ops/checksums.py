@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 NAME = "checksums.json"
@@ -16,11 +15,10 @@ def write(folder: Path, record: dict) -> None:
     sums = {
         str(file.relative_to(folder)): of_file(file)
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != NAME
     }
-    partial = folder / f".{NAME}.partial"
-    partial.write_text(json.dumps({**record, "sha256": sums}, indent=1))
-    os.replace(partial, folder / NAME)
+    # A kill on the way leaves no valid JSON, and so a folder that is not sound.
+    (folder / NAME).write_text(json.dumps({**record, "sha256": sums}, indent=1))
 
 
 def read(folder: Path) -> dict | None:

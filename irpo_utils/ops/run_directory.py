@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -158,10 +157,11 @@ class RunDirectory(storage.Folder):
                 for block, questions in blocks.items():
                     if not is_there(block, {}):
                         begun = time.perf_counter()
-                        content = make(questions)
-                        self.put(block, functools.partial(storage.save, content), notes(begun))
+                        rows = make(questions)
+                        about = notes("block", rows, begun, {})
+                        self.put(block, functools.partial(storage.save, rows), about)
                 content = joined([storage.load(block) for block in blocks])
-            about = notes(started, record, count_tokens(name, content))
+            about = notes(name, content, started, record)
             self.put(place, functools.partial(storage.save, content), about)
         self.clear(t, name)
         return storage.load(place)
@@ -185,7 +185,7 @@ class RunDirectory(storage.Folder):
             if hasattr(stages.engine, "state_dict"):  # all processes put a split model together
                 weights = stages.engine.state_dict(stages.model)
             save = functools.partial(storage.save_adapter, stages.model, log, weights=weights)
-            self.put(place, save, notes(started, record, count_tokens("adapter", log)))
+            self.put(place, save, notes("adapter", log, started, record))
         self.clear(t, "adapter")
         log = place / "training_log.jsonl"
         if log.exists():
@@ -212,18 +212,10 @@ class RunDirectory(storage.Folder):
         processes.wait()
 
     def write(self, path: Path, text: str) -> None:
-        """Write a small file as a whole or not at all, unless it has this text already."""
-        if not processes.is_first() or (path.exists() and path.read_bytes() == text.encode()):
-            return
-        partial = path.with_name(f".{path.name}.partial")
-        with disk_errors(path):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_text(text)
-                os.replace(partial, path)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
+        """As `Folder.write`, in the first process, unless the file has this text already."""
+        if processes.is_first() and not (path.exists() and path.read_bytes() == text.encode()):
+            with disk_errors(path):
+                super().write(path, text)
 
     def write_json(self, path: Path, content) -> None:
         """`write`, as JSON."""
@@ -299,17 +291,13 @@ def joined(parts: list):
     return concatenate_datasets(parts)
 
 
-def notes(started: float, record: dict | None = None, tokens: int | None = None) -> dict:
+def notes(name: str, content, started: float, record: dict) -> dict:
     """What is written with an artefact: its seconds and tokens, and what it was made from."""
-    seconds = round(time.perf_counter() - started, 3)
-    return {"seconds": seconds, "tokens": tokens, "inputs": record or {}}
-
-
-def count_tokens(name: str, content) -> int | None:
-    """Tokens that a stage sampled or trained on, for timing.csv."""
     column = {"samples": "n_tokens", "evaluation": "n_tokens", "adapter": "tokens"}.get(name)
     parts = content.values() if isinstance(content, DatasetDict) else [content]
-    return sum(sum(part[column]) for part in parts) if column else None
+    tokens = sum(sum(part[column]) for part in parts) if column else None
+    seconds = round(time.perf_counter() - started, 3)
+    return {"seconds": seconds, "tokens": tokens, "inputs": record}
 
 
 def seconds_spent(unfinished: Path) -> float:

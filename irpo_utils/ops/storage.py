@@ -33,8 +33,7 @@ class Folder:
         text, path = json.dumps(dataclasses.asdict(stages.p), indent=1), self.out / "profile.json"
         if path.exists() and path.read_text() != text:
             raise UserError(f"{self.out} was made with other settings. Choose another --out.")
-        self.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        self.write(path, text)
 
     def begin(self, stages: Stages) -> None:
         """Called when the model is loaded."""
@@ -77,8 +76,15 @@ class Folder:
             raise
 
     def write(self, path: Path, text: str) -> None:
-        """Write a small file next to the artefacts."""
-        path.write_text(text)
+        """Write a small file as a whole or not at all."""
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     def evaluated(self, t: int, stages: Stages, answers) -> list[dict]:
         """Called after each evaluation; returns further rows for the metrics."""
