@@ -13,17 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from irpo_utils import sampling
-from irpo_utils.engines import Engine as PlainEngine
 from irpo_utils.engines import part_of, shared_prompt
 
 MERGED_BYTES = 2**31  # most memory for merged matrices
 
 
-class Engine(PlainEngine):
+class Engine(shared_prompt.Engine):
     """Fast sampling and training on a CPU; it also works on a GPU."""
 
     def load(self, p, revision: str | None = None, **options):
@@ -37,10 +37,6 @@ class Engine(PlainEngine):
         # copy of the whole output matrix for every row.
         model.get_output_embeddings().register_forward_pre_hook(_contiguous)
         return model, tokenizer
-
-    def trainer(self, model):
-        """Pairs that share their prompt, for models that allow a mask of our own."""
-        return shared_prompt.SharedPromptTrainer if shared_prompt.possible(model) else None
 
     def decode(self, model, request: sampling.Request, batch_size: int):
         """As the plain engine; on a CPU in parts, one per core at a time.
@@ -102,16 +98,6 @@ AttentionInterface.register("grouped", grouped_attention)
 AttentionMaskInterface.register("grouped", eager_mask)
 
 
-def dense_weight(layer) -> torch.Tensor:
-    """The weight matrix of a linear layer, dequantised if it is in 4 bits."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.weight.data
-    from bitsandbytes import functional
-
-    return functional.dequantize_4bit(layer.weight.data, state)
-
-
 def plain_linear(weight: torch.Tensor, bias) -> torch.nn.Linear:
     """A frozen linear layer around an existing matrix, without a copy."""
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -124,7 +110,8 @@ def dequantize(model) -> None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             base = layer.base_layer
-            layer.base_layer = plain_linear(dense_weight(base).to(model.dtype), base.bias)
+            weight = dequantize_module_weight(base).to(model.dtype)
+            layer.base_layer = plain_linear(weight, base.bias)
 
 
 @contextlib.contextmanager
@@ -142,7 +129,7 @@ def merged(model):
         return
     try:
         for name, layer in layers.items():
-            weight = dense_weight(layer.base_layer)
+            weight = dequantize_module_weight(layer.base_layer)
             if name in trained:
                 weight = weight + layer.get_delta_weight("default").detach()
             model.set_submodule(name, plain_linear(weight, layer.base_layer.bias))

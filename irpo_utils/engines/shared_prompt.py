@@ -8,14 +8,8 @@ from __future__ import annotations
 import torch
 
 from irpo_utils import logprobs
+from irpo_utils.engines import Engine as PlainEngine
 from irpo_utils.training import CHOSEN_ONLY, IterativeRPOTrainer, PairLogps
-
-
-def possible(model) -> bool:
-    """Whether a mask of our own may be given: models with sliding windows build several masks."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or []
-    return not getattr(config, "sliding_window", None) and "sliding_attention" not in kinds
 
 
 def pair_batch(prompts, chosen, rejected, pad_id: int, dtype=torch.float32) -> dict:
@@ -99,3 +93,14 @@ class SharedPromptTrainer(IterativeRPOTrainer):
             return PairLogps(chosen, n_chosen)
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         return PairLogps(chosen, n_chosen, rejected, n_rejected, *reference)
+
+
+class Engine(PlainEngine):
+    """Trains with `SharedPromptTrainer` where the model allows a mask of our own."""
+
+    def trainer(self, model):
+        config = model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or []
+        # A model with sliding windows builds several masks.
+        sliding = getattr(config, "sliding_window", None) or "sliding_attention" in kinds
+        return None if sliding else SharedPromptTrainer

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from irpo_utils import UserError, logprobs, sampling
-from irpo_utils.engines import Engine as PlainEngine
 from irpo_utils.engines import shared_prompt
 from irpo_utils.scale import processes
 from irpo_utils.scale.vllm_server import Server
@@ -20,7 +19,7 @@ CHECKED = 16  # completions of every adapter whose log-probabilities are compare
 MOST_DIFFERENCE = 0.3  # nats per token; rounding and another 4-bit kernel give less
 
 
-class Engine(PlainEngine):
+class Engine(shared_prompt.Engine):
     """Decoding with the vLLM server at VLLM_URL."""
 
     def load(self, p, revision: str | None = None, **options):
@@ -56,7 +55,3 @@ class Engine(PlainEngine):
                 f"its log-probabilities differ by {per_token.mean():.2f} nats per token. Serve the "
                 "same base there, with the default --logprobs-mode."
             )
-
-    def trainer(self, model):
-        """Pairs that share their prompt, for models that allow a mask of our own."""
-        return shared_prompt.SharedPromptTrainer if shared_prompt.possible(model) else None
