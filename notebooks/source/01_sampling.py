@@ -575,11 +575,11 @@ assert sum(lengths) <= rows_if_refilled(lengths) <= rows_if_all_wait(lengths)
 # when no answer waits any more):
 # [continuous batching](../docs/glossary.md#continuous-batching) (Orca, [Yu et al. 2022](https://www.usenix.org/conference/osdi22/presentation/yu)).
 #
-# In the engine of the CPU profiles, [`irpo_utils/engines/cpu.py`](../irpo_utils/engines/cpu.py), the loop `_decode` does just that. `_begin` runs new
-# prompts through the model, all but their last token; a `SlotCache` takes their keys and values, N copies each, into the rows that are free; then all
-# rows, new and old, take one step together. Prompts come longest first, so that rows of similar length are next to each other. On a CPU each core runs
-# its own loop. The plain loop in [`irpo_utils/sampling.py`](../irpo_utils/sampling.py) lets the rows that have ended leave the batch and puts no
-# new ones in their place. And because every token is drawn with its own random number (section 5), none of this changes a completion:
+# Inference servers such as vLLM do this. The loop in [`irpo_utils/sampling.py`](../irpo_utils/sampling.py) is simpler: a row that has ended leaves the
+# batch, and no new one takes its place, so later steps have fewer rows. Prompts come longest first, so that rows of similar length are next to each
+# other. The engine of the CPU profiles, [`irpo_utils/engines/cpu.py`](../irpo_utils/engines/cpu.py), uses the same loop with one batch per core. For
+# the small models that fit a CPU, refilling rows would cost as much time as it saves, because keys and values have to be moved. And because every
+# token is drawn with its own random number (section 5), none of this changes a completion:
 
 # %%
 # NBVAL_IGNORE_OUTPUT

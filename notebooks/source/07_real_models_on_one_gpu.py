@@ -718,9 +718,8 @@ assert sum(grading.count_reasons(graded).values()) == len(samples)
 #
 # The plan is an estimate, so be prepared. Three things happen by themselves:
 #
-# - **sampling and evaluation** with `--engine cpu` decode half as many completions at once; those that are finished are kept, and
-#   the others come out the same, since every token has a separate random number ([notebook 01](01_sampling.ipynb), section 5).
-#   The plain engine stops, and names the settings to lower;
+# - **sampling and evaluation** decode half as many completions at once; those that are finished are kept, and the others
+#   come out the same, since every token has a separate random number ([notebook 01](01_sampling.ipynb), section 5);
 # - **scoring** (the KL) takes half as many rows;
 # - **training** takes the micro-batch again in two halves, and continues with that size.
 #
