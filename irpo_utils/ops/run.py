@@ -75,21 +75,17 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     methods.check_start(p)
     if method.train:
         baselines.check_group(p)
-    if (p.gold or not (method.samples or method.train)) and not any(
-        row.get("solution") for row in train
-    ):
+    needs_gold = p.gold or not (method.samples or method.train)
+    if needs_gold and not any(row.get("solution") for row in train):
         needs = "--gold true" if method.samples else f"--method {p.method}"
         raise UserError(
             f"There are no gold solutions among the training questions, which {needs} needs. Add "
             "the column `solution` to the data, or leave that option out."
         )
-    own_probe = Path(out) / "iteration_0" / "pairs"
-    if p.probe and Path(p.probe).expanduser().resolve() != own_probe.resolve():
-        if not (Path(p.probe).expanduser() / "state.json").is_file():
-            raise UserError(
-                f"--probe {p.probe} is no folder of pairs, such as RUN/iteration_0/pairs."
-            )
-    if p.start and checksums.read(Path(out) / "iteration_0" / "adapter") is None:
+    first, probe = Path(out).resolve() / "iteration_0", Path(p.probe or "").expanduser().resolve()
+    if p.probe and probe != first / "pairs" and not (probe / "state.json").is_file():
+        raise UserError(f"--probe {p.probe} is no folder of pairs, such as RUN/iteration_0/pairs.")
+    if p.start and checksums.read(first / "adapter") is None:
         export.find_start(p)
     return contamination.check([*train, *learnt_before(p)], questions, p.allow_overlap)
 
