@@ -29,54 +29,8 @@ PROMPT = (
     "Question: {question}\n{options}\nSolution:"
 )
 ORDINALS = "first second third fourth fifth 1st 2nd 3rd 4th 5th".split()
-INTRODUCTION = r"(?:(?:the|correct|right|best|answer|option|choice|letter|is)\b[\s:]*)*"
-LETTER = re.compile(
-    rf"{INTRODUCTION}[(\[{{]?\s*([a-e1-9])\s*(?:[)\]}}.,:;!?]+(?!\d)|[-=]>|\||[-–—](?=\s)|(?=\s+\S)|$)\s*(.*)",
-    re.IGNORECASE | re.DOTALL,
-)
-# A letter behind the option's text: "wet palms (B)", "wet palms, option B".
-BEHIND = re.compile(
-    r"(.*?\w)[\s,.:;-]*(?:[(\[]\s*([a-e])\s*[)\]]|,\s*(?:option|choice)\s([a-e])|\s-\s(?-i:([A-E]))$)",
-    re.IGNORECASE,
-)
-# The option that was not taken: "B (not A)", "B instead of C".
-REJECTED = re.compile(
-    r"(?<=\S)\s*\(?\b(?:not|and not|instead of|rather than)\s+(?:option\s)?"
-    r"\(?(?:[A-E]|[a-e](?=\)|$))\b\)*",
-    re.ASCII,
-)
-# What follows a letter takes it back: "is wrong", "is not right", "can't be", or nothing but "no".
-DENIAL = re.compile(
-    r"(?:(?:is|was|can|could|does|would)\s*(?:not\b|n't)|cannot|(?:\w+\s+){0,2}(?:wrong|incorrect|false|"
-    r"impossible|unlikely|ruled\sout|eliminated)\b|(?:not?|never)\W*$)",
-    re.IGNORECASE,
-)
-# Another letter that stands alone ("B, or c"), unless it may be the article "a"; or "B, 3".
-OTHER = re.compile(
-    r"\(([a-e])\)|(?<![\w'])([b-e])(?!\w)|(?<![\w'])(a)(?!\w|\s+\w)|(?<=\s)(?-i:(A)\b)|^(?:or\s+)?([1-9])$",
-    re.IGNORECASE,
-)
-
-
-@functools.lru_cache(maxsize=10_000)  # the options of a question are read with every completion
-def _clean(text: str, phrases: bool = False) -> str:
-    text = answers.unwrap(re.sub(r"\(insert letter here\):?", "", text), phrases)
-    text = re.sub(r"\\(?:text[a-z]*|math[a-z]*|mbox)|[{}_]", "", text)
-    return " ".join(text.split()).strip(". ")
-
-
-def _key(text: str, fold: bool = True) -> str:
-    """What is compared of an option's text: "2.0 kg" is "2kg", "10 degrees Celsius" is "10°C"."""
-    text = re.sub(r"\s*(?:°|degrees?)\s*([cCfF])(?:elsius|ahrenheit)?\b", r"°\1", text)
-    text = re.sub(r"(\d)\.0+(?!\d)", r"\1", text)
-    text = re.sub(
-        r"\b(none|all|both|neither) of (?:the above|these|those)\b",
-        r"\1 of the above",
-        text,
-        flags=re.I,
-    )
-    text = re.sub(r"[\s(\[\])]+", "", text)
-    return text.casefold() if fold else text
+PATTERNS = answers.read_patterns("letters")
+LETTER, BEHIND, OTHER = (PATTERNS[name][0][0] for name in ("letter", "behind", "other"))
 
 
 def letter(text: str, choices: list[str] | None = None) -> str | None:
@@ -89,75 +43,102 @@ def letter(text: str, choices: list[str] | None = None) -> str | None:
     """
     options = [_clean(choice) for choice in choices or ()]
     letters = ascii_uppercase[: len(options) or 5]
-    plain, stripped = (_clean(text[: answers.MAX_LENGTH], phrases) for phrases in (False, True))
-    for spelling in (plain, stripped):  # in full, as "E. coli" or "C 14"; it may begin with "It is"
-        place = _place(spelling, options)
-        if place is not None and len(_key(spelling)) > 2:
-            return letters[place] if place >= 0 else None
-    for spelling in (plain, stripped):
-        match = LETTER.fullmatch(REJECTED.sub("", spelling))
-        named = _named(match, match[0], letters, options) if match else None
-        if named is not None:
-            return named or None
-    place = _place(stripped, options)
-    if place is None:
-        return _behind(stripped, letters, options) if options else None
-    return letters[place] if place >= 0 else None
-
-
-def _place(text: str, options: list[str]) -> int | None:
-    """The place of the option with this text; -1 for one of several, None if there is none."""
-    for fold in (False, True):  # "Rr" and "RR" are different options in genetics
-        places = [i for i, option in enumerate(options) if _key(option, fold) == _key(text, fold)]
-        if places:
-            return places[0] if len(places) == 1 else -1
+    text = text[: answers.MAX_LENGTH]
+    spellings = dict.fromkeys(_clean(text, phrases) for phrases in (False, True))
+    # Texts come first, as in "E. coli" or "C 14"; but "B" is a letter. Each reader returns a
+    # letter, "" where it is in doubt, or None where the next one is asked.
+    for reader in (_by_long_text, _by_letter, _by_text, _by_letter_behind, _by_place):
+        for spelling in spellings:  # with and without "It is", which may begin an option's text
+            found = reader(spelling, letters, options)
+            if found is not None:
+                return found or None
     return None
 
 
-def _behind(text: str, letters: str, options: list[str]) -> str | None:
-    """The option whose text has its letter behind it, or named by place: "the second"."""
-    match = BEHIND.fullmatch(text)
-    name = (match[2] or match[3] or match[4]).upper() if match else ""
-    if name and name in letters and _key(match[1]) == _key(options[letters.index(name)]):
-        return name
-    word = re.sub(r"^the\s|\s(?:option|choice|one|answer)$", "", text.casefold())
-    place = ORDINALS.index(word) % 5 if word in ORDINALS else len(letters)
-    return letters[place] if place < len(letters) else None
+@functools.lru_cache(maxsize=10_000)  # the options of a question are read with every completion
+def _clean(text: str, phrases: bool = False) -> str:
+    text = answers.replace(PATTERNS["clean"], answers.unwrap(text, phrases))
+    return " ".join(text.split()).strip(". ")
 
 
-def _named(match: re.Match, text: str, letters: str, options: list[str]) -> str | None:
-    """The letter that the text begins with, "" if it has the text of another option, or None."""
-    name, rest = match[1].upper(), match[2].strip(" ([")
-    if name.isdigit():
-        if any(option[:1].isdigit() for option in options) or int(name) > len(letters):
-            return None
-        name = letters[int(name) - 1]
-    if name not in letters:
+@functools.lru_cache(maxsize=10_000)
+def _key(text: str, fold: bool = True) -> str:
+    """What is compared of an option's text; "Rr" and "RR" are different options in genetics."""
+    text = answers.replace(PATTERNS["key"], text)
+    return text.casefold() if fold else text
+
+
+def _by_text(text: str, letters: str, options: list[str]) -> str | None:
+    """The option with this text, with the same capitals if there are two."""
+    for fold in (False, True):
+        keys = [_key(option, fold) for option in options]
+        if _key(text, fold) in keys:
+            alone = keys.count(_key(text, fold)) == 1
+            return letters[keys.index(_key(text, fold))] if alone else ""
+    return None
+
+
+def _by_long_text(text: str, letters: str, options: list[str]) -> str | None:
+    return _by_text(text, letters, options) if len(_key(text)) > 2 else None
+
+
+def _by_letter(text: str, letters: str, options: list[str]) -> str | None:
+    """The letter that the text begins with, if the rest neither denies it nor names another."""
+    match = LETTER.fullmatch(answers.replace(PATTERNS["rejected"], text))
+    if not match:
+        return None
+    name, end, rest = match[1].upper(), match[2].strip(), match[3].strip(" ([")
+    is_place = name.isdigit()
+    if is_place and not any(option[:1].isdigit() for option in options):
+        name = letters[int(name) - 1 : int(name)]
+    if not name or name not in letters:
         return None
     own = options[letters.index(name)] if options else ""
-    copied = _copied(rest, options, str) or _copied(rest, options, str.casefold)
-    if copied not in (
-        "",
-        own,
-    ):  # another option's text, unless it begins a sentence about something else
-        if re.match(r"\W*(?:$|(?:because|since|as|is|or|and)\b)|[.,;:]", rest[len(copied) :]):
+    quoted = _quoted(rest, options)
+    if quoted not in ("", own):
+        if answers.found(PATTERNS["stop"], rest[len(quoted) :]):
             return ""
-        copied = ""
-    rest = rest[len(copied) :].strip(" .,:;()[]")
+        quoted = ""
+    rest = rest[len(quoted) :].strip(" .,:;()[]")
     if not rest or _key(rest) == _key(own):
         return name
-    delimited = copied or text[match.end(1) : match.start(2)].strip() or re.match(r"is\b", rest)
-    others = {other.upper() for found in OTHER.findall(rest) for other in found if other} - {name}
-    if match[1].isdigit():  # "1, 2 and 4"
+    others = {other.upper() for other in OTHER.findall(rest)}
+    if is_place:  # "1, 2 and 4"
         others |= set(re.findall(r"\d", rest))
-    return name if delimited and not others and not DENIAL.match(rest) else None
+    delimited = quoted or end or re.match(r"is\b", rest)
+    is_clear = delimited and not others - {name} and not answers.found(PATTERNS["denial"], rest)
+    return name if is_clear else None
 
 
-def _copied(text: str, options: list[str], same) -> str:
+def _quoted(text: str, options: list[str]) -> str:
     """The longest option that `text` begins with, in whole words."""
-    begun = (option for option in options if option and same(text).startswith(same(option)))
-    whole = (option for option in begun if not text[len(option) : len(option) + 1].isalnum())
-    return max(whole, key=len, default="")
+    for same in (str, str.casefold):
+        begun = [option for option in options if option and same(text).startswith(same(option))]
+        whole = [option for option in begun if not text[len(option) : len(option) + 1].isalnum()]
+        if whole:
+            return max(whole, key=len)
+    return ""
+
+
+def _by_letter_behind(text: str, letters: str, options: list[str]) -> str | None:
+    """The option whose text has its letter behind it."""
+    match = BEHIND.fullmatch(text)
+    name = (match[2] or match[3] or match[4]).upper() if match else ""
+    named = dict(zip(letters, options, strict=False)).get(name)
+    return name if named is not None and _key(match[1]) == _key(named) else None
+
+
+def _by_place(text: str, letters: str, options: list[str]) -> str | None:
+    """The option named by its place: "the second"."""
+    word = re.sub(r"^the\s|\s(?:option|choice|one|answer)$", "", text.casefold())
+    place = ORDINALS.index(word) % 5 if word in ORDINALS else len(options)
+    return letters[place] if place < len(options) else None
+
+
+def need_choices(choices: object) -> None:
+    """Refuse what is not the texts of two to five options."""
+    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    need(texts and 2 <= len(choices) <= 5, "`choices` is not a list of two to five texts")
 
 
 class ARCChallenge(FileTask):
@@ -181,25 +162,21 @@ class ARCChallenge(FileTask):
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
         """The same letter."""
-        return extracted is not None and extracted == answer
+        return extracted == answer
 
     def row(self, raw: dict, index: int) -> dict:
         """`choices` as a list of texts, `answer` as the letter of the right one's place."""
-        texts, labels = raw["choices"]["text"], raw["choices"]["label"]
+        texts, labels, key = raw["choices"]["text"], raw["choices"]["label"], raw["answerKey"]
         need(raw["question"].strip(), "`question` is empty")
-        need(
-            len(texts) == len(labels) and 2 <= len(texts) <= 5,
-            "`choices` needs two to five texts, a label each",
-        )
-        need(
-            all(isinstance(text, str) for text in texts), "`choices` has an option that is not text"
-        )
-        need(raw["answerKey"] in labels, f"`answerKey` {raw['answerKey']!r} is none of the labels")
+        need_choices(texts)
+        need(len(texts) == len(labels), "`choices` needs a label for each text")
+        need(key in labels, f"`answerKey` {key!r} is none of the labels")
+        answer = ascii_uppercase[labels.index(key)]
         return {
             "id": str(raw["id"]),
             "question": raw["question"],
-            "choices": list(texts),
-            "answer": ascii_uppercase[labels.index(raw["answerKey"])],
+            "choices": texts,
+            "answer": answer,
         }
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:

@@ -8,6 +8,7 @@ it is read. No question is in two splits, except for questions of your own in tw
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -51,16 +52,18 @@ def _between_digits(gap: re.Match) -> str:
     return ("." if gap[0] == "." else "~") if before.isdigit() and after.isdigit() else ""
 
 
+def question_hash(row: dict) -> str:
+    """A hash that equal questions share (64 hexadecimal digits)."""
+    return hashlib.sha256(normalise(row["question"]).encode()).hexdigest()
+
+
 def without(rows: list[dict], *others: list[dict]) -> list[dict]:
     """`rows` less the questions of `others` and less repetitions, by `normalise`."""
-    seen = {normalise(row["question"]) for other in others for row in other}
-    kept = []
+    excluded = {normalise(row["question"]) for other in others for row in other}
+    first: dict[str, dict] = {}
     for row in rows:
-        key = normalise(row["question"])
-        if key not in seen:
-            seen.add(key)
-            kept.append(row)
-    return kept
+        first.setdefault(normalise(row["question"]), row)
+    return [row for key, row in first.items() if key not in excluded]
 
 
 def hold_out(rows: list[dict], count: int | None = None) -> tuple[list[dict], list[dict]]:
@@ -90,7 +93,7 @@ def _no_number(text: str) -> None:
 
 def convert_rows(raw_rows, where: str, task: FileTask, prefix: str) -> list[dict]:
     """`task.row` of each (number, raw row), with an `id`; `UserError` names a refused row."""
-    rows, ids = [], set()
+    rows: dict[str, dict] = {}
     for number, raw in raw_rows:
         try:
             if isinstance(raw, bytes):
@@ -99,20 +102,15 @@ def convert_rows(raw_rows, where: str, task: FileTask, prefix: str) -> list[dict
             text = json.dumps(raw, ensure_ascii=False, default=str)
             need(not re.search("[\ud800-\udfff]", text), "a text has half of a surrogate pair")
             row = {"id": f"{prefix}-{len(rows):05d}", **task.row(raw, len(rows))}
-            need(row["id"] not in ids, f"the id {row['id']!r} was there before")
-        except KeyError as error:
-            reason = f"the field {error} is missing"
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error)
-        else:
-            ids.add(row["id"])
-            rows.append(row)
-            continue
-        raise UserError(
-            f"{where}{number}: {reason}. Each line has to be one JSON object with {task.expected}; "
-            "fix or delete that line, then run the command again."
-        )
-    return rows
+            need(row["id"] not in rows, f"the id {row['id']!r} was there before")
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"the field {error} is missing" if isinstance(error, KeyError) else error
+            raise UserError(
+                f"{where}{number}: {reason}. Each line has to be one JSON object with "
+                f"{task.expected}; fix or delete that line, then run the command again."
+            ) from error
+        rows[row["id"]] = row
+    return [*rows.values()]
 
 
 def read_jsonl(path: Path, task: FileTask, prefix: str) -> list[dict]:
@@ -128,9 +126,7 @@ def read_jsonl(path: Path, task: FileTask, prefix: str) -> list[dict]:
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     rows = convert_rows(numbered, f"{path}, line ", task, prefix)
     if not rows:
-        raise UserError(
-            f"{path} has no questions. Each line has to be one JSON object with {task.expected}."
-        )
+        raise UserError(f"{path} has no questions. Each line needs {task.expected}.")
     return rows
 
 
@@ -149,27 +145,13 @@ def local_path(task: str, data: str | None) -> Path | None:
     return path
 
 
-def load_hub(task: str, hub: str, config: str | None, split: str) -> list[dict]:
-    """Rows of a hub data set, or a `UserError` that offers --data; its code is never run."""
-    import datasets
-
-    try:
-        return list(datasets.load_dataset(hub, config, split=split))
-    except Exception as error:  # no network, gated, renamed: each library has its own classes
-        raise UserError(
-            f"Cannot load {hub} from the hub ({type(error).__name__}). Without a network give a "
-            "folder of JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with "
-            f"{task}/ in it."
-        ) from error
-
-
 class FileTask(Task):
     """A task read from the hub or from files: a subclass converts a row and makes the splits."""
 
     hub: str
     config: str | None = None
     expected: str  # the fields of a raw row, for error messages
-    splits_known: tuple[str, ...] = SPLITS
+    split_names: tuple[str, ...] = SPLITS
 
     def row(self, raw: dict, index: int) -> dict:
         """One raw row as `question`, `answer` and more; `ValueError` or `KeyError` refuse it."""
@@ -179,12 +161,17 @@ class FileTask(Task):
         """All splits, from a local folder or (None) from the hub."""
         raise NotImplementedError
 
+    def hub_sets(self, name: str) -> list[tuple[str, str | None, str]]:
+        """(data set, configuration, split) on the hub, whose rows make up the split `name`."""
+        return [(self.hub, self.config, name)]
+
     def read(self, path: Path | None, name: str, optional: bool = False) -> list[dict]:
         """The rows of `name`.jsonl in the folder, or of that split on the hub."""
         prefix = f"{self.name}-{name}"
         if path is None:
-            raw = enumerate(load_hub(self.name, self.hub, self.config, name))
-            return convert_rows(raw, f"{self.hub}, {name}, row ", self, prefix)
+            sets = (self._load_hub(*hub_set) for hub_set in self.hub_sets(name))
+            numbered = enumerate(row for rows in sets for row in rows)
+            return convert_rows(numbered, f"{self.hub}, {name}, row ", self, prefix)
         if path.is_file():
             raise UserError(
                 f"{path} is a file; the task {self.name} reads a folder with {name}.jsonl in it. "
@@ -194,6 +181,19 @@ class FileTask(Task):
             return []
         return read_jsonl(path / f"{name}.jsonl", self, prefix)
 
+    def _load_hub(self, hub: str, config: str | None, split: str) -> list[dict]:
+        """Rows of a data set on the hub, whose code is never run; `UserError` offers --data."""
+        import datasets
+
+        try:
+            return list(datasets.load_dataset(hub, config, split=split))
+        except Exception as error:  # no network, gated, renamed: each library has its own classes
+            raise UserError(
+                f"Cannot load {hub} from the hub ({type(error).__name__}). Without a network give "
+                "a folder of JSONL files with the hub's columns: --data FOLDER, or IRPO_DATA with "
+                f"{self.name}/ in it."
+            ) from error
+
     def load(self, split: str, data: str | None = None) -> Dataset:
         """Questions of one split with unique `id`, `question`, `answer` and the task's columns.
 
@@ -202,8 +202,8 @@ class FileTask(Task):
         """
         from datasets import Dataset
 
-        if split not in self.splits_known:
-            known = ", ".join(self.splits_known)
+        if split not in self.split_names:
+            known = ", ".join(self.split_names)
             raise UserError(f"There is no split {split!r} of {self.name}; use one of {known}.")
         rows = self.splits(local_path(self.name, data))[split]
         if not rows:

@@ -13,7 +13,7 @@ stops the run.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import re
 import unicodedata
 from decimal import Decimal
@@ -22,29 +22,22 @@ from pathlib import Path
 from irpo_utils import UserError
 from irpo_utils.tasks import answers, arc_challenge, gsm8k, numbers
 from irpo_utils.tasks.base import SPLITS
-from irpo_utils.tasks.files import FileTask, need, normalise, read_jsonl, without
+from irpo_utils.tasks.files import FileTask, need, question_hash, read_jsonl, without
+
+PATTERNS = answers.read_patterns("texts")
 
 
+@functools.lru_cache(maxsize=10_000)  # gold answers are asked for again with every completion
 def _is_number(answer: str) -> bool:
     letters = re.search(r"[^\W\d_]", re.sub(r"(?<=\d)[eE](?=[-+]?\d)", "", answer))
     return not letters and numbers.parse(answer) is not None
 
 
+@functools.lru_cache(maxsize=10_000)
 def _plain(text: str) -> str:
     """What is compared of a text: lower case, no wrapping or article, no blanks around signs."""
     text = answers.unwrap(unicodedata.normalize("NFKC", text))
-    text = re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"^[\[{](.*)[\]}]$|^\(([^(),]*)\)$", r"\1\2", text).casefold()
-    text = re.sub(r"(?<=[a-z])(?:_\{?(\d+)\}?|!$)", r"\1", text)  # H_2O
-    text = re.sub(r"^(?:an?|the)\s+(?=\w)", "", text)
-    text = re.sub(r"(?<=\d)(?:\.0+(?!\d)|,(?=\d{3}(?!\d)))", "", text)  # 5.0 km, 1,000 people
-    text = re.sub(r"\s*([,=+*/<>])\s*|(?<=\d)\s+(?=[a-z])", r"\1", text)
-    return " ".join(text.split()).strip(" .")
-
-
-def _split_of(row: dict) -> str:
-    share = int(hashlib.sha256(normalise(row["question"]).encode()).hexdigest(), 16) % 10
-    return "train" if share < 8 else "validation" if share == 8 else "test"
+    return answers.replace(PATTERNS["text"], text.casefold())
 
 
 class JSONL(FileTask):
@@ -64,22 +57,21 @@ class JSONL(FileTask):
             return arc_challenge.TASK.extract(completion, row)
         if _is_number(row.get("answer", "")):
             return gsm8k.TASK.extract(completion)
-        block = answers.after_final_answer(completion)
-        return (_plain(block) or None) if block else None
+        return _plain(answers.after_final_answer(completion) or "") or None
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
         """Equal as numbers if the gold answer is one, else as text; "Paris (capital)" is Paris."""
-        if extracted is None:
-            return False
         if _is_number(answer):
             return gsm8k.TASK.is_correct(extracted, answer)
-        given, gold = _plain(extracted), _plain(answer)
-        return gold in (given, re.sub(r"\s*\([^()]*\)$", "", given))
+        given, gold = _plain(extracted or ""), _plain(answer)
+        return bool(given) and gold in (given, re.sub(r"\s*\([^()]*\)$", "", given))
 
     def row(self, raw: dict, index: int) -> dict:
         """The row with text in every field, and a letter if there are choices."""
-        question, answer, choices = raw["question"], raw["answer"], raw.get("choices")
+        question, answer = raw["question"], raw["answer"]
+        solution, choices = raw.get("solution"), raw.get("choices")
         need(isinstance(question, str) and question.strip(), "`question` is empty or not text")
+        need(solution is None or isinstance(solution, str), "`solution` is not text")
         is_number = isinstance(answer, (int, float, Decimal)) and not isinstance(answer, bool)
         need(isinstance(answer, str) or is_number, "`answer` is not text or a number")
         answer = f"{answer:f}" if isinstance(answer, Decimal) else str(answer).strip()
@@ -87,12 +79,9 @@ class JSONL(FileTask):
         need("\n" not in answer, "`answer` has several lines; only one is compared")
         need(len(answer) <= answers.MAX_LENGTH, f"`answer` is over {answers.MAX_LENGTH} characters")
         if choices is not None:
-            texts = isinstance(choices, list) and all(isinstance(c, str) for c in choices)
-            need(texts and 2 <= len(choices) <= 5, "`choices` is not a list of two to five texts")
+            arc_challenge.need_choices(choices)
             answer = arc_challenge.letter(answer, choices)
             need(answer, "`answer` is none of the choices")
-        solution = raw.get("solution")
-        need(isinstance(solution, (str, type(None))), "`solution` is not text")
         row = {"question": question, "answer": answer, "solution": solution, "choices": choices}
         return row if raw.get("id") is None else row | {"id": str(raw["id"])}
 
@@ -106,8 +95,10 @@ class JSONL(FileTask):
         if path.is_dir():
             parts = {name: self.read(path, name) for name in SPLITS}
         else:
-            rows = read_jsonl(path, self, path.stem)
-            parts = {name: [row for row in rows if _split_of(row) == name] for name in SPLITS}
+            parts = {name: [] for name in SPLITS}
+            for row in read_jsonl(path, self, path.stem):
+                tenth = int(question_hash(row), 16) % 10  # of ten parts the last two are held out
+                parts["test" if tenth == 9 else "validation" if tenth == 8 else "train"].append(row)
         rows = [row for part in parts.values() for row in part]
         empty = {key for key in ("solution", "choices") if not any(row[key] for row in rows)}
         return {

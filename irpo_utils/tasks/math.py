@@ -22,7 +22,6 @@ answer does not have. Only then math-verify decides (`verifier`).
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -31,15 +30,7 @@ from pathlib import Path
 from irpo_utils import UserError
 from irpo_utils.tasks import answers, numbers, verifier
 from irpo_utils.tasks.base import SPLITS
-from irpo_utils.tasks.files import (
-    FileTask,
-    convert_rows,
-    hold_out,
-    load_hub,
-    need,
-    normalise,
-    without,
-)
+from irpo_utils.tasks.files import FileTask, hold_out, need, question_hash, without
 
 MAX_LENGTH, MAX_DEPTH = 300, 8  # characters and nested brackets of an answer that is compared
 HEADER = (
@@ -338,7 +329,7 @@ class MATH(FileTask):
     name = "math"
     hub = "EleutherAI/hendrycks_math"
     expected = "`problem` and `solution` (with the answer in \\boxed{}), or `question` and `answer`"
-    splits_known = (*SPLITS, "math500")
+    split_names = (*SPLITS, "math500")
 
     def prompt(self, row: dict) -> str:
         """The paper's instruction, the column `examples`, the question, and "Solution:"."""
@@ -377,59 +368,52 @@ class MATH(FileTask):
         question, solution = raw.get("problem") or raw["question"], raw.get("solution")
         answer = raw["answer"] if "answer" in raw else last_boxed(raw["solution"])
         need(question.strip(), "the question is empty")
-        need(
-            isinstance(answer, str),
-            "there is no answer, neither as a field nor in a \\boxed{} of the solution",
-        )
+        missing = "there is no answer, neither as a field nor in a \\boxed{} of the solution"
+        need(isinstance(answer, str), missing)
         row = {"question": question, "answer": answer}
-        return row | (
-            {"solution": f"{solution.strip()}\nFinal answer: ${answer}$"} if solution else {}
-        )
+        if solution:
+            row["solution"] = f"{solution.strip()}\nFinal answer: ${answer}$"
+        return row
+
+    def hub_sets(self, name: str) -> list[tuple[str, str | None, str]]:
+        """On the hub each subject is a separate configuration, and MATH-500 a data set."""
+        if name == "math500":
+            return [("HuggingFaceH4/MATH-500", None, "test")]
+        return [(self.hub, subject, name) for subject in SUBJECTS]
 
     def read(self, path: Path | None, name: str, optional: bool = False) -> list[dict]:
-        """As for every task, but on the hub each subject and MATH-500 is a separate data set."""
-        if path is not None:
-            local = "train_8k" if name == "train" and (path / "train_8k.jsonl").exists() else name
-            return super().read(path, local, optional)
-        if name == "math500":
-            raw = load_hub(self.name, "HuggingFaceH4/MATH-500", None, "test")
-        else:
-            raw = [
-                row for subject in SUBJECTS for row in load_hub(self.name, self.hub, subject, name)
-            ]
-        where = f"{self.hub}, {name}, row "
-        return convert_rows(enumerate(raw), where, self, f"{self.name}-{name}")
+        """As for every task; the training file may be train_8k.jsonl."""
+        if path and name == "train" and (path / "train_8k.jsonl").exists():
+            name = "train_8k"
+        return super().read(path, name, optional)
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
         """Test and MATH-500; train without these and the examples, 15 % of it for validation."""
         test, math500 = self.read(path, "test"), self.read(path, "math500", optional=True)
         train = [row for row in self.read(path, "train") if row["answer"].strip()]
-        examples, train = self._take_examples(without(train, test, math500))
+        examples, train = _take_examples(without(train, test, math500))
         train, validation = hold_out(train)
         parts = {"train": train, "validation": validation, "test": test, "math500": math500}
         return {
             name: [row | {"examples": examples} for row in rows] for name, rows in parts.items()
         }
 
-    def _take_examples(self, train: list[dict]) -> tuple[str, list[dict]]:
-        """(text of the worked examples, the other rows)."""
-        found, rest = {}, []
-        for row in train:
-            key = hashlib.sha256(normalise(row["question"]).encode()).hexdigest()[:16]
-            if key in EXAMPLES:
-                found[key] = row
-            else:
-                rest.append(row)
-        if len(found) < len(EXAMPLES):
-            raise UserError(
-                f"{len(EXAMPLES) - len(found)} of the four examples of the prompt of MATH are not "
-                "in its training file; use the whole file, or --task jsonl for other ones."
-            )
-        return "".join(
-            f"Question: {found[key]['question']}\nSolution: {solution}\nFinal answer: "
-            f"${found[key]['answer']}$\n"
-            for key, solution in EXAMPLES.items()
-        ), rest
+
+def _take_examples(train: list[dict]) -> tuple[str, list[dict]]:
+    """(text of the worked examples, the other rows)."""
+    hashed = [(question_hash(row)[:16], row) for row in train]
+    found = {key: row for key, row in hashed if key in EXAMPLES}
+    if len(found) < len(EXAMPLES):
+        raise UserError(
+            f"{len(EXAMPLES) - len(found)} of the four examples of the prompt of MATH are not in "
+            "its training file; use the whole file, or --task jsonl for other questions."
+        )
+    shown = [
+        f"Question: {found[key]['question']}\nSolution: {solution}\nFinal answer: "
+        f"${found[key]['answer']}$\n"
+        for key, solution in EXAMPLES.items()
+    ]
+    return "".join(shown), [row for key, row in hashed if key not in EXAMPLES]
 
 
 TASK = MATH()

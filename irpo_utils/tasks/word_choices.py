@@ -67,7 +67,7 @@ class WordChoices(Task):
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
         """The same letter."""
-        return extracted is not None and extracted == answer
+        return extracted == answer
 
     def solved(self, completion: str, row: dict) -> bool:
         """Whether the number itself is correct: the letter may be correct by luck."""
