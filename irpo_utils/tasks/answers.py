@@ -6,16 +6,18 @@ left of "**Final answer**: $\boxed{24}$". Every task starts from here.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from pathlib import Path
 
 MAX_LENGTH = 1000  # characters of a block; a longer one is no answer
 FENCE = re.compile(r"```\w*[ \t]*(?:\n|$)|```")
-# Pairs that may span lines: as long as one is open, the next line belongs to the answer.
-OPENED = (("{", "}"), (r"(?<!\\)\\\[", r"(?<!\\)\\\]"), (r"\\begin\b", r"\\end\b"))
-RAISED, LOWERED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+"), re.compile("[₀-₉]+")
-FRACTION = re.compile("[¼-¾⅐-⅞]")
+# What may span lines: as long as something is open, the next line belongs to the answer.
+BEGIN = re.compile(r"\{|(?<!\\)\\[\[(]|\\begin\b|<[a-z]+>")
+END = re.compile(r"\}|(?<!\\)\\[\])]|\\end\b|</[a-z]+>")
+# x², x₁, 2½ and full-width characters
+COMPOSED = {"[⁰¹²³⁴-⁹⁺⁻]+": "^{%s}", "[₀-₉]+": "_{%s}", "[¼-¾⅐-⅞]": " %s ", "[！-～]+": "%s"}
 
 
 def read_patterns(name: str, flags=re.IGNORECASE | re.DOTALL) -> dict[str, list]:
@@ -62,14 +64,15 @@ def after_final_answer(completion: str) -> str | None:
     parts = MARKER.split(completion)
     if len(parts) == 1:
         return None
-    rest = re.sub(r"^[\s*_}]{0,99}(?:</\w{1,9}>|\n>)?\s*", "", parts[-1][: 2 * MAX_LENGTH])
+    rest = replace(PATTERNS["lead"], parts[-1][: 2 * MAX_LENGTH])
     lines = rest.split("\n")
-    block = lines[0]
-    for line in lines[1:]:
+    for end in range(1, len(lines) + 1):
+        block = "\n".join(lines[:end])
         if not _is_open(block):
             break
-        block += "\n" + line
-    block = FENCE.sub("", lines[0] if _is_open(block) else block).strip()
+    else:  # it is never closed
+        block = lines[0]
+    block = FENCE.sub("", block).strip()
     return block if 0 < len(block) <= MAX_LENGTH else None
 
 
@@ -77,16 +80,15 @@ def _is_open(block: str) -> bool:
     """Whether a display, a code fence, a brace or an environment begins in `block` only."""
     if block.strip() == "$" or block.count("$$") % 2 or block.count("```") % 2:
         return True
-    counts = ((len(re.findall(sign, block)) for sign in pair) for pair in OPENED)
-    return any(begun > ended for begun, ended in counts)
+    return len(BEGIN.findall(block)) > len(END.findall(block))
 
 
 def read(completion: str) -> str | None:
     """The final answer of a completion without its wrapping, or None where there is none."""
-    block = after_final_answer(completion)
-    return (unwrap(block) or None) if block else None
+    return unwrap(after_final_answer(completion) or "") or None
 
 
+@functools.lru_cache(maxsize=10_000)  # a gold answer is compared with many completions
 def unwrap(text: str, phrases: bool = True) -> str:
     r"""`text` without boxes, delimiters, markup, quotes, and (if `phrases`) "The answer is".
 
@@ -105,26 +107,25 @@ def unwrap(text: str, phrases: bool = True) -> str:
 
 def symbols(text: str) -> str:
     """The text with ASCII digits, signs and blanks, x² as x^{2}, and no invisible characters."""
-    text = RAISED.sub(lambda match: f"^{{{_plain(match[0])}}}", text)
-    text = LOWERED.sub(lambda match: f"_{{{_plain(match[0])}}}", text)
-    text = FRACTION.sub(lambda match: f" {_plain(match[0])} ", text)
-    return "".join(map(_ascii, replace(PATTERNS["sign"], text)))
+    if not text.isascii():
+        for characters, form in COMPOSED.items():
+            text = re.sub(characters, lambda match, form=form: form % _normalised(match[0]), text)
+        text = replace(PATTERNS["sign"], text)
+    return re.sub("[^ -~]", lambda match: _ascii(match[0]), text)
 
 
-def _plain(text: str) -> str:
+def _normalised(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("⁄", "/")
 
 
 def _ascii(character: str) -> str:
-    if " " < character <= "~":
-        return character
     category = unicodedata.category(character)
     if category == "Nd":  # a digit of any script
         return str(unicodedata.decimal(character))
-    if category in ("Sc", "Cc") or character.isspace():
-        return "$" if category == "Sc" else " "
-    if "！" <= character <= "～":  # full-width forms
-        return unicodedata.normalize("NFKC", character)
+    if category == "Sc":
+        return "$"
+    if category == "Cc" or character.isspace():
+        return " "
     # Text that runs backwards is no answer: its marks stay, and the comparisons do not know them.
     return "" if category == "Cf" and character not in "\u202d\u202e" else character
 
@@ -142,11 +143,11 @@ def braces(text: str, place: int) -> int | None:
     return None
 
 
-def strip_commands(text: str, commands: list) -> str:
-    r"""The text with \name{content} as content, for the commands that the patterns find."""
+def strip_commands(text: str, commands: list, around: str = "") -> str:
+    r"""The text with \name{content} as content, between two `around`, for the commands found."""
     for command, _ in commands:
         while match := command.search(text):
-            end = braces(text, match.end())
-            after = "" if end is None else text[end + 1 :]
-            text = text[: match.start()] + text[match.end() + 1 : end] + after
+            end = braces(text, match.end()) or len(text)
+            content = f"{around}{text[match.end() + 1 : end]}{around}"
+            text = text[: match.start()] + content + text[end + 1 :]
     return text
