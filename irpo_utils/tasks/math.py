@@ -48,17 +48,13 @@ SUBJECTS = (
 # --- reading ----------------------------------------------------------------------------------
 
 PATTERNS = answers.read_patterns("math", flags=re.NOFLAG)
-TEXT = PATTERNS["text"][0][0].pattern
-FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
-NUMBER = re.compile(
-    r"(-?\s*(?:[\d,./\s]|\\frac(?=[\d\s{])|[{}])+(?:\\(?:cdot|times)\s*10\s*\^\s*\{?-?\d+\}?)?)"
-    rf"(?:(?:\\text)?\s*\{{?\s*({'|'.join(numbers.MAGNITUDES)})\s*\}}?)?",
-    re.ASCII,
+FORMULA, BOX, NUMBER, APPROXIMATE, OPTION, SIGN = (
+    PATTERNS[name][0][0] for name in ("formula", "box", "number", "approximate", "option", "sign")
 )
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 
+@functools.lru_cache(maxsize=10_000)  # a gold answer is compared with many completions
 def canonical(text: str) -> str:
     r"""One spelling for LaTeX that differs in layout, units or "x =" only.
 
@@ -86,16 +82,14 @@ def _tidy(text: str) -> str:
 
 def _exact(text: str) -> str:
     r"""`text` without the decimal behind an exact value, as in "\frac13 \approx 0.333"."""
-    match = re.fullmatch(
-        r"(.*?\S)[\s(,]*(?:\\approx|about|approximately|or about)\s*-?([\d.,]+)\)?", text, re.DOTALL
-    )
-    if not match:
+    match = APPROXIMATE.fullmatch(text)
+    if not match or not re.search(r"\\(?!text|mbox)|[π√/]", match[1]):
         return text
     value, decimal = numbers.parse(match[1]), numbers.parse(match[2])
     if value is None:
-        return match[1] if re.search(r"\\(?:frac|sqrt|pi)|[π√/]", match[1]) else text
-    close = decimal is not None and abs(abs(value) - decimal) <= abs(value) / 100
-    return match[1] if close and re.search("/|frac", match[1]) else text
+        return match[1]
+    is_close = decimal is not None and abs(abs(value) - decimal) <= abs(value) / 100
+    return match[1] if is_close else text
 
 
 def _number(text: str) -> str | None:
@@ -112,87 +106,86 @@ def _interval(text: str) -> str | None:
     pieces = []
     for part in text.split("\\cup"):
         sides = [side.strip() for side in re.split(r"(<|>|\\[lg]e(?![a-z]))", part)]
-        if len(sides) > 1 and (
-            sides[-1].isalpha() or sides[1] in (">", "\\ge") and len(sides) == 5
-        ):
-            sides = [FLIPPED.get(side, side) for side in reversed(sides)]  # 2 < x is x > 2
-        names = [place for place, side in enumerate(sides) if re.fullmatch("[a-z]", side)]
-        if len(sides) == 3 and names == [0]:
-            _, sign, end = sides
-            sides = (
-                ["-\\infty", "<", "", sign, end]
-                if "<" in sign or "le" in sign
-                else [end, FLIPPED[sign], "", "<", "\\infty"]
-            )
-        elif len(sides) != 5 or names != [2]:
+        if ">" in sides or "\\ge" in sides:  # x > 2 is 2 < x
+            sides = [FLIPPED.get(side, side) for side in reversed(sides)]
+        if len(sides) == 3 and sides[0].isalpha():
+            sides = ["-\\infty", "<", *sides]
+        elif len(sides) == 3:
+            sides += ["<", "\\infty"]
+        if len(sides) != 5 or not re.fullmatch("[a-z]", sides[2]):
             return None
         low, first, _, last, high = sides
         if {first, last} - {"<", "\\le"} or not low or not high:
             return None
-        ends = "(["[first == "\\le"], ")]"[last == "\\le"]
-        pieces.append(f"{ends[0]}{low}, {high}{ends[1]}")
+        begin, end = "[" if first == "\\le" else "(", "]" if last == "\\le" else ")"
+        pieces.append(f"{begin}{low}, {high}{end}")
     return "\\cup ".join(pieces)
 
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...} (or \fbox, or "\boxed 5"), or None."""
-    place = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if place < 0:
+    *before, rest = BOX.split(text)
+    if not before:
         return None
-    rest = re.sub(r"^\\(?:boxed|fbox)\s*", "", text[place : place + answers.MAX_LENGTH])
     if not rest.startswith("{"):
         return re.split(r"[\s$.,]", rest, maxsplit=1)[0] or None
-    end = answers.braces(rest, 0)
+    end = answers.braces(rest[: answers.MAX_LENGTH], 0)
     return (rest[1:end].strip() or None) if end else None
+
+
+def _last_box(completion: str) -> str | None:
+    r"""The last box, unless what stands before it changes it: "not \boxed{5}", "-\boxed{5}"."""
+    *_, before, _ = ["", *BOX.split(completion)]
+    line = answers.replace(PATTERNS["delimiter"], before[-MAX_LENGTH:].rpartition("\n")[2])
+    if answers.found(PATTERNS["turned"], line) or numbers.denied(line.replace("#", "") + " #"):
+        return None
+    return last_boxed(completion)
 
 
 def _in_block(block: str) -> str | None:
     """The answer in the block: its only formula, if the words around do not change it, or all."""
     text = block
-    if "$" not in block and "\\(" not in block and "\\[" not in block:
-        while match := BOX.search(text):  # a box among words is a formula
-            end = answers.braces(text, match.end())
-            if end is None:
-                return None
-            text = f"{text[: match.start()]}${text[match.end() + 1 : end]}${text[end + 1 :]}"
+    if not FORMULA.search(block) and BOX.search(block):  # a box among words is a formula
+        if block.count("{") > block.count("}"):
+            return None
+        text = answers.strip_commands(block, PATTERNS["box"], around="$")
     formulas = FORMULA.findall(text)
-    around = FORMULA.sub("#", re.sub(r"\*\*|__|[`#]|</?[a-z]+>", "", text))
+    around = FORMULA.sub("#", answers.replace(PATTERNS["mark"], text))
     if len(formulas) != 1 or re.search(r"[\d\\=]", around):
         return text
-    beside = re.search(r"(?:[-+*/^<≠√]|(?<![=-])>)\s*#|#\s*(?:[+*^<>!]|/\s*(?![a-z]))", around)
-    if beside or numbers.doubtful(around):
+    if answers.found(PATTERNS["beside"], around) or numbers.doubtful(around):
         return None
     formula, after = "".join(formulas[0]), around.partition("#")[2].strip(" .*_")
-    few_words = re.fullmatch(r"(?!is\b|because\b)[^\W\d_]+(?:[ .]+[^\W\d_]+){,2}", after)
-    if few_words:  # "$5$ miles east": what may be a unit is compared, a sentence is not
-        return f"{formula} \\text{{ {after}}}"
+    if answers.found(PATTERNS["few_words"], after):
+        return f"{formula} \\text{{ {after}}}"  # what may be a unit is compared
     return formula
 
 
-def _last_box(completion: str) -> str | None:
-    r"""The last box, unless what stands before it changes it: "not \boxed{5}", "-\boxed{5}"."""
-    place = max(completion.rfind("\\boxed"), completion.rfind("\\fbox"), 0)
-    before = re.sub(
-        r"[$*]+|\\[()\[\]]", " ", completion[max(place - MAX_LENGTH, 0) : place].rpartition("\n")[2]
-    )
-    turned = re.search(r"(?:[-√]|\\(?:neq?|not|sqrt))\s*$", before)
-    if turned or numbers.denied(before.replace("#", "") + "#"):
-        return None
-    return last_boxed(completion)
+@functools.lru_cache(maxsize=100)  # what was extracted is compared next
+def _said(completion: str) -> str | None:
+    """The answer as the completion writes it."""
+    if answers.MARKER.search(completion):
+        answer = _in_block(answers.after_final_answer(completion) or "")
+    else:
+        answer = _last_box(completion)
+    return answer if answer and len(answer) <= 2 * MAX_LENGTH else None
 
 
 # --- comparing --------------------------------------------------------------------------------
 
-WORD, BASE = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*"), re.compile(r"[\dA-Z})]_")
+
+def _outside(text: str, depth: int = MAX_DEPTH) -> str:
+    """`text` with 1 for each pair of brackets that is at most `depth` deep."""
+    for _ in range(depth):
+        text = re.sub(r"[({\[][^(){}\[\]]*[)}\]]", "1", text)
+    return text
 
 
 def too_complex(text: str) -> bool:
     """Whether `text` is refused without a try: long, deeply nested, or with huge powers."""
-    depth = deepest = 0
-    for character in text[:MAX_LENGTH]:
-        depth += (character in "({[") - (character in ")}]")
-        deepest = max(deepest, depth)
-    return len(text) > MAX_LENGTH or deepest > MAX_DEPTH or answers.found(PATTERNS["complex"], text)
+    if len(text) > MAX_LENGTH or answers.found(PATTERNS["complex"], text):
+        return True
+    return re.search(r"[({\[]", _outside(text)) is not None
 
 
 def _ends(text: str) -> tuple[str, str] | None:
@@ -200,20 +193,9 @@ def _ends(text: str) -> tuple[str, str] | None:
     return (text[0], text[-1]) if "," in text and text[0] in "([" and text[-1] in ")]" else None
 
 
-def _terms(text: str) -> tuple[int, int]:
-    r"""How many + and - between terms are outside brackets, and in all; \pm counts twice."""
-    depth, outside, all_signs = 0, 0, 0
-    text = text[1:-1] if _ends(text) else text
-    for match in re.finditer(r"[({\[]|[)}\]]|(?<=[\w)}\]!])\s*(?:[-+]|\\pm)", text):
-        if match[0] in "({[":
-            depth += 1
-        elif match[0] in ")}]":
-            depth -= 1
-        else:
-            count = 2 if "pm" in match[0] else 1
-            all_signs += count
-            outside += count if depth == 0 else 0
-    return outside, all_signs
+def _n_signs(text: str) -> int:
+    r"""How many + and - are between terms; \pm is two of them."""
+    return sum(2 if "pm" in sign else 1 for sign in SIGN.findall(text))
 
 
 def unfinished(gold: str, answer: str) -> bool:
@@ -221,10 +203,10 @@ def unfinished(gold: str, answer: str) -> bool:
     if any(rule.search(answer) and not rule.search(gold) for rule, _ in PATTERNS["to_do"]):
         return True
     answer = re.sub(r"(?:(?<=[-+])|^)\(([^()]*)\)(?=[-+]|$)", r"\1", answer)  # (k+4)+(3k-2)
-    (outside, signs), (gold_outside, gold_signs) = _terms(answer), _terms(gold)
-    if "=" in gold or "frac" in gold and signs <= gold_signs:  # (x+2)/7 may be x/7 + 2/7
-        return False
-    return outside > gold_outside
+    gold, answer = (text[1:-1] if _ends(text) else text for text in (gold, answer))
+    if "=" in gold or "frac" in gold and _n_signs(answer) <= _n_signs(gold):
+        return False  # (x+2)/7 may be x/7 + 2/7
+    return _n_signs(_outside(answer)) > _n_signs(_outside(gold))
 
 
 def _last_side(answer: str) -> str:
@@ -232,7 +214,7 @@ def _last_side(answer: str) -> str:
     *left, last = answer.split("=")
     for side in left:
         names = set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", side)))
-        if len(names) == 1 and re.search(r"[\^/+*|-]|\d\s*[a-z]|\\(?:sqrt|frac)", side):
+        if len(names) == 1 and answers.found(PATTERNS["calculation"], side):
             return answer
         if len(side) == 1 and side in last:  # x = 2x + 3
             return answer
@@ -241,35 +223,30 @@ def _last_side(answer: str) -> str:
 
 def _spelling(text: str) -> str:
     """What is compared as text: no blanks (but between digits), "4:30 PM" as 4:30pm."""
-    text = re.sub(rf"{TEXT}\{{([^{{}}]*)\}}", r"\1", text)
-    text = re.sub(
-        r"(?<![a-zA-Z])([AaPp])\.?\s?[Mm]\b\.?", lambda match: f"{match[1].lower()}m", text
-    )
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    return answers.replace(PATTERNS["spelling"], text)
 
 
 def equal(gold: str, answer: str) -> bool:
     """Whether two texts of `canonical` are the same answer; in doubt they are not."""
     if _spelling(gold) == _spelling(answer):
         return True
-    if "=" not in gold and "=" in answer:
+    if "=" not in gold:
         answer = _last_side(answer)
-    if not re.search(rf"{TEXT}|(?<![\\a-zA-Z])[a-zA-Z]{{3,}}", answer):
-        shorter = answers.replace(PATTERNS["qualifier"], gold)
-        gold = gold if shorter == gold else canonical(shorter)
+    if not answers.found(PATTERNS["word"], answer):
+        gold = canonical(answers.replace(PATTERNS["qualifier"], gold))
     if re.fullmatch("[A-Z]", gold):  # an option with what it says: (C) 5
-        others = re.search(r"\([A-Z]\).*\([A-Z]\)|,", answer)
-        return not others and bool(re.match(rf"(?:\\text\s*\{{)?\s*\({gold}\)\}}?[\w\\]", answer))
+        option = OPTION.fullmatch(answer)
+        return option is not None and option[1] == gold
     gold_number, number = _ratio(gold), _ratio(answers.replace(PATTERNS["short"], answer))
     if gold_number:
         return gold_number == number
-    if WORD.fullmatch(gold) or WORD.fullmatch(answer):  # to the library "cat" is "act"
-        return gold.casefold() == answer.casefold()
+    if any(rule.fullmatch(text) for rule, _ in PATTERNS["words"] for text in (gold, answer)):
+        return gold.casefold() == answer.casefold()  # to the library "cat" is "act"
     if not _comparable(gold, answer) or unfinished(gold, answer):
         return False
     try:
-        return _settled(gold, answer)
-    except NoVerdict:
+        return _equal_by_value(gold, answer)
+    except TimeoutError:
         return False
 
 
@@ -284,25 +261,17 @@ def _comparable(gold: str, answer: str) -> bool:
         return False
     if _ends(gold) != _ends(answer) or answers.found(PATTERNS["unclear"], answer):
         return False
-    if "_" in answer and ("_" in gold or BASE.search(answer)):  # number bases
+    if "_" in answer and ("_" in gold or answers.found(PATTERNS["base"], answer)):
         return False
     if "=" in gold and not re.search("[a-z]", gold):  # all false equations are equal to it
         return False
-    if "=" in answer and "=" not in gold:  # an equation to be solved is no value
-        return False
-    return "\\approx" not in gold
+    # An equation to be solved is no value.
+    return "\\approx" not in gold and ("=" in gold or "=" not in answer)
 
 
-class NoVerdict(Exception):
-    """The child ended before it decided. This is not remembered: it may decide the next time."""
-
-
-@functools.lru_cache(maxsize=100_000)
-def _settled(gold: str, answer: str) -> bool:
-    verdict = verifier.verifier(os.getpid()).equal(gold, answer)
-    if verdict is None:
-        raise NoVerdict
-    return verdict
+@functools.lru_cache(maxsize=100_000)  # an error is not remembered: there may be time the next time
+def _equal_by_value(gold: str, answer: str) -> bool:
+    return verifier.verifier(os.getpid()).equal(gold, answer)
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -314,8 +283,7 @@ def _formulas(question: str) -> frozenset[str]:
 
 
 def _layout(text: str) -> str:
-    text = re.sub(r"\\frac\{(\w+)\}\{(\w+)\}", r"\1/\2", _spelling(_tidy(text)))
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    return answers.replace(PATTERNS["layout"], _spelling(_tidy(text)))
 
 
 def _copied(answer: str, gold: str, question: str) -> bool:
@@ -337,31 +305,17 @@ class MATH(FileTask):
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
         r"""The answer after the last "Final answer:", or without one in the last \boxed."""
-        answer = self._said(completion)
-        return (canonical(answer) or None) if answer else None
-
-    def _said(self, completion: str) -> str | None:
-        """The answer as the completion writes it."""
-        if answers.MARKER.search(completion):
-            block = answers.after_final_answer(completion)
-            answer = _in_block(block) if block else None
-        else:
-            answer = _last_box(completion)
-        return answer if answer and len(answer) <= 2 * MAX_LENGTH else None
+        return canonical(_said(completion) or "") or None
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
         """The same answer by `equal`; a formula of `row["question"]` must be the gold text."""
         if extracted is None or len(extracted) > 2 * MAX_LENGTH:
             return False
         gold, given = canonical(answer), canonical(extracted)
-        if row and row.get("question"):
-            said = self._said(row.get("completion") or "")
-            pair = (
-                (said, answer) if said else (given, gold)
-            )  # as it was written, where that is known
-            if _copied(*pair, row["question"]):
-                return False
-        return equal(gold, given)
+        question, completion = (row or {}).get("question"), (row or {}).get("completion")
+        said = _said(completion) if completion else None
+        pair = (said, answer) if said else (given, gold)  # as it was written, where that is known
+        return not (question and _copied(*pair, question)) and equal(gold, given)
 
     def row(self, raw: dict, index: int) -> dict:
         r"""`answer` from the last \boxed where the row has none; `solution` ends in it."""

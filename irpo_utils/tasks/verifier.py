@@ -37,8 +37,8 @@ class Verifier:
         self.lock, self.process, self.owner = threading.Lock(), None, os.getpid()
         atexit.register(self.stop)
 
-    def equal(self, gold: str, answer: str) -> bool | None:
-        """The library's verdict; None without one (time, a lost child). Thread-safe."""
+    def equal(self, gold: str, answer: str) -> bool:
+        """The library's verdict; `TimeoutError` if there is none in time. Thread-safe."""
         question = json.dumps([gold, answer, TIME_LIMIT]) + "\n"
         with self.lock:
             for _ in range(2):  # once more if the child was lost before this question
@@ -48,7 +48,9 @@ class Verifier:
                 reply = self._exchange(question, PATIENCE * TIME_LIMIT)
                 if reply or time.monotonic() - started >= TIME_LIMIT:
                     break
-        return {"1": True, "0": False}.get(reply)
+        if not reply:
+            raise TimeoutError
+        return reply == "1"
 
     def _start(self) -> None:
         if find_spec("math_verify") is None:
