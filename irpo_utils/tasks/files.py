@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from irpo_utils import UserError
+from irpo_utils.tasks import answers
 from irpo_utils.tasks.base import SPLITS, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SIGNS = str.maketrans("−–×·⋅÷", "--***/")  # as they are typed elsewhere
-LAYOUT = re.compile(r"(?:[^\w+\-*/^=<>!|≤≥≠√%]|_)+")  # what may differ in one question
+PATTERNS = answers.read_patterns("questions", flags=re.NOFLAG)
 SEED = 0
 HELD_OUT_SHARE = 0.15  # of train for validation, where a source has no validation split
 ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "zip"}
@@ -39,17 +39,8 @@ def normalise(question: str) -> str:
     >>> normalise("What is  $x^{2} - 1$?"), normalise("what is x^2-1"), normalise("1,000 x 3.5, 2")
     ('whatisx^2-1', 'whatisx^2-1', '1000x3.5~2')
     """
-    text = unicodedata.normalize("NFKC", question).translate(SIGNS)
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
-    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})", "", text)  # one-half is "one half"
-    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)
-    return LAYOUT.sub(_between_digits, text).casefold() or "".join(question.split())
-
-
-def _between_digits(gap: re.Match) -> str:
-    """Nothing, but for what keeps two digits apart: a point stays, anything else becomes ~."""
-    before, after = gap.string[gap.start() - 1 : gap.start()], gap.string[gap.end() : gap.end() + 1]
-    return ("." if gap[0] == "." else "~") if before.isdigit() and after.isdigit() else ""
+    text = answers.replace(PATTERNS["layout"], unicodedata.normalize("NFKC", question))
+    return text.casefold() or "".join(question.split())
 
 
 def question_hash(row: dict) -> str:
@@ -71,7 +62,7 @@ def hold_out(rows: list[dict], count: int | None = None) -> tuple[list[dict], li
     share = int(HELD_OUT_SHARE * len(rows))
     held = set(random.Random(SEED).sample(range(len(rows)), min(count or share, share)))
     rest = [row for i, row in enumerate(rows) if i not in held]
-    return rest, [row for i, row in enumerate(rows) if i in held]
+    return rest, [rows[i] for i in sorted(held)]
 
 
 def need(condition: object, reason: str) -> None:
@@ -132,10 +123,10 @@ def read_jsonl(path: Path, task: FileTask, prefix: str) -> list[dict]:
 
 def local_path(task: str, data: str | None) -> Path | None:
     """The file or folder to read, or None for the hub; below a folder of all tasks, the task's."""
-    base = data or os.environ.get("IRPO_DATA")
-    if not base:
+    folder = data or os.environ.get("IRPO_DATA")
+    if not folder:
         return None
-    path = Path(base).expanduser()
+    path = Path(folder).expanduser()
     path = path / task if (path / task).is_dir() or not data else path
     if not path.exists():
         raise UserError(

@@ -40,10 +40,8 @@ HEADER = (
 )
 # Our solutions of four training problems, by the start of the hash of the normalised question.
 EXAMPLES = json.loads(Path(__file__).with_name("math_examples.json").read_text(encoding="utf-8"))
-SUBJECTS = (
-    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra "
-    "precalculus"
-).split()
+SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra")
+SUBJECTS += ("number_theory", "prealgebra", "precalculus")
 
 # --- reading ----------------------------------------------------------------------------------
 
@@ -112,10 +110,11 @@ def _interval(text: str) -> str | None:
             sides = ["-\\infty", "<", *sides]
         elif len(sides) == 3:
             sides += ["<", "\\infty"]
-        if len(sides) != 5 or not re.fullmatch("[a-z]", sides[2]):
+        names = [place for place, side in enumerate(sides) if re.fullmatch("[a-z]", side)]
+        if len(sides) != 5 or names != [2] or not all(sides):
             return None
         low, first, _, last, high = sides
-        if {first, last} - {"<", "\\le"} or not low or not high:
+        if {first, last} - {"<", "\\le"}:
             return None
         begin, end = "[" if first == "\\le" else "(", "]" if last == "\\le" else ")"
         pieces.append(f"{begin}{low}, {high}{end}")
@@ -174,18 +173,17 @@ def _said(completion: str) -> str | None:
 # --- comparing --------------------------------------------------------------------------------
 
 
-def _outside(text: str, depth: int = MAX_DEPTH) -> str:
-    """`text` with 1 for each pair of brackets that is at most `depth` deep."""
-    for _ in range(depth):
+def _outside(text: str) -> str:
+    """`text` with 1 for what is in brackets, up to `MAX_DEPTH` of them inside each other."""
+    for _ in range(MAX_DEPTH):
         text = re.sub(r"[({\[][^(){}\[\]]*[)}\]]", "1", text)
     return text
 
 
-def too_complex(text: str) -> bool:
+def _too_complex(text: str) -> bool:
     """Whether `text` is refused without a try: long, deeply nested, or with huge powers."""
-    if len(text) > MAX_LENGTH or answers.found(PATTERNS["complex"], text):
-        return True
-    return re.search(r"[({\[]", _outside(text)) is not None
+    is_deep = any(bracket in _outside(text[:MAX_LENGTH]) for bracket in "({[")
+    return is_deep or len(text) > MAX_LENGTH or answers.found(PATTERNS["complex"], text)
 
 
 def _ends(text: str) -> tuple[str, str] | None:
@@ -257,7 +255,7 @@ def _ratio(text: str) -> str | None:
 
 def _comparable(gold: str, answer: str) -> bool:
     """Whether the library reads both texts as a reader does, in bounded time."""
-    if not gold or not answer or too_complex(gold) or too_complex(answer):
+    if not gold or not answer or _too_complex(gold) or _too_complex(answer):
         return False
     if _ends(gold) != _ends(answer) or answers.found(PATTERNS["unclear"], answer):
         return False
@@ -347,10 +345,9 @@ class MATH(FileTask):
         train = [row for row in self.read(path, "train") if row["answer"].strip()]
         examples, train = _take_examples(without(train, test, math500))
         train, validation = hold_out(train)
-        parts = {"train": train, "validation": validation, "test": test, "math500": math500}
-        return {
-            name: [row | {"examples": examples} for row in rows] for name, rows in parts.items()
-        }
+        for row in (*train, *validation, *test, *math500):
+            row["examples"] = examples
+        return {"train": train, "validation": validation, "test": test, "math500": math500}
 
 
 def _take_examples(train: list[dict]) -> tuple[str, list[dict]]:

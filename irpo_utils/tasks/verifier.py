@@ -8,6 +8,7 @@ is in. No text is evaluated as code: only the LaTeX grammar is used, not the lib
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 from irpo_utils import UserError
@@ -53,22 +53,14 @@ class Verifier:
         return reply == "1"
 
     def _start(self) -> None:
-        if find_spec("math_verify") is None:
-            raise UserError("The task math needs the library math-verify: pip install math-verify.")
-        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "irpo_utils.tasks.verifier"],
-            env=os.environ | {"PYTHONPATH": path},
-            text=True,
-            encoding="utf-8",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        command = [sys.executable, "-m", "irpo_utils.tasks.verifier"]
+        root = Path(__file__).parents[2]  # where `-m` finds the package
+        self.process = subprocess.Popen(command, cwd=root, text=True, encoding="utf-8", **pipes)
         if not self._exchange("", START_LIMIT):
             raise UserError(
-                "The grader of the task math did not start; run "
-                "`python -m irpo_utils.tasks.verifier` to see why."
+                "The grader of the task math did not start. It needs the library math-verify: pip "
+                "install math-verify. To see the error, run `python -m irpo_utils.tasks.verifier`."
             )
 
     def _exchange(self, line: str, limit: float) -> str:
@@ -76,11 +68,10 @@ class Verifier:
         reply, timer = "", threading.Timer(limit, self.process.kill)
         timer.start()
         try:
-            self.process.stdin.write(line)
-            self.process.stdin.flush()
-            reply = self.process.stdout.readline().strip()
-        except OSError:  # the child is gone
-            pass
+            with contextlib.suppress(OSError):  # the child is gone
+                self.process.stdin.write(line)
+                self.process.stdin.flush()
+                reply = self.process.stdout.readline().strip()
         finally:  # also after Ctrl-C: an unread reply would be taken for the next question's
             timer.cancel()
             if not reply:
@@ -92,10 +83,8 @@ class Verifier:
         process, self.process = self.process, None
         if process is not None and self.owner == os.getpid():
             process.kill()
-            try:
+            with contextlib.suppress(OSError):  # what could not be written to it
                 process.communicate()
-            except OSError:  # what could not be written to it
-                pass
 
 
 @functools.lru_cache(maxsize=1)
@@ -128,12 +117,10 @@ def serve() -> None:
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    except (ImportError, ValueError, OSError):  # not on every system: the time limit remains
-        pass
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
     settings = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
