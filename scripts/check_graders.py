@@ -9,6 +9,12 @@ used elsewhere (`last_number`, `last_letter`, `same_text`); where ours and anoth
 that the answer was made in. The table is figures/grading.csv: `test`, `tried`, `held` (graded as expected,
 or the disagreement is explained in `note`), `note`. figures/grading.json has the seed, versions and hardware, and
 examples of every kind of disagreement.
+
+    python scripts/check_graders.py --cases cases.jsonl             # labelled completions of your own
+
+A line of such a file has `task`, `completion`, `gold`, `correct` (the verdict of a fair human marker), `kind`, `sure`
+(whether markers would agree), and perhaps `choices` and `question`. The table is figures/grading_cases.csv: a row per task,
+kind and `sure`, and one with the kind "all" per task and `sure`; figures/grading_cases.json has command, versions and commit.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ from irpo_utils.tasks import math as math_task
 
 CASES = Path(__file__).parents[1] / "tests" / "data" / "answers.jsonl"
 COLUMNS = ("test", "tried", "held", "note")
+CASE_COLUMNS = ("task", "kind", "n", "false_positives", "false_negatives", "sure")
 SHARES = {"right": 0.4, "wrong": 0.4, "evasive": 0.2}  # of the answers of a task
 BY_VALUE = (
     0.1,
@@ -1122,6 +1129,28 @@ def check_kinds(path: Path, examples: dict) -> list[dict]:
     return rows
 
 
+def check_cases(path: Path) -> list[dict]:
+    """Completions with the verdict of a fair marker: false positives and negatives per task, kind and `sure`."""
+    counts = defaultdict(Counter)
+    for case in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        row = {**case, "answer": case["gold"], "finished": True}
+        graded = grading.grade_one(row, tasks.get(case["task"]))["correct"]
+        kind = re.sub(
+            r"^[A-Z]\d+ ", "", case["kind"]
+        )  # a kind may begin with a number, as "G2 ..."
+        for name in ("all", kind):
+            count = counts[case["task"], name, case["sure"]]
+            count["n"] += 1
+            count["false_positives"] += graded and not case["correct"]
+            count["false_negatives"] += case["correct"] and not graded
+    keys = sorted(counts, key=lambda key: (key[0], key[1] != "all", key[1], not key[2]))
+    return [
+        {name: counts[key][name] for name in CASE_COLUMNS}
+        | dict(zip(("task", "kind", "sure"), key))
+        for key in keys
+    ]
+
+
 def check(folder: Path, count: int, seed: int) -> tuple[list[dict], dict]:
     """(rows of the table, examples of what was not as expected or not agreed on)."""
     rng, examples = random.Random(seed), {}
@@ -1142,15 +1171,38 @@ def check(folder: Path, count: int, seed: int) -> tuple[list[dict], dict]:
     return rows + check_hostile(count, rng), examples
 
 
+def write(out: Path, name: str, columns: tuple[str, ...], rows: list[dict], record: dict) -> None:
+    """A table as `name`.csv, and beside it `name`.json: what it was made with."""
+    with open(out / f"{name}.csv", "w", newline="", encoding="utf-8") as table:
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    libraries = ("math-verify", "latex2sympy2_extended", "sympy")
+    record = {
+        "environment": environment(),
+        "graders": {name: version(name) for name in libraries},
+        **record,
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    (out / f"{name}.json").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=4_000, help="answers per task (default: 4000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=Path, help="grade the labelled completions of this file")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     options = parser.parse_args()
     quiet_libraries()
+    if options.cases:
+        rows = check_cases(options.cases)
+        write(options.out, "grading_cases", CASE_COLUMNS, rows, {})
+        for row in (row for row in rows if row["kind"] == "all"):
+            print(*(f"{name} {row[name]}" for name in CASE_COLUMNS), sep=", ")
+        return
     folder = files.local_path("", None)
     if folder is None:
         raise SystemExit(
@@ -1158,23 +1210,13 @@ def main() -> None:
         )
     started = time.perf_counter()
     rows, examples = check(folder, options.count, options.seed)
-    with open(options.out / "grading.csv", "w", newline="", encoding="utf-8") as table:
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     record = {
         "seed": options.seed,
         "count": options.count,
         "seconds": round(time.perf_counter() - started),
-        "environment": environment(),
-        "graders": {
-            name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy")
-        },
         "examples": examples,
     }
-    (options.out / "grading.json").write_text(
-        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write(options.out, "grading", COLUMNS, rows, record)
     for row in rows:
         print(f"{row['held']:>7} of {row['tried']:>7}  {row['test']}")
     if any(row["held"] != row["tried"] for row in rows):

@@ -180,6 +180,27 @@ def test_only_the_last_final_answer_counts():
     assert answers.after_final_answer("Final answer: " + "1" * 1001) is None
 
 
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "Final answer:\n\\(\n{}\n\\)",
+        "Final answer:\n<answer>\n{}\n</answer>",
+        "Final answer:\n> {}\n> I hope this helps.",
+        "`Final answer:` {}",
+        "`Final answer:`\n```\n{}\n```",
+        "[Final answer]: {}",
+        "Final-answer: {}",
+    ],
+)
+def test_blocks_and_markers_are_read_alike_in_every_task(completion):
+    row = {"choices": ["red", "blue"], "answer": "Paris"}
+    assert GSM8K.extract(completion.format("-36")) == "-36"
+    assert GSM8K.extract(completion.format("36 or 37")) is None
+    assert ARC.extract(completion.format("B"), row) == "B"
+    assert MATH.extract(completion.format("\\frac{3}{4}")) == "0.75"
+    assert JSONL.extract(completion.format("Paris"), {"answer": "Paris"}) == "paris"
+
+
 def spellings(value: Fraction) -> list[str]:
     """Ways to write a number with at most four decimals."""
     plain = f"{Decimal(value.numerator) / Decimal(value.denominator):f}"
@@ -342,6 +363,27 @@ def test_where_math_answers_are_read():
     assert (
         MATH.extract("Hence $y \\geq \\boxed{4}$, and at least \\boxed{5}") == "5"
     )  # a box says what the answer is
+
+
+def test_an_exact_value_may_have_its_decimal_behind_it():
+    assert right(MATH, "Final answer: $\\ln 2 \\approx 0.693$", "\\ln 2")
+    assert right(MATH, "Final answer: $\\frac13 \\approx 0.333$", "\\frac{1}{3}")
+    assert not right(MATH, "Final answer: $\\frac13 \\approx 0.5$", "\\frac{1}{3}")
+    assert not right(MATH, "Final answer: $x \\approx 0.333$", "\\frac{1}{3}")
+
+
+def test_an_inequality_is_an_interval_if_it_has_one_variable():
+    interval = "(-\\infty, 2)\\cup(3, \\infty)"
+    for text in (
+        "x < 2 or x > 3",
+        "2 > x \\text{ or } 3 < x",
+        "x \\in (-\\infty,2) \\cup (3,\\infty)",
+    ):
+        assert MATH.extract(f"Final answer: ${text}$") == interval
+    assert MATH.extract("Final answer: $-1 \\le x < 4$") == "[-1, 4)"
+    assert MATH.extract("Final answer: $4 > x \\ge -1$") == "[-1, 4)"
+    for text in ("x<b", "x>b", "a<x<b", "a<b<2009"):
+        assert MATH.extract(f"Final answer: ${text}$") == text
 
 
 @pytest.fixture(scope="module")
@@ -620,7 +662,7 @@ def test_no_text_makes_a_grader_raise(text, before):
     )
 
 
-# --- the large test and its committed table ------------------------------------------------------------------------
+# --- the large test and its committed tables ------------------------------------------------------------------------
 
 
 def test_graders_hold_on_generated_forms_and_against_second_readers(real_data, monkeypatch):
@@ -644,3 +686,42 @@ def test_the_committed_table_holds_for_every_task_and_every_kind():
     assert {*counts, "jsonl"} == {*tasks.NAMES} and all(count > 3_500 for count in counts.values())
     kinds = {row["test"].removeprefix("kind: ") for row in rows if row["test"].startswith("kind: ")}
     assert kinds == {case["kind"] for case in CASES}
+
+
+def test_cases_are_counted_by_task_kind_and_certainty(tmp_path):
+    def case(line, correct, kind, sure=True):
+        completion = f"Final answer: {line}"
+        return dict(
+            task="gsm8k", completion=completion, gold="12", correct=correct, kind=kind, sure=sure
+        )
+
+    cases = [case("12", True, "G2 words"), case("12", False, "words"), case("13", True, "words")]
+    cases += [case("13", False, "words"), case("twelve", True, "in words", sure=False)]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cases))
+    columns = check_graders.CASE_COLUMNS
+    assert [
+        tuple(row[name] for name in columns)
+        for row in check_graders.check_cases(tmp_path / "cases.jsonl")
+    ] == [
+        ("gsm8k", "all", 4, 1, 1, True),
+        ("gsm8k", "all", 1, 0, 1, False),
+        ("gsm8k", "in words", 1, 0, 1, False),
+        ("gsm8k", "words", 4, 1, 1, True),
+    ]
+
+
+def test_the_committed_cases_have_no_error_where_markers_agree():
+    rows = list(csv.DictReader((ROOT / "figures" / "grading_cases.csv").open()))
+    assert {row["task"] for row in rows} == {"gsm8k", "arc_challenge", "math", "jsonl"}
+    for sure in ("True", "False"):
+        of_kinds, of_all = (
+            sum(
+                int(row["n"])
+                for row in rows
+                if row["sure"] == sure and (row["kind"] == "all") == all_
+            )
+            for all_ in (False, True)
+        )
+        assert of_kinds == of_all > 50
+    sure = [row for row in rows if row["sure"] == "True"]
+    assert not any(int(row["false_positives"]) + int(row["false_negatives"]) for row in sure)

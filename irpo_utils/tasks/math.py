@@ -118,7 +118,7 @@ def _interval(text: str) -> str | None:
             return None
         begin, end = "[" if first == "\\le" else "(", "]" if last == "\\le" else ")"
         pieces.append(f"{begin}{low}, {high}{end}")
-    return "\\cup ".join(pieces)
+    return "\\cup".join(pieces)
 
 
 def last_boxed(text: str) -> str | None:
