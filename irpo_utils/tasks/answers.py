@@ -44,10 +44,14 @@ def found(patterns: list, text: str) -> bool:
     return any(pattern.search(text) for pattern, _ in patterns)
 
 
-def replace(patterns: list, text: str) -> str:
-    """The text after the replacements of a name, one after the other."""
-    for pattern, new in patterns:
-        text = pattern.sub(new, text).strip()
+def replace(patterns: list, text: str, rounds: int = 1) -> str:
+    """The text after the replacements one after the other, `rounds` times or until none is left."""
+    for _ in range(rounds):
+        before = text
+        for pattern, new in patterns:
+            text = pattern.sub(new, text).strip()
+        if text == before:
+            break
     return text
 
 
@@ -97,12 +101,8 @@ def unwrap(text: str, phrases: bool = True) -> str:
     """
     text = strip_commands(symbols(text), PATTERNS["style"])
     text = replace(PATTERNS["spacing"], text)
-    for _ in range(4):  # a wrapping may be inside another
-        before, text = text, replace(PATTERNS["markup"], text)
-        text = replace(PATTERNS["phrase"], text) if phrases else text
-        if text == before:
-            break
-    return text
+    wrappings = PATTERNS["markup"] + (PATTERNS["phrase"] if phrases else [])
+    return replace(wrappings, text, rounds=4)  # a wrapping may be inside another
 
 
 def symbols(text: str) -> str:

@@ -171,13 +171,8 @@ class ARCChallenge(FileTask):
         need_choices(texts)
         need(len(texts) == len(labels), "`choices` needs a label for each text")
         need(key in labels, f"`answerKey` {key!r} is none of the labels")
-        answer = ascii_uppercase[labels.index(key)]
-        return {
-            "id": str(raw["id"]),
-            "question": raw["question"],
-            "choices": texts,
-            "answer": answer,
-        }
+        row = {"id": str(raw["id"]), "question": raw["question"]}
+        return row | {"choices": texts, "answer": ascii_uppercase[labels.index(key)]}
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
         """The official splits; without validation.jsonl 15 % of train are held out."""

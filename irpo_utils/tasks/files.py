@@ -74,12 +74,9 @@ def need(condition: object, reason: str) -> None:
 def _decimal(text: str) -> Decimal:
     """A JSON number as it is written: as a float, 0.00005 would become the text 5e-05."""
     number = Decimal(text)
+    need(number.is_finite(), f"{text} is not a number")
     need(not number or abs(number.adjusted()) <= 300, f"the number {text} is out of range")
     return number
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is not a number")
 
 
 def convert_rows(raw_rows, where: str, task: FileTask, prefix: str) -> list[dict]:
@@ -88,7 +85,7 @@ def convert_rows(raw_rows, where: str, task: FileTask, prefix: str) -> list[dict
     for number, raw in raw_rows:
         try:
             if isinstance(raw, bytes):
-                raw = json.loads(raw, parse_float=_decimal, parse_constant=_no_number)
+                raw = json.loads(raw, parse_float=_decimal, parse_constant=_decimal)
             need(isinstance(raw, dict), "not a JSON object")
             text = json.dumps(raw, ensure_ascii=False, default=str)
             need(not re.search("[\ud800-\udfff]", text), "a text has half of a surrogate pair")

@@ -68,14 +68,8 @@ def canonical(text: str) -> str:
 
 def _tidy(text: str) -> str:
     """One layout for `text`, in which numbers stay as they are written."""
-    text = _exact(answers.unwrap(text))
-    for _ in range(3):  # what was inside \text{} may be tidied in turn
-        text, before = " ".join(text.split()), text
-        text = answers.replace(PATTERNS["tidy"], text)
-        text = answers.replace(PATTERNS["behind"], text).lstrip().rstrip(" .")
-        if text == before:
-            break
-    return text
+    rules = PATTERNS["tidy"] + PATTERNS["behind"]
+    return answers.replace(rules, _exact(answers.unwrap(text)), rounds=3)
 
 
 def _exact(text: str) -> str:
@@ -274,7 +268,7 @@ def _equal_by_value(gold: str, answer: str) -> bool:
 
 @functools.lru_cache(maxsize=10_000)
 def _formulas(question: str) -> frozenset[str]:
-    """The formulas of a question, whole and side by side, in the layout of `_copied`."""
+    """The formulas of a question, whole and side by side, in one layout."""
     found = ["".join(groups) for groups in FORMULA.findall(question)]
     sides = [side for formula in found for side in re.split(r"=|\\[lg]eq?(?![a-z])|[<>,]", formula)]
     return frozenset(_layout(text) for text in found + sides if len(text) <= MAX_LENGTH)
@@ -282,11 +276,6 @@ def _formulas(question: str) -> frozenset[str]:
 
 def _layout(text: str) -> str:
     return answers.replace(PATTERNS["layout"], _spelling(_tidy(text)))
-
-
-def _copied(answer: str, gold: str, question: str) -> bool:
-    """Whether the answer is a formula of the question and not the gold text: 3/20 for 0.15."""
-    return _layout(answer) in _formulas(question) and _layout(answer) != _layout(gold)
 
 
 class MATH(FileTask):
@@ -312,8 +301,11 @@ class MATH(FileTask):
         gold, given = canonical(answer), canonical(extracted)
         question, completion = (row or {}).get("question"), (row or {}).get("completion")
         said = _said(completion) if completion else None
-        pair = (said, answer) if said else (given, gold)  # as it was written, where that is known
-        return not (question and _copied(*pair, question)) and equal(gold, given)
+        if question:  # 3/20 for 0.15 may be copied from it; compared as written, if that is known
+            layout, gold_layout = map(_layout, (said, answer) if said else (given, gold))
+            if layout != gold_layout and layout in _formulas(question):
+                return False
+        return equal(gold, given)
 
     def row(self, raw: dict, index: int) -> dict:
         r"""`answer` from the last \boxed where the row has none; `solution` ends in it."""
