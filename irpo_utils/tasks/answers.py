@@ -99,10 +99,9 @@ def unwrap(text: str, phrases: bool = True) -> str:
     >>> unwrap(r"**The answer is $\boxed{\frac12}$.**"), unwrap("“B”"), unwrap("5, since 2+3=5")
     ('\\frac12', 'B', '5')
     """
-    text = strip_commands(symbols(text), PATTERNS["style"])
-    text = replace(PATTERNS["spacing"], text)
-    wrappings = PATTERNS["markup"] + (PATTERNS["phrase"] if phrases else [])
-    return replace(wrappings, text, rounds=4)  # a wrapping may be inside another
+    names = ("style", "markup", "phrase") if phrases else ("style", "markup")
+    rules = [rule for name in names for rule in PATTERNS[name]]
+    return replace(rules, symbols(text), rounds=4)  # a wrapping may be inside another
 
 
 def symbols(text: str) -> str:
@@ -128,26 +127,3 @@ def _ascii(character: str) -> str:
         return " "
     # Text that runs backwards is no answer: its marks stay, and the comparisons do not know them.
     return "" if category == "Cf" and character not in "\u202d\u202e" else character
-
-
-def braces(text: str, place: int) -> int | None:
-    """Where the brace that opens at `place` is closed, or None."""
-    depth = 0
-    for end in range(place, len(text)):
-        if text[end] == "{":
-            depth += 1
-        elif text[end] == "}":
-            depth -= 1
-        if depth == 0:
-            return end
-    return None
-
-
-def strip_commands(text: str, commands: list, around: str = "") -> str:
-    r"""The text with \name{content} as content, between two `around`, for the commands found."""
-    for command, _ in commands:
-        while match := command.search(text):
-            end = braces(text, match.end()) or len(text)
-            content = f"{around}{text[match.end() + 1 : end]}{around}"
-            text = text[: match.start()] + content + text[end + 1 :]
-    return text

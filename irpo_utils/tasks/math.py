@@ -49,6 +49,7 @@ PATTERNS = answers.read_patterns("math", flags=re.NOFLAG)
 FORMULA, BOX, NUMBER, APPROXIMATE, OPTION, SIGN = (
     PATTERNS[name][0][0] for name in ("formula", "box", "number", "approximate", "option", "sign")
 )
+CONTENT = answers.PATTERNS["content"][0][0]
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 
@@ -118,12 +119,8 @@ def _interval(text: str) -> str | None:
 def last_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...} (or \fbox, or "\boxed 5"), or None."""
     *before, rest = BOX.split(text)
-    if not before:
-        return None
-    if not rest.startswith("{"):
-        return re.split(r"[\s$.,]", rest, maxsplit=1)[0] or None
-    end = answers.braces(rest[: answers.MAX_LENGTH], 0)
-    return (rest[1:end].strip() or None) if end else None
+    match = CONTENT.match(rest[: answers.MAX_LENGTH]) if before else None
+    return (match[1] or match[2] or "").strip() or None if match else None
 
 
 def _last_box(completion: str) -> str | None:
@@ -141,7 +138,7 @@ def _in_block(block: str) -> str | None:
     if not FORMULA.search(block) and BOX.search(block):  # a box among words is a formula
         if block.count("{") > block.count("}"):
             return None
-        text = answers.strip_commands(block, PATTERNS["box"], around="$")
+        text = answers.replace(answers.PATTERNS["box"], block)
     formulas = FORMULA.findall(text)
     around = FORMULA.sub("#", answers.replace(PATTERNS["mark"], text))
     if len(formulas) != 1 or re.search(r"[\d\\=]", around):
