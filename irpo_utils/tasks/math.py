@@ -87,8 +87,7 @@ def _exact(text: str) -> str:
 
 def _number(text: str) -> str | None:
     """The number that `text` is, without any word or symbol: "5x" and "5!" are not 5."""
-    plain = NUMBER.fullmatch(text)
-    value = numbers.parse(f"{plain[1]} {plain[2] or ''}") if plain else None
+    value = numbers.parse(text) if NUMBER.fullmatch(text) else None
     if value is None or (value.denominator == 1 and re.search(r"/|frac", text)):
         return None  # 6/2 still has a division to do
     return numbers.show(value)
@@ -145,7 +144,7 @@ def _in_block(block: str) -> str | None:
         return text
     if answers.found(PATTERNS["beside"], around) or numbers.doubtful(around):
         return None
-    formula, after = "".join(formulas[0]), around.partition("#")[2].strip(" .*_")
+    formula, after = formulas[0], around.partition("#")[2].strip(" .*_")
     if answers.found(PATTERNS["few_words"], after):
         return f"{formula} \\text{{ {after}}}"  # what may be a unit is compared
     return formula
@@ -250,12 +249,11 @@ def _comparable(gold: str, answer: str) -> bool:
         return False
     if _ends(gold) != _ends(answer) or answers.found(PATTERNS["unclear"], answer):
         return False
-    if "_" in answer and ("_" in gold or answers.found(PATTERNS["base"], answer)):
+    if "\\approx" in gold or ("_" in gold and "_" in answer):
         return False
-    if "=" in gold and not re.search("[a-z]", gold):  # all false equations are equal to it
-        return False
-    # An equation to be solved is no value.
-    return "\\approx" not in gold and ("=" in gold or "=" not in answer)
+    if "=" in gold:  # to the library all false equations without a variable are equal
+        return re.search("[a-z]", gold) is not None
+    return "=" not in answer  # an equation to be solved is no value
 
 
 @functools.lru_cache(maxsize=100_000)  # an error is not remembered: there may be time the next time
@@ -266,7 +264,7 @@ def _equal_by_value(gold: str, answer: str) -> bool:
 @functools.lru_cache(maxsize=10_000)
 def _formulas(question: str) -> frozenset[str]:
     """The formulas of a question, whole and side by side, in one layout."""
-    found = ["".join(groups) for groups in FORMULA.findall(question)]
+    found = FORMULA.findall(question)
     sides = [side for formula in found for side in re.split(r"=|\\[lg]eq?(?![a-z])|[<>,]", formula)]
     return frozenset(_layout(text) for text in found + sides if len(text) <= MAX_LENGTH)
 
