@@ -106,24 +106,13 @@ def unwrap(text: str, phrases: bool = True) -> str:
 
 def symbols(text: str) -> str:
     """The text with ASCII digits, signs and blanks, x² as x^{2}, and no invisible characters."""
-    if not text.isascii():
-        for characters, form in COMPOSED.items():
-            text = re.sub(characters, lambda match, form=form: form % _normalised(match[0]), text)
-        text = replace(PATTERNS["sign"], text)
-    return re.sub("[^ -~]", lambda match: _ascii(match[0]), text)
+    if text.isascii() and text.isprintable():
+        return text
+    for characters, form in COMPOSED.items():
+        text = re.sub(characters, lambda match, form=form: form % _normalised(match[0]), text)
+    text = re.sub(r"[^\D0-9]", lambda digit: str(int(digit[0])), text)  # digits of any script
+    return replace(PATTERNS["sign"], text)
 
 
 def _normalised(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("⁄", "/")
-
-
-def _ascii(character: str) -> str:
-    category = unicodedata.category(character)
-    if category == "Nd":  # a digit of any script
-        return str(unicodedata.decimal(character))
-    if category == "Sc":
-        return "$"
-    if category == "Cc" or character.isspace():
-        return " "
-    # Text that runs backwards is no answer: its marks stay, and the comparisons do not know them.
-    return "" if category == "Cf" and character not in "\u202d\u202e" else character
