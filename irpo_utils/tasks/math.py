@@ -133,15 +133,14 @@ def _last_box(completion: str) -> str | None:
 
 def _in_block(block: str) -> str | None:
     """The answer in the block: its only formula, if the words around do not change it, or all."""
-    text = block
-    if not FORMULA.search(block) and BOX.search(block):  # a box among words is a formula
-        if block.count("{") > block.count("}"):
-            return None
-        text = answers.replace(answers.PATTERNS["box"], block)
-    formulas = FORMULA.findall(text)
-    around = FORMULA.sub("#", answers.replace(PATTERNS["mark"], text))
+    if not FORMULA.search(block):  # then a box among words is a formula
+        block = answers.replace(answers.PATTERNS["box"], block)
+    formulas = FORMULA.findall(block)
+    if not formulas and BOX.search(block):  # it is never closed
+        return None
+    around = FORMULA.sub("#", answers.replace(PATTERNS["mark"], block))
     if len(formulas) != 1 or re.search(r"[\d\\=]", around):
-        return text
+        return block
     if answers.found(PATTERNS["beside"], around) or numbers.doubtful(around):
         return None
     formula, after = formulas[0], around.partition("#")[2].strip(" .*_")
@@ -196,9 +195,8 @@ def _last_side(answer: str) -> str:
     *left, last = answer.split("=")
     for side in left:
         names = set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", side)))
-        if len(names) == 1 and answers.found(PATTERNS["calculation"], side):
-            return answer
-        if len(side) == 1 and side in last:  # x = 2x + 3
+        is_equation = len(names) == 1 and answers.found(PATTERNS["calculation"], side)
+        if is_equation or (len(side) == 1 and side in last):  # x^2 = 4, x = 2x + 3
             return answer
     return canonical(last) if left and not re.search(r"[<>]|\\ne|\\not", answer) else answer
 
