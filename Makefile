@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 REAL   := $(VENV)/.real_model
 CLUSTER := $(VENV)/cluster/.ready
 
-.PHONY: run test test-slow gpu-test test-matrix lab notebooks help bench study
+.PHONY: run test test-slow gpu-test test-matrix lab notebooks help bench study book
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -52,6 +52,10 @@ lab: $(REAL)     ## JupyterLab in the notebooks folder
 
 notebooks: $(REAL)  ## remake and execute all notebooks from notebooks/source
 	$(BIN)/python scripts/make_notebooks.py
+
+book: $(READY)   ## the notebooks, solutions, glossary and results as a website in docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs . docs/_build/html
+	@echo "The book is in docs/_build/html: open docs/_build/html/index.html."
 
 study: $(READY)  ## all comparisons and ablations over seeds, hours; resumes (NAME=comparison for one of them)
 	$(BIN)/python scripts/study.py $(NAME) --jobs $$($(BIN)/python -c 'import os; print(os.cpu_count())')

@@ -1,0 +1,154 @@
+"""Settings of the book: `make book` writes the notebooks and pages of this repository to docs/_build/html.
+
+Sphinx reads the files where they lie, with the root of the repository as its source folder. Links
+and pictures therefore work here as they do on GitHub. Notebooks keep the outputs they were
+committed with; nothing is executed, and neither the build nor the finished pages use a network.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
+
+ROOT = Path(__file__).parent.parent
+
+# The address of the repository, as https://github.com/OWNER/NAME. With it the pages have a button
+# "Open in Colab" and links to the source files; without it there is no such button, and the links
+# download the files from the book.
+REPOSITORY = os.environ.get("BOOK_REPOSITORY", "").rstrip("/")
+BRANCH = os.environ.get("BOOK_BRANCH", "main")
+
+project = "Iterative RPO"
+author = "The Iterative RPO tutorials authors"
+language = "en"
+
+# Pages
+
+root_doc = "docs/index"
+include_patterns = [
+    "README.md",
+    "docs/**.md",
+    "figures/*.md",
+    "notebooks/*.ipynb",
+    "notebooks/solutions/*.ipynb",
+    "scripts/cluster/README.md",
+]
+with_pages = {pattern.split("/")[0] for pattern in include_patterns}
+exclude_patterns = [path.name for path in ROOT.iterdir() if path.name not in with_pages]
+exclude_patterns += ["docs/_build", "notebooks/shipped_run", "**/.ipynb_checkpoints"]
+
+extensions = ["myst_nb"]
+nb_execution_mode = "off"
+nb_ipywidgets_js = {}  # would be loaded from a network
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 4  # links such as glossary.md#nll-term, as on GitHub
+suppress_warnings = ["myst.header"]  # the glossary's terms are headings of the third level
+
+# Theme
+
+html_theme = "sphinx_book_theme"
+html_title = "Iterative RPO tutorials"
+html_favicon = "_static/icon.svg"
+html_static_path = ["_static"]
+html_css_files = ["book.css"]
+html_extra_path = ["_extra"]
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system
+html_theme_options = {
+    "path_to_docs": "",
+    "home_page_in_toc": False,
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_download_button": True,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the sidebar has the search button
+}
+if REPOSITORY:
+    html_theme_options |= {
+        "repository_url": REPOSITORY,
+        "repository_branch": BRANCH,
+        "repository_provider": "github",
+        "use_repository_button": True,
+        "launch_buttons": {"colab_url": "https://colab.research.google.com"},
+    }
+
+# Equations: MathJax as one file, taken from a package and shipped with the pages
+
+MATHJAX = "mathjax/tex-svg.js"
+mathjax_path = MATHJAX
+mathjax3_config = {"options": {"enableMenu": False}}
+
+
+def copy_mathjax(app, exception) -> None:
+    package = importlib.util.find_spec("sphinx-mathjax-offline")
+    if exception is None and app.builder.format == "html":
+        target = Path(app.outdir) / "_static" / MATHJAX
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(package.origin).parent / "static" / MATHJAX, target)
+
+
+# Notebooks
+
+
+def prepare_notebook(app, docname: str, source: list[str]) -> None:
+    """Put alternative texts of figures where myst-nb looks for them, and mark solutions in the title.
+
+    A figure's text is in the metadata of its output, where JupyterLab reads it. myst-nb takes it from
+    the metadata of the cell. Marks for nbval are left out.
+    """
+    if not docname.startswith("notebooks/"):
+        return
+    notebook = json.loads(source[0])
+    for cell in notebook["cells"]:
+        cell["source"] = "".join(cell["source"]).removeprefix("# NBVAL_IGNORE_OUTPUT\n")
+        texts = [
+            output.get("metadata", {}).get("image/png", {}).get("alt", "")
+            for output in cell.get("outputs", [])
+            if "image/png" in output.get("data", {})
+        ]
+        if texts:
+            cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(texts)}}
+    if docname.startswith("notebooks/solutions/"):
+        first = notebook["cells"][0]
+        first["source"] = re.sub(r"\A# (.+)", r"# \1: solutions", first["source"])
+    source[0] = json.dumps(notebook)
+
+
+# Links to files and folders of the repository that are not pages
+
+
+class LinksToFiles(SphinxTransform):
+    """A link to a source file or a folder opens it in the repository, if that has an address.
+
+    Without an address the book carries the file itself for download, and the name of a folder is text.
+    """
+
+    default_priority = 400  # before Sphinx collects the files to download
+
+    def apply(self, **kwargs) -> None:
+        for link in list(self.document.findall(is_link_to_file)):
+            relative, absolute = self.env.relfn2path(link["reftarget"], self.env.docname)
+            path = Path(absolute)
+            if REPOSITORY and path.exists():
+                kind = "tree" if path.is_dir() else "blob"
+                address = f"{REPOSITORY}/{kind}/{BRANCH}/{path.relative_to(ROOT).as_posix()}"
+                link.replace_self(nodes.reference("", "", *link.children, refuri=address))
+            elif path.is_dir():
+                link.replace_self(link.children)
+
+
+def is_link_to_file(node) -> bool:
+    if isinstance(node, addnodes.pending_xref):  # what MyST does not find as a file, a folder too
+        return node["reftype"] == "myst" and not node.get("refdomain")
+    return isinstance(node, addnodes.download_reference)
+
+
+def setup(app) -> None:
+    app.connect("source-read", prepare_notebook)
+    app.connect("build-finished", copy_mathjax)
+    app.add_transform(LinksToFiles)

@@ -1,0 +1,300 @@
+"""The book: it builds without warnings, its links lead somewhere, and a browser shows it without a network."""
+
+import functools
+import html
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlparse
+
+import nbformat
+import pytest
+import yaml
+
+for package in ("sphinx", "myst_nb", "sphinx_book_theme"):
+    pytest.importorskip(package)
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+# Pages that the browser opens; the second of the notebooks has the most equations.
+SHOWN = (
+    "docs/index.html",
+    "notebooks/00_start_here.html",
+    "notebooks/04_dpo_nll_training.html",
+    "docs/results/comparison.html",
+    "docs/glossary.html",
+)
+PHONE = 390  # pixels
+
+
+def build(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-c", str(ROOT / "docs")]
+    return subprocess.run(
+        [*command, *options, str(ROOT), str(folder)],
+        env={**os.environ, "BOOK_REPOSITORY": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("book") / "html"
+    done = build(folder, "-W", "--keep-going")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return folder
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: its ids, links, pictures, and the files that it loads."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.text = path, path.read_text()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.pictures: list[dict[str, str]] = []
+        self.loads: list[str] = []
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if "id" in attributes:
+            self.ids.add(attributes["id"])
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        if tag == "img":
+            self.pictures.append(attributes)
+        if tag in ("script", "img", "iframe", "embed", "source") and "src" in attributes:
+            self.loads.append(attributes["src"])
+        if tag in ("link", "object") and (attributes.keys() & {"href", "data"}):
+            self.loads.append(attributes.get("href") or attributes["data"])
+
+    def code_cells(self) -> set[str]:
+        blocks = re.findall(r'class="cell_input.*?<pre>(.*?)</pre>', self.text, re.S)
+        return {html.unescape(re.sub("<[^>]*>", "", block)).strip() for block in blocks}
+
+
+@functools.cache
+def parsed(path: Path) -> Page:
+    return Page(path)
+
+
+def pages(book: Path) -> list[Page]:
+    found = [parsed(path) for path in sorted(book.rglob("*.html"))]
+    assert len(found) > 2 * len(NOTEBOOKS)
+    return found
+
+
+def test_every_notebook_and_page_is_in_the_book(book):
+    sources = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "figures").glob("*.md")]
+    sources += [*(ROOT / "docs" / "results").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    sources += (ROOT / "notebooks" / "solutions").glob("*.ipynb")
+    listed = parsed(book / "docs" / "index.html").links
+    for source in sources:
+        page = source.relative_to(ROOT).with_suffix(".html")
+        assert (book / page).exists(), page
+        if page != Path("docs/index.html"):
+            assert os.path.relpath(page, "docs") in listed, f"the navigation lacks {page}"
+    assert 'url=docs/index.html"' in (book / "index.html").read_text()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_student_pages_have_stubs_and_solutions_are_on_their_own_pages(name, book):
+    student, solved = (
+        parsed(book / "notebooks" / folder / f"{name}.html") for folder in ("", "solutions")
+    )
+    titles = [re.search("<title>(.*?) &#8212; ", page.text)[1] for page in (student, solved)]
+    assert titles[1] == f"{titles[0]}: solutions"
+    cells = [
+        [
+            cell.source
+            for cell in nbformat.read(ROOT / "notebooks" / folder / f"{name}.ipynb", 4).cells
+            if cell.cell_type == "code"
+        ]
+        for folder in ("", "solutions")
+    ]
+    filled_in = [(open_, full) for open_, full in zip(*cells, strict=True) if open_ != full]
+    assert len(filled_in) >= 3
+    shown = [page.code_cells() for page in (student, solved)]
+    for pair in filled_in:
+        open_, full = (text.removeprefix("# NBVAL_IGNORE_OUTPUT\n").strip() for text in pair)
+        assert open_ in shown[0] and full not in shown[0]
+        assert full in shown[1] and open_ not in shown[1]
+
+
+def test_links_and_anchors_inside_the_book_lead_somewhere(book):
+    dead, checked = [], 0
+    for page in pages(book):
+        for link in page.links:
+            address, anchor = urldefrag(link)
+            if urlparse(address).scheme or link == "#":
+                continue
+            file = unquote(address.split("?")[0])
+            target = (page.path.parent / file).resolve() if file else page.path
+            checked += 1
+            if not target.is_file() or (anchor and unquote(anchor) not in parsed(target).ids):
+                dead.append(f"{page.path.relative_to(book)}: {link}")
+    assert not dead and checked > 1000
+
+
+def test_figures_have_alternative_text(book):
+    figures = 0
+    for page in pages(book):
+        for picture in page.pictures:
+            if "_images/" in picture["src"]:
+                figures += 1
+                assert len(picture.get("alt", "")) > 30, f"{page.path}: {picture['src']}"
+            assert picture.get("alt", "").strip(), f"{page.path}: {picture['src']}"
+    drawn = sum(
+        path.read_text().count('"image/png": "')
+        for folder in ("", "solutions")
+        for path in (ROOT / "notebooks" / folder).glob("*.ipynb")
+    )
+    assert figures >= drawn > 0
+
+
+def test_pages_load_nothing_from_a_network(book):
+    for page in pages(book):
+        for address in page.loads:
+            assert not urlparse(address).netloc, f"{page.path.relative_to(book)}: {address}"
+    for sheet in book.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text()), sheet
+
+
+def test_buttons_need_the_address_of_the_repository(book, tmp_path):
+    """Download always, Colab and links to source files if the repository has an address."""
+    name = "notebooks/00_start_here"
+    links = parsed(book / f"{name}.html").links
+    assert f"../_sources/{name}.ipynb" in links and not any("colab" in link for link in links)
+    download = book / "_sources" / f"{name}.ipynb"
+    assert download.read_bytes() == (ROOT / f"{name}.ipynb").read_bytes()
+
+    options = ("-D", f"include_patterns={name}.ipynb", "-D", f"root_doc={name}")
+    build(tmp_path, *options, BOOK_REPOSITORY="https://github.com/owner/name")
+    links = parsed(tmp_path / f"{name}.html").links
+    colab = "https://colab.research.google.com/github/owner/name/blob/main/"
+    assert f"{colab}{name}.ipynb" in links
+    assert "https://github.com/owner/name/blob/main/irpo_utils/iteration.py" in links
+
+
+def test_workflow_publishes_what_make_book_builds():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert any(step.get("run") == "make book" for step in steps)
+    [upload] = [step for step in steps if "upload-pages-artifact" in step.get("uses", "")]
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^book:.*\n\t.* -W .* {re.escape(upload['with']['path'])}$", makefile, re.M)
+
+
+# In a browser
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(book):
+    handler = functools.partial(Server, directory=str(book))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    """A tab of a headless browser that keeps the events of its pages."""
+    test_browser = pytest.importorskip("test_browser")
+    if test_browser.BROWSER is None:
+        pytest.skip("no Chromium or Chrome is installed")
+
+    class Tab(test_browser.Page):
+        events: list[dict] = []
+        wait = staticmethod(test_browser.wait)
+
+        def call(self, method: str, **parameters):
+            self.sent += 1
+            message = {"id": self.sent, "method": method, "params": parameters}
+            self.socket.send(json.dumps(message))
+            while (answer := json.loads(self.socket.recv())).get("id") != self.sent:
+                self.events.append(answer)
+            return answer["result"]
+
+        def open(self, address: str, width: int, mode: str = "light") -> None:
+            """Load a page at a width in pixels and wait until its equations are drawn."""
+            self.events.clear()
+            screen = {"width": width, "height": 900, "deviceScaleFactor": 1}
+            self.call("Emulation.setDeviceMetricsOverride", mobile=width < 500, **screen)
+            scheme = {"name": "prefers-color-scheme", "value": mode}
+            self.call("Emulation.setEmulatedMedia", features=[scheme])
+            self.call("Page.navigate", url=address)
+            self.wait(lambda: self.value(LOADED))
+
+        def errors(self) -> list[str]:
+            """What the console shows as an error, and exceptions."""
+            found = []
+            for event in self.events:
+                content = event["params"]
+                level = content.get("type") or content.get("entry", {}).get("level")
+                if event["method"] == "Runtime.exceptionThrown" or level == "error":
+                    found.append(json.dumps(content))
+            return found
+
+        def requests(self) -> list[str]:
+            sent = [e for e in self.events if e["method"] == "Network.requestWillBeSent"]
+            return [event["params"]["request"]["url"] for event in sent]
+
+    tab = Tab(tmp_path_factory.mktemp("browser"))
+    for domain in ("Page", "Runtime", "Log", "Network"):
+        tab.call(f"{domain}.enable")
+    yield tab
+    tab.close()
+
+
+LOADED = """document.readyState == 'complete' && location.protocol == 'http:'
+    && [...document.querySelectorAll('.math')].every(e => e.querySelector('mjx-container svg'))"""
+EQUATIONS = "document.querySelectorAll('.math mjx-container svg path').length"
+FAULTY_EQUATIONS = "document.querySelectorAll('[data-mjx-error], mjx-merror').length"
+EMPTY_PICTURES = """[...document.querySelectorAll('article img')]
+    .filter(image => (image.loading = 'eager') && image.complete && !image.naturalWidth)
+    .map(image => image.src)"""
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@pytest.mark.parametrize("width", [1200, PHONE])
+@pytest.mark.parametrize("page", SHOWN)
+def test_page_in_a_browser(page, width, site, tab):
+    tab.open(f"{site}/{page}", width)
+    assert tab.errors() == []
+    assert all(address.startswith((site, "data:")) for address in tab.requests())
+    assert tab.value(EMPTY_PICTURES) == [] and tab.value(FAULTY_EQUATIONS) == 0
+    assert tab.value(OVERFLOW) == 0
+    if page in ("notebooks/04_dpo_nll_training.html", "docs/glossary.html"):
+        assert tab.value(EQUATIONS) > 20
+
+
+def test_light_and_dark_mode(site, tab):
+    background = "getComputedStyle(document.body).backgroundColor"
+    colours = []
+    for mode in ("light", "dark"):
+        tab.open(f"{site}/{SHOWN[0]}", 1200, mode)
+        colours.append(sum(map(int, re.findall(r"\d+", tab.value(background))[:3])))
+    assert colours[0] > 600 and colours[1] < 150
+
+
+def test_search_finds_a_term_without_a_network(site, tab):
+    tab.open(f"{site}/search.html?q=elicitation", 1200)
+    found = "[...document.querySelectorAll('#search-results li a')].map(link => link.href)"
+    results = tab.wait(lambda: tab.value(found))
+    assert any("docs/glossary.html" in address for address in results)
+    assert tab.errors() == []
+    assert all(address.startswith((site, "data:")) for address in tab.requests())
