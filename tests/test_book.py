@@ -270,16 +270,28 @@ EMPTY_PICTURES = """[...document.querySelectorAll('article img')]
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
-@pytest.mark.parametrize("width", [1200, PHONE])
 @pytest.mark.parametrize("page", SHOWN)
-def test_page_in_a_browser(page, width, site, tab):
-    tab.open(f"{site}/{page}", width)
-    assert tab.errors() == []
-    assert all(address.startswith((site, "data:")) for address in tab.requests())
-    assert tab.value(EMPTY_PICTURES) == [] and tab.value(FAULTY_EQUATIONS) == 0
-    assert tab.value(OVERFLOW) == 0
+def test_page_in_a_browser(page, site, tab):
+    for width in (1200, PHONE):
+        tab.open(f"{site}/{page}", width)
+        assert tab.errors() == []
+        assert all(address.startswith((site, "data:")) for address in tab.requests())
+        assert tab.value(EMPTY_PICTURES) == [] and tab.value(FAULTY_EQUATIONS) == 0
+        assert tab.value(OVERFLOW) == 0
     if page in ("notebooks/04_dpo_nll_training.html", "docs/glossary.html"):
         assert tab.value(EQUATIONS) > 20
+
+
+def test_no_page_scrolls_sideways_on_a_phone(book, site, tab):
+    wide = []
+    for folder in ("docs", "notebooks", "figures", "scripts"):
+        for path in sorted((book / folder).rglob("*.html")):
+            page = path.relative_to(book)
+            tab.open(f"{site}/{page}", PHONE)
+            assert tab.errors() == []
+            if tab.value(OVERFLOW):
+                wide.append(str(page))
+    assert not wide
 
 
 def test_light_and_dark_mode(site, tab):
