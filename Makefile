@@ -53,7 +53,7 @@ lab: $(REAL)     ## JupyterLab in the notebooks folder
 notebooks: $(REAL)  ## remake and execute all notebooks from notebooks/source
 	$(BIN)/python scripts/make_notebooks.py
 
-book: $(READY)   ## the notebooks, solutions, glossary and results as a website in docs/_build/html
+book: $(READY)   ## the notebooks, solutions, slides, glossary and results as a website in docs/_build/html
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs . docs/_build/html
 	@echo "The book is in docs/_build/html: open docs/_build/html/index.html."
 

@@ -1,4 +1,4 @@
-"""Settings of the book: `make book` writes the notebooks and pages of this repository to docs/_build/html.
+"""Settings of the book: `make book` writes it to docs/_build/html.
 
 Sphinx reads the files where they lie, with the root of the repository as its source folder. Links
 and pictures therefore work here as they do on GitHub. Notebooks keep the outputs they were
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from docutils import nodes
@@ -17,6 +18,8 @@ from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import make_slides  # noqa: E402
 
 # The address of the repository, as https://github.com/OWNER/NAME. With it the pages have a button
 # "Open in Colab" and links to the source files; without it there is no such button, and the links
@@ -96,10 +99,10 @@ def copy_mathjax(app, exception) -> None:
 
 
 def prepare_notebook(app, docname: str, source: list[str]) -> None:
-    """Put alternative texts of figures where myst-nb looks for them, and mark solutions in the title.
+    """Prepare a notebook for myst-nb: texts of figures, marks for nbval, titles of solutions.
 
-    A figure's text is in the metadata of its output, where JupyterLab reads it. myst-nb takes it from
-    the metadata of the cell. Marks for nbval are left out.
+    The alternative text of a figure is in the metadata of its output, where JupyterLab reads it.
+    myst-nb takes it from the metadata of the cell.
     """
     if not docname.startswith("notebooks/"):
         return
@@ -119,13 +122,32 @@ def prepare_notebook(app, docname: str, source: list[str]) -> None:
     source[0] = json.dumps(notebook)
 
 
+# Slides: a page of reveal.js for each notebook, and the list of them
+
+DECKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+def list_slides(app, docname: str, source: list[str]) -> None:
+    if docname == "docs/slides":
+        for name in DECKS:
+            first = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"][0]
+            title = "".join(first["source"]).split("\n")[0].removeprefix("# ")
+            source[0] += f'\n- <a href="../slides/{name}.html">{title}</a>'
+
+
+def write_slides(app, exception) -> None:
+    if exception is None and app.builder.format == "html":
+        for name in DECKS:
+            make_slides.write(name, Path(app.outdir) / "slides")
+
+
 # Links to files and folders of the repository that are not pages
 
 
 class LinksToFiles(SphinxTransform):
     """A link to a source file or a folder opens it in the repository, if that has an address.
 
-    Without an address the book carries the file itself for download, and the name of a folder is text.
+    Without an address the book offers the file for download and shows a folder's name as text.
     """
 
     default_priority = 400  # before Sphinx collects the files to download
@@ -150,5 +172,7 @@ def is_link_to_file(node) -> bool:
 
 def setup(app) -> None:
     app.connect("source-read", prepare_notebook)
+    app.connect("source-read", list_slides)
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", write_slides)
     app.add_transform(LinksToFiles)

@@ -17,8 +17,10 @@ import nbformat
 import pytest
 import yaml
 
-for package in ("sphinx", "myst_nb", "sphinx_book_theme"):
+for package in ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx_revealjs"):
     pytest.importorskip(package)
+
+import make_slides  # noqa: E402  needs what the lines above ask for
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -184,6 +186,53 @@ def test_buttons_need_the_address_of_the_repository(book, tmp_path):
     assert "https://github.com/owner/name/blob/main/irpo_utils/iteration.py" in links
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_slides_have_goals_figures_questions_and_a_summary(name, book):
+    page = parsed(book / "slides" / f"{name}.html")
+    slides = page.text.split("<section>")[1:]
+    assert 10 <= len(slides) <= 15
+    assert "<h1>" in slides[0] and "<ul>" in slides[0]
+    assert "What you have learnt" in page.text and 'class="question"' in page.text
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+    figures = sum(
+        "image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])
+    )
+    assert len(page.pictures) >= min(figures, 1)
+    assert f"../slides/{name}.html" in parsed(book / "docs" / "slides.html").links
+
+
+def test_slides_of_a_small_notebook():
+    def text(source):
+        return nbformat.v4.new_markdown_cell(source)
+
+    def code(output):
+        result = nbformat.v4.new_output("stream", name="stdout", text=output)
+        return nbformat.v4.new_code_cell("print()", outputs=[result])
+
+    cells = [
+        text("# Title\n\n- one goal"),
+        text(
+            "## 1 First\n\nA [term](../docs/glossary.md#dpo), $x < y$. See:\n\n**Predict**: how many?"
+        ),
+        code("42\n"),
+        text("Forty-two.\n\n### Exercise 1.1: count\n\nDo it. <details>hidden</details>"),
+        code("not on a slide"),
+        text("[Solution](solutions/title.ipynb)\n\nAfterwards."),
+        text("## What you have learnt\n\n- counting\n\n1. How many?"),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    slides = make_slides.deck(notebook).split("<section>")[1:]
+    assert len(slides) == 4 and "one goal" in slides[0]
+    section, notes = slides[1].split("<aside")
+    assert '<a href="../docs/glossary.html#dpo">term</a>' in section and "See:" not in section
+    assert r"\(x &lt; y\)" in section
+    assert section.index("how many?") < section.index('<div class="fragment"><pre>42</pre>')
+    assert section.index("42</pre>") < section.index("Forty-two.")
+    assert "See:" in notes and "Afterwards." in notes and "Solution" not in notes
+    assert not re.search("not on|Do it|hidden", "".join(slides))
+    assert "counting" in slides[2] and "How many?" in slides[3]
+
+
 def test_workflow_publishes_what_make_book_builds():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
@@ -292,6 +341,22 @@ def test_no_page_scrolls_sideways_on_a_phone(book, site, tab):
             if tab.value(OVERFLOW):
                 wide.append(str(page))
     assert not wide
+
+
+SLIDE = """(() => { Reveal.slide(%d, 0, 99)
+    const slide = Reveal.getCurrentSlide(), shown = [...slide.children].filter(e => e.tagName != 'ASIDE')
+    return [slide.scrollWidth, Math.max(...shown.map(e => e.offsetTop + e.offsetHeight))] })()"""
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_slides_fit_on_the_screen(name, site, tab):
+    tab.open(f"{site}/slides/{name}.html", 1280)
+    tab.wait(lambda: tab.value("Reveal.isReady()"))
+    for number in range(tab.value("Reveal.getTotalSlides()")):
+        width, height = tab.value(SLIDE % number)
+        assert width <= 1280 and height <= 720, f"slide {number + 1}"
+    assert tab.errors() == [] and tab.value(FAULTY_EQUATIONS) == 0
+    assert all(address.startswith((site, "data:")) for address in tab.requests())
 
 
 def test_light_and_dark_mode(site, tab):

@@ -1,0 +1,377 @@
+"""Write the slides of a notebook: one page for a projector, made from the executed notebook.
+
+    python scripts/make_slides.py 03_pairs slides    # slides/03_pairs.html
+
+`make book` writes the slides of all notebooks. A deck has 10 to 15 slides: the goals, one slide for
+each section (its first paragraphs and formulas, with one output), further questions that ask for a
+prediction with the output that answers them, the summary, and the questions to recall. The rest of
+a section's text is in the speaker notes (key S). Exercises, hints and code are not shown.
+
+The pages use reveal.js and MathJax from installed packages and need no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import importlib.util
+import posixpath
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nbformat
+from markdown_it import MarkdownIt
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+FEWEST, SLIDES = 10, 15  # of a deck, where the notebook has enough outputs
+HEIGHT, LEAD = 600, 260  # pixels for what is under the title, and for the text before an output
+FIGURE = 330  # pixels, the smallest height of a figure
+WORDS = 60  # of a paragraph
+CHARACTERS = 80  # in a line of text
+LINES, COLUMNS = 14, 110  # of printed output
+TABLE_ROWS, TABLE_COLUMNS = 9, 8
+REVEAL = ("dist/reveal.css", "dist/reveal.js", "plugin/notes/notes.js")
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: slides</title>
+<link rel="icon" href="../_static/icon.svg">
+<link rel="stylesheet" href="reveal.js/dist/reveal.css">
+<link rel="stylesheet" href="../_static/slides.css">
+<script>
+window.MathJax = {{
+  options: {{enableMenu: false}},
+  startup: {{pageReady: () => MathJax.startup.defaultPageReady().then(fit)}},
+}}
+</script>
+<script defer src="../_static/mathjax/tex-svg.js"></script>
+</head>
+<body>
+<div class="reveal"><div class="slides">
+{slides}
+</div></div>
+<script src="reveal.js/dist/reveal.js"></script>
+<script src="reveal.js/plugin/notes/notes.js"></script>
+<script>
+// Smaller type on a slide whose content does not fit.
+function fit() {{
+  if (!Reveal.isReady()) return
+  const slide = Reveal.getCurrentSlide()
+  for (let size = 100; size > 50 && (slide.scrollHeight > 720 || slide.scrollWidth > 1280); size -= 5)
+    slide.style.fontSize = `${{size - 5}}%`
+}}
+Reveal.on("ready", fit)
+Reveal.on("slidechanged", fit)
+Reveal.initialize({{
+  width: 1280, height: 720, margin: 0.04, center: false, hash: true, slideNumber: "c/t",
+  scrollActivationWidth: null, transition: "none", plugins: [RevealNotes],
+}})
+</script>
+</body>
+</html>
+"""
+
+
+@dataclass
+class Item:
+    """A block of text (Markdown) or the output of a cell (HTML) in the order of the notebook."""
+
+    kind: str  # paragraph, list, table, math, code, predict, output or figure
+    content: str
+
+    @property
+    def html(self) -> str:
+        return self.content if self.kind in ("output", "figure") else to_html(self.content)
+
+    @property
+    def height(self) -> int:
+        """Pixels on a slide, an estimate that is rather too large."""
+        rows = self.content.count("\n") + 1
+        if self.kind == "figure":
+            return FIGURE
+        if self.kind == "output":
+            tags = self.content.count("<tr")
+            return 45 * tags + 15 if tags else 25 * rows + 45
+        if self.kind == "code":
+            return 25 * rows + 45
+        if self.kind == "math":
+            return 120
+        if self.kind == "table":
+            return 45 * rows + 15
+        text = re.sub(r"\]\([^)]*\)", "]", self.content)
+        parts = re.split(r"\n(?=- |\d+\. )", text)
+        return 15 + 42 * sum(1 + len(part) // CHARACTERS for part in parts)
+
+
+@dataclass
+class Step:
+    """An output, the question that asks to predict it, and the paragraph that explains it."""
+
+    output: Item
+    question: Item | None
+    takeaway: Item | None
+
+    @property
+    def rank(self) -> int:
+        """Figures come first, then answers to questions."""
+        return 2 * (self.output.kind != "figure") + (self.question is None)
+
+    @property
+    def height(self) -> int:
+        return self.output.height + (self.question.height + 20 if self.question else 0)
+
+    def html(self, height: int) -> list[str]:
+        """The step in at most `height` pixels; output and explanation appear with the next key."""
+        parts, left = [], height - self.height
+        if self.question:
+            parts.append(f'<div class="question">{self.question.html}</div>')
+        shown = self.output.html
+        takeaway = shorten(self.takeaway) if self.takeaway else None
+        if takeaway and takeaway.height <= left and not takeaway.content.endswith(":"):
+            left -= takeaway.height
+        else:
+            takeaway = None
+        if self.output.kind == "figure":
+            shown = f'<div class="figure" style="height: {FIGURE + left}px">{shown}</div>'
+        parts.append(f'<div class="fragment">{shown}</div>' if self.question else shown)
+        if takeaway:
+            parts.append(f'<div class="fragment">{takeaway.html}</div>')
+        return parts
+
+
+@dataclass
+class Section:
+    title: str
+    items: list[Item] = field(default_factory=list)
+
+    def text(self) -> list[Item]:
+        return [item for item in self.items if item.kind not in ("output", "figure")]
+
+    def lead(self) -> list[Item]:
+        """The text before the first question or output."""
+        shown, height = [], 0
+        limit = LEAD if self.steps() else HEIGHT
+        for item in self.items:
+            item = shorten(item) if item.height > limit - height else item
+            if item.kind in ("predict", "output", "figure") or height + item.height > limit:
+                break
+            shown.append(item)
+            height += item.height
+        followers = [*shown[1:], None]
+        return [
+            item if after and after.kind in ("math", "list", "table", "code") else shorten(item)
+            for item, after in zip(shown, followers, strict=False)
+        ]
+
+    def steps(self) -> list[Step]:
+        around = [None, *self.items, None]
+        found = []
+        for before, item, after in zip(around, around[1:], around[2:], strict=False):
+            if item and item.kind in ("output", "figure"):
+                question = before if before and before.kind == "predict" else None
+                takeaway = after if after and after.kind == "paragraph" else None
+                found.append(Step(item, question, takeaway))
+        return found
+
+
+def shorten(item: Item) -> Item:
+    """Of a paragraph the first sentences, without a last one that ends in a colon."""
+    if item.kind != "paragraph":
+        return item
+    sentences = re.split(r"(?<=[.?!:])\s+(?=[A-Z*`$\[])", item.content)
+    if len(sentences) > 1 and sentences[-1].endswith(":"):
+        sentences.pop()
+    kept = sentences[:1]
+    for sentence in sentences[1:]:
+        if len(" ".join([*kept, sentence]).split()) > WORDS:
+            break
+        kept.append(sentence)
+    return Item(item.kind, " ".join(kept))
+
+
+# From a notebook to sections
+
+
+def markdown() -> MarkdownIt:
+    def formula(text: str, options: dict) -> str:
+        left, right = (r"\[", r"\]") if options["display_mode"] else (r"\(", r"\)")
+        return f'<span class="math">{left}{html.escape(text)}{right}</span>'
+
+    reader = MarkdownIt("commonmark").enable("table")
+    dollarmath_plugin(reader, renderer=formula)
+    return reader
+
+
+MARKDOWN = markdown()
+KINDS = {
+    "bullet_list_open": "list",
+    "ordered_list_open": "list",
+    "table_open": "table",
+    "math_block": "math",
+    "fence": "code",
+}
+
+
+def to_html(text: str) -> str:
+    """Markdown as HTML, with links as they are seen from the folder of the slides."""
+
+    def link(match: re.Match) -> str:
+        target, _, anchor = match["target"].partition("#")
+        if "://" in target:
+            return match[0]
+        path, suffix = posixpath.splitext(posixpath.normpath(f"notebooks/{target}"))
+        if suffix not in (".md", ".ipynb"):
+            return match["text"]
+        address = f"../{path}.html" + (f"#{anchor}" if anchor else "")
+        return f'<a href="{address}">{match["text"]}</a>'
+
+    pattern = r'<a href="(?P<target>[^"]*)">(?P<text>.*?)</a>'
+    return re.sub(pattern, link, MARKDOWN.render(text), flags=re.S)
+
+
+def read_sections(notebook: nbformat.NotebookNode) -> list[Section]:
+    """The sections of a notebook without exercises and code; the first is its beginning."""
+    sections, in_exercise = [], False
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            if sections and not in_exercise:
+                sections[-1].items += outputs(cell)
+            continue
+        source = re.sub(r"<details>.*?</details>", "", cell.source, flags=re.S)
+        for kind, text in blocks(source):
+            if kind == "heading":
+                level, title = re.match(r"(#+) +(.*)", text).groups()
+                in_exercise = title.startswith("Exercise ")
+                if len(level) < 3:
+                    sections.append(Section(title))
+            elif not in_exercise:
+                sections[-1].items.append(Item(kind, text))
+            elif "](solutions/" in text:  # the last line of an exercise
+                in_exercise = False
+    return sections
+
+
+def blocks(source: str) -> list[tuple[str, str]]:
+    """The blocks of Markdown text, each with its kind."""
+    lines, found = source.split("\n"), []
+    for token in MARKDOWN.parse(source):
+        if token.level or not token.map or token.nesting < 0:
+            continue
+        text = "\n".join(lines[slice(*token.map)]).strip()
+        kind = KINDS.get(token.type, "paragraph")
+        if token.type == "heading_open":
+            kind = "heading"
+        start = text.find("**Predict") if kind == "paragraph" else -1
+        if start > 0:  # a question at the end of a paragraph
+            found.append((kind, text[:start].rstrip()))
+        found.append(("predict", text[start:]) if start >= 0 else (kind, text))
+    return found
+
+
+def outputs(cell: nbformat.NotebookNode) -> list[Item]:
+    """The outputs of a cell that fit on a slide."""
+    found = []
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if "image/png" in data:
+            text = html.escape(output.metadata.get("image/png", {}).get("alt", ""))
+            picture = f'<img alt="{text}" src="data:image/png;base64,{data["image/png"].strip()}">'
+            found.append(Item("figure", picture))
+        elif "<table" in data.get("text/html", ""):
+            table = data["text/html"]
+            columns = max(len(re.findall("<t[hd]", row)) for row in table.split("<tr")[1:])
+            if table.count("<tr") <= TABLE_ROWS and columns <= TABLE_COLUMNS:
+                found.append(Item("output", re.sub(r"<style.*?</style>", "", table, flags=re.S)))
+        else:
+            text = output.get("text", data.get("text/plain", "")).rstrip()
+            lines = text.split("\n")
+            if text and len(lines) <= LINES and max(map(len, lines)) <= COLUMNS:
+                found.append(Item("output", f"<pre>{html.escape(text)}</pre>"))
+    return found
+
+
+# From sections to slides
+
+
+def deck(notebook: nbformat.NotebookNode) -> str:
+    """All slides of a notebook as HTML."""
+    first, *sections, last = read_sections(notebook)
+    goals = next(item for item in first.items if item.kind == "list")
+    endings = summary(last)
+    plans = [plan(section) for section in sections]
+    planned = 1 + len(plans) + len(endings)
+    further = sorted((step for _, _, rest in plans for step in rest), key=lambda step: step.rank)
+    asked = sum(step.rank < 3 for step in further)
+    further = further[: max(min(asked, SLIDES - planned), FEWEST - planned, 0)]
+    slides = [slide(first.title, [goals.html], level=1)]
+    for section, (lead, step, rest) in zip(sections, plans, strict=True):
+        body = [item.html for item in lead]
+        if step:
+            body += step.html(HEIGHT - sum(item.height for item in lead))
+        slides.append(slide(section.title, body, notes=[item.html for item in section.text()]))
+        slides += [slide(section.title, s.html(HEIGHT)) for s in rest if s in further]
+    return "\n".join(slides + endings)
+
+
+def plan(section: Section) -> tuple[list[Item], Step | None, list[Step]]:
+    """What the slide of a section shows, text and a step, and steps for further slides."""
+    lead = section.lead()
+    room = HEIGHT - sum(item.height for item in lead)
+    steps = [step for step in section.steps() if step.height <= HEIGHT]
+    fitting = [step for step in steps if step.height <= room]
+    first = min(fitting, key=lambda step: step.rank, default=None)
+    return lead, first, [step for step in steps if step is not first]
+
+
+def summary(section: Section) -> list[str]:
+    """The slides at the end: what was learnt, and the questions to recall."""
+    lists = [item for item in section.items if item.kind == "list"]
+    slides = [slide(section.title, [lists[0].html])] if lists else []
+    if len(lists) > 1:
+        slides.append(slide("Recall, without looking up", [lists[-1].html]))
+    return slides
+
+
+def slide(title: str, body: list[str], level: int = 2, notes: list[str] = ()) -> str:
+    heading = to_html(title).strip().removeprefix("<p>").removesuffix("</p>")
+    parts = [f"<h{level}>{heading}</h{level}>", *body]
+    if notes:
+        parts.append(f'<aside class="notes">{"".join(notes)}</aside>')
+    return "<section>\n" + "\n".join(parts) + "\n</section>"
+
+
+# Files
+
+
+def write(name: str, folder: Path) -> None:
+    """Write the slides of a notebook, and reveal.js next to them."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    package = Path(importlib.util.find_spec("sphinx_revealjs").origin).parent
+    for file in REVEAL:
+        target = folder / "reveal.js" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(package / "_static" / "revealjs" / file, target)
+    title = notebook.cells[0].source.split("\n")[0].removeprefix("# ")
+    page = PAGE.format(title=html.escape(title), slides=deck(notebook))
+    (folder / f"{name}.html").write_text(page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="name of a notebook, without folder and suffix")
+    parser.add_argument("folder", type=Path, help="folder for the slides")
+    options = parser.parse_args()
+    write(options.name, options.folder)
+
+
+if __name__ == "__main__":
+    main()
