@@ -97,8 +97,9 @@ class Item:
         if self.kind == "figure":
             return FIGURE
         if self.kind == "output":
-            tags = self.content.count("<tr")
-            return 45 * tags + 15 if tags else 25 * rows + 45
+            printed = re.findall("<pre>(.*?)</pre>", self.content, re.S)
+            lines = sum(text.count("\n") + 1 for text in printed)
+            return 45 * self.content.count("<tr") + 25 * lines + 45 * len(printed) + 15
         if self.kind == "code":
             return 25 * rows + 45
         if self.kind == "math":
@@ -164,6 +165,8 @@ class Section:
                 break
             shown.append(item)
             height += item.height
+            if item.content.endswith(":"):  # what it announces is worth more room
+                limit = HEIGHT
         followers = [*shown[1:], None]
         return [
             item if after and after.kind in ("math", "list", "table", "code") else shorten(item)
@@ -276,25 +279,35 @@ def blocks(source: str) -> list[tuple[str, str]]:
 
 
 def outputs(cell: nbformat.NotebookNode) -> list[Item]:
-    """The outputs of a cell that fit on a slide."""
-    found = []
+    """The figures of a cell, then its printed text and tables if all of them fit on a slide."""
+    figures, texts = [], []
     for output in cell.outputs:
         data = output.get("data", {})
         if "image/png" in data:
             text = html.escape(output.metadata.get("image/png", {}).get("alt", ""))
             picture = f'<img alt="{text}" src="data:image/png;base64,{data["image/png"].strip()}">'
-            found.append(Item("figure", picture))
+            figures.append(Item("figure", picture))
         elif "<table" in data.get("text/html", ""):
-            table = data["text/html"]
-            columns = max(len(re.findall("<t[hd]", row)) for row in table.split("<tr")[1:])
-            if table.count("<tr") <= TABLE_ROWS and columns <= TABLE_COLUMNS:
-                found.append(Item("output", re.sub(r"<style.*?</style>", "", table, flags=re.S)))
+            texts.append(table(data["text/html"]))
         else:
-            text = output.get("text", data.get("text/plain", "")).rstrip()
-            lines = text.split("\n")
-            if text and len(lines) <= LINES and max(map(len, lines)) <= COLUMNS:
-                found.append(Item("output", f"<pre>{html.escape(text)}</pre>"))
-    return found
+            texts.append(printed(output.get("text", data.get("text/plain", "")).rstrip()))
+    return figures + ([Item("output", "".join(texts))] if all(texts) and texts else [])
+
+
+def table(text: str) -> str | None:
+    """A table of pandas as HTML; None if it is too large for a slide."""
+    columns = max(len(re.findall("<t[hd]", row)) for row in text.split("<tr")[1:])
+    if text.count("<tr") > TABLE_ROWS or columns > TABLE_COLUMNS:
+        return None
+    return re.sub(r"<style.*?</style>", "", text, flags=re.S)
+
+
+def printed(text: str) -> str | None:
+    """Printed text as HTML; None if it is empty or too large for a slide."""
+    lines = text.split("\n")
+    if not text or len(lines) > LINES or max(map(len, lines)) > COLUMNS:
+        return None
+    return f"<pre>{html.escape(text)}</pre>"
 
 
 # From sections to slides
@@ -303,14 +316,14 @@ def outputs(cell: nbformat.NotebookNode) -> list[Item]:
 def deck(notebook: nbformat.NotebookNode) -> str:
     """All slides of a notebook as HTML."""
     first, *sections, last = read_sections(notebook)
-    goals = next(item for item in first.items if item.kind == "list")
+    goals = [item.html for item in first.items if item.kind == "list"][:1]
     endings = summary(last)
     plans = [plan(section) for section in sections]
     planned = 1 + len(plans) + len(endings)
     further = sorted((step for _, _, rest in plans for step in rest), key=lambda step: step.rank)
     asked = sum(step.rank < 3 for step in further)
     further = further[: max(min(asked, SLIDES - planned), FEWEST - planned, 0)]
-    slides = [slide(first.title, [goals.html], level=1)]
+    slides = [slide(first.title, goals, level=1)]
     for section, (lead, step, rest) in zip(sections, plans, strict=True):
         body = [item.html for item in lead]
         if step:
@@ -351,8 +364,17 @@ def slide(title: str, body: list[str], level: int = 2, notes: list[str] = ()) ->
 
 
 def write(name: str, folder: Path) -> None:
-    """Write the slides of a notebook, and reveal.js next to them."""
-    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    """Write the slides of a notebook, and reveal.js next to them.
+
+    Outputs are those of the solved notebook: a cell after an exercise may use what it defines.
+    """
+    notebook, solved = (
+        nbformat.read(path / f"{name}.ipynb", as_version=4)
+        for path in (NOTEBOOKS, NOTEBOOKS / "solutions")
+    )
+    for cell, filled_in in zip(notebook.cells, solved.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs = filled_in.outputs
     package = Path(importlib.util.find_spec("sphinx_revealjs").origin).parent
     for file in REVEAL:
         target = folder / "reveal.js" / file
