@@ -8,6 +8,8 @@ would remove it. M_0 is the base with a zero adapter.
 import json
 import logging
 import os
+import re
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ CACHE = Path(os.environ.get("IRPO_CACHE", Path.home() / ".cache" / "irpo_utils")
 SHIPPED = {"seed": "seed_model", "seed-misconceptions": "seed_model_misconceptions"}
 FOLDERS = {name: Path(__file__).parent / folder for name, folder in SHIPPED.items()}
 HUB_NAMES = json.loads((Path(__file__).parent / "recipes" / "hub_names.json").read_text())
+DATE = date(2024, 7, 26)  # of every prompt whose template prints a date
 
 
 def default_device() -> str:
@@ -72,7 +75,7 @@ def load(
     path, device = find(name), device or default_device()
     tokenizer, dtype = load_tokenizer(path, pad_token, revision), default_dtype(device, dtype)
     options = {"revision": revision, "dtype": dtype, "device_map": device, "use_safetensors": True}
-    options |= {"attn_implementation": "sdpa", "trust_remote_code": False}
+    options |= {"trust_remote_code": False}
     if quantize:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         nf4 |= {"bnb_4bit_use_double_quant": True} | (nf4_options or {})
@@ -89,6 +92,12 @@ def load(
         # kernel without a backward pass, and log-probabilities would differ from those in training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        # In training the model must compute what it computes as the reference. TRL switches off
+        # `nn.Dropout` alone; OPT and attention functions take the rate from an attribute.
+        for attribute, value in vars(module).items():
+            rate = "drop" in attribute or isinstance(module, torch.nn.Dropout)
+            if rate and isinstance(value, float):
+                setattr(module, attribute, 0.0)
     base.name_or_path = HUB_NAMES.get(name, name)  # how an adapter names its base, for others
     base.requires_grad_(False)
     if adapter is not None:
@@ -134,14 +143,33 @@ def load_tokenizer(path: str, pad_token: str | None = None, revision: str | None
 
 
 def render_prompt(tokenizer, text: str) -> str:
-    """The user's turn in the model's chat template, up to where the completion begins.
+    """The user's turn in the model's chat template, up to where the completion begins."""
+    return render(tokenizer, plain_text(tokenizer, text), add_generation_prompt=True)
+
+
+def render(tokenizer, *texts: str, **options) -> str:
+    """The chat template for a turn of the user, and one of the assistant if two texts are given.
 
     Two settings of some templates are fixed: the date (Llama 3.2 prints today's, so the same run
     would differ tomorrow) and hidden thinking (Qwen3). Other templates ignore them.
     """
-    turn = {"role": "user", "content": plain_text(tokenizer, text)}
-    fixed = {"date_string": "26 Jul 2024", "enable_thinking": False, "add_generation_prompt": True}
-    return tokenizer.apply_chat_template([turn], tokenize=False, **fixed)
+    fixed = {"date_string": f"{DATE:%d %b %Y}", "enable_thinking": False, "tokenize": False}
+    options |= fixed | {"chat_template": dated_template(tokenizer)}
+    # Templates of multimodal models read a list of parts, and skip a plain text without an error.
+    for parts in (False, True):
+        contents = [[{"type": "text", "text": text}] if parts else text for text in texts]
+        turns = zip(("user", "assistant"), contents, strict=False)
+        turns = [{"role": role, "content": content} for role, content in turns]
+        rendered = tokenizer.apply_chat_template(turns, **options)
+        if all(text.strip() in rendered for text in texts):
+            break
+    return rendered
+
+
+def dated_template(tokenizer) -> str:
+    """The chat template with a fixed date instead of calls such as `strftime_now("%d %B %Y")`."""
+    call = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
+    return re.sub(call, lambda m: repr(DATE.strftime(m[2])), tokenizer.get_chat_template())
 
 
 def plain_text(tokenizer, text: str) -> str:
@@ -164,8 +192,7 @@ def turn_end(tokenizer) -> int:
 
     A gold solution must end as completions do: in Gemma 3 with `<end_of_turn>` and not with EOS.
     """
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!?!"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!?!")[2]
+    text = render(tokenizer, "?", "!?!").rpartition("!?!")[2]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     after = tokenizer(text, add_special_tokens=False).input_ids
     return next((token for token in after if token in special), tokenizer.eos_token_id)

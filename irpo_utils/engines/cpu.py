@@ -12,8 +12,9 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
+from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -21,6 +22,7 @@ from irpo_utils import sampling
 from irpo_utils.engines import part_of, shared_prompt
 
 MERGED_BYTES = 2**31  # most memory for merged matrices
+IN_THE_MASK = ("is_causal", "position_ids", "sliding_window", "use_cache")  # nothing to add
 
 
 class Engine(shared_prompt.Engine):
@@ -32,7 +34,7 @@ class Engine(shared_prompt.Engine):
         if p.dequantize:
             dequantize(model)
         if model.device.type == "cpu":
-            model.get_base_model().set_attn_implementation("grouped")
+            use_grouped_attention(model.get_base_model())
         # For the last positions of a batch as a slice, PyTorch would multiply row by row, with a
         # copy of the whole output matrix for every row.
         model.get_output_embeddings().register_forward_pre_hook(_contiguous)
@@ -46,6 +48,8 @@ class Engine(shared_prompt.Engine):
         order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
         threads = torch.get_num_threads()
         cores = min(threads if model.device.type == "cpu" else 1, len(order))
+        if any(isinstance(module, ParamWrapper) for module in model.modules()):
+            cores = 1  # PEFT changes fused experts while they compute
         with merged(model):
             if cores == 1:
                 yield from super().decode(model, request, batch_size)
@@ -79,7 +83,11 @@ def grouped_attention(
     key and value have kv_heads instead of heads. On a CPU the backward pass is twice as fast as
     that of the fused kernel. The library's "eager" copies keys and values for every head of a
     group, which costs more than the attention; here the queries of a group are stacked instead.
+    Raises `TypeError` for an argument that may change the result, such as attention sinks.
     """
+    for name, given in kwargs.items():
+        if name not in IN_THE_MASK and given is not None and given is not False:
+            raise TypeError(f"grouped attention has no argument {name!r}")
     rows, heads, queries, size = query.shape
     kv_heads, columns = key.shape[1:3]
     scores = (query.reshape(rows, kv_heads, -1, size) @ key.transpose(2, 3)) * scaling
@@ -91,11 +99,26 @@ def grouped_attention(
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
     weights = torch.nn.functional.dropout(weights, dropout, module.training)
     out = weights.view(rows, kv_heads, -1, columns) @ value
-    return out.view(rows, heads, queries, size).transpose(1, 2).contiguous(), None
+    return out.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("grouped", grouped_attention)
 AttentionMaskInterface.register("grouped", eager_mask)
+
+
+def use_grouped_attention(base) -> None:
+    """Let the base compute with `grouped_attention`, unless it needs an argument of another one."""
+    library = base.config._attn_implementation
+    base.set_attn_implementation("grouped")
+    try:
+        with torch.no_grad():
+            base(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except TypeError as error:
+        base.set_attn_implementation(library)
+        kind = base.config.model_type
+        tqdm.write(
+            f"The attention of {kind} is the library's {library!r}, which is slower: {error}."
+        )
 
 
 def plain_linear(weight: torch.Tensor, bias) -> torch.nn.Linear:
@@ -105,10 +128,15 @@ def plain_linear(weight: torch.Tensor, bias) -> torch.nn.Linear:
     return layer
 
 
+def _is_linear(layer) -> bool:
+    """Whether a LoRA layer is on a linear layer, and not on fused experts or a Conv1D."""
+    return isinstance(layer, LoraLayer) and isinstance(layer.base_layer, torch.nn.Linear)
+
+
 def dequantize(model) -> None:
     """Replace every NF4 layer under the adapter by a plain one with the weights it stands for."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
+        if _is_linear(layer):
             base = layer.base_layer
             weight = dequantize_module_weight(base).to(model.dtype)
             layer.base_layer = plain_linear(weight, base.bias)
@@ -121,7 +149,7 @@ def merged(model):
     Exact up to rounding in fp32, and for a zero adapter in any dtype. Otherwise nothing changes,
     and also if the matrices need more than `MERGED_BYTES`.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {name: layer for name, layer in model.named_modules() if _is_linear(layer)}
     trained = {name for name, layer in layers.items() if layer.lora_B["default"].weight.any()}
     size = sum(4 * layer.in_features * layer.out_features for layer in layers.values())
     if (model.dtype != torch.float32 and trained) or size > MERGED_BYTES:

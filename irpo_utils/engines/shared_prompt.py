@@ -101,6 +101,8 @@ class Engine(PlainEngine):
     def trainer(self, model):
         config = model.config.get_text_config()
         kinds = getattr(config, "layer_types", None) or []
-        # A model with sliding windows builds several masks.
+        # A model with sliding windows builds several masks; with ALiBi (BLOOM, MPT, Falcon-RW) it
+        # counts positions in the mask or by column.
         sliding = getattr(config, "sliding_window", None) or "sliding_attention" in kinds
-        return None if sliding else SharedPromptTrainer
+        alibi = getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt")
+        return None if sliding or alibi else SharedPromptTrainer

@@ -52,6 +52,9 @@ def _explain(path: str, text: str) -> str:
         )
     if "trust_remote_code" in text or "custom code" in text:
         return f"The model {path} asks to run its own code, which is refused. Use another model."
+    if "PeftType" in text:  # such as a Mamba layer, whose matrices are not called as layers
+        reason = first.rpartition("] ")[2].partition(". ")[0]
+        return f"The model {path} cannot have a LoRA adapter: {reason}. Choose another --model."
     if Path(path).is_dir():
         return (
             f"The model folder {path} could not be loaded: {first} It needs safetensors files and "

@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from irpo_utils import UserError, baselines, evaluation, iteration, methods, tasks, training
 from irpo_utils.engines import Engine
-from irpo_utils.ops import checksums, contamination, export, hub, statistics
+from irpo_utils.ops import checksums, contamination, export, hub, statistics, trial
 from irpo_utils.ops.provenance import digest, inputs
 from irpo_utils.ops.run_directory import RunDirectory, is_whole
 from irpo_utils.ops.seeds import accuracy_per_question, collect
@@ -210,6 +210,7 @@ class _Evaluation(Folder):
                 f"The model {self.p.model} is no longer the one that {self.out} was made with. "
                 "Restore it."
             )
+        trial.check(stages.model, stages.tokenizer, stages.p, stages.engine)
 
     def dataset(self, t: int, name: str, make, over=None):
         answers = make(over)

@@ -22,7 +22,16 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError, iteration
-from irpo_utils.ops import checksums, drift, environment, export, statistics, storage, trainer
+from irpo_utils.ops import (
+    checksums,
+    drift,
+    environment,
+    export,
+    statistics,
+    storage,
+    trainer,
+    trial,
+)
 from irpo_utils.ops import warnings as signs
 from irpo_utils.ops.provenance import digest, inputs, is_there
 from irpo_utils.ops.storage import read_profile
@@ -103,6 +112,8 @@ class RunDirectory(storage.Folder):
             "order of evaluation questions": digest(evaluation, ordered=True),
         }
         old = inputs(self.out)
+        if processes.from_first(lambda: not old):  # else it passed when the run was started
+            trial.check(stages.model, stages.tokenizer, stages.p, stages.engine)
         for name, value in new.items():
             if old.get(name) and value and old[name] != value:
                 raise UserError(
