@@ -7,7 +7,7 @@ from checks_common import call
 
 
 def shares(function) -> str:
-    """Exercise 0.1: `function(timing)` gives the share of all seconds by stage."""
+    """Exercise 0.2: `function(timing)` gives the share of all seconds by stage."""
     timing = pd.DataFrame(
         {
             "iteration": [0, 0, 1, 1, 1],
@@ -64,7 +64,7 @@ def shares(function) -> str:
 
 
 def sampling_hours(function) -> str:
-    """Exercise 0.2: hours of sampling from counts and tokens per second."""
+    """Exercise 0.3: hours of sampling from counts and tokens per second."""
     questions, samples, tokens, iterations, rate = 7500, 30, 200, 4, 5000
     value, message = call(function, questions, samples, tokens, iterations, rate)
     if message:
@@ -111,7 +111,7 @@ def sampling_hours(function) -> str:
 
 
 def iterative_rpo(function) -> str:
-    """Exercise 0.3: the loop, called with stages that write down what they are given."""
+    """Exercise 0.1: the loop, called with stages that write down what they are given."""
     sampled, trained = [], []
 
     def sample(model, questions):
