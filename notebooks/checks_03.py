@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 from itertools import cycle, islice, product
-from math import ceil, gcd, lcm
 
 UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+NO_RETURN = "Your function returned None: is a `return` missing?"
 
 
 def wrap_around(function) -> str:
     """Exercise 3.1: K pairs of sample numbers."""
 
-    def walk(winners, losers, k):
+    def walk(chosen, rejected, k):
         return (
-            [(winners[i % len(winners)], losers[i % len(losers)]) for i in range(k)]
-            if winners and losers
+            [(chosen[i % len(chosen)], rejected[i % len(rejected)]) for i in range(k)]
+            if chosen and rejected
             else []
         )
 
-    def restart_both(winners, losers, k):
-        return list(islice(cycle(zip(winners, losers)), k))
+    def restart_both(chosen, rejected, k):
+        return list(islice(cycle(zip(chosen, rejected)), k))
 
     mistakes = {
-        "You stop where the shorter set ends, as `zip` does. Begin that set again, until there are k pairs.": lambda w, l, k: (
+        "You stop where the shorter list ends, as `zip` does. Start that list again, until there are k pairs.": lambda w, l, k: (
             list(zip(w, l))[:k]
         ),
-        "You begin *both* sets again when one has ended. Only that one begins again; the other walks on.": restart_both,
-        "You pair each winner with every loser before you go on to the next. Both sets have to move at the same time.": lambda w, l, k: (
+        "You start *both* lists again when one has ended. Start only that one again; the other continues.": restart_both,
+        "You pair each chosen completion with every rejected one before the next. Move through both lists in parallel.": lambda w, l, k: (
             list(islice(cycle(product(w, l)), k))
         ),
-        "These are all combinations, cut at k. Both sets have to move at the same time.": lambda w, l, k: (
+        "These are all combinations, cut at k. Move through both lists in parallel.": lambda w, l, k: (
             list(product(w, l))[:k]
         ),
-        "Your pairs are (loser, winner). The winner comes first.": lambda w, l, k: [
+        "Your pairs are (rejected, chosen). The chosen one comes first.": lambda w, l, k: [
             (b, a) for a, b in walk(w, l, k)
         ],
-        "These are indices into the two lists. Return the sample numbers, winners[...] and losers[...].": lambda w, l, k: (
+        "These are indices into the two lists. Return the sample numbers, chosen[...] and rejected[...].": lambda w, l, k: (
             walk(range(len(w)), range(len(l)), k)
         ),
-        "You stay at the last element of the shorter set. It has to begin again at its first.": lambda w, l, k: [
+        "You stay at the last element of the shorter list. Start it again at its first.": lambda w, l, k: [
             (w[min(i, len(w) - 1)], l[min(i, len(l) - 1)]) for i in range(k)
         ],
-        "You stop where the *longer* set ends. Walk on until there are k pairs.": lambda w, l, k: (
+        "You stop where the *longer* list ends. Continue until there are k pairs.": lambda w, l, k: (
             walk(w, l, min(k, max(len(w), len(l))))
         ),
     }
@@ -52,31 +52,28 @@ def wrap_around(function) -> str:
         ([2, 4, 5, 6, 9, 11], [0, 1, 3], 4),
     ]
     values = []
-    for case in [*cases, ([], [0, 1], 3), ([4], [], 2)]:
+    for case in cases:
         value, message = _call(function, *case)
         if message:
-            return f"{message} {EMPTY}" if not case[0] or not case[1] else message
+            return message
         values.append(value)
-    if all(value is None or value is ... for value in values):
+    if all(value is ... for value in values):
         return UNSOLVED
+    if all(value is None for value in values):
+        return NO_RETURN
     got = []
     for case, value in zip(cases, values):
         try:
             got.append([(int(a), int(b)) for a, b in value])
         except (TypeError, ValueError):
-            return f"For {_arguments(case)} you return {value!r}. Return a list of tuples (winner, loser)."
+            return f"For {_arguments(case)} you return {value!r}. Return a list of tuples (chosen, rejected)."
     expected = [walk(*case) for case in cases]
     if got == expected:
-        empty = [
-            case
-            for case, value in zip([([], [0, 1], 3), ([4], [], 2)], values[len(cases) :])
-            if not _is_empty(value)
-        ]
-        return (
-            f"The walk is right. {EMPTY}"
-            if empty
-            else "Right: both sets are walked at the same time, each begins again at its own end."
-        )
+        for case in (([], [0, 1], 3), ([4], [], 2)):
+            value, message = _call(function, *case)
+            if message or not _is_empty(value):
+                return f"The walk is right. {message or ''} {EMPTY}".replace("  ", " ")
+        return "Right: both lists are walked in parallel, and each starts again at its own end."
     for message, wrong in mistakes.items():
         if got == [wrong(*case) for case in cases]:
             return message
@@ -85,7 +82,7 @@ def wrap_around(function) -> str:
         and all((a in w and b in l) for g, (w, l, _) in zip(got, cases) for a, b in g)
         and any(sorted(g) != sorted(e) for g, e in zip(got, expected))
     ):
-        hint = " If you drew by lot: the paper does not; it walks."
+        hint = " If you draw at random: the paper does not, it walks."
     else:
         hint = ""
     case, mine, right = next((c, g, e) for c, g, e in zip(cases, got, expected) if g != e)
@@ -98,118 +95,68 @@ def wrap_around(function) -> str:
     )
 
 
-EMPTY = "But a set can be empty: then there are no pairs, and the list is empty."
+EMPTY = "But a list can be empty: then there are no pairs, and you return an empty list."
 
 
-def distinct_pairs(function) -> str:
-    """Exercise 3.2: min(k, least common multiple)."""
+def n_shared(function) -> str:
+    """Exercise 3.3: tokens in common before the first difference."""
+
+    def solution(ours, theirs):
+        same = [a == b for a, b in zip(ours, theirs)]
+        return same.index(False) if False in same else len(same)
+
+    def suffix(ours, theirs):
+        return solution(ours[::-1], theirs[::-1])
+
     mistakes = {
-        "That is the number of all combinations. The walk never reaches those that it skips once both sets have ended together.": lambda w, l, k: (
-            w * l
+        "You count equal tokens in all positions. Stop at the first difference: what follows it has another context.": lambda a, b: (
+            sum(x == y for x, y in zip(a, b))
         ),
-        "You take all combinations, limited to k. The walk repeats itself after the least common multiple, which can be smaller.": lambda w, l, k: (
-            min(k, w * l)
+        "You count tokens that occur in both lists, at any position. Compare position by position.": lambda a, b: (
+            len(set(a) & set(b))
         ),
-        "The least common multiple is right for a long walk; a short one ends after k pairs.": lambda w, l, k: (
-            lcm(w, l)
+        "That is the number of the first token that differs, counted from 1. Return how many tokens come before it.": lambda a, b: (
+            solution(a, b) + 1
         ),
-        "That is how many pairs there are. Some of them can be the same.": lambda w, l, k: k,
-        "That is the larger set. After it has ended once, the other set stands elsewhere, so that the next pairs are new.": lambda w, l, k: (
-            min(k, max(w, l))
-        ),
-        "That is the smaller set. The walk does not end with it: it begins again and meets new partners.": lambda w, l, k: (
-            min(k, min(w, l))
-        ),
-        "That is the greatest common divisor; the walk repeats itself after the least common *multiple*.": lambda w, l, k: (
-            min(k, gcd(w, l))
-        ),
-        "You take the sum of the two sets. Both sets end together after their least common multiple.": lambda w, l, k: (
-            min(k, w + l)
-        ),
+        "You compare from the end. Start at the beginning.": suffix,
+        "That is a share. Return the number of tokens.": lambda a, b: solution(a, b) / len(a),
     }
-    settings = [(4, 6, 48), (4, 6, 10), (3, 5, 40), (1, 2, 4), (15, 15, 20), (7, 14, 15), (2, 3, 4)]
+    cases = [
+        ([5, 6, 7, 8, 2], [5, 6, 9, 8, 2]),
+        ([4, 4, 1, 2], [4, 4, 1, 3]),
+        ([1, 2, 3], [2, 1, 3]),
+        ([8, 3, 3, 8, 1, 2], [8, 3, 3, 9, 1, 2]),
+    ]
+    ends = [([1, 2, 3], [1, 2]), ([1, 2], [1, 2, 3]), ([7, 7], [7, 7])]
     values = []
-    for setting in settings + [(0, 5, 4), (3, 0, 4)]:
-        value, message = _call(function, *setting)
+    for case in cases + ends:
+        value, message = _call(function, *case)
         if message:
-            return f"{message} {EMPTY}" if 0 in setting else message
-        values.append(value)
-    if all(value is None or value is ... for value in values):
-        return UNSOLVED
-    values, empty = values[: len(settings)], values[len(settings) :]
-    if all(_same(value, min(k, lcm(w, l))) for value, (w, l, k) in zip(values, settings)):
-        if all(_same(value, 0) for value in empty):
-            return "Right: the smaller of k and the least common multiple, and 0 if a set is empty."
-        return f"Right for sets with something in them. {EMPTY} The number is then 0."
-    for message, wrong in mistakes.items():
-        if all(_same(value, wrong(*setting)) for value, setting in zip(values, settings)):
             return message
-    (w, l, k), value = next(
-        (s, v) for s, v in zip(settings, values) if not _same(v, min(s[2], lcm(s[0], s[1])))
-    )
-    return (
-        f"{w} winners, {l} losers, k = {k}: you say {value!r}, the walk gives {min(k, lcm(w, l))}. Count with "
-        f"len(set(pairs.walk({w}, {l}, {k})))."
-    )
-
-
-def gold_pairs(function) -> str:
-    """Exercise 3.3: how often the gold chain is the winner."""
-    solution = lambda w, k: ceil(k / (w + 1))  # noqa: E731
-    mistakes = {
-        "Rounded down. The gold chain is number 0, so that the walk *begins* with it, and a round that was begun counts: round up.": lambda w, k: (
-            k // (w + 1)
-        ),
-        "You divide by the sampled winners. With the gold chain there is one more.": lambda w, k: (
-            ceil(k / w) if w else None
-        ),
-        "That is not a whole number. The walk uses the gold chain in pair 0, n_winners + 1, ...: count these.": lambda w, k: (
-            k / (w + 1)
-        ),
-        "You count the gold chain once. The winners begin again, and so does it.": lambda w, k: 1,
-        "Rounded to the nearest. A round that was begun has used the gold chain: round up.": lambda w, k: (
-            round(k / (w + 1))
-        ),
-        "One too many: if the last round ends with the last pair, no new one is begun.": lambda w, k: (
-            k // (w + 1) + 1
-        ),
-        "That is how many pairs the *sampled* winners have. The gold chain has the rest.": lambda w, k: (
-            k - ceil(k / (w + 1))
-        ),
-        "That is the share of the gold chain among the winners; the exercise asks for a number of pairs.": lambda w, k: (
-            1 / (w + 1)
-        ),
-    }
-    settings = [(3, 10), (1, 4), (7, 4), (2, 15), (4, 8), (9, 10)]
-    values = []
-    for setting in settings + [(0, 10)]:
-        value, message = _call(function, *setting)
-        if message:
-            return message + (
-                " With no sampled winner the gold chain is the only one." if setting[0] == 0 else ""
-            )
         values.append(value)
-    if all(value is None or value is ... for value in values):
+    if values[0] is ...:
         return UNSOLVED
-    if all(
-        _same(value, solution(*setting)) for value, setting in zip(values, settings + [(0, 10)])
-    ):
-        return "Right: k divided by the number of winners, rounded up. A question without any other winner has gold in all k."
+    if all(_same(value, solution(*case)) for value, case in zip(values, cases + ends)):
+        return "Right: the tokens before the first difference. DPO compares those after it."
+    whole = all(_same(value, solution(*case)) for value, case in zip(values, cases))
+    if whole:
+        case, value = next(
+            (c, v) for c, v in zip(ends, values[len(cases) :]) if not _same(v, solution(*c))
+        )
+        if value is None:
+            return NO_RETURN
+        return f"Right where the lists differ. For {_arguments(case)}, where one ends first, return {solution(*case)}; yours returns {value!r}."
+    if all(value is None for value in values):
+        return NO_RETURN
     for message, wrong in mistakes.items():
-        if all(
-            wrong(*setting) is not None and _same(value, wrong(*setting))
-            for value, setting in zip(values, settings)
-        ):
+        if all(_same(value, wrong(*case)) for value, case in zip(values, cases)):
             return message
-    (w, k), value = next(
-        (s, v) for s, v in zip(settings + [(0, 10)], values) if not _same(v, solution(*s))
-    )
-    used = list(range(0, k, w + 1))
-    return f"{w} sampled winners, k = {k}: the gold chain wins in the pairs {used}, that is {len(used)}; you say {value!r}."
+    case, value = next((c, v) for c, v in zip(cases, values) if not _same(v, solution(*c)))
+    return f"For {_arguments(case)} you return {value!r}; the first {solution(*case)} tokens are the same."
 
 
 def lost(function) -> str:
-    """Exercise 3.4: expected numbers of questions that are all wrong and all right."""
+    """Exercise 3.2: expected numbers of questions that are all incorrect and all correct."""
     chances = [0.0, 0.02, 0.1, 0.3, 0.5, 0.8, 0.97, 1.0]
 
     def solution(n):
@@ -217,14 +164,14 @@ def lost(function) -> str:
 
     mean = sum(chances) / len(chances)
     mistakes = {
-        "The two are the wrong way round: first those that are all wrong, then those that are all right.": lambda n: (
+        "The two are the wrong way round: first those that are all incorrect, then those that are all correct.": lambda n: (
             solution(n)[::-1]
         ),
-        "You raise to the power of n only once: (1 - p)**n is the chance that *all* are wrong, not 1 - p**n.": lambda n: (
+        "You raise to the power of n only once: (1 - p)**n is the chance that *all* are incorrect, not 1 - p**n.": lambda n: (
             sum(1 - p**n for p in chances),
             solution(n)[1],
         ),
-        "These are the questions with at least one right and with at least one wrong sample. The lost ones are the others.": lambda n: (
+        "These are the questions with at least one correct and with at least one incorrect sample. The lost ones are the others.": lambda n: (
             tuple(len(chances) - x for x in solution(n))
         ),
         "You took the average chance first. The power of an average is not the average of the powers: sum over the questions.": lambda n: (
@@ -234,15 +181,15 @@ def lost(function) -> str:
         "These are shares. The exercise asks for numbers of questions: take the sum, not the mean.": lambda n: (
             tuple(x / len(chances) for x in solution(n))
         ),
-        "You multiply where a power is needed: n samples that are all right have probability p**n.": lambda n: (
+        "You multiply where a power is needed: n samples that are all correct have probability p**n.": lambda n: (
             sum(n * (1 - p) for p in chances),
             sum(n * p for p in chances),
         ),
-        "These are the chances of one single sample. All n of them must be wrong (or right): p**n.": lambda n: (
+        "These are the chances of one single sample. All n of them must be incorrect (or correct): p**n.": lambda n: (
             sum(1 - p for p in chances),
             sum(chances),
         ),
-        "You count only questions that are lost for certain (p = 0 or 1). The others are lost with some probability, too.": lambda n: (
+        "You count only questions that are lost for certain (p = 0 or 1). The others are also lost with some probability.": lambda n: (
             chances.count(0.0),
             chances.count(1.0),
         ),
@@ -251,15 +198,19 @@ def lost(function) -> str:
     for n in (4, 16):
         value, message = _call(function, list(chances), n)
         if message or value is None or value is ...:
-            return message or UNSOLVED
+            return message or (NO_RETURN if value is None else UNSOLVED)
         if _number(value) is not None:
             if _same(value, sum(solution(n))):
-                return "The sum is right. Return its two parts as a tuple: all wrong, all right."
-            return f"You return one number, {value!r}. Return two: the expected number that is all wrong, and the number that is all right."
+                return (
+                    "The sum is right. Return its two parts as a tuple: all incorrect, all correct."
+                )
+            return f"You return one number, {value!r}. Return two: the expected number that is all incorrect, and the number that is all correct."
         try:
             wrong, right = (float(x) for x in value)
         except (TypeError, ValueError):
-            return f"You return {value!r}. Return a tuple of two numbers: all wrong, all right."
+            return (
+                f"You return {value!r}. Return a tuple of two numbers: all incorrect, all correct."
+            )
         values[n] = (wrong, right)
 
     def matches(candidate):
@@ -268,14 +219,14 @@ def lost(function) -> str:
     if matches(solution):
         return (
             f"Right. Of {len(chances)} questions with chances {', '.join(f'{p:g}' for p in chances)} about {sum(values[4]):.1f} are "
-            f"lost at N = 4 and {sum(values[16]):.1f} at N = 16. The certain ones (0 and 1) stay lost; 0.02 and 0.97 mostly, too."
+            f"lost at N = 4 and {sum(values[16]):.1f} at N = 16. The certain ones (0 and 1) stay lost, and 0.02 and 0.97 mostly."
         )
     for message, wrong in mistakes.items():
         if matches(wrong):
             return message
     side = 0 if not _same(values[4][0], solution(4)[0]) else 1
     return (
-        f"For chances {chances} and n = 4 you expect {values[4][side]:.4g} questions that are all {('wrong', 'right')[side]}; it "
+        f"For chances {chances} and n = 4 you expect {values[4][side]:.4g} questions that are all {('incorrect', 'correct')[side]}; it "
         f"should be {solution(4)[side]:.4g}. The other number is {'right' if _same(values[4][1 - side], solution(4)[1 - side]) else 'not right either'}."
     )
 

@@ -116,10 +116,7 @@ def toy(shares: list[float], accuracies: list[float], ceiling: float):
     steps = range(len(shares))
     lines = [
         plots.draw_points(axes, steps, [100 * x for x in values], label, colour)
-        for label, values, colour in (
-            ("careful", shares, GREEN),
-            ("accuracy", accuracies, BLUE),
-        )
+        for label, values, colour in (("careful", shares, GREEN), ("accuracy", accuracies, BLUE))
     ]
     axes.axhline(100 * ceiling, color=GREY, linestyle=":")
     axes.set(xlabel="iteration", ylabel="%", ylim=(0, 104), xticks=list(steps))
@@ -147,7 +144,5 @@ def two_learning_rates():
             for row in table.itertuples()
         ]
     axes.set(xlabel="iteration", ylabel="greedy accuracy (%)", ylim=(0, 104), xticks=range(5))
-    figure = plots.finish(
-        figure, "Accuracy per iteration, five seeds", {"accuracy in %": lines}
-    )
+    figure = plots.finish(figure, "Accuracy per iteration, five seeds", {"accuracy in %": lines})
     return figure, pd.DataFrame(columns, index=[f"M_{t}" for t in range(5)])

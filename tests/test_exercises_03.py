@@ -5,7 +5,6 @@ import re
 import sys
 from html.parser import HTMLParser
 from itertools import cycle, islice, product
-from math import ceil, lcm
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,16 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "scripts")]
 
 import checks_03  # noqa: E402
+import helpers_03  # noqa: E402
 
 from make_notebooks import view  # noqa: E402
 
 SOURCE = (ROOT / "notebooks/source/03_pairs.py").read_text(encoding="utf-8")
-EXERCISES = ("wrap_around", "distinct_pairs", "gold_pairs", "lost")
+EXERCISES = ("wrap_around", "lost", "n_shared")
 
 
 def definitions(solved: bool) -> dict:
-    names = "from math import lcm|def parting|def visible|def side_by_side|" + "|".join(
-        f"def {name}" for name in EXERCISES
-    )
-    space = {}
-    exec("from irpo_utils import pairs", space)
+    names, space = "|".join(f"def {name}" for name in EXERCISES), {}
     for cell in view(SOURCE, solved).cells:
         if cell.cell_type == "code" and re.search(names, cell.source):
             exec(cell.source, space)
@@ -40,8 +36,9 @@ SOLVED = definitions(solved=True)
 def test_solved_and_unsolved(name):
     check = getattr(checks_03, name)
     assert check(SOLVED[name]).startswith("Right")
-    for unsolved in (definitions(solved=False)[name], None, ..., lambda *_: None):
+    for unsolved in (definitions(solved=False)[name], None, ..., lambda *_: ...):
         assert check(unsolved).startswith("Not solved yet")
+    assert "is a `return` missing?" in check(lambda *_: None)
     assert "your function itself" in check(7)
 
 
@@ -57,10 +54,10 @@ def guarded(function):
     "attempt, words",
     [
         (lambda w, l, k: list(zip(w, l)), "as `zip` does"),
-        (guarded(lambda w, l, k: list(islice(cycle(zip(w, l)), k))), "*both* sets again"),
-        (guarded(lambda w, l, k: list(islice(cycle(product(w, l)), k))), "Both sets have to move"),
-        (guarded(lambda w, l, k: list(product(w, l))[:k]), "Both sets have to move"),
-        (guarded(lambda w, l, k: [(b, a) for a, b in walk(w, l, k)]), "The winner comes first"),
+        (guarded(lambda w, l, k: list(islice(cycle(zip(w, l)), k))), "*both* lists again"),
+        (guarded(lambda w, l, k: list(islice(cycle(product(w, l)), k))), "both lists in parallel"),
+        (guarded(lambda w, l, k: list(product(w, l))[:k]), "both lists in parallel"),
+        (guarded(lambda w, l, k: [(b, a) for a, b in walk(w, l, k)]), "The chosen one comes first"),
         (
             guarded(lambda w, l, k: walk(range(len(w)), range(len(l)), k)),
             "Return the sample numbers",
@@ -70,9 +67,9 @@ def guarded(function):
             "it walks",
         ),
         (guarded(lambda w, l, k: walk(w, l, k + 1)), "k pairs already"),
-        (lambda w, l, k: walk(w, l, k), "a set can be empty"),
-        (lambda w, l, k: walk(w, l, k) if w and l else None, "a set can be empty"),
-        (lambda w, l, k: list(islice(zip(cycle(w), cycle(l)), k)) or 5, "a set can be empty"),
+        (lambda w, l, k: walk(w, l, k), "a list can be empty"),
+        (lambda w, l, k: walk(w, l, k) if w and l else None, "a list can be empty"),
+        (lambda w, l, k: list(islice(zip(cycle(w), cycle(l)), k)) or 5, "a list can be empty"),
         (lambda w, l, k: 5, "Return a list of tuples"),
     ],
 )
@@ -90,38 +87,26 @@ def test_cycle_is_right_too():
 @pytest.mark.parametrize(
     "attempt, words",
     [
-        (lambda w, l, k: w * l, "all combinations"),
-        (lambda w, l, k: min(k, w * l), "all combinations, limited"),
-        (lambda w, l, k: lcm(w, l), "a short one ends after k"),
-        (lambda w, l, k: k, "Some of them can be the same"),
-        (lambda w, l, k: min(k, max(w, l)), "the larger set"),
-        (lambda w, l, k: min(k, min(w, l)), "the smaller set"),
-        (lambda w, l, k: len({(i % w, i % l) for i in range(k)}), "a set can be empty"),
-        (lambda w, l, k: min(k, lcm(w, l)) or k, "a set can be empty"),
-        (lambda w, l, k: min(k, lcm(w, l)) - (k == 48), "the walk gives 12"),
+        (lambda a, b: sum(x == y for x, y in zip(a, b)), "equal tokens in all positions"),
+        (lambda a, b: len(set(a) & set(b)), "at any position"),
+        (lambda a, b: helpers_03.n_shared(a, b) + 1, "counted from 1"),
+        (lambda a, b: helpers_03.n_shared(a[::-1], b[::-1]), "from the end"),
+        (lambda a, b: helpers_03.n_shared(a, b) / len(a), "a share"),
+        (lambda a, b: [x == y for x, y in zip(a, b)].index(False), "raised ValueError"),
+        (
+            lambda a, b: next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None),
+            "`return` missing",
+        ),
+        (
+            lambda a, b: next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0),
+            "where one ends first",
+        ),
+        (lambda a, b: 5, "tokens are the same"),
     ],
 )
-def test_wrong_numbers_of_pairs(attempt, words):
-    message = checks_03.distinct_pairs(attempt)
+def test_wrong_points_of_divergence(attempt, words):
+    message = checks_03.n_shared(attempt)
     assert words in message and not message.startswith("Right:")
-
-
-@pytest.mark.parametrize(
-    "attempt, words",
-    [
-        (lambda w, k: k // (w + 1), "round up"),
-        (lambda w, k: ceil(k / w), "raised ZeroDivisionError"),
-        (lambda w, k: ceil(k / max(w, 1)), "one more"),
-        (lambda w, k: k / (w + 1), "not a whole number"),
-        (lambda w, k: 1, "once"),
-        (lambda w, k: k // (w + 1) + 1, "One too many"),
-        (lambda w, k: k - ceil(k / (w + 1)), "*sampled* winners"),
-        (lambda w, k: 99, "the gold chain wins in the pairs [0, 4, 8]"),
-    ],
-)
-def test_wrong_gold(attempt, words):
-    message = checks_03.gold_pairs(attempt)
-    assert words in message and not message.startswith("Right")
 
 
 def right(p, n):
@@ -149,7 +134,7 @@ def wrong(p, n):
             "average chance",
         ),
         (lambda p, n: (p.count(0.0), p.count(1.0)), "lost for certain"),
-        (lambda p, n: (wrong(p, n), right(p, n) + 1), "all right; it should be"),
+        (lambda p, n: (wrong(p, n), right(p, n) + 1), "all correct; it should be"),
         (lambda p, n: p**n, "raised TypeError"),
     ],
 )
@@ -200,7 +185,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_only_text(text):
-    page = SOLVED["side_by_side"](f"1+1=2\n{text}\nFinal answer: 2", f"{text}\n")
+    page = helpers_03.table_of(f"1+1=2\n{text}\nFinal answer: 2", f"{text}\n")
     reader = Reader(page)
     assert reader.tags <= {"table", "tr", "th", "td", "code", "b"} and reader.attributes <= {
         "style"
@@ -209,18 +194,18 @@ def test_hostile_text_is_only_text(text):
         "1+1=2",
         text,
     ]
-    assert page.count("they part here") == 1
+    assert page.count("they diverge here") == 1
 
 
 def test_what_cannot_be_seen_is_spelt_out():
-    shown = SOLVED["visible"]("a\u202eb\x00c\u200bd\te")
+    shown = helpers_03.visible("a\u202eb\x00c\u200bd\te")
     assert shown == r"a\u202eb\u0000c\u200bd\u0009e"
 
 
 def test_first_difference():
-    parting, side_by_side = SOLVED["parting"], SOLVED["side_by_side"]
+    divergence, side_by_side = helpers_03.divergence, helpers_03.table_of
     assert [
-        parting(*two)
+        divergence(*two)
         for two in (
             ("a\nb", "a\nc"),
             ("a", "b"),
@@ -231,6 +216,6 @@ def test_first_difference():
             ("a\n", "a"),
         )
     ] == [1, 0, 1, 1, None, 0, 1]
-    assert "they part here" not in side_by_side("same", "same")
+    assert "they diverge here" not in side_by_side("same", "same")
     rows = side_by_side("a\nb\nc", "a\nx").split("<tr>")[2:]
-    assert ["they part here" in row for row in rows] == [False, True, False]
+    assert ["they diverge here" in row for row in rows] == [False, True, False]
