@@ -152,8 +152,7 @@ def lost_questions(measured: dict[int, float]):
     """(1-p)^N + p^N over N for four p, and the measured share of questions without a pair."""
     figure, axes = plots.new_figure(7, 3.6)
     samples, lines = np.array([1, 2, 4, 8, 16, 30]), []
-    colours = plots.shades(4)
-    for p, colour in zip((0.02, 0.1, 0.5, 0.95), colours, strict=True):
+    for p, colour in zip((0.02, 0.1, 0.5, 0.95), plots.COLOURS[2:6], strict=True):
         lost = 100 * ((1 - p) ** samples + p**samples)
         lines.append(plots.draw_line(axes, samples, lost, f"p = {p}", colour))
     x, y = list(measured), [100 * share for share in measured.values()]
