@@ -41,6 +41,18 @@ def with_temperature(function) -> str:
                 "Right. One flaw to know of: for logits near 1,000 the exponentials overflow. Subtract the largest logit from all "
                 "first, which changes nothing else; torch.softmax does so."
             )
+        batch = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        rows, message = call(function, batch, temperature)
+        expected = torch.softmax(batch / temperature, -1)
+        if (
+            message
+            or getattr(rows, "shape", None) != expected.shape
+            or not torch.allclose(rows, expected)
+        ):
+            return (
+                "The formula is correct for one question. A batch has logits of shape (questions, vocabulary): divide by the sum "
+                "over the last dimension, for example with torch.softmax(..., -1)."
+            )
         return "Right: the temperature divides the logits, and the probabilities add up to 1."
     return _name(value, mistakes) or (
         f"For logits {z.tolist()} and temperature {temperature} it should be {_text(scaled / scaled.sum())}; yours is {_text(value)}, "
@@ -49,7 +61,7 @@ def with_temperature(function) -> str:
 
 
 def nucleus(function) -> str:
-    """Exercise 1.2: the smallest set of most probable tokens whose mass reaches top_p."""
+    """Exercise 1b.1: the smallest set of most probable tokens whose mass reaches top_p."""
     p, top_p = [0.2, 0.4, 0.1, 0.3], 0.75
     value, message = _numbers(function, None, list(p), top_p)
     if message:
@@ -66,7 +78,7 @@ def nucleus(function) -> str:
             0,
             0.3,
         ],
-        "You stop one token too early: 0.4 + 0.3 is 0.7 and has not reached 0.75. The token that reaches top_p is kept, too.": [
+        "You stop one token too early: 0.4 + 0.3 is 0.7 and has not reached 0.75. Keep the token that reaches top_p.": [
             0,
             4 / 7,
             0,
@@ -129,7 +141,7 @@ def nucleus(function) -> str:
 
 
 def saved(function) -> str:
-    """Exercise 1.3: share of the positions that sharing the prompt saves."""
+    """Exercise 1b.2: share of the positions that sharing the prompt saves."""
     prompt, lengths = 60, [10, 20, 30, 40]
     value, message = _number(function, prompt, list(lengths))
     if message:
@@ -167,7 +179,7 @@ def saved(function) -> str:
 
 
 def pass_at_k(function) -> str:
-    """Exercise 1.4: 1 - C(n - c, k) / C(n, k)."""
+    """Exercise 1.2: 1 - C(n - c, k) / C(n, k)."""
     n, c, k = 10, 4, 3
     value, message = _number(function, n, c, k)
     if message:
@@ -188,36 +200,40 @@ def pass_at_k(function) -> str:
         "You multiplied c/n by k and cut at 1. Chances of events that can happen together do not add.": min(
             1.0, k * c / n
         ),
-        "That is the chance that all k are right. It is enough if one is: count the picks without any right one.": math.comb(
+        "That is the probability that all k are correct. One is enough: count the picks without any correct one.": math.comb(
             c, k
         )
         / math.comb(n, k),
-        "You picked the k from the right ones. Count the picks from the n - c wrong ones.": 1
+        "You picked the k from the correct ones. Count the picks from the n - c incorrect ones.": 1
         - math.comb(c, k) / math.comb(n, k),
         "That is a number of picks, not a chance: divide by math.comb(n, k).": math.comb(n, k)
         - math.comb(n - c, k),
-        "That is the chance of exactly one right one. More than one is fine, too.": c
+        "That is the probability of exactly one correct one. More than one also counts.": c
         * math.comb(n - c, k - 1)
         / math.comb(n, k),
     }
     if not _same([value], [1 - none]):
         return _name([value], {text: [wrong] for text, wrong in mistakes.items()}) or (
-            f"For n = {n}, c = {c}, k = {k}: {math.comb(n - c, k)} of {math.comb(n, k)} picks hold no right one, so it is {1 - none:.4f}; "
+            f"For n = {n}, c = {c}, k = {k}: {math.comb(n - c, k)} of {math.comb(n, k)} picks contain no correct one, so it is {1 - none:.4f}; "
             f"yours is {value:.4g}."
         )
     for case, expected, why in (
-        ((5, 4, 3), 1.0, "there are fewer wrong ones than k, so every pick holds a right one"),
+        (
+            (5, 4, 3),
+            1.0,
+            "there are fewer incorrect ones than k, so every pick contains a correct one",
+        ),
         ((5, 0, 3), 0.0, "no sample is right"),
-        ((4, 1, 2), 0.5, "3 of the 6 picks hold the right one"),
+        ((4, 1, 2), 0.5, "3 of the 6 picks contain the correct one"),
     ):
         value, message = _number(function, *case)
         if message or not _same([value], [expected]):
             return f"Almost: for n, c, k = {case} it should be {expected}, since {why}; yours {f'is {value:.4g}' if not message else 'fails there'}."
-    return "Right: one minus the share of picks without a right one. It is the mean over all picks, hence unbiased."
+    return "Right: one minus the share of picks without a correct one. It is the mean over all picks, so it is unbiased."
 
 
 def choose(function) -> str:
-    """Exercise 1.5: the temperature with the most questions that have a winner and a loser."""
+    """Exercise 1.3: the temperature with the most questions that have both kinds of completion."""
     n = 4
     counts = {
         0.3: [4, 4, 4, 4, 4, 0],
@@ -230,11 +246,11 @@ def choose(function) -> str:
     if message:
         return message
     mistakes = {
-        0.3: "You chose the temperature with the most right samples. There nearly every question is all right: no loser, no pair.",
-        0.7: "You chose the temperature at which most questions have a winner. They need a loser as well: c must be below n, too.",
+        0.3: "You chose the temperature with the most correct completions. There nearly every question has only correct ones: no rejected completion, no pair.",
+        0.7: "You chose the temperature at which most questions have a correct completion. They also need an incorrect one: c must also be below n.",
         1.3: "You chose the temperature at which half of all samples are right. On the whole they balance, but each question is all right or "
         "all wrong. Look at the questions one by one.",
-        2.0: "You chose the temperature at which most questions have a loser. They need a winner as well: c must be above 0, too.",
+        2.0: "You chose the temperature at which most questions have an incorrect completion. They also need a correct one: c must also be above 0.",
     }
     try:
         value = float(value)
@@ -261,7 +277,7 @@ def choose(function) -> str:
             "Almost: for {0.5: [5, 5, 0], 1.0: [1, 1, 1]} with n = 10 it should be 1.0. Do you count the pairs that could be made? A "
             "question counts once, whether one of its samples is right or five."
         )
-    return "Right: at this temperature the most questions have a winner and a loser."
+    return "Right: at this temperature most questions have both kinds of completion."
 
 
 def _number(function, *arguments):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+NO_RETURN = "Your function returned None: is a `return` missing?"
 
 
 def call(function, *arguments):
@@ -20,7 +21,9 @@ def call(function, *arguments):
         return None, UNSOLVED
     except Exception as error:  # noqa: BLE001   whatever a student's code raises is told
         return None, f"Your function raised {type(error).__name__}: {error}"
-    return (None, UNSOLVED) if value is None or value is ... else (value, None)
+    if value is None:
+        return None, NO_RETURN
+    return (None, UNSOLVED) if value is ... else (value, None)
 
 
 def number(function, *arguments):

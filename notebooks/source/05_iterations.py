@@ -229,7 +229,7 @@ def pairs_of_each_model(run):
         trained_on[t + 1] = counts["pairs"]
     return trained_on
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
@@ -501,7 +501,7 @@ def mcnemar_p(a, b):
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
@@ -579,7 +579,7 @@ def estimate_kl(logp_now, logp_before):
     ratios = np.asarray(logp_now) - np.asarray(logp_before)
     return ratios.mean(), ratios.std(ddof=1) / math.sqrt(len(ratios))
     # STUB
-    # return None      # your turn: (estimate, standard error)
+    # return ...      # your turn: (estimate, standard error)
     # END
 
 # %%
@@ -773,7 +773,7 @@ def keep(table):
             return t - 1
     return len(table) - 1
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
@@ -793,8 +793,8 @@ run_table = [{"greedy": value.greedy[t], "p": None if t == 0 else steps_of_run.p
               "kl": value.kl_to_previous[t], "logp_before": value.chosen_logp_per_token_before[t],
               "logp_after": value.chosen_logp_per_token[t]} for t in range(T + 1)]
 decision = keep(run_table)
-print("not solved yet" if decision is None else f"keep M_{decision} of M_0 to M_{T}")
-assert decision is None or 0 <= decision <= T
+print("not solved yet" if decision is ... else f"keep M_{decision} of M_0 to M_{T}")
+assert decision is ... or 0 <= decision <= T
 
 # %% [markdown]
 # ## What you have learnt

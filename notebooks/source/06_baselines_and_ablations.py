@@ -273,7 +273,7 @@ def majority_verdict(answers):
     most = votes.most_common(1)[0][0]
     return [answer == most for answer in answers]
     # STUB
-    # return None      # your turn: a list of True and False
+    # return ...      # your turn: a list of True and False
     # END
 
 # %%
@@ -489,7 +489,7 @@ def paired(a, b):
     word = "better" if low > 0 else "worse" if high < 0 else "within noise"
     return difference, low, high, word
     # STUB
-    # return None      # your turn: (difference, low, high, word)
+    # return ...      # your turn: (difference, low, high, word)
     # END
 
 # %%

@@ -222,7 +222,7 @@ def kv_cache_bytes(layers, heads, kv_heads, head_dim, rows, columns, bytes_per_n
     # SOLUTION
     return 2 * layers * kv_heads * head_dim * rows * columns * bytes_per_number
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
@@ -496,7 +496,7 @@ def renumbered_twins(train, test):
     seen = {masked(row["question"]) for row in train}
     return [row["id"] for row in test if masked(row["question"]) in seen]
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
@@ -945,7 +945,7 @@ def minutes_lost(stages, killed_at):
         safe += minutes
     return 0
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%

@@ -127,7 +127,7 @@ def share(items, rank, count):
     start = rank * each + min(rank, left_over)
     return items[start : start + each + (rank < left_over)]
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
@@ -316,7 +316,7 @@ def combine(gradients, counts):
     total = sum(count * gradient for gradient, count in zip(gradients, counts) if count)
     return total / sum(counts)
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
@@ -426,7 +426,7 @@ def sent_when_split(layers, outside, gradients, cards, micro_batches):
     # SOLUTION
     return micro_batches * (2 * layers + outside + gradients) * (cards - 1) / cards
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
