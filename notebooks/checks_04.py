@@ -1,259 +1,411 @@
-"""Checks of the exercises in 04_dpo_nll_training: each returns a sentence that begins with "Right" or names the mistake."""
+"""Checks of the exercises in notebooks 04 and 04b: each returns a sentence that begins with "Right"
+or names the mistake."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch.nn.functional import logsigmoid
 
 UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+NO_RETURN = "Your function returned None: is a `return` missing?"
 ALPHA, BETA = 0.7, 0.3
 
 
+# ------------------------------------------------------------------------------ exercise 4.1
+
+
 def loss(function) -> str:
-    """Exercise 4.1: `function(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens, alpha, beta)`, per pair."""
+    """Exercise 4.1: `function(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens,
+    alpha, beta)`, per pair.
+
+    A wrong value is traced to its term: the DPO term alone at alpha = 0, and the NLL term alone
+    where policy and reference are equal, so that the DPO term is ln 2.
+    """
     w, l, rw, rl, n = case = _case()
     value, message = _call(function, *case, ALPHA, BETA)
     if message:
         return message
-    ratio_w, ratio_l = w - rw, l - rl
-    dpo, nll = -logsigmoid(BETA * (ratio_w - ratio_l)), -w / n
+    dpo, nll = -logsigmoid(BETA * ((w - rw) - (l - rl))), -w / n
     right = dpo + ALPHA * nll
+    if _close(value, dpo.mean() - ALPHA * w.sum() / n.sum()):
+        return f"In the NLL term: {OVER_BATCH} Also return one loss for each pair, not their mean."
     if message := _wrong_shape(value, right, mean_of=right):
         return message
-    mistakes = [
+    if _close(value, right):
+        return (
+            "Right: sums in the DPO term, and in the NLL term every chosen completion is divided "
+            "by its own length."
+        )
+    whole = [
         (
-            "The sign of the NLL is turned round: log-probabilities are negative, so the loss needs minus α log M(w|x) / |w|.",
-            dpo - ALPHA * nll,
-        ),
-        (
-            "α stands before the DPO term. That was the paper's first version; in Eq. 1 of version 3 it weighs the NLL.",
+            "α is on the DPO term. That was the paper's first version; in Eq. 1 of version 3 it is "
+            "on the NLL term.",
             ALPHA * dpo + nll,
         ),
-        ("α is missing: the NLL term is added with weight 1 whatever α is.", dpo + nll),
-        (
-            "The NLL is not divided by the winner's number of tokens, so long winners pay more.",
-            dpo - ALPHA * w,
-        ),
-        (
-            "You divided the NLL by the mean length of the batch. Each winner is divided by its own length.",
-            dpo - ALPHA * w / n.float().mean(),
-        ),
-        (
-            "You divided the log-probabilities in the DPO term by the length, too. There they are plain sums; only the NLL is divided.",
-            -logsigmoid(BETA * (ratio_w - ratio_l) / n) + ALPHA * nll,
-        ),
-        ("β is missing in the DPO term.", -logsigmoid(ratio_w - ratio_l) + ALPHA * nll),
-        (
-            "The reference is missing: the DPO term compares ratios to M_t, not the log-probabilities themselves.",
-            -logsigmoid(BETA * (w - l)) + ALPHA * nll,
-        ),
-        (
-            "Winner and loser have changed places in the margin: this loss teaches the model to prefer the losers.",
-            -logsigmoid(BETA * (ratio_l - ratio_w)) + ALPHA * nll,
-        ),
-        (
-            "The two log-ratios are added. The margin is their difference, winner minus loser.",
-            -logsigmoid(BETA * (ratio_w + ratio_l)) + ALPHA * nll,
-        ),
-        ("The minus sign before log σ is missing in the DPO term.", -dpo + ALPHA * nll),
-        (
-            "The logarithm before σ is missing in the DPO term: it is -log σ(h), not -σ(h).",
-            -torch.sigmoid(BETA * (ratio_w - ratio_l)) + ALPHA * nll,
-        ),
-        (
-            "The NLL uses the ratio to the reference. Its log-probability is the model's own: no reference in it.",
-            dpo - ALPHA * ratio_w / n,
-        ),
         ("The NLL term is missing. This is DPO alone.", dpo),
-        ("The DPO term is missing. This is SFT on the winners.", ALPHA * nll),
-        ("The NLL takes the loser's log-probability. It raises the winner.", dpo - ALPHA * l / n),
+        ("The DPO term is missing. This is SFT on the chosen completions.", ALPHA * nll),
     ]
-    return _verdict(
-        value,
-        right,
-        mistakes,
-        "Right: a sum in the ratio, a mean in the NLL, and every winner with its own length.",
-    )
-
-
-def gradient_rejected(function) -> str:
-    """Exercise 4.2: derivative of the loss per pair with respect to the loser's log-probability."""
-    w, l, rw, rl, n = case = _case()
-    value, message = _call(function, *case, ALPHA, BETA)
-    if message:
+    if message := _match(value, whole):
         return message
-    h = BETA * ((w - rw) - (l - rl))
-    right = BETA * torch.sigmoid(-h)
-    if message := _wrong_shape(value, right, mean_of=right):
+    if _close(_call(function, *case, 0.0, BETA)[0], value):
+        return "In the NLL term: α is missing, the loss is the same whatever α is."
+    wrong = [_dpo_term(function, case), _nll_term(function, case)]
+    found = [message for message in wrong if message]
+    return " ".join(found) if found else _compare(value, right)
+
+
+OVER_BATCH = (
+    "you divided by the tokens of the whole batch, so a long chosen completion weighs more than a "
+    "short one. Divide each chosen completion by its own number of tokens."
+)
+
+
+def _dpo_term(function, case) -> str | None:
+    """What is wrong with the DPO term, which is the whole loss at alpha = 0."""
+    w, l, rw, rl, n = case
+    value, message = _call(function, *case, 0.0, BETA)
+    ratio_w, ratio_l = w - rw, l - rl
+    right = -logsigmoid(BETA * (ratio_w - ratio_l))
+    if message or _close(value, right):
         return message
     mistakes = [
         (
-            "The sign is wrong: with it training would raise the losers. Two minus signs meet here, one from -σ(-h), one from h's "
-            "minus before the loser.",
+            "you divided the log-probabilities by the length. Here they are plain sums; only the "
+            "NLL term is divided.",
+            -logsigmoid(BETA * (ratio_w - ratio_l) / n),
+        ),
+        ("β is missing.", -logsigmoid(ratio_w - ratio_l)),
+        (
+            "the reference is missing. The term compares log-ratios to the reference, not the "
+            "log-probabilities.",
+            -logsigmoid(BETA * (w - l)),
+        ),
+        (
+            "chosen and rejected are swapped. This loss teaches the model to prefer the rejected "
+            "completions.",
+            -logsigmoid(BETA * (ratio_l - ratio_w)),
+        ),
+        (
+            "the two log-ratios are added. The margin is their difference, chosen minus rejected.",
+            -logsigmoid(BETA * (ratio_w + ratio_l)),
+        ),
+        ("the minus sign before log σ is missing.", -right),
+        (
+            "the logarithm is missing: it is -log σ(h), not -σ(h).",
+            -torch.sigmoid(BETA * (ratio_w - ratio_l)),
+        ),
+    ]
+    text = _match(value, mistakes) or f"with α = 0 {_compare(value, right)}"
+    return f"In the DPO term: {text}"
+
+
+def _nll_term(function, case) -> str | None:
+    """What is wrong with the NLL term: the policy is the reference, so the DPO term is ln 2."""
+    w, l, _, _, n = case
+    value, message = _call(function, w, l, w, l, n, ALPHA, BETA)
+    at_zero, _ = _call(function, w, l, w, l, n, 0.0, BETA)
+    right = -ALPHA * w / n
+    if message or not _is_tensor_like(value, w) or not _is_tensor_like(at_zero, w):
+        return message
+    value = torch.as_tensor(value, dtype=torch.float64).detach()
+    value = value - torch.as_tensor(at_zero, dtype=torch.float64).detach()
+    if _close(value, right):
+        return None
+    mistakes = [
+        (OVER_BATCH, (-ALPHA * w.sum() / n.sum()).expand(len(w))),
+        (OVER_BATCH, -ALPHA * w / n.sum()),
+        (
+            "the sign is wrong. Log-probabilities are negative, so the loss needs minus "
+            "α log π(y_w|x) / |y_w|.",
             -right,
         ),
         (
-            "You have σ(h) where σ(-h) belongs: the push must be strong while the pair is ordered wrongly, and fade afterwards.",
-            BETA * torch.sigmoid(h),
+            "it is not divided by the number of tokens, so long chosen completions pay more.",
+            -ALPHA * w,
         ),
         (
-            "β is missing. h contains β times the loser's log-probability, so β comes out as a factor.",
-            torch.sigmoid(-h),
+            "you divided by the mean length of the batch. Each chosen completion is divided by its "
+            "own length.",
+            -ALPHA * w / n.double().mean(),
         ),
         (
-            "This is the derivative for the winner. The loser does not stand in the NLL, and its sign is the other one.",
-            -right - ALPHA / n,
+            "you used the log-ratio to the reference. The NLL term has no reference.",
+            torch.zeros_like(w),  # the policy is the reference here
         ),
         (
-            "α / |w| does not belong here: the NLL term does not contain the loser.",
-            right - ALPHA / n,
-        ),
-        (
-            "α / |w| does not belong here: the NLL term does not contain the loser.",
-            right + ALPHA / n,
-        ),
-        (
-            "This is the derivative with respect to h. Multiply by that of h with respect to the loser's log-probability, -β.",
-            -torch.sigmoid(-h),
-        ),
-        (
-            "You took σ'(h) = σ(h)(1 - σ(h)); but it is the *logarithm* of σ that is differentiated, which gives σ(-h).",
-            BETA * torch.sigmoid(h) * torch.sigmoid(-h),
-        ),
-        (
-            "α does not belong here: it weighs the NLL term, which does not contain the loser.",
-            ALPHA * right,
-        ),
-        (
-            "The reference is missing in h: take ratios to M_t.",
-            BETA * torch.sigmoid(-BETA * (w - l)),
+            "you took the rejected log-probability. The term raises the chosen completion.",
+            -ALPHA * l / n,
         ),
     ]
-    return _verdict(
-        value,
-        right,
-        mistakes,
-        "Right: always positive, so the loser is always pushed down, at most with force β, and "
-        "less and less as the margin grows. Autograd gives the same.",
-    )
+    text = _match(value, mistakes) or f"with the DPO term cancelled {_compare(value, right)}"
+    return f"In the NLL term: {text}"
 
 
-def batch_nll(function) -> str:
-    """Exercise 4.3: the mended NLL, `function(token_logps, mask)` -> one number."""
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]])
-    logps = -torch.tensor(
-        [[3.0, 1.0, 2.0, 2.5, 1.0, 2.5], [0.5, 0.25, 0, 0, 0, 0], [1.0, 0.5, 0.75, 0, 0, 0]]
-    )
-    value, message = _call(function, logps, mask)
+# ------------------------------------------------------------------------------ exercise 4.2
+
+
+def response_logps(function) -> str:
+    """Exercise 4.2: `function(logits, input_ids, response_mask)` -> (rows,)."""
+    generator = torch.Generator().manual_seed(0)
+    rows, prompt, width, vocabulary = 3, 4, 5, 11
+    logits = torch.randn(rows, prompt + width, vocabulary, generator=generator, dtype=torch.float64)
+    ids = torch.randint(vocabulary, (rows, prompt + width), generator=generator)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    value, message = _call(function, logits, ids, mask)
     if message:
         return message
-    sums, lengths = logps.sum(-1), mask.sum(-1)
-    right = -(sums / lengths).mean()
-    if message := _wrong_shape(value, right, per_pair=-sums / lengths):
+
+    def picked(scores, first):
+        """Scores at the columns from `first` on, of the completion's tokens."""
+        return scores[:, first : first + width].gather(-1, ids[:, prompt:, None]).squeeze(-1)
+
+    logps = torch.log_softmax(logits, -1)
+    per_token = picked(logps, prompt - 1)
+    right = (per_token * mask).sum(-1)
+    if _same_shape(value, per_token):
+        both = _close(value, per_token * mask)
+        return "You returned one number per token" + (
+            ", and they are right: only the sum over each row is missing."
+            if both
+            else ". Return one sum per row."
+        )
+    if message := _wrong_shape(value, right):
         return message
+    whole = logps[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     mistakes = [
         (
-            "Not solved yet: it still divides by the tokens of the whole batch, so that the winner of 6 tokens weighs three times as "
-            "much as the winner of 2. Each winner is to be divided by its own number of tokens first.",
-            -sums.sum() / lengths.sum(),
+            "The shift is missing: the logits of a column predict the *next* token, so the first "
+            "token of the completion needs the logits of the last prompt column.",
+            (picked(logps, prompt) * mask).sum(-1),
         ),
         (
-            "You averaged over the padded width: the zeros of the padding count as perfect tokens. Divide by `mask.sum(-1)`.",
-            -logps.mean(),
+            "You shifted one column too far: the first token of the completion needs the logits of "
+            "the last prompt column.",
+            (picked(logps, prompt - 2) * mask).sum(-1),
         ),
+        ("The mask is missing: padding was counted.", per_token.sum(-1)),
+        ("You averaged over the tokens. DPO needs sums.", right / mask.sum(-1)),
+        ("You averaged over the padded width. DPO needs sums.", (per_token * mask).mean(-1)),
         (
-            "You divided by the number of winners only: this is the mean *sum* of each winner, and long winners pay more.",
-            -sums.mean(),
+            "You summed logits. Take `log_softmax` over the vocabulary first.",
+            (picked(logits, prompt - 1) * mask).sum(-1),
         ),
+        ("You summed probabilities. Sum their logarithms.", (per_token.exp() * mask).sum(-1)),
+        ("The prompt was counted as well. Only completion tokens are scored.", whole.sum(-1)),
         (
-            "The sign is turned round: log-probabilities are negative, and a loss that falls should raise them.",
-            -right,
+            "The prompt was counted as well. Only completion tokens are scored.",
+            whole[:, : prompt - 1].sum(-1) + right,
         ),
-        (
-            "You added the winners up. Take their mean, or the loss grows with the batch.",
-            -(sums / lengths).sum(),
-        ),
-        (
-            "You divided every winner by the longest one's length. Each has its own: `mask.sum(-1)`.",
-            -(sums / lengths.max()).mean(),
-        ),
-        (
-            "You divided by the mean length of the batch, which is the mean over all tokens in another dress. Each winner has its own "
-            "length.",
-            -(sums / lengths.float().mean()).mean(),
-        ),
-        (
-            "The sum goes over the wrong dimension: it adds up the columns of different winners. Sum over the last one, the tokens.",
-            -(logps.sum(0) / mask.sum(0)).mean(),
-        ),
+        ("The sign is wrong: these are log-probabilities, not losses.", -right),
     ]
-    verdict = _verdict(
-        value,
-        right,
-        mistakes,
-        "Right: each winner is divided by its own length, and then all winners weigh the same.",
+    praise = "Right: shifted by one column, masked, and summed over the tokens of each completion."
+    return _verdict(value, right, mistakes, praise)
+
+
+# ------------------------------------------------------------------------------ exercise 4.3
+
+
+class _Four(torch.nn.Module):
+    """Log-probabilities of four pairs as parameters, in place of a model."""
+
+    def __init__(self):
+        super().__init__()
+        w, l, *_ = _case()
+        self.chosen, self.rejected = torch.nn.Parameter(w), torch.nn.Parameter(l)
+
+    def forward(self):
+        return self.chosen, self.rejected
+
+
+STEP = 2.0  # learning rate of the plain gradient steps of the check
+
+
+def train_step(function) -> str:
+    """Exercise 4.3: `function(score, optimizer, reference, n_tokens, alpha, beta)` -> loss.
+
+    Two steps of plain gradient descent on four pairs are compared with the right ones.
+    """
+    w, l, rw, rl, n = _case()
+    reference, model = (rw, rl), _Four()
+    optimizer = torch.optim.SGD(model.parameters(), STEP)
+    start, after = _state(model), []
+    values = []
+    for _ in range(2):
+        value, message = _call(function, model, optimizer, reference, n, ALPHA, BETA)
+        if message == NO_RETURN and not _equal(_state(model), start):
+            return "Your function trains, but it returned None: is a `return` missing?"
+        if message:
+            return message
+        values.append(value)
+        after.append(_state(model))
+    if _equal(after[0], start):
+        return "Nothing was trained: call `backward()` on the loss and then `optimizer.step()`."
+    expected, losses = _right_steps(start, reference, n)
+    if _equal(after[0], expected[0]) and _equal(after[1], expected[1]):
+        return _returned(values[0], losses[0], start, after[0], reference)
+    if _equal(after[0], expected[0]):
+        return (
+            "The first step is right and the second is not: gradients add up unless you call "
+            "`optimizer.zero_grad()`."
+        )
+    first = {
+        "The loss grows: check the signs. This step lowers the margin.": (-1.0, "mean", ALPHA),
+        "You summed the loss over the pairs. Take the mean, or the step grows with the batch.": (
+            1.0,
+            "sum",
+            ALPHA,
+        ),
+        "α is missing: the NLL term needs its weight.": (1.0, "mean", 1.0),
+        "The NLL term is missing: this is a step of DPO alone.": (1.0, "mean", 0.0),
+    }
+    for text, (sign, how, alpha) in first.items():
+        if _equal(after[0], _right_steps(start, reference, n, sign, how, alpha)[0][0]):
+            return text
+    if _equal(after[0], _right_steps(start, (rl, rw), n)[0][0]):
+        return "The two references are swapped: `reference` is (chosen, rejected)."
+    rises = _margin(after[0], reference) > _margin(start, reference)
+    return "The parameters are not those of one step on the mean loss of Eq. 1. " + (
+        "The margin rises, but by another amount."
+        if rises
+        else "The margin does not rise. Check the signs and the order of the arguments."
     )
-    if verdict.startswith("Right"):
-        padded, _ = _call(function, torch.where(mask.bool(), logps, torch.tensor(-7.0)), mask)
-        if padded is None or not _close(padded, right):
-            return (
-                "Nearly: it fits where `token_logps` is 0 on padding, but yours counts padding that is not 0. Do multiply "
-                "`token_logps` by the mask before you sum."
-            )
-    return verdict
+
+
+def _right_steps(start, reference, n, sign=1.0, how="mean", alpha=ALPHA):
+    """Log-probabilities after one and after two steps, and the losses before them."""
+    (w, l), (rw, rl), states, losses = start, reference, [], []
+    for _ in range(2):
+        w, l = w.clone().requires_grad_(), l.clone().requires_grad_()
+        per_pair = -logsigmoid(BETA * ((w - rw) - (l - rl))) - alpha * w / n
+        loss = per_pair.mean() if how == "mean" else per_pair.sum()
+        gradients = torch.autograd.grad(sign * loss, (w, l))
+        w, l = (x.detach() - STEP * g for x, g in zip((w, l), gradients, strict=True))
+        states.append((w, l))
+        losses.append(loss.detach())
+    return states, losses
+
+
+def _returned(value, right, start, after, reference) -> str:
+    """What is said of the returned loss when the steps are right."""
+    if not _close(value, right):
+        return (
+            "The step is right, but the returned number is not the loss before the step: "
+            f"expected {right:.4f}, got {_text(value)}."
+        )
+    margins = [_margin(state, reference).item() for state in (start, after)]
+    return f"Right: the mean margin δ rises from {margins[0]:.2f} to {margins[1]:.2f} nats."
+
+
+def _margin(state, reference):
+    return ((state[0] - reference[0]) - (state[1] - reference[1])).mean()
+
+
+def _state(model):
+    return model.chosen.detach().clone(), model.rejected.detach().clone()
+
+
+def _equal(a, b) -> bool:
+    return all(_close(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ------------------------------------------------------------------------------ notebook 04b
+
+
+def lora_linear(cls) -> str:
+    """Exercise 4b.1: a module `cls(base, r, a)` with parameters A and B next to a frozen base."""
+    d_in, d_out, r, a = 6, 5, 2, 8
+    torch.manual_seed(0)
+    base = torch.nn.Linear(d_in, d_out, bias=False)
+    layer, message = _call(cls, base, r, a)
+    if message:
+        return message
+    if not isinstance(layer, torch.nn.Module):
+        return f"{_name(layer)} is not a `torch.nn.Module`: LoRALinear should be a class."
+    x = torch.randn(3, d_in)
+    first, message = _call(layer, x)
+    if message:
+        return message
+    shapes = {"A": (r, d_in), "B": (d_out, r)}
+    for name, shape in shapes.items():
+        matrix = getattr(layer, name, None)
+        if not isinstance(matrix, torch.nn.Parameter):
+            return f"`{name}` is not a `torch.nn.Parameter`, so no optimiser would train it."
+        if tuple(matrix.shape) != shape:
+            return f"`{name}` has shape {tuple(matrix.shape)}; with this base it is {shape}."
+    if base.weight.requires_grad:
+        return "The base is not frozen: call `base.requires_grad_(False)`."
+    if not _same_shape(first, x @ base.weight.T):
+        return f"The output should have shape {(3, d_out)}."
+    if not layer.A.any():
+        return "A and B are both zero: then neither ever gets a gradient. Draw A at random."
+    if layer.B.any():
+        return "B is not zero at the start, so the layer already differs from its base."
+    with torch.no_grad():
+        layer.B.copy_(torch.randn(d_out, r))
+        plain, product = x @ base.weight.T, x @ layer.A.T @ layer.B.T
+        mistakes = [
+            ("The scale a / r is missing.", plain + product),
+            ("The scale is a / r; you multiplied by a.", plain + a * product),
+            ("The scale is a / r, not r / a.", plain + r / a * product),
+            ("The scale is a / r; you divided by r alone.", plain + product / r),
+            ("The base is missing: add its output to the adapter's.", a / r * product),
+            ("The adapter is missing: A and B are not used.", plain),
+            ("The adapter is subtracted. Add it.", plain - a / r * product),
+        ]
+        praise = "Right: the base alone at the start, and a scaled low-rank change after training."
+        return _verdict(layer(x), plain + a / r * product, mistakes, praise)
 
 
 def lora_parameters(function) -> str:
-    """Exercise 4.4: numbers in LoRA matrices of rank r on layers of these (out, in) shapes."""
+    """Exercise 4b.2: numbers in LoRA matrices of rank r on layers of these (out, in) shapes."""
     shapes, r = [(128, 128), (384, 128), (128, 384), (64, 128)], 4
     value, message = _call(function, shapes, r)
     if message:
         return message
-    count = lambda f: sum(f(a, b) for a, b in shapes)  # noqa: E731
+
+    def count(of_layer):
+        return torch.tensor(float(sum(of_layer(d_out, d_in) for d_out, d_in in shapes)))
+
     right = count(lambda a, b: r * (a + b))
-    if message := _wrong_shape(value, torch.tensor(float(right))):
+    if message := _wrong_shape(value, right):
         return message
+    both = count(lambda a, b: r * (a + b) + a * b)
+    only_last = torch.tensor(float(r * sum(shapes[-1])))
     mistakes = [
         (
-            "That is the size of the frozen weights. LoRA trains A and B beside them.",
+            "That is the size of the frozen weights. LoRA trains A and B next to them.",
             count(lambda a, b: a * b),
         ),
-        (
-            "You counted the frozen weights as well as the adapter. Only A and B are trained.",
-            right + count(lambda a, b: a * b),
-        ),
+        ("You counted the frozen weights as well. Only A and B are trained.", both),
         (
             "That is r times the weight itself. A and B are thin: (r, in) and (out, r).",
             count(lambda a, b: r * a * b),
         ),
         ("You counted A only: B of shape (out, r) is missing.", count(lambda a, b: r * b)),
         ("You counted B only: A of shape (r, in) is missing.", count(lambda a, b: r * a)),
+        ("The rank is missing: A has r rows and B has r columns.", count(lambda a, b: a + b)),
         (
-            "The rank is missing: each side of the layer meets r rows or columns.",
-            count(lambda a, b: a + b),
-        ),
-        (
-            "r comes in twice. A has r x in numbers and B out x r.",
+            "r occurs twice. A has r x in numbers and B out x r.",
             count(lambda a, b: r * r * (a + b)),
         ),
+        ("You multiplied the sizes of A and B. Add them.", count(lambda a, b: r * a * r * b)),
         (
-            "You multiplied the sizes of A and B. They stand side by side: add them.",
-            count(lambda a, b: r * a * r * b),
+            "That is the first layer only. Add up all layers.",
+            torch.tensor(float(r * sum(shapes[0]))),
         ),
-        ("That is the first layer only. Add up all layers.", r * sum(shapes[0])),
-        (
-            "That is the last layer only: the sum over layers is lost. Is a `return` inside the loop, or an `=` where `+=` belongs?",
-            r * sum(shapes[-1]),
-        ),
+        ("That is the last layer only. Is there an `=` where `+=` belongs?", only_last),
     ]
-    mistakes = [(text, torch.tensor(float(wrong))) for text, wrong in mistakes]
-    return _verdict(
-        value,
-        torch.tensor(float(right)),
-        mistakes,
-        f"Right: {right:,} numbers for these {len(shapes)} layers of {count(lambda a, b: a * b):,} weights. It grows with the "
-        "width of a layer and not with its area, so the share falls as models grow.",
+    frozen = int(count(lambda a, b: a * b))
+    praise = (
+        f"Right: {int(right):,} numbers for these {len(shapes)} layers of {frozen:,} weights. It "
+        "grows with the width of a layer and not with its area."
     )
+    return _verdict(value, right, mistakes, praise)
+
+
+# ------------------------------------------------------------------------------ shared parts
 
 
 def _case():
@@ -271,13 +423,13 @@ def _case():
 
 
 def _call(function, *arguments):
-    """(result, None), or (None, message) where there is nothing to look at."""
+    """(result, None), or (None, message) where there is no result."""
     if function is None or function is ...:
         return None, UNSOLVED
     if not callable(function):
         return (
             None,
-            f"Give the check your function itself, without calling it; it got a {type(function).__name__}.",
+            f"Give the check your function itself, without calling it; it got {_name(function)}.",
         )
     try:
         value = function(*(x.clone() if torch.is_tensor(x) else x for x in arguments))
@@ -285,44 +437,60 @@ def _call(function, *arguments):
         return None, UNSOLVED
     except Exception as error:  # noqa: BLE001   whatever a student's code raises is told
         return None, f"Your function raised {type(error).__name__}: {error}"
-    return (None, UNSOLVED) if value is None or value is ... else (value, None)
+    if value is None:
+        return None, NO_RETURN
+    return (None, UNSOLVED) if value is ... else (value, None)
 
 
-def _wrong_shape(value, right: torch.Tensor, mean_of=None, per_pair=None) -> str | None:
+def _name(value) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _same_shape(value, right: torch.Tensor) -> bool:
+    return torch.is_tensor(value) and value.shape == right.shape
+
+
+def _is_tensor_like(value, right: torch.Tensor) -> bool:
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).shape == right.shape
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _wrong_shape(value, right: torch.Tensor, mean_of=None) -> str | None:
     """What is said of a result that is no tensor of the right shape."""
     try:
         value = torch.as_tensor(value, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
         what = f"a tensor of shape {tuple(right.shape)}" if right.dim() else "one number"
-        return f"Your function returned a {type(value).__name__}; it should return {what}."
+        return f"Your function returned {_name(value)}; it should return {what}."
     if value.shape == right.shape:
         return None
     if mean_of is not None and value.numel() == 1:
-        kind = (
-            "the mean"
-            if _close(value.reshape(()), mean_of.mean())
-            else "the sum"
-            if _close(value.reshape(()), mean_of.sum())
-            else "one number"
-        )
-        return f"You returned {kind} over the pairs. Return one number for each pair, shape {tuple(right.shape)}."
-    if per_pair is not None and value.shape == per_pair.shape:
-        return "That is one number for each winner" + (
-            ", and they are right: only their mean is missing."
-            if _close(value, per_pair)
-            else ". Return their mean."
+        one = value.reshape(())
+        mean, total = _close(one, mean_of.mean()), _close(one, mean_of.sum())
+        kind = "the mean" if mean else "the sum" if total else "one number"
+        return (
+            f"You returned {kind} over the pairs. Return one number for each pair, shape "
+            f"{tuple(right.shape)}."
         )
     return f"The result should have shape {tuple(right.shape)}; yours has {tuple(value.shape)}."
 
 
+def _match(value, mistakes) -> str | None:
+    """The text of the first mistake that gives this value."""
+    return next((text for text, wrong in mistakes if _close(value, wrong)), None)
+
+
 def _verdict(value, right: torch.Tensor, mistakes, praise: str) -> str:
-    """`praise` for the right value, the text of the first mistake that gives the same, or both numbers side by side."""
+    """`praise` for the right value, the text of a known mistake, or both numbers side by side."""
     if _close(value, right):
         return praise
-    for text, wrong in mistakes:
-        if _close(value, wrong):
-            return text
-    return f"It should be {_text(right)} here; yours gives {_text(value)}. Compare the two term by term with the formula above."
+    return _match(value, mistakes) or _compare(value, right)
+
+
+def _compare(value, right) -> str:
+    return f"expected {_text(right)}, got {_text(value)}. Compare the two with the formula above."
 
 
 def _close(a, b) -> bool:
@@ -335,4 +503,4 @@ def _close(a, b) -> bool:
 
 def _text(value) -> str:
     values = torch.as_tensor(value, dtype=torch.float64).detach().flatten().tolist()
-    return ", ".join(f"{x:.4g}" for x in values)
+    return ", ".join("nan" if math.isnan(x) else f"{x:.4g}" for x in values)

@@ -6,7 +6,8 @@
 
 Writes notebooks/NN_*.ipynb with open exercises and notebooks/solutions/NN_*.ipynb with solutions.
 A source is a percent script, notebooks/source/NN_name.py: `# %% [markdown]` starts a text cell,
-`# %%` a code cell. A code cell that a student fills in has both versions; the lines with the
+`# %%` a code cell, `# %% tags=["nbval-ignore-output"]` one whose output nbval does not compare. A
+code cell that a student fills in has both versions; the lines with the
 markers are in neither notebook:
 
     def wrap_around(n_winners, n_losers, k):
@@ -63,12 +64,16 @@ def view(source: str, solved: bool) -> nbformat.NotebookNode:
             cell.source = EXERCISE.sub(choose, cell.source + "\n").rstrip("\n")
         elif solved:
             cell.source = LINK.sub(_from_solutions, cell.source)
-        cell.id, cell.metadata = (
-            f"cell-{i:03d}",
-            nbformat.from_dict({}),
-        )  # ids that do not change with every build
+        cell.id = f"cell-{i:03d}"  # does not change with every build
+        cell.metadata = _kept_metadata(cell)
     notebook.metadata = nbformat.from_dict(KERNEL)
     return notebook
+
+
+def _kept_metadata(cell) -> nbformat.NotebookNode:
+    """The tags of a cell, for example `# %% tags=["nbval-ignore-output"]`, and nothing else."""
+    tags = cell.metadata.get("tags")
+    return nbformat.from_dict({"tags": list(tags)} if tags else {})
 
 
 def _from_solutions(link: re.Match) -> str:
@@ -91,7 +96,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int = 1800) 
     )  # executing adds the Python version of this machine
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.metadata = nbformat.from_dict({})
+            cell.metadata = _kept_metadata(cell)
             cell.outputs = [
                 o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")
             ]

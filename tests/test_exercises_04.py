@@ -1,4 +1,4 @@
-"""The checks of notebook 04 accept the solution, and tell a typical wrong answer what is wrong with it."""
+"""The checks of notebooks 04 and 04b accept the solution, and tell a typical wrong answer what is wrong with it."""
 
 import exercises
 import pytest
@@ -8,36 +8,49 @@ from torch.nn.functional import logsigmoid
 pytest.importorskip("jupytext")
 
 import checks_04 as checks  # noqa: E402
+import helpers_04  # noqa: E402
 
+from irpo_utils import logprobs, models, training  # noqa: E402
 
-def solution(name: str, solved: bool = True):
-    """The function of that name as the notebook's source defines it, solved or as a stub."""
-    return exercises.defined("04_dpo_nll_training", name, solved, torch=torch)
-
-
+# check -> (notebook, what the student defines, how the cell begins)
 EXERCISES = {
-    "loss": "my_loss",
-    "gradient_rejected": "gradient_rejected",
-    "batch_nll": "batch_nll",
-    "lora_parameters": "lora_parameters",
+    "loss": ("04_dpo_nll_training", "my_loss", None),
+    "response_logps": ("04_dpo_nll_training", "my_response_logps", None),
+    "train_step": ("04_dpo_nll_training", "train_step", None),
+    "lora_linear": ("04b_qlora_by_hand", "LoRALinear", "class LoRALinear("),
+    "lora_parameters": ("04b_qlora_by_hand", "lora_parameters", None),
 }
 
 
-@pytest.mark.parametrize("check, name", EXERCISES.items())
-def test_solutions_are_right_and_stubs_are_unsolved(check, name):
-    check = getattr(checks, check)
+def solution(check: str, solved: bool = True):
+    """What the notebook's source defines for this check, solved or as a stub."""
+    notebook, name, begins = EXERCISES[check]
+    return exercises.defined(notebook, name, solved, begins, torch=torch, training=training)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_solutions_are_right_and_stubs_are_unsolved(name):
+    check = getattr(checks, name)
     assert check(solution(name)).startswith("Right")
     assert check(solution(name, solved=False)).startswith("Not solved yet")
-    for nothing in (None, ..., lambda *arguments: None, lambda *arguments: ...):
+    for nothing in (None, ..., lambda *arguments: ...):
         assert check(nothing).startswith("Not solved yet")
 
 
-@pytest.mark.parametrize("check", EXERCISES)
-def test_checks_never_raise(check):
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_forgotten_return_is_named(name):
+    def without_return(*arguments):
+        solution(name)(*arguments)
+
+    assert "is a `return` missing?" in getattr(checks, name)(without_return)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_checks_never_raise(name):
     def broken(*arguments):
         raise KeyError("mask")
 
-    check = getattr(checks, check)
+    check = getattr(checks, name)
     assert "KeyError: 'mask'" in check(broken)
     for odd in (
         3,
@@ -48,6 +61,7 @@ def test_checks_never_raise(check):
         lambda *a: float("nan"),
         lambda *a: torch.zeros(2, 2),
         lambda *a: (torch.zeros(4), torch.ones(4)),
+        lambda *a: torch.nn.Linear(2, 2),
     ):
         assert not check(odd).startswith("Right")
 
@@ -56,83 +70,185 @@ def eq1(w, l, rw, rl, n, alpha, beta):
     return -logsigmoid(beta * ((w - rw) - (l - rl))) - alpha * w / n
 
 
+def dpo(w, l, rw, rl, n, alpha, beta):
+    return eq1(w, l, rw, rl, n, 0, beta)
+
+
 @pytest.mark.parametrize(
     "wrong, words",
     [
+        (lambda w, l, rw, rl, n, a, b: a * dpo(w, l, rw, rl, n, a, b) - w / n, ["α is on the DPO"]),
         (
-            lambda w, l, rw, rl, n, a, b: -a * logsigmoid(b * ((w - rw) - (l - rl))) - w / n,
-            "α stands before the DPO term",
+            lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b) - a * w.sum() / n.sum(),
+            ["In the NLL term", "tokens of the whole batch"],
         ),
         (
-            lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, 0, b) - a * w / n.double().mean(),
-            "mean length of the batch",
+            lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b) - a * w / n.sum(),
+            ["In the NLL term", "tokens of the whole batch"],
         ),
         (
-            lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, 0, b) - a * w,
-            "not divided by the winner's number of tokens",
+            lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b).mean() - a * w.sum() / n.sum(),
+            ["In the NLL term", "tokens of the whole batch", "one loss for each pair"],
         ),
-        (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, -a, b), "sign of the NLL"),
+        (
+            lambda w, l, rw, rl, n, a, b: -logsigmoid(b * (w - l)) - a * w.sum() / n.sum(),
+            ["In the DPO term: the reference is missing", "In the NLL term: you divided"],
+        ),
+        (
+            lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b) - a * w / n.double().mean(),
+            ["In the NLL term", "mean length of the batch"],
+        ),
+        (
+            lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b) - a * w,
+            ["In the NLL term", "not divided by the number of tokens"],
+        ),
+        (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, -a, b), ["the sign is wrong"]),
+        (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, 1, b), ["α is missing"]),
+        (
+            lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b) - a * (w - rw) / n,
+            ["In the NLL term", "log-ratio to the reference"],
+        ),
         (
             lambda w, l, rw, rl, n, a, b: -logsigmoid(b * (w - l)) - a * w / n,
-            "reference is missing",
+            ["In the DPO term", "reference is missing"],
         ),
         (
             lambda w, l, rw, rl, n, a, b: -logsigmoid(b * ((w - rw) - (l - rl)) / n) - a * w / n,
-            "they are plain sums",
+            ["In the DPO term", "plain sums"],
         ),
-        (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, 0, b), "NLL term is missing"),
-        (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, 5 * a, b), "yours gives"),
-        (lambda *a: eq1(*a).mean(), "the mean over the pairs"),
-        (lambda *a: eq1(*a).sum(), "the sum over the pairs"),
+        (
+            lambda w, l, rw, rl, n, a, b: eq1(l, w, rl, rw, n, 0, b) - a * w / n,
+            ["In the DPO term", "swapped"],
+        ),
+        (dpo, ["NLL term is missing"]),
+        (lambda w, l, rw, rl, n, a, b: -a * w / n, ["DPO term is missing"]),
+        (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, 5 * a, b), ["cancelled expected"]),
+        (lambda *a: eq1(*a).mean(), ["the mean over the pairs"]),
+        (lambda *a: eq1(*a).sum(), ["the sum over the pairs"]),
     ],
 )
-def test_loss_names_the_mistake(wrong, words):
-    assert words in checks.loss(wrong)
+def test_loss_names_the_term_and_the_mistake(wrong, words):
+    said = checks.loss(wrong)
+    assert all(part in said for part in words), said
+    if words[0] == "In the NLL term":
+        assert "In the DPO term" not in said, said
+
+
+def picked(logits, ids, mask, first, log=True):
+    """Per-token scores of the completion, from the logits of the columns from `first` on."""
+    width = mask.shape[1]
+    prompt = ids.shape[1] - width
+    scores = torch.log_softmax(logits, -1) if log else logits
+    part = scores[:, prompt + first : prompt + first + width]
+    return part.gather(-1, ids[:, prompt:, None]).squeeze(-1)
 
 
 @pytest.mark.parametrize(
     "wrong, words",
     [
+        (lambda x, ids, m: (picked(x, ids, m, 0) * m).sum(-1), "The shift is missing"),
+        (lambda x, ids, m: (picked(x, ids, m, -2) * m).sum(-1), "one column too far"),
+        (lambda x, ids, m: picked(x, ids, m, -1).sum(-1), "The mask is missing"),
+        (lambda x, ids, m: (picked(x, ids, m, -1) * m).sum(-1) / m.sum(-1), "DPO needs sums"),
+        (lambda x, ids, m: (picked(x, ids, m, -1, log=False) * m).sum(-1), "You summed logits"),
+        (lambda x, ids, m: picked(x, ids, m, -1) * m, "only the sum"),
+        (lambda x, ids, m: -(picked(x, ids, m, -1) * m).sum(-1), "sign is wrong"),
         (
-            lambda w, l, rw, rl, n, a, b: -b * torch.sigmoid(-b * ((w - rw) - (l - rl))),
-            "sign is wrong",
-        ),
-        (
-            lambda w, l, rw, rl, n, a, b: b * torch.sigmoid(b * ((w - rw) - (l - rl))),
-            "σ(-h) belongs",
-        ),
-        (lambda w, l, rw, rl, n, a, b: torch.sigmoid(-b * ((w - rw) - (l - rl))), "β is missing"),
-        (
-            lambda w, l, rw, rl, n, a, b: -b * torch.sigmoid(-b * ((w - rw) - (l - rl))) - a / n,
-            "derivative for the winner",
-        ),
-        (
-            lambda w, l, rw, rl, n, a, b: b * torch.sigmoid(-b * ((w - rw) - (l - rl))).mean(),
-            "the mean over the pairs",
+            lambda x, ids, m: (
+                torch.log_softmax(x, -1)[:, :-1].gather(-1, ids[:, 1:, None]).sum((1, 2))
+            ),
+            "The prompt was counted",
         ),
     ],
 )
-def test_gradient_names_the_mistake(wrong, words):
-    assert words in checks.gradient_rejected(wrong)
+def test_response_logps_names_the_mistake(wrong, words):
+    assert words in checks.response_logps(wrong)
+
+
+def step(zero=True, how=torch.mean, sign=1, use=lambda alpha: alpha, act=True, swap=False):
+    """A training step with one thing changed."""
+
+    def train_step(score, optimizer, reference, n_tokens, alpha, beta):
+        if zero:
+            optimizer.zero_grad()
+        reference = reference[::-1] if swap else reference
+        terms = training.dpo_nll_loss(*score(), *reference, n_tokens, alpha=alpha, beta=beta)
+        loss = how(terms[0] + use(alpha) * terms[1])
+        (sign * loss).backward()
+        if act:
+            optimizer.step()
+        return loss.item()
+
+    return train_step
 
 
 @pytest.mark.parametrize(
-    "wrong, words",
+    "changes, words",
     [
-        (lambda logps, mask: -(logps * mask).sum() / mask.sum(), "tokens of the whole batch"),
-        (lambda logps, mask: -logps.mean(-1).mean(), "padded width"),
-        (lambda logps, mask: -logps.sum(-1).mean(), "long winners pay more"),
-        (lambda logps, mask: (logps.sum(-1) / mask.sum(-1)).mean(), "sign is turned round"),
-        (lambda logps, mask: -logps.sum(-1) / mask.sum(-1), "only their mean is missing"),
-        (
-            lambda logps, mask: -(logps.sum(-1) / mask.sum(-1)).mean(),
-            "`token_logps` by the mask before you sum",
-        ),
-        (lambda logps, mask: -(logps.sum(0) / mask.sum(0)).mean(), "wrong dimension"),
+        ({}, "Right"),
+        ({"zero": False}, "zero_grad"),
+        ({"how": torch.sum}, "Take the mean"),
+        ({"sign": -1}, "lowers the margin"),
+        ({"use": lambda alpha: 0}, "DPO alone"),
+        ({"use": lambda alpha: 1}, "α is missing"),
+        ({"act": False}, "Nothing was trained"),
+        ({"swap": True}, "references are swapped"),
     ],
 )
-def test_nll_names_the_mistake(wrong, words):
-    assert words in checks.batch_nll(wrong)
+def test_train_step_names_the_mistake(changes, words):
+    assert words in checks.train_step(step(**changes))
+
+
+def test_train_step_that_returns_another_number_is_named():
+    def train_step(*arguments):
+        return step()(*arguments) + 1
+
+    assert "is not the loss before the step" in checks.train_step(train_step)
+
+
+def lora(scale=lambda r, a: a / r, freeze=True, zero_b=True, zero_a=False, wrap=True, add=True):
+    """A LoRA layer with one thing changed."""
+    parameter = torch.nn.Parameter if wrap else (lambda tensor: tensor)
+
+    class LoRALinear(torch.nn.Module):
+        def __init__(self, base, r, a):
+            super().__init__()
+            self.base, self.scale = base.requires_grad_(not freeze), scale(r, a)
+            d_in, d_out = base.in_features, base.out_features
+            self.A = parameter(torch.zeros(r, d_in) if zero_a else torch.randn(r, d_in))
+            self.B = parameter(torch.zeros(d_out, r) if zero_b else torch.randn(d_out, r))
+
+        def forward(self, x):
+            change = self.scale * (x @ self.A.T @ self.B.T)
+            return self.base(x) + change if add else self.base(x)
+
+    return LoRALinear
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, "Right"),
+        ({"scale": lambda r, a: 1}, "scale a / r is missing"),
+        ({"scale": lambda r, a: a}, "multiplied by a"),
+        ({"scale": lambda r, a: r / a}, "not r / a"),
+        ({"freeze": False}, "not frozen"),
+        ({"zero_b": False}, "B is not zero"),
+        ({"zero_a": True}, "both zero"),
+        ({"wrap": False}, "not a `torch.nn.Parameter`"),
+        ({"add": False}, "adapter is missing"),
+    ],
+)
+def test_lora_linear_names_the_mistake(changes, words):
+    assert words in checks.lora_linear(lora(**changes))
+
+
+def test_lora_linear_whose_forward_returns_nothing_is_named():
+    class Silent(lora()):
+        def forward(self, x):
+            super().forward(x)
+
+    assert "is a `return` missing?" in checks.lora_linear(Silent)
 
 
 @pytest.mark.parametrize(
@@ -147,3 +263,38 @@ def test_nll_names_the_mistake(wrong, words):
 )
 def test_lora_count_names_the_mistake(wrong, words):
     assert words in checks.lora_parameters(wrong)
+
+
+# The study of section 6
+
+
+def test_the_study_starts_from_m0_in_every_run():
+    """Each method has the same seeds at a learning rate, and each run starts from M_0's own numbers."""
+    model, tokenizer = models.load("seed", device="cpu")
+    records, pairs = helpers_04.study(), helpers_04.held_out_pairs()
+    assert len({pair["id"] for pair in pairs}) == len(pairs) == 256
+    runs = {}
+    for record in records:
+        runs.setdefault((record["learning_rate"], record["seed"]), set()).add(record["method"])
+        for side in ("chosen", "rejected"):
+            assert {len(values) for values in record[side]} == {256}
+            assert len(record[side]) == len(record["steps"]) and record["steps"][0] == 0
+    assert all(methods == set(helpers_04.STYLES) for methods in runs.values())
+    prompts = [pair["prompt_ids"] for pair in pairs[:8]]
+    for side in ("chosen", "rejected"):
+        under_m0 = logprobs.score(model, tokenizer, prompts, [p[f"{side}_ids"] for p in pairs[:8]])
+        for record in records:
+            assert record[side][0][:8] == pytest.approx(under_m0, abs=0.01)
+
+
+def test_changes_are_end_minus_start_per_seed_and_pair():
+    records = [
+        {
+            "method": "DPO",
+            "learning_rate": 1e-4,
+            "chosen": [[-1.0, -2.0], [0.0, 0.0], [-3.0, -1.0]],
+        },
+        {"method": "SFT", "learning_rate": 1e-4, "chosen": [[0.0, 0.0], [0.0, 0.0], [9.0, 9.0]]},
+    ]
+    assert helpers_04.changes(records, "DPO", 1e-4, "chosen").tolist() == [[-2.0, 1.0]]
+    assert helpers_04.changes(records, "DPO", 1e-4, "chosen", at=1).tolist() == [[1.0, 2.0]]

@@ -15,943 +15,549 @@
 #
 # **What you will be able to do**
 #
-# - write the loss of Iterative RPO from log-probabilities, and say what in it is a sum, what a mean, and over what;
-# - test a loss for free: $\ln 2$ at the first step, derivatives against autograd, values against another library;
-# - quantise a layer to NF4 and put a LoRA on it with your own hands, and count the memory that both save;
-# - train M_1 and read the curves of winners and losers with and without the NLL term.
+# - derive the DPO loss from a preference, and say which way it pushes;
+# - say why Iterative RPO adds an NLL term, and how it is normalised;
+# - compute log-probabilities of completions, and train on pairs;
+# - decide with an interval whether a claim about log-probabilities holds.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | 25 seconds on one core | 2 minutes on one core | not measured here |
+# | time for this notebook | 30 seconds on one core | 1 minute on one core | not measured |
 #
-# **Needs**: the packages of this repository, nothing else.
+# **Needs**: the packages of this repository. **Optional sequel**: [04b · QLoRA by hand](04b_qlora_by_hand.ipynb).
 #
-# **Before this**: [03 · Pairs](03_pairs.ipynb), which makes what is trained on here.
+# **Before this**: [03 · Pairs](03_pairs.ipynb), which makes the pairs.
 
-# %%
-import os, sys
-sys.path[:0] = [".", ".."]                     # checks_04.py lies beside the notebooks; ".." serves the solutions
-PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile such as "qwen2.5-0.5b"
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-import platform
-from importlib.metadata import version
-
+# %% tags=["nbval-ignore-output"]
+import math, os, sys
+import numpy as np
+import pandas as pd
 import torch
-from irpo_utils import models, profiles
+sys.path[:0] = [".", ".."]                     # checks_04.py and helpers_04.py are next to the notebooks
+import checks_04, helpers_04
+from irpo_utils import logprobs, models, plots, profiles, training
 from irpo_utils.ops.cli import quiet_libraries
+from irpo_utils.ops.drift import Probe
+from irpo_utils.ops.statistics import seed_and_question_interval
 
-quiet_libraries()                              # no loading bars
-torch.set_printoptions(precision=4, sci_mode=False)
+quiet_libraries()
+PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
 profile = profiles.get(PROFILE)
-print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in ("torch", "transformers", "trl")))
-print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
-assert models.default_device() in ("cpu", "cuda")
+print("profile", PROFILE, "· device", models.default_device())
 
 # %% [markdown]
-# ## 1 The log-probability of an answer
+# ## 1 What does a pair teach?
 #
-# A language model gives one number for each token of its vocabulary, the logits, at each position. Here is a vocabulary of
-# five tokens and an answer of three. Row 0 is the model's opinion on the first token of the answer, and so on.
+# Notebook 03 turned graded completions into pairs. Here is one.
 
-# %%
-vocabulary = ["3", "4", "+", "=7", "<end>"]
-logits = torch.tensor([[2.0, 0.0, 1.0, 0.0, -1.0],
-                       [0.0, 3.0, 0.0, 1.0, 0.0],
-                       [0.0, 0.0, 0.0, 0.0, 4.0]])
-answer = torch.tensor([0, 3, 4])               # "3", "=7", "<end>"
-logps = torch.log_softmax(logits, dim=-1)
-print(logps)
+# %% tags=["nbval-ignore-output"]
+preferences = helpers_04.first_pairs(PROFILE, profile)
+helpers_04.show(preferences[8])
+assert preferences[8]["chosen"] != preferences[8]["rejected"]
 
 # %% [markdown]
-# `log_softmax` turns logits into logarithms of probabilities, in [nats](../docs/glossary.md#nat): each row of
-# `logps.exp()` adds up to 1. Of each row only the token that the answer really has is needed. `gather` picks it.
-
-# %%
-picked = logps.gather(-1, answer[:, None]).squeeze(-1)
-print("per token:   ", picked)
-print("whole answer:", picked.sum())
+# The **chosen** ("winning") completion is correct, the **rejected** ("losing") one is not. In formulas they are $y_w$
+# and $y_l$, and $x$ is the question. Supervised fine-tuning uses $y_w$ alone. How can a model learn from the
+# *comparison*? The next section derives [DPO](../docs/glossary.md#dpo) in four steps.
 
 # %% [markdown]
-# The probability of the whole answer is a product over its tokens, so its logarithm is this sum. Note the end token: it is
-# part of the answer. A model that is never trained to end does not end
-# ([a common complaint](https://github.com/huggingface/trl/issues/734)).
+# ## 2 From a preference to a loss
 #
-# **Predict**: the question stands before the answer in the same row of tokens. Which logits predict the answer's *first*
-# token: those at its own position, or those one place before?
-
-# %% [markdown]
-# One place before: the logits at position $i$ see the tokens up to $i$ and predict token $i+1$. An answer at positions
-# $P$ to $P+R-1$ therefore needs the logits of $P-1$ to $P+R-2$. Questions have different lengths, so the batch is padded:
-# questions on the left, answers on the right. Then all answers begin in the same column.
-
-# %%
-from irpo_utils import logprobs
-
-prompts, answers = [[0, 2], [1]], [[3, 0, 4], [2, 4]]
-batch = logprobs.pad_batch(prompts, answers, pad_id=9)
-print(batch["input_ids"])
-print(batch["response_mask"])
-
-# %% [markdown]
-# Nine is the padding. The mask says which columns of the answer block are real. Now by hand, with logits that we choose:
-# walk over the tokens of each answer and add up.
-
-# %%
-all_logits = torch.sin(torch.arange(2 * 5 * 10.0)).view(2, 5, 10)   # rows, positions, vocabulary
-by_hand = []
-for row, tokens in enumerate(answers):
-    logp = torch.log_softmax(all_logits[row], -1)
-    # Answers begin in column 2, so the logits of column 1 predict their first token.
-    by_hand.append(sum(logp[1 + i, token] for i, token in enumerate(tokens)))
-print(torch.stack(by_hand))
-
-# %% [markdown]
-# The module does the same for a real model. We hand it a stand-in that returns our logits.
-
-# %%
-from types import SimpleNamespace
-
-def stand_in(logits_to_keep, **inputs):
-    return SimpleNamespace(logits=all_logits[:, -logits_to_keep:])
-
-by_module = logprobs.response_logps(stand_in, batch).sum(-1)
-print(by_module)
-assert torch.allclose(by_module, torch.stack(by_hand))
-
-# %% [markdown]
-# The tokens of the question are conditioned on and never scored: they are in no term of the loss.
-
-# %% [markdown]
-# ## 2 The DPO term
+# **Step 1: a preference is a biased coin.** Give every completion a reward $r(x, y)$, a number that says how good it is.
+# The larger the difference of two rewards, the surer the preference. The Bradley–Terry model makes this precise with
+# the logistic function $\sigma(z) = 1 / (1 + e^{-z})$:
 #
-# $$L_\text{DPO} = -\log\sigma(h), \qquad
-# h = \beta\,\big[\log M_\theta(w|x) - \log M_t(w|x)\big] - \beta\,\big[\log M_\theta(l|x) - \log M_t(l|x)\big]$$
+# $$P(y_w \text{ is preferred to } y_l) = \sigma\big(r(x, y_w) - r(x, y_l)\big)$$
 #
-# $w$ is the winner, $l$ the loser, $M_\theta$ the model being trained, and $M_t$ the
-# [reference](../docs/glossary.md#reference-model): the model that wrote both
-# ([section 2](https://arxiv.org/html/2404.19733v3#S2)). $h$ is the [margin](../docs/glossary.md#reward-margin). Three pairs,
-# as sums of log-probabilities:
+# Only the difference counts: adding the same number to both rewards changes nothing.
 
 # %%
-beta = 0.1
-logps_chosen, ref_chosen = torch.tensor([[-12.0, -30.0, -8.0], [-13.0, -30.0, -6.0]])
-logps_rejected, ref_rejected = torch.tensor([[-15.0, -20.0, -9.0], [-13.0, -20.0, -5.0]])
-
-ratio_chosen, ratio_rejected = logps_chosen - ref_chosen, logps_rejected - ref_rejected
-print("winner against reference:", ratio_chosen)
-print("loser against reference: ", ratio_rejected)
+for difference in (-2.0, 0.0, 2.0, 5.0):
+    print(f"reward difference {difference:+.0f}: preferred with probability {1 / (1 + math.exp(-difference)):.3f}")
 
 # %% [markdown]
-# **Predict**: in the third pair the winner has become *less* probable than it was under the reference. Is DPO unhappy about
-# that? Rank the three pairs by their loss.
+# **Step 2: the best policy for a given reward.** Let $\pi$ be the model that we look for. It should earn a high reward
+# and stay close to a [reference model](../docs/glossary.md#reference-model) $\pi_\text{ref}$:
+#
+# $$\max_\pi \; \mathbb{E}_{y \sim \pi}\big[r(x, y)\big] - \beta\, \mathrm{KL}(\pi \,\|\, \pi_\text{ref})$$
+#
+# β is the price of one nat of distance. The solution multiplies every probability of the reference by
+# $e^{r/\beta}$ and normalises:
+#
+# $$\pi^*(y|x) = \frac{1}{Z(x)}\, \pi_\text{ref}(y|x)\, e^{r(x, y)/\beta}, \qquad
+# Z(x) = \sum_y \pi_\text{ref}(y|x)\, e^{r(x, y)/\beta}$$
+#
+# *Why?* Write the KL divergence as an expectation and collect both terms under one logarithm:
+#
+# $$\mathbb{E}_{y \sim \pi}\Big[r - \beta \log \frac{\pi}{\pi_\text{ref}}\Big]
+# = -\beta\, \mathbb{E}_{y \sim \pi}\Big[\log \frac{\pi}{\pi_\text{ref}\, e^{r/\beta}}\Big]
+# = -\beta\, \mathrm{KL}(\pi \,\|\, \pi^*) + \beta \log Z(x)$$
+#
+# A KL divergence is never negative, and 0 only for $\pi = \pi^*$.
+#
+# **Predict**: three completions have rewards 0, 1 and 1. Where does the best policy go for a small β, and for a large one?
 
 # %%
-h = beta * (ratio_chosen - ratio_rejected)
-loss_dpo = -torch.nn.functional.logsigmoid(h)
-print("margin:", h)
-print("loss:  ", loss_dpo)
+ref, reward = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.0, 1.0, 1.0])
+
+def best_policy(beta):
+    weights = ref * torch.exp(reward / beta)
+    return weights / weights.sum()
+
+for beta in (0.1, 1.0, 10.0):
+    print(f"β = {beta:4}:", best_policy(beta))
 
 # %% [markdown]
-# It is quite content: the loser fell further, so the third pair has a lower loss than the second, where nothing moved.
-# DPO looks at the *difference* only. It can be lowered while the winner sinks, as
-# [users see](https://github.com/huggingface/trl/issues/800) and as [Smaug](https://arxiv.org/abs/2402.13228) shows in
-# theory. This is the gap that the NLL term fills.
+# A small β follows the reward, and a large β stays at the reference. Is it really the optimum? Try 10,000 random policies.
+
+# %% tags=["nbval-ignore-output"]
+def objective(policy, beta=1.0):
+    return (policy * (reward - beta * torch.log(policy / ref))).sum(-1)
+
+torch.manual_seed(0)
+others = torch.distributions.Dirichlet(torch.ones(3)).sample((10_000,))
+print(f"formula {objective(best_policy(1.0)):.4f}, best random policy {objective(others).max():.4f}")
+assert objective(best_policy(1.0)) >= objective(others).max()
 
 # %% [markdown]
-# **Predict**: before the first step $M_\theta = M_t$. What is the loss then, whatever the data?
+# **Step 3: read the formula backwards.** Solve it for the reward:
+#
+# $$r(x, y) = \beta \log \frac{\pi^*(y|x)}{\pi_\text{ref}(y|x)} + \beta \log Z(x)$$
+#
+# So every policy is optimal for *some* reward: β times its log-ratio to the reference. $Z(x)$ is a sum over all possible
+# completions, which we cannot compute. But it is the same for all completions of a question, and Bradley–Terry needs a
+# difference: $Z$ cancels.
 
 # %%
-import math
-
-h_at_start = beta * ((ref_chosen - ref_chosen) - (ref_rejected - ref_rejected))
-at_start = -torch.nn.functional.logsigmoid(h_at_start)
-print(at_start, "ln 2 =", round(math.log(2), 4))
-assert torch.allclose(at_start, torch.full((3,), math.log(2)))
+implied = 1.0 * torch.log(best_policy(1.0) / ref)      # β log-ratio, without β log Z
+print("implied reward:        ", implied)
+print("difference to the real:", reward - implied)
+assert torch.allclose(implied[1] - implied[0], reward[1] - reward[0])
 
 # %% [markdown]
-# Both ratios are 1, so $h = 0$ and $-\log\sigma(0) = \ln 2$. It is a free test of every training run. Another number at step
-# 0: the reference is not the model that you start from. *Still* that number later: nothing is being trained
-# ([such a case](https://github.com/huggingface/trl/issues/1962)).
+# **Step 4: maximum likelihood.** Put the implied reward of the model in training, $\pi_\theta$, into Bradley–Terry, and
+# take the negative log-likelihood of the preference that we observed:
+#
+# $$L_\text{DPO} = -\log\sigma(\beta\,\delta), \qquad
+# \delta = \log\frac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)} - \log\frac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)}$$
+#
+# In Iterative RPO the reference is $M_t$, which wrote both completions, and the grader decides
+# which one is preferred. $\beta\delta$ is the [reward margin](../docs/glossary.md#reward-margin).
+
+# %% tags=["nbval-ignore-output"]
+figure = helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
+assert "ln 2 = 0.69" in plots.alt_text(figure)
+figure
 
 # %% [markdown]
-# ## 3 The NLL term
+# All curves pass through $\ln 2$ at $\delta = 0$. With a small β, training continues to push pairs that are well
+# separated. With a large β a pair stops mattering after a few nats.
 #
-# $$L_\text{NLL} = -\frac{\log M_\theta(w|x)}{|w|}$$
+# **The gradient** follows from $(\log\sigma)'(z) = \sigma(-z)$:
 #
-# The winner's [negative log-likelihood](../docs/glossary.md#nll-term), divided by the number of tokens of *this* winner,
-# end token included. The DPO term keeps its plain sums. Averaging those, too, is a common slip
-# ([and it does harm](https://github.com/huggingface/trl/issues/789)): a margin is about whole answers.
+# $$\frac{\partial L_\text{DPO}}{\partial \log\pi_\theta(y_w|x)} = -\beta\,\sigma(-\beta\delta), \qquad
+# \frac{\partial L_\text{DPO}}{\partial \log\pi_\theta(y_l|x)} = +\beta\,\sigma(-\beta\delta)$$
+#
+# Gradient descent moves against it: the chosen completion up and the rejected one down, with equal force. Autograd agrees.
 
 # %%
-n_tokens = torch.tensor([24, 60, 8])
-loss_nll = -logps_chosen / n_tokens
-print(loss_nll)
+chosen = torch.tensor([-20.0, 0.0, 20.0], requires_grad=True)      # log-ratios, so δ = chosen - rejected
+rejected = torch.zeros(3, requires_grad=True)
+(-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected))).sum().backward()
+print("chosen:  ", chosen.grad)
+print("rejected:", rejected.grad)
+assert torch.allclose(rejected.grad, 0.1 * torch.sigmoid(-0.1 * chosen))
+
+# %% tags=["nbval-ignore-output"]
+figure = helpers_04.gradient_arrows(beta=0.1)
+assert "0.050 at δ = 0" in plots.alt_text(figure)
+figure
 
 # %% [markdown]
-# The second winner has 60 tokens and weighs no more than the first with 24: both pay half a nat per token. The whole loss of
-# a pair is $L_\text{DPO} + \alpha L_\text{NLL}$, and of a batch the mean over its pairs. The paper tries 0.25, 0.5, 1 and 2 for $\alpha$ and
-# takes 1. In its first version $\alpha$ stood before the DPO term ([noted here](https://github.com/huggingface/trl/issues/1868));
-# at $\alpha = 1$ that makes no difference.
+# ## 3 Why is that not enough?
 #
-# The module:
+# Training moves parameters, and completions share them. The smallest example has two parameters and three
+# completions. The chosen and the rejected one have similar features.
 
 # %%
-from irpo_utils import training
+features = torch.tensor([[1.0, 0.2], [1.2, -0.2], [-1.0, 0.5]])     # chosen, rejected, a third one
 
-dpo, nll = training.dpo_nll_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens,
-                                 alpha=1.0, beta=beta)
-assert torch.allclose(dpo, loss_dpo) and torch.allclose(nll, loss_nll)
-print("loss per pair:", dpo + 1.0 * nll)
+def toy_training(alpha, steps=60):
+    """Probabilities of the three completions at every step, (steps, 3)."""
+    theta, rows = torch.zeros(2, requires_grad=True), []
+    ref = torch.log_softmax(features @ theta, -1).detach()
+    for _ in range(steps):
+        logp = torch.log_softmax(features @ theta, -1)
+        loss_dpo = -torch.nn.functional.logsigmoid((logp[0] - ref[0]) - (logp[1] - ref[1]))
+        [gradient] = torch.autograd.grad(loss_dpo - alpha * logp[0], theta)
+        theta = (theta - 0.5 * gradient).requires_grad_()
+        rows.append(logp.exp().detach().numpy())
+    return rows
 
 # %% [markdown]
-# ### Exercise 4.1: the loss in one piece
+# **Predict**: which of the three is the most probable after training with DPO alone?
+
+# %% tags=["nbval-ignore-output"]
+toy = {"DPO": np.array(toy_training(alpha=0.0)), "DPO + NLL": np.array(toy_training(alpha=1.0))}
+assert toy["DPO"][-1].argmax() == 2 and toy["DPO + NLL"][-1].argmax() == 0
+helpers_04.toy_probabilities(toy)
+
+# %% [markdown]
+# The third one. The direction that separates chosen from rejected lowers *both*, and DPO sees only the difference. This
+# is [likelihood displacement](../docs/glossary.md#likelihood-displacement)
+# ([Razin et al. 2024](https://arxiv.org/abs/2410.08847)). Iterative RPO therefore adds a term that says *raise the chosen
+# completion*:
 #
-# **Goal**: write Eq. 1 as one function. **Difficulty**: 1 of 3. **Time**: 10 minutes.
+# $$L = L_\text{DPO} + \alpha\, L_\text{NLL}, \qquad L_\text{NLL} = -\frac{\log\pi_\theta(y_w|x)}{|y_w|}$$
 #
-# `my_loss` takes tensors of shape (batch,): four sums of log-probabilities and the number of tokens of each winner. It
-# returns the whole loss *per pair*, DPO + α NLL, shape (batch,).
+# This is Eq. 1 of [the paper](https://arxiv.org/html/2404.19733v3#S2), which uses α = 1 and β = 0.1.
+#
+# ### What is a sum and what is a mean?
+#
+# DPO needs *sums* over tokens: a preference is about whole completions. The NLL is divided by the number of tokens of
+# *this* chosen completion, and the batch takes the mean over pairs. A common error divides by the tokens of the whole
+# batch instead.
+#
+# **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What do both ways give?
+
+# %%
+tokens, nats_per_token = torch.tensor([60.0, 300.0]), torch.tensor([0.5, 2.0])
+logps = -tokens * nats_per_token
+print(f"Eq. 1:             {(-logps / tokens).mean():.2f}   weights 0.50 and 0.50")
+weights = tokens / tokens.sum()
+print(f"tokens of a batch: {-logps.sum() / tokens.sum():.2f}   weights {weights[0]:.2f} and {weights[1]:.2f}")
+
+# %% [markdown]
+# The long completion counts five times as much. TRL's `sft` loss averages in this way
+# ([discussion](https://github.com/huggingface/trl/pull/1705)), so `irpo_utils.training` has its own loss.
+
+# %% [markdown]
+# ### Exercise 4.1: Eq. 1 in one function
+#
+# **Goal**: write the loss of each pair. **Difficulty**: 1 of 3. **Time**: 10 minutes.
+#
+# The first five arguments have shape (batch,): four sums of log-probabilities, and the tokens of each chosen
+# completion. Return the loss per pair, shape (batch,).
 #
 # <details><summary>Hint</summary>
 #
-# Two ratios, their difference times β, `torch.nn.functional.logsigmoid`. Then the NLL: no reference in it, and each winner
-# has its own divisor.
+# Compute both log-ratios and their difference, then `torch.nn.functional.logsigmoid`. The NLL has no reference in it.
 #
 # </details>
 
 # %%
 def my_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens, alpha, beta):
     # SOLUTION
-    h = beta * ((logps_chosen - ref_chosen) - (logps_rejected - ref_rejected))
-    return -torch.nn.functional.logsigmoid(h) - alpha * logps_chosen / n_tokens
+    delta = (logps_chosen - ref_chosen) - (logps_rejected - ref_rejected)
+    return -torch.nn.functional.logsigmoid(beta * delta) - alpha * logps_chosen / n_tokens
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
-import checks_04
 print(checks_04.loss(my_loss))
 
 # %% [markdown]
 # The worked solution is in [solutions/04_dpo_nll_training.ipynb](solutions/04_dpo_nll_training.ipynb).
 
 # %% [markdown]
-# ## 4 Which way it pushes
+# ## 4 From a model to log-probabilities
 #
-# A loss is understood by its derivatives. With $(\log\sigma)'(h) = \sigma(-h)$:
-#
-# $$\frac{\partial L}{\partial \log M_\theta(w)} = -\beta\,\sigma(-h) - \frac{\alpha}{|w|}$$
-#
-# The first part is large while the pair is ordered wrongly, and fades once the margin is wide. The second never fades.
-# Autograd agrees:
+# The loss needs $\log\pi_\theta(y|x)$, the sum over the tokens of a completion, end token included. Two details cause most
+# bugs. **Shift**: the logits of a column predict the *next* column. **Mask**: rows have different lengths, and padding must
+# not count. `pad_batch` pads prompts on the left and completions on the right, so that all completions begin in the same
+# column.
 
-# %%
-alpha, w = 1.0, logps_chosen.clone().requires_grad_()
-dpo, nll = training.dpo_nll_loss(w, logps_rejected, ref_chosen, ref_rejected, n_tokens,
-                                 alpha=alpha, beta=beta)
-(dpo + alpha * nll).sum().backward()
-
-formula = -beta * torch.sigmoid(-h) - alpha / n_tokens
-print(w.grad, formula, sep="\n")
-assert torch.allclose(w.grad, formula)
+# %% tags=["nbval-ignore-output"]
+words = ["2", "+", "3", "=", "5", "<end>", "6", "so"]
+prompts, completions = [[0, 1, 2, 3], [2, 3]], [[4, 5], [7, 6, 5]]
+batch = logprobs.pad_batch(prompts, completions, pad_id=0)
+assert batch["response_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+helpers_04.padding_grid(batch, words)
 
 # %% [markdown]
-# **Predict**: at step 0, with the paper's α = 1 and β = 0.1, which part pushes a winner of 10 tokens harder, DPO or NLL?
-# And one of 200 tokens?
-
-# %%
-print("tokens   DPO    NLL")
-for tokens in (5, 10, 20, 50, 200):
-    print(f"{tokens:6} {0.1 * 0.5:6.3f} {1.0 / tokens:6.3f}")
+# The prompt is read and never scored.
 
 # %% [markdown]
-# They are equal at 20 tokens. On shorter winners the NLL rules, on longer ones DPO does, at least at the start. So the same α = 1
-# is a strong pull for the short answers of a small task and a weak one for the long answers of a real model. Bear that in
-# mind when two papers disagree about the NLL term.
-
-# %% [markdown]
-# ### Exercise 4.2: the push on the loser
+# ### Exercise 4.2: shift and mask
 #
-# **Goal**: derive one derivative on paper and check it by machine. **Difficulty**: 2 of 3. **Time**: 10 minutes.
+# **Goal**: compute log-probabilities of completions. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# Write `gradient_rejected`: the derivative of the loss of each pair with respect to the loser's log-probability. No
-# autograd, one formula.
+# `logits` has shape (rows, P + R, vocabulary), `input_ids` (rows, P + R), and `response_mask` (rows, R) is 1 on
+# completion tokens. Return the sum of each row, shape (rows,).
 #
 # <details><summary>Hint</summary>
 #
-# $L$ depends on the loser through $h$ only: $\partial L / \partial h = -\sigma(-h)$, times $\partial h / \partial \log M_\theta(l)$.
-# Mind the two minus signs. A positive derivative means that training pushes the number down.
+# Slice the logits of columns P - 1 to P + R - 2, take `log_softmax`, and pick the tokens with `gather`.
 #
 # </details>
 
 # %%
-def gradient_rejected(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens,
-                      alpha, beta):
+def my_response_logps(logits, input_ids, response_mask):
     # SOLUTION
-    h = beta * ((logps_chosen - ref_chosen) - (logps_rejected - ref_rejected))
-    return beta * torch.sigmoid(-h)
+    R = response_mask.shape[1]
+    logps = torch.log_softmax(logits[:, -R - 1 : -1], dim=-1)
+    picked = logps.gather(-1, input_ids[:, -R:, None]).squeeze(-1)
+    return (picked * response_mask).sum(-1)
     # STUB
-    # return None      # your turn
+    # return ...      # your turn
     # END
 
 # %%
-print(checks_04.gradient_rejected(gradient_rejected))
+print(checks_04.response_logps(my_response_logps))
 
 # %% [markdown]
-# The worked solution is in [solutions/04_dpo_nll_training.ipynb](solutions/04_dpo_nll_training.ipynb).
+# The worked solution is in [solutions/04_dpo_nll_training.ipynb](solutions/04_dpo_nll_training.ipynb). For a real model
+# `logprobs.response_logps` does the same. Load M_0 and score four pairs.
 
-# %% [markdown]
-# ## 5 What TRL averages instead
-#
-# TRL is the library under this package. It can add the same two terms, `loss_type=["sigmoid", "sft"]`, but its `sft` term is
-# a mean over *all tokens of all winners of a batch*. Take two winners of 60 and 300 tokens, at 0.5 and 2 nats per token.
-#
-# **Predict**: Eq. 1 gives their mean, 1.25. Will the mean over tokens be higher or lower?
+# %% tags=["nbval-ignore-output"]
+model, tokenizer, trainer = helpers_04.load_m0(profile)
+data = preferences.shuffle(seed=0)
+four = data.select(range(4))
 
-# %%
-lengths, per_token = torch.tensor([60.0, 300.0]), torch.tensor([0.5, 2.0])
-shares = lengths / lengths.sum()
-print(f"per sequence: {per_token.mean():.2f}  (weights 0.50 and 0.50)")
-over_tokens = (shares * per_token).sum()
-print(f"per token:    {over_tokens:.2f}  (weights {shares[0]:.2f} and {shares[1]:.2f})")
+def score():
+    """Log-probabilities of the four pairs under the model as it is: two tensors (4,)."""
+    sides = []
+    for side in ("chosen_ids", "rejected_ids"):
+        batch = logprobs.pad_batch(list(four["prompt_ids"]), list(four[side]), tokenizer.pad_token_id, model.device)
+        sides.append(logprobs.response_logps(model, batch).sum(-1))
+    return sides
 
-# %% [markdown]
-# Higher: the long winner now counts five times as much. Where long and short answers suit different questions, that is
-# another training signal. The [discussion in TRL](https://github.com/huggingface/trl/pull/1705) knew and accepted it. At one
-# pair per device both agree, which is why it is easily overlooked.
-#
-# Now with the real library. Two pairs whose winners have 60 and 300 tokens; TRL appends the end token itself.
-
-# %%
-from datasets import Dataset
-
-question = "Question: Mia has 24 shells. Mia finds 13 more. How many shells are there?\nSolution:"
-two_pairs = Dataset.from_list([
-    {"prompt": question, "chosen": "24+13=37\n" * 6 + "24+13", "rejected": "Final answer: 3"},
-    {"prompt": question, "chosen": "7" * 299, "rejected": "Final answer: 12"}])
-
-# %% [markdown]
-# The reference is the seed model. The model in training is a copy with a little noise on its weights, so that the DPO term
-# is not just $\ln 2$.
-
-# %%
-from transformers import AutoModelForCausalLM
-
-seed_folder = models.FOLDERS["seed"]
-tokenizer = models.load_tokenizer(str(seed_folder))
-reference, policy = (AutoModelForCausalLM.from_pretrained(seed_folder, dtype=torch.float32)
-                     for _ in range(2))
-generator = torch.Generator().manual_seed(0)
 with torch.no_grad():
-    for weight in policy.parameters():
-        weight += 0.02 * weight.std() * torch.randn(weight.shape, generator=generator)
-
-# %%
-import tempfile
-from trl import DPOConfig, DPOTrainer
-
-config = DPOConfig(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1,
-                   per_device_train_batch_size=2, max_length=None, output_dir=tempfile.mkdtemp(),
-                   use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
-trainer = DPOTrainer(policy, reference, config, train_dataset=two_pairs, processing_class=tokenizer)
-trl_batch = next(iter(trainer.get_train_dataloader()))
-trl_loss = trainer.compute_loss(policy, trl_batch).item()
-print("tokens of the two winners:", sorted(trl_batch["completion_mask"].sum(1).tolist()[:2]))
+    reference = score()
+print("chosen  ", reference[0], "\nrejected", reference[1])
+assert (torch.stack(reference) < 0).all()
 
 # %% [markdown]
-# And ours, on the same tokens, with both ways of averaging.
+# **Predict**: before the first step the model *is* the reference. What is the DPO term, whatever the data?
 
-# %%
-# NBVAL_IGNORE_OUTPUT
-def ids(text, end=(tokenizer.eos_token_id,)):
-    return tokenizer(text, add_special_tokens=False).input_ids + list(end)
-
-@torch.no_grad()
-def logps_of(model, side):
-    prompts, answers = [ids(q, end=()) for q in two_pairs["prompt"]], [ids(a) for a in two_pairs[side]]
-    batch = logprobs.pad_batch(prompts, answers, tokenizer.pad_token_id)
-    return logprobs.response_logps(model, batch).sum(-1)
-
-scores = [logps_of(model, side) for model in (policy, reference) for side in ("chosen", "rejected")]
-dpo, nll = training.dpo_nll_loss(*scores, lengths, alpha=1.0, beta=0.1)
-over_tokens = (dpo.mean() - scores[0].sum() / lengths.sum()).item()
-per_sequence = (dpo + nll).mean().item()
-print(f"TRL {trl_loss:.4f}, ours over all tokens {over_tokens:.4f}, Eq. 1 {per_sequence:.4f}")
-assert abs(trl_loss - over_tokens) < 1e-3 < abs(trl_loss - per_sequence)
+# %% tags=["nbval-ignore-output"]
+n_tokens = torch.tensor([len(ids) for ids in four["chosen_ids"]], device=model.device)
+tolerance = 1e-4 if model.dtype == torch.float32 else 5e-3       # 16-bit numbers round
+loss_dpo, loss_nll = training.dpo_nll_loss(*score(), *reference, n_tokens, alpha=1.0, beta=0.1)
+print(f"DPO term {loss_dpo.mean():.4f}, ln 2 = {math.log(2):.4f}; NLL term {loss_nll.mean():.4f}")
+assert (loss_dpo - math.log(2)).abs().max() < tolerance
 
 # %% [markdown]
-# With TRL's averaging our numbers equal TRL's, which checks the DPO term and the log-probabilities by an independent
-# implementation. With the paper's averaging they differ. `training.train` therefore has a loss of its own in TRL's
-# trainer; `loss="dpo_nll_per_token"` gives TRL's for comparison.
+# $\delta = 0$, so the DPO term is $\ln 2$; the whole loss is larger by α times the NLL. In bf16 the two forward passes
+# can round differently, and 0.6935 is normal. A larger distance means that training does not start from the reference.
+# A DPO term that *stays* at $\ln 2$ means that nothing is trained.
 
 # %% [markdown]
-# ### Exercise 4.3: find the bug
+# ### Exercise 4.3: one training step
 #
-# **Goal**: read a loss with distrust. **Difficulty**: 2 of 3. **Time**: 10 minutes.
+# **Goal**: make one step that raises the margin. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# `batch_nll` below was written for Eq. 1. It takes `token_logps` of shape (batch, columns) and a `mask` of the same shape, 1
-# on the winner's tokens and 0 on padding, and should return one number for the batch. It runs, it falls in training, and
-# it is wrong. Mend it.
+# `score()` returns both log-probabilities with gradients, and `reference` holds those of the reference. Make one step on
+# the mean loss of the pairs and return that loss.
 #
 # <details><summary>Hint</summary>
 #
-# Two winners in one batch: what does each of them get divided by? Which number *should* it be divided by, and where in the
-# mask does that stand?
+# `training.dpo_nll_loss` gives both terms per pair. Then: `zero_grad`, `backward`, `step`, `return`.
 #
 # </details>
 
 # %%
-def batch_nll(token_logps, mask):
+def train_step(score, optimizer, reference, n_tokens, alpha, beta):
     # SOLUTION
-    return -((token_logps * mask).sum(-1) / mask.sum(-1)).mean()
+    optimizer.zero_grad()
+    loss_dpo, loss_nll = training.dpo_nll_loss(*score(), *reference, n_tokens, alpha=alpha, beta=beta)
+    loss = (loss_dpo + alpha * loss_nll).mean()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
     # STUB
-    # return -(token_logps * mask).sum() / mask.sum()      # the suspect: mend this line
+    # return ...      # your turn
     # END
 
 # %%
-print(checks_04.batch_nll(batch_nll))
+print(checks_04.train_step(train_step))
 
 # %% [markdown]
-# The worked solution is in [solutions/04_dpo_nll_training.ipynb](solutions/04_dpo_nll_training.ipynb).
+# The worked solution is in [solutions/04_dpo_nll_training.ipynb](solutions/04_dpo_nll_training.ipynb). Your function
+# now trains the real model, that is its LoRA adapter.
+
+# %% tags=["nbval-ignore-output"]
+adapter = [weight for name, weight in model.named_parameters() if "lora_" in name]
+optimizer = torch.optim.AdamW([weight.requires_grad_() for weight in adapter], lr=1e-3)
+
+def delta():
+    with torch.no_grad():
+        chosen, rejected = score()
+    return (chosen - reference[0]) - (rejected - reference[1])
+
+before = delta()
+train_step(score, optimizer, reference, n_tokens, alpha=1.0, beta=0.1)
+print("δ before:", before, "\nδ after: ", delta())
+assert (0.1 * before).abs().max() < tolerance
 
 # %% [markdown]
-# ## 6 NF4: a weight in four bits
+# ## 5 A short training run
 #
-# The paper trains all weights of a 70-billion-parameter model on 64 large GPUs. We do it as most people must: the base
-# is frozen and stored in four bits, and a small adapter is trained beside it
-# ([QLoRA, Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)). Here is one layer of the seed model.
+# `training.train` does this for all pairs, with TRL's trainer. A `Probe` scores 64 pairs that are not trained on.
 
-# %%
-from safetensors.torch import load_file
+# %% tags=["nbval-ignore-output"]
+STEPS = 4 if PROFILE == "smoke" else 40
+kept = min(64, len(data) // 4)
+probe_pairs, train_pairs = data.select(range(kept)), data.select(range(kept, len(data)))
 
-weights = load_file(seed_folder / "model.safetensors")
-weight = weights["model.layers.0.self_attn.q_proj.weight"]
-print(tuple(weight.shape), weight.dtype, weight.numel() * 4, "bytes")
-
-# %% [markdown]
-# **Step 1: blocks.** Cut the weights into [blocks of 64](../docs/glossary.md#block-wise-quantisation) and divide each by its
-# largest absolute value, its *absmax*. Every block then lies between -1 and 1, and an outlier spoils 64 weights, not all.
-
-# %%
-blocks = weight.view(-1, 64)
-absmax = blocks.abs().amax(1)
-scaled = blocks / absmax[:, None]
-print(f"{len(blocks)} blocks; absmax from {absmax.min():.3f} to {absmax.max():.3f}")
-assert scaled.abs().max() == 1
-
-# %% [markdown]
-# **Step 2: sixteen levels.** Four bits can name sixteen numbers. **Predict**: should these be evenly spaced from -1 to 1?
-# Look where the weights are.
-
-# %%
-counts = torch.histc(scaled, bins=8, min=-1.0, max=1.0)
-for i, count in enumerate(counts.tolist()):
-    print(f"{i / 4 - 1:5.2f} to {(i + 1) / 4 - 1:5.2f}  {'#' * round(count / 70)}")
-
-# %% [markdown]
-# No. Most weights lie near 0, much as in a normal distribution, and levels should stand where the weights are.
-# [NF4](../docs/glossary.md#nf4) takes quantiles of the normal distribution: eight steps on the positive side, seven on the
-# negative one, and an exact 0 between, all divided by the largest.
-
-# %%
-from statistics import NormalDist
-
-def quantiles(n, edge=0.9677083):        # edge: so that the outermost quantile is not infinite
-    return [NormalDist().inv_cdf(edge + (0.5 - edge) * i / n) for i in range(n)]
-
-levels = torch.tensor([-q for q in quantiles(7)] + [0.0] + quantiles(8)[::-1])
-levels = levels / levels.max()
-print(levels)
-
-# %% [markdown]
-# These sixteen numbers are the same for every model; bitsandbytes has them built in. Each weight is replaced by the index
-# of its nearest level.
-
-# %%
-from bitsandbytes import functional as bnb
-
-index = (scaled[..., None] - levels).abs().argmin(-1)
-print("weights:", blocks[0, :6])
-print("scaled: ", scaled[0, :6])
-print("index:  ", index[0, :6])
-print("level:  ", levels[index[0, :6]])
-assert torch.allclose(levels, bnb.get_4bit_type("nf4", device="cpu"), atol=1e-6)
-
-# %% [markdown]
-# **Step 3: two in a byte.** An index needs four bits, so two of them share a byte: 16 times the first plus the second.
-# bitsandbytes stores exactly these bytes.
-
-# %%
-packed = (16 * index.flatten()[0::2] + index.flatten()[1::2]).to(torch.uint8)
-stored, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-print(packed[:8], len(packed), "bytes")
-assert torch.equal(packed, stored.flatten())
-
-# %% [markdown]
-# **Step 4: the absmax costs, too.** 32 bits for every 64 weights is half a bit per weight.
-# [Double quantisation](../docs/glossary.md#double-quantisation) stores them in 8 bits: subtract their mean, take groups of
-# 256, divide each by its own absmax, and use the nearest of 256 fixed levels, which stand closer together near 0.
-
-# %%
-eight_bit_levels = bnb.create_dynamic_map()
-groups = (absmax - absmax.mean()).view(-1, 256)
-group_absmax = groups.abs().amax(1, keepdim=True)
-nearest = ((groups / group_absmax)[..., None] - eight_bit_levels).abs().argmin(-1)
-absmax_again = (eight_bit_levels[nearest] * group_absmax).flatten() + absmax.mean()
-print("absmax before:", absmax[:5])
-print("absmax after: ", absmax_again[:5])
-
-# %% [markdown]
-# Put together: level times absmax, and we have the weight that the model computes with. It equals what bitsandbytes
-# dequantises to.
-
-# %%
-dequantised = (levels[index] * absmax_again[:, None]).view_as(weight)
-module = bnb.dequantize_4bit(stored, state)
-assert torch.allclose(dequantised, module, atol=1e-6)
-print("weights:    ", weight[0, :5])
-print("dequantised:", dequantised[0, :5])
-
-# %% [markdown]
-# **Predict**: sixteen levels a block. How far off are the weights now, on average: 1 %, 10 % or 50 % of their size?
-
-# %%
-bits = 4 + 8 / 64 + 32 / (64 * 256)
-error = (dequantised - weight).abs().mean() / weight.abs().mean()
-print(f"{bits:.3f} bits per weight; without double quantisation {4 + 32 / 64:.3f}; before 32")
-print(f"mean error {error:.0%} of the mean weight")
-
-# %% [markdown]
-# Not small. A network bears it because such errors are many and have no common direction, and because we *sample and train
-# with the same rounded weights*: M_0 here is the rounded model. What must not be done is to merge a trained adapter into
-# the four bits: its small changes would be rounded away
-# ([measured by users](https://github.com/huggingface/transformers/issues/31293)).
-
-# %% [markdown]
-# One honest footnote. On a CPU bitsandbytes rounds an absmax now and then to the *other* neighbour, where it lies almost midway between
-# two levels. So the by-hand way, as a function, over all 28 layers:
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-def nf4_by_hand(weight):
-    scale = weight.view(-1, 64).abs().amax(1)
-    index = (weight.view(-1, 64, 1) / scale[:, None, None] - levels).abs().argmin(-1)
-    groups = (scale - scale.mean()).view(-1, 256)
-    top = groups.abs().amax(1, keepdim=True)
-    nearest = ((groups / top)[..., None] - eight_bit_levels).abs().argmin(-1)
-    scale = (eight_bit_levels[nearest] * top).flatten() + scale.mean()
-    return (levels[index] * scale[:, None]).view_as(weight)
-
-equal = []
-for matrix in (weights[name] for name in weights if "proj" in name):
-    packed = bnb.quantize_4bit(matrix, blocksize=64, quant_type="nf4", compress_statistics=True)
-    equal.append(((nf4_by_hand(matrix) - bnb.dequantize_4bit(*packed)).abs() < 1e-6).flatten())
-equal = torch.cat(equal)
-print(f"{equal.sum():,} of {len(equal):,} weights equal, {equal.float().mean():.2%}")
-assert equal.float().mean() > 0.99
-
-# %% [markdown]
-# ## 7 LoRA: a small change beside a frozen weight
-#
-# With [LoRA](../docs/glossary.md#lora) the layer becomes $y = Wx + \frac{a}{r} B A x$ with $A$ of shape $(r, \text{in})$ and $B$ of shape
-# $(\text{out}, r)$ ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)). $W$ is frozen, $A$ begins random, $B$ begins at zero, and $a$ is a
-# fixed number, here 32, which the libraries call `lora_alpha`. It has nothing to do with the α of the loss.
-
-# %%
-r, a = 2, 4
-W, x = torch.ones(3, 4), torch.tensor([1.0, 2.0, 3.0, 4.0])
-A = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], requires_grad=True)
-B = torch.zeros(3, r, requires_grad=True)
-y = W @ x + a / r * B @ (A @ x)
-print(y.detach())
-assert torch.equal(y, W @ x)
-
-# %% [markdown]
-# With $B = 0$ the layer does what it did before: M_0 *is* the base with a zero adapter, and the reference costs no second
-# copy of the model.
-#
-# **Predict**: at the very first step, which of $A$ and $B$ has a gradient?
-
-# %%
-y.sum().backward()
-print("gradient of A:", A.grad, "gradient of B:", B.grad, sep="\n")
-
-# %% [markdown]
-# Only $B$: the gradient of $A$ has $B$ as a factor. After one step $B$ is no longer zero and both learn. If both began at
-# zero, neither ever would.
-#
-# Now the real thing: a quantised layer of the seed model with its adapter, against our formula.
-
-# %%
-seed_model, _ = models.load("seed", device="cpu")
-layer = seed_model.get_base_model().model.layers[0].self_attn.q_proj
-A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
-B += torch.sin(torch.arange(B.numel()).float()).view_as(B)           # as if trained
-x = torch.cos(torch.arange(128.0))
-assert torch.allclose(layer(x), dequantised @ x + 32 / 16 * B @ (A @ x), atol=1e-4)
-base = layer.base_layer.weight
-print("base", tuple(base.shape), base.dtype, " A", tuple(A.shape), " B", tuple(B.shape))
-
-# %% [markdown]
-# The base weight shows as a column of bytes, two weights in each. That is QLoRA, whole: section 6 under section 7.
-
-# %% [markdown]
-# ### Exercise 4.4: count what is trained
-#
-# **Goal**: foresee the size of an adapter. **Difficulty**: 1 of 3. **Time**: 5 minutes.
-#
-# `lora_parameters(shapes, r)` takes a list of (out, in) shapes of linear layers and returns how many numbers LoRA matrices
-# of rank `r` on all of them have.
-#
-# <details><summary>Hint</summary>
-#
-# One $A$ and one $B$ a layer. Their shapes stand at the head of this section.
-#
-# </details>
-
-# %%
-def lora_parameters(shapes, r):
-    # SOLUTION
-    return sum(r * (d_out + d_in) for d_out, d_in in shapes)
-    # STUB
-    # return None      # your turn
-    # END
-
-# %%
-print(checks_04.lora_parameters(lora_parameters))
-
-# %% [markdown]
-# The worked solution is in [solutions/04_dpo_nll_training.ipynb](solutions/04_dpo_nll_training.ipynb).
-
-# %% [markdown]
-# ## 8 Memory: all weights or QLoRA
-#
-# Each block of a Llama or Qwen model has seven matrices. Their sizes follow from a few numbers in the model's
-# `config.json`.
-
-# %%
-# name: (hidden size, blocks, feed-forward, width of keys and values, vocabulary, embedding matrices)
-SIZES = {"seed": (128, 4, 384, 128, 1097, 1),
-         "SmolLM2-135M": (576, 30, 1536, 192, 49152, 1),
-         "Qwen2.5-0.5B": (896, 24, 4864, 128, 151936, 1),
-         "Qwen2.5-1.5B": (1536, 28, 8960, 256, 151936, 1),
-         "Llama-3.2-1B": (2048, 16, 8192, 512, 128256, 1),
-         "Llama-3.1-8B": (4096, 32, 14336, 1024, 128256, 2),
-         "Llama-2-70B": (8192, 80, 28672, 1024, 32000, 2)}
-
-def linear_shapes(d, n_blocks, ffn, kv, *_):
-    """(out, in) of all linear layers: queries, keys, values, output, gate, up, down."""
-    return n_blocks * [(d, d), (kv, d), (kv, d), (d, d), (ffn, d), (ffn, d), (d, ffn)]
-
-# %% [markdown]
-# Bytes per number. **All weights**: bf16 weight 2 and gradient 2, fp32 master copy 4, two Adam moments 8, together 16; and
-# 2 more for the reference. **QLoRA**: the base at the bits counted above for linear layers and 16 bits for embeddings, the adapter
-# at 16 bytes; the reference is the same base, scored before training, so it needs nothing.
-
-# %%
-def gigabytes(name, r=16):
-    d, _, _, _, vocabulary, copies = SIZES[name]
-    linear = sum(d_out * d_in for d_out, d_in in linear_shapes(*SIZES[name]))
-    adapter = sum(r * (d_out + d_in) for d_out, d_in in linear_shapes(*SIZES[name]))
-    embedding = copies * vocabulary * d
-    full = 18 * (linear + embedding)
-    qlora = bits / 8 * linear + 2 * embedding + 16 * adapter
-    return linear + embedding, adapter, full / 1e9, qlora / 1e9
-
-print(f"{'model':14}{'weights':>16}{'adapter':>14}{'all weights':>15}{'QLoRA':>12}{'factor':>8}")
-for name in SIZES:
-    n_weights, n_adapter, full, qlora = gigabytes(name)
-    print(f"{name:14}{n_weights:16,}{n_adapter:14,}{full:12.3f} GB{qlora:9.3f} GB", end="")
-    print(f"{full / qlora:8.1f}")
-
-# %% [markdown]
-# Norms and biases are left out, about a thousandth at most. The last line tells why the paper needs many
-# [GPUs of 80 GB](https://arxiv.org/html/2404.19733v3#S3) for training, and why one such card could hold the same model
-# with QLoRA. What is *not* in the table: activations and logits, which grow with batch and length. `micro_batch_size` and
-# `gradient_checkpointing` lower those.
-#
-# Is the estimate true? Count the bytes of the seed model that we have loaded.
-
-# %%
-from irpo_utils.ops import export
-
-held, layers = 0, 0
-for module in seed_model.modules():
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if state is not None and not hasattr(module, "lora_A"):
-        layers += 1
-        held += module.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-expected = bits / 8 * sum(d_out * d_in for d_out, d_in in linear_shapes(*SIZES["seed"]))
-print(f"{layers} layers, {held:,} bytes, expected {expected:,.0f}")
-assert abs(held / expected - 1) < 0.01
-assert gigabytes("seed")[1] == export.describe(seed_model)["adapter_parameters"]
-
-# %% [markdown]
-# ## 9 Train M_1
-#
-# Now the model of your profile. The pairs come from your own finished run of this profile if there is one, else from the run
-# that ships with the repository if it used the same model, else they are made now from 64 questions.
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-from pathlib import Path
-from irpo_utils import grading, pairs, sampling, tasks
-from irpo_utils.ops import run as runs
-
-def fits(run):
-    if not (run / "iteration_0/pairs").exists():
-        return False
-    settings = runs.read_profile(run)
-    return (settings.model, settings.task) == (profile.model, profile.task)
-
-root = next(up for up in (Path("."), Path(".."), Path("../..")) if (up / "irpo_utils").is_dir())
-places = (root / "runs" / PROFILE, root / "notebooks/shipped_run")
-run = next((place for place in places if fits(place)), None)
-print("pairs from:", run.name if run else "M_0, made now")
-assert run is None or fits(run)
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-from datasets import load_from_disk
-
-task = tasks.get(profile.task)
-model, tokenizer = runs.load_model(profile)
-engine = runs.engine_of(profile)               # how this profile samples and trains
-if run:
-    preferences = load_from_disk(str(run / "iteration_0/pairs"))
-else:
-    questions = task.load("train", profile.data).select(range(64))
-    samples = sampling.sample(model, tokenizer, questions, task, n=profile.n_samples,
-                              temperature=profile.temperature_of(0),
-                              max_new_tokens=profile.max_new_tokens,
-                              batch_size=profile.sampling_batch_size, progress=False, engine=engine)
-    preferences, _ = pairs.build_pairs(grading.grade(samples, task), k=profile.k_pairs)
-first = preferences[0]
-print(len(preferences), "pairs, for example", repr(first["chosen"]),
-      "rather than", repr(first["rejected"]), sep="\n")
-assert len(preferences) > 0
-
-# %% [markdown]
-# Three trainings from the same M_0 on the same pairs: **DPO + NLL** (the method), **DPO** alone (α = 0), and **SFT** on the
-# chosen completions (`loss="sft"`; one round of [STaR](../docs/glossary.md#star) in the paper). A *probe*, a few fixed pairs, is scored
-# every few steps in all three. The learning rate is fifteen times the profile's, so that one short training shows what
-# the run does gently over several iterations.
-
-# %%
-import pandas as pd
-from irpo_utils.ops.trainer import Probe
-from irpo_utils.ops.warnings import CollapseWarning
-
-STEPS, PROBE = (4, 16) if PROFILE == "smoke" else (60, 64)
-RATE = 15 * profile.learning_rate
-data = preferences.shuffle(seed=0).select(range(min(STEPS * profile.batch_size, len(preferences))))
-signs = []                                     # of a collapse, as the trainer sees them
-
-def train(alpha, loss="dpo_nll"):
-    """The training log, and the rows of the probe."""
-    models.set_adapter(model, None)                            # back to M_0
-    probe = Probe(data.select(range(min(PROBE, len(data)))), tokenizer, every=max(1, STEPS // 6))
+def train(alpha):
+    """A training from M_0: the log and the rows of the probe."""
+    models.set_adapter(model, None)                                  # back to M_0
+    probe = Probe(probe_pairs, tokenizer, every=max(1, STEPS // 4))
     log = training.train(
-        model, tokenizer, data, alpha, profile.beta, RATE, loss=loss, seed=profile.seed,
-        batch_size=profile.batch_size, micro_batch_size=profile.micro_batch_size,
-        trainer=engine.trainer(model), callbacks=[probe, CollapseWarning(signs.append)],
-        gradient_checkpointing=profile.gradient_checkpointing, optim=profile.optimizer,
-        disable_tqdm=True)
+        model, tokenizer, train_pairs, alpha, profile.beta, learning_rate=5 * profile.learning_rate,
+        max_steps=STEPS, batch_size=profile.batch_size, micro_batch_size=profile.micro_batch_size,
+        trainer=trainer, callbacks=[probe], gradient_checkpointing=profile.gradient_checkpointing,
+        optim=profile.optimizer, disable_tqdm=True)
     return log.to_pandas(), pd.DataFrame(probe.rows)
 
-# %% [markdown]
-# Accuracy is measured on validation questions, greedily, before and after.
+log, probed = train(alpha=1.0)
+assert abs(log.loss_dpo[0] - math.log(2)) < tolerance and len(log) == STEPS
+log.set_index("step")[["loss", "loss_dpo", "loss_nll", "rewards/margins"]].iloc[[0, -1]].round(3)
 
-# %%
-held_out = task.load("validation", profile.data).shuffle(seed=0)
-held_out = held_out.select(range(20 if PROFILE == "smoke" else 100))
-
-def greedy_right():
-    answers = sampling.sample(model, tokenizer, held_out, task, n=1, temperature=0.0,
-                              max_new_tokens=profile.max_new_tokens,
-                              batch_size=profile.sampling_batch_size, progress=False, engine=engine)
-    return grading.grade(answers, task)["correct"][:]
-
-right, results = {"M_0": greedy_right()}, {}
-
-# %% [markdown]
-# **Predict**: what will `loss_dpo` be in the first row of the log?
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-results["DPO + NLL"] = train(alpha=1.0)
-right["DPO + NLL"] = greedy_right()
-log, _ = results["DPO + NLL"]
-rounding = 1e-3 if model.dtype == torch.float32 else 0.05      # 16-bit sums differ between two batches
-assert abs(log.loss_dpo[0] - math.log(2)) < rounding and log.loss_dpo.iloc[-1] < math.log(2)
-shown = log.set_index("step").drop(columns=["seconds", "epoch"])
-shown.iloc[[0, 1, len(log) // 2, -1]].round(4)
-
-# %% [markdown]
-# $\ln 2$, as it must. `logps/chosen` and `logps/rejected` are sums over an answer, `nll_chosen` is per token, `rewards/margins` is $h$, and
-# `rewards/accuracies` the share of pairs with $h > 0$. These rows are of *different* pairs, so they jump about; the probe does not.
-#
-# **Predict** the probe's curves. With DPO alone, does the winners' log-probability rise or fall? And the *losers'* under
-# SFT, which has never heard of losers?
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-for name, (alpha, loss) in {"DPO": (0.0, "dpo_nll"), "SFT": (1.0, "sft")}.items():
-    results[name] = train(alpha, loss)
-    right[name] = greedy_right()
-assert set(results) == {"DPO + NLL", "DPO", "SFT"} <= set(right)
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-from irpo_utils import plots
-
-curves = {name: probe for name, (_, probe) in results.items()}
-figure = plots.training_curves(curves)
-assert all(len(curve) >= 2 for curve in curves.values()) and "DPO + NLL" in plots.alt_text(figure)
+# %% tags=["nbval-ignore-output"]
+figure = helpers_04.loss_curve(log)
+assert "DPO term" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# ## 10 What agrees with the paper, and what does not
+# Thin lines are single batches, thick lines a running mean. Each batch has other pairs, so the NLL term jumps; a probe
+# compares the same pairs. `rewards/margins` is $\beta\delta$.
 #
-# The paper's figures 2 and 3 show the same curves for Llama-2-70B-chat on GSM8K, with these directions
-# ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). The next cell holds them against your curves.
-
-# %%
-# NBVAL_IGNORE_OUTPUT
-moved = {(name, side): curve[f"logps/{side}"].iloc[-1] - curve[f"logps/{side}"].iloc[0]
-         for name, curve in curves.items() for side in ("chosen", "rejected")}
-statements = [("DPO + NLL raises winners (figs. 2a, 3a)", moved["DPO + NLL", "chosen"], +1),
-              ("DPO + NLL lowers losers (fig. 2a)", moved["DPO + NLL", "rejected"], -1),
-              ("DPO alone lowers winners (fig. 3a)", moved["DPO", "chosen"], -1),
-              ("DPO alone lowers losers (fig. 3a)", moved["DPO", "rejected"], -1),
-              ("SFT raises winners (fig. 2a)", moved["SFT", "chosen"], +1),
-              ("SFT raises losers, too (fig. 2a)", moved["SFT", "rejected"], +1)]
-for text, nats, sign in statements:
-    print(f"{text:40} {'agrees' if sign * nats > 0 else 'DISAGREES':10} {nats:+7.2f} nats")
-print("winners, start, highest (at step) and end:")
-for name, curve in curves.items():
-    chosen = curve["logps/chosen"]
-    print(f"  {name:10} {chosen.iloc[0]:6.2f} {chosen.max():6.2f} ({curve['step'][chosen.idxmax()]:3}) {chosen.iloc[-1]:6.2f}")
-assert moved["DPO + NLL", "chosen"] > moved["DPO + NLL", "rejected"] and moved["SFT", "chosen"] > 0
-
-# %% [markdown]
-# With the default profile all but one agree, and three remarks are due.
+# ### Open exercise: choose α
 #
-# **DPO alone** raises the winners *first*, and then lets them fall while the gap goes on growing: follow the curve and not
-# only its ends. (The callback `CollapseWarning` does, and warned above during training.) With the NLL term they turn as well, but less, and end above their start. With the profile's own, gentler learning rate one epoch ends before that turn. There DPO alone raises
-# winners too, and the NLL term makes little difference. So the effect is real, and it depends on how far one goes.
+# **Run** `train` with α = 0, 1 and another value. **Plot** the probe with `plots.training_curves`. **Argue**: which α would
+# you choose, and what would change your mind? At the start the DPO term pushes a chosen completion with $\beta/2$ and
+# the NLL term with $\alpha / |y_w|$.
+
+# %% tags=["nbval-ignore-output"]
+# SOLUTION
+alphas = {f"α = {alpha:g}": train(alpha)[1] for alpha in (0.0, 4.0)} | {"α = 1": probed}
+assert len(alphas) == 3
+plots.training_curves(alphas)
+# STUB
+# alphas = {"α = 1": probed}      # your turn: add runs with other α
+# assert len(alphas) >= 1
+# plots.training_curves(alphas)
+# END
+
+# %% [markdown]
+# ## 6 Does DPO alone lower the chosen completions?
 #
-# **Losers under SFT** disagree: here they fall. A reason may be the size of the numbers. Turn the log-probabilities into
-# probabilities:
+# In the [paper's figure 3a](https://arxiv.org/html/2404.19733v3#S3.SS1) it does, for Llama-2-70B on GSM8K. One short run
+# cannot settle this for our model. `scripts/studies/pair_log_probabilities.py` ran one iteration from M_0 with three
+# methods, two learning rates and several seeds. It stored the log-probability of *each* of 256 held-out pairs.
+
+# %% tags=["nbval-ignore-output"]
+records = helpers_04.study()
+rates = sorted({record["learning_rate"] for record in records})
+pairs_per_seed = {len(record["chosen"][0]) for record in records}
+assert pairs_per_seed == {256}
+helpers_04.chosen_with_band(records, rates)
+
+# %% [markdown]
+# Bands are 95 % intervals over seeds and pairs. **Predict**: for DPO alone at the higher learning rate, does the interval
+# exclude 0, and how many of the chosen completions rise?
 
 # %%
-# NBVAL_IGNORE_OUTPUT
-for side in ("chosen", "rejected"):
-    start, end = (math.exp(curves["SFT"][f"logps/{side}"].iloc[i]) for i in (0, -1))
-    print(f"{side:9} geometric mean probability under SFT: {start:.2g} -> {end:.2g}")
-assert end > 0
+print("learning rate  method     seeds  mean change of chosen (95 %)     median  rise")
+for rate in rates:
+    for method in ("DPO", "DPO + NLL", "SFT"):
+        change = helpers_04.changes(records, method, rate, "chosen")          # (seeds, pairs), nats
+        mean, low, high = seed_and_question_interval(change)
+        verdict = "rises" if low > 0 else "falls" if high < 0 else "not resolved"
+        print(f"{rate:<14.0e} {method:10} {len(change):<6} {mean:+.2f} ({low:+.2f} to {high:+.2f}) {verdict:13}",
+              f"{np.median(change):+.2f}  {(change > 0).mean():.0%}")
 
 # %% [markdown]
-# A winner of our small task is a likely answer, and all answers to a question share 100 %. What winners gain, others have to
-# give. In the paper's figures an answer's log-probability is minus some hundreds of nats. There no single answer holds a noticeable
-# share, so winners and losers, alike in style, can rise together.
+# Mean and median disagree. Look at the distribution.
+
+# %% tags=["nbval-ignore-output"]
+figure = helpers_04.change_histogram(records, max(rates))
+assert "median" in plots.alt_text(figure)
+figure
 
 # %% [markdown]
-# And the accuracies, which matter more than any curve. The paper has 73.1 % for DPO + NLL, 61.8 % for DPO, 65.2 % for SFT on
-# winners and 55.6 % for M_0 ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)).
+# Most chosen completions rise by a nat or two. A few crash by 10 nats and more, and they carry the mean. Which ones?
 
 # %%
-# NBVAL_IGNORE_OUTPUT
-from irpo_utils import evaluation
+held_out = helpers_04.held_out_pairs()
 
-for name, correct in right.items():
-    low, high = evaluation.wilson_interval(sum(correct), len(correct))
-    print(f"{name:10} {sum(correct) / len(correct):6.1%}  (95 % interval {low:.1%} to {high:.1%})")
-print(len(held_out), "validation questions, greedy")
-assert all(len(correct) == len(held_out) for correct in right.values())
+def shows_result(completion):
+    """Does the last equation give the final answer?"""
+    lines = completion.strip().split("\n")
+    return len(lines) > 1 and lines[-2].split("=")[-1] == lines[-1].split(": ")[-1]
+
+shown = np.array([shows_result(pair["chosen"]) for pair in held_out])
+rejected_shown = np.mean([shows_result(pair["rejected"]) for pair in held_out])
+print(f"last equation gives the answer: {shown.mean():.0%} of chosen, {rejected_shown:.0%} of rejected")
+for method in ("DPO", "DPO + NLL", "SFT"):
+    change = helpers_04.changes(records, method, max(rates), "chosen")
+    print(f"{method:10} chosen with it {change[:, shown].mean():+6.2f} nats, without it {change[:, ~shown].mean():+6.2f}")
+
+worst = helpers_04.changes(records, "DPO", max(rates), "chosen").mean(0).argsort()[:2]
+for i in worst:
+    print(repr(held_out[i]["chosen"].strip()))
 
 # %% [markdown]
-# **SFT** is the third remark: the paper has it far behind DPO + NLL, and here, after one round, it keeps up with the others or beats them.
-# Intervals of this width decide nothing between the three; a sharper, paired comparison comes in notebook
-# [05](05_iterations.ipynb). But look at what there is to imitate:
+# The chosen completions that crash look like *rejected* ones: their answer does not come from their working, and it
+# happens to be correct. Training lowers this style, and them with it. It is section 3's mechanism, in a small group.
+# What can we claim?
 
 # %%
-# NBVAL_IGNORE_OUTPUT
-for side in ("chosen", "rejected"):
-    texts = [text.strip() for text in preferences[side]]
-    print(f"{side:9} with at least one line of working: {sum(chr(10) in text for text in texts) / len(texts):.0%}")
-assert texts
+def compare(text, values):
+    mean, low, high = seed_and_question_interval(values)
+    verdict = "yes" if low > 0 else "no, the opposite" if high < 0 else "not resolved"
+    print(f"{text:52} {verdict:17} {mean:+.2f} ({low:+.2f} to {high:+.2f})")
+
+for rate in rates:
+    dpo, nll, sft = (helpers_04.changes(records, m, rate, "chosen") for m in ("DPO", "DPO + NLL", "SFT"))
+    print(f"learning rate {rate:.0e}, nats:")
+    compare("  DPO alone lowers chosen completions", -dpo)
+    compare("  DPO alone lowers those without their working", -dpo[:, ~shown])
+    compare("  the NLL term raises chosen, against DPO alone", nll - dpo)
+    compare("  SFT raises chosen more than DPO + NLL", sft - nll)
+    compare("  SFT lowers rejected completions", -helpers_04.changes(records, "SFT", rate, "rejected"))
 
 # %% [markdown]
-# Nearly all winners of our task show their working, and many losers do not. Imitating winners is then enough to learn the one thing
-# that counts. Knowing what to *avoid* should matter more where winners and losers look alike, as on GSM8K, where both are
-# chains of thought. That is a guess; a run with a real model can test it.
-
-# %% [markdown]
-# ## 11 When DPO alone lowers the winner
+# At 1e-4 chosen completions rise with every method, and the NLL term makes no difference that we can measure. At 3e-4
+# the question of this section is *not resolved*: most chosen completions rise, and a few crash. What holds at both
+# learning rates is the tail. SFT lowers rejected completions; in the paper's figure 2a it raises them.
 #
-# The effect can be made in ten lines. A model with two parameters and three possible answers: a winner, a loser that
-# resembles it, and a third that nobody asked about. An answer's logit is its feature vector times the parameters.
-
-# %%
-features = torch.tensor([[1.0, 0.2], [1.2, -0.2], [-1.0, 0.5]])     # winner, loser, third answer
-
-def toy_training(alpha, steps=60):
-    theta = torch.zeros(2, requires_grad=True)
-    ref = torch.log_softmax(features @ theta, -1).detach()
-    for _ in range(steps):
-        logp = torch.log_softmax(features @ theta, -1)
-        dpo, nll = training.dpo_nll_loss(logp[0], logp[1], ref[0], ref[1], 1, alpha=alpha, beta=1.0)
-        [gradient] = torch.autograd.grad(dpo + alpha * nll, theta)
-        theta = (theta - 0.5 * gradient).requires_grad_()
-    return torch.softmax(features @ theta, -1).tolist()
-
-# %% [markdown]
-# **Predict**: training knows the winner and the loser only. Which of the three answers ends as the most probable under DPO
-# alone? (All begin at a third.)
-
-# %%
-for alpha in (0.0, 1.0):
-    winner, loser, third = toy_training(alpha)
-    print(f"alpha {alpha:.0f}: winner {winner:.2f}, loser {loser:.2f}, third {third:.2f}")
-
-# %% [markdown]
-# The third. Winner and loser look alike, so the direction that separates them is a poor direction for raising the winner,
-# and the probability goes to whatever lies along it. [Razin et al. 2024](https://arxiv.org/abs/2410.08847) call it
-# [likelihood displacement](../docs/glossary.md#likelihood-displacement) and find that it comes with similar winners and losers.
-# Long chains of thought that differ in one step are similar. Winners that show their working against losers that blurt out
-# a number are not.
-
-# %% [markdown]
-# The NLL term repairs it here, since it is the only one that says *raise the winner*. It is not needed everywhere:
-# [Lanchantin et al. 2025](https://arxiv.org/abs/2506.21495), among them authors of this paper, find no benefit with
-# Llama-3.1-8B and fresher samples, and the [Online-DPO-R1](https://github.com/RLHFlow/Online-DPO-R1) authors measure 46.2 with
-# the NLL term and 47.0 without.
+# The NLL term is not needed everywhere: [Lanchantin et al. 2025](https://arxiv.org/abs/2506.21495) find no benefit with
+# Llama-3.1-8B.
 
 # %% [markdown]
 # ## What you have learnt
 #
-# - The DPO term works with sums over an answer and looks at a difference; the NLL divides each winner by its own length.
-# - $\ln 2$ at step 0 tests the reference, autograd tests the derivatives, another library tests the rest.
-# - TRL's `sft` term weighs winners by their length; Eq. 1 does not.
-# - NF4 is blocks, absmax and sixteen quantiles; LoRA is two thin matrices that begin as nothing; together they fit a large
-#   model on one card.
-# - Whether the NLL term matters depends on the data and on how far one goes. Plot winners and losers of a fixed probe, and look.
-
-# %% [markdown]
-# **Try**
+# - DPO is maximum likelihood under Bradley–Terry with the reward β times log-ratio; $Z$ cancels.
+# - It pushes chosen up and rejected down with force $\beta\,\sigma(-\beta\delta)$. Both can still fall.
+# - DPO sums over tokens; the NLL divides each chosen completion by its own length.
+# - A mean can hide a heavy tail: plot every pair.
 #
-# - `train(1.0, "dpo_nll_per_token")`: do the curves change? Do your chosen completions have similar lengths?
-# - Divide `RATE` by ten. Which statements of section 10 change, and which become too small to tell?
-# - Change the features of section 11 until DPO alone raises the winner.
+# **Try**: change the features in section 3 until DPO alone raises the chosen completion.
 #
 # **Recall**
 #
-# 1. Which log-probabilities are summed, which averaged, and which tokens are in neither?
-# 2. Your run's DPO loss is 0.6931 at step 200. What do you suspect?
-# 3. Why does the gradient of $A$ vanish at the first step, and why is that no problem?
-# 4. Why is a trained adapter not merged into a 4-bit base?
-# 5. Name a setting in which DPO alone lowers the winner.
+# 1. Why can DPO ignore $Z(x)$?
+# 2. Which log-probabilities are summed, which averaged, and which tokens are in neither?
+# 3. Your DPO term is 0.6931 at step 200. What do you suspect?
+# 4. When does DPO alone lower chosen completions?
 #
-# **Next**: [05 · Iterations](05_iterations.ipynb) puts the five stages into a loop and watches it.
+# <details><summary>Answers</summary>
+#
+# 1. It depends on the question alone, and Bradley–Terry takes a difference. 2. Summed: both sides in the DPO term.
+# Averaged over its own tokens: chosen in the NLL term. In neither: prompt and padding. 3. Nothing is trained, or the
+# reference moves along. 4. When they resemble rejected ones.
+#
+# </details>
+#
+# <details><summary>Typical misunderstandings</summary>
+#
+# - "ln 2 shows that the reference is right." It shows that the reference is the start, not which model that is.
+# - "The first *loss* is not ln 2, so something is broken." Only the DPO term is ln 2.
+#
+# </details>
+#
+# **Next**: [05 · Iterations](05_iterations.ipynb) puts all stages into a loop.

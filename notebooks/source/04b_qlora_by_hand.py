@@ -1,0 +1,334 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04b · QLoRA by hand (optional)
+#
+# **What you will be able to do**
+#
+# - quantise a weight matrix to NF4 and reproduce the bytes that bitsandbytes stores;
+# - build a LoRA layer and say why it starts as the frozen layer;
+# - compute the memory that both save.
+#
+# | | `smoke` | `cpu` (default) | one GPU |
+# |---|---|---|---|
+# | time for this notebook | 10 seconds on one core | 10 seconds on one core | not measured |
+#
+# **Needs**: the packages of this repository. It always uses the seed model on the CPU.
+#
+# **Before this**: [04 · Training with DPO + NLL](04_dpo_nll_training.ipynb). No later notebook depends on this one.
+
+# %% tags=["nbval-ignore-output"]
+import os, sys
+from statistics import NormalDist
+import torch
+from bitsandbytes import functional as bnb
+from safetensors.torch import load_file
+sys.path[:0] = [".", ".."]                     # checks_04.py and helpers_04.py are next to the notebooks
+import checks_04, helpers_04
+from irpo_utils import models, plots
+from irpo_utils.ops import export
+from irpo_utils.ops.cli import quiet_libraries
+
+quiet_libraries()
+PROFILE = os.environ.get("IRPO_PROFILE", "cpu")
+torch.set_printoptions(precision=4, sci_mode=False)
+print("profile", PROFILE, "· this notebook uses the seed model on the CPU")
+
+# %% [markdown]
+# ## 1 NF4: a weight in four bits
+#
+# The paper trains all weights of a model with 70 billion parameters on 64 GPUs with 80 GB each.
+# [QLoRA](../docs/glossary.md#qlora) ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)) needs far less memory. It
+# stores the base in four bits, freezes it, and trains a small adapter next to it. How can four bits hold a weight?
+#
+# We take one matrix of the seed model.
+
+# %%
+weights = load_file(models.FOLDERS["seed"] / "model.safetensors")
+weight = weights["model.layers.0.self_attn.q_proj.weight"]
+print(tuple(weight.shape), weight.dtype, weight.numel() * 4, "bytes")
+
+# %% [markdown]
+# **Blocks.** Cut the weights into [blocks of 64](../docs/glossary.md#block-wise-quantisation) and divide each block by its
+# largest absolute value, the *absmax*. All values then lie between -1 and 1. An outlier costs precision in its own block
+# only.
+
+# %%
+blocks = weight.view(-1, 64)
+absmax = blocks.abs().amax(1)
+scaled = blocks / absmax[:, None]
+print(f"{len(blocks)} blocks; absmax from {absmax.min():.3f} to {absmax.max():.3f}")
+assert scaled.abs().max() == 1
+
+# %% [markdown]
+# **Levels.** Four bits can name sixteen numbers. **Predict**: should the sixteen levels be evenly spaced from -1 to 1?
+#
+# [NF4](../docs/glossary.md#nf4) takes quantiles of the normal distribution: eight steps on the positive side, seven on the
+# negative side, and an exact 0. All are divided by the largest.
+
+# %%
+def quantiles(n, edge=0.9677083):        # edge: so that the outermost quantile is finite
+    return [NormalDist().inv_cdf(edge + (0.5 - edge) * i / n) for i in range(n)]
+
+levels = torch.tensor([-q for q in quantiles(7)] + [0.0] + quantiles(8)[::-1])
+levels = levels / levels.max()
+print(levels)
+assert torch.allclose(levels, bnb.get_4bit_type("nf4", device="cpu"), atol=1e-6)
+
+# %% tags=["nbval-ignore-output"]
+figure = helpers_04.nf4_levels(scaled, levels)
+assert "16 levels of NF4" in plots.alt_text(figure)
+figure
+
+# %% [markdown]
+# Most weights lie near 0, and so do the levels. The sixteen numbers are the same for every model. Each weight is replaced
+# by the index of its nearest level.
+
+# %%
+index = (scaled[..., None] - levels).abs().argmin(-1)
+print("weights:", blocks[0, :6])
+print("scaled: ", scaled[0, :6])
+print("index:  ", index[0, :6])
+print("level:  ", levels[index[0, :6]])
+
+# %% [markdown]
+# **Bytes.** Two indices share a byte: 16 times the first plus the second. bitsandbytes stores exactly these bytes.
+
+# %%
+packed = (16 * index.flatten()[0::2] + index.flatten()[1::2]).to(torch.uint8)
+stored, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+print(packed[:8], len(packed), "bytes")
+assert torch.equal(packed, stored.flatten())
+
+# %% [markdown]
+# **Double quantisation.** A 32-bit absmax for every 64 weights costs half a bit per weight.
+# [Double quantisation](../docs/glossary.md#double-quantisation) stores it in 8 bits: subtract the mean, take groups of 256,
+# divide each by its own absmax, and use the nearest of 256 fixed levels.
+
+# %%
+eight_bit_levels = bnb.create_dynamic_map()
+groups = (absmax - absmax.mean()).view(-1, 256)
+group_absmax = groups.abs().amax(1, keepdim=True)
+nearest = ((groups / group_absmax)[..., None] - eight_bit_levels).abs().argmin(-1)
+absmax_again = (eight_bit_levels[nearest] * group_absmax).flatten() + absmax.mean()
+print("absmax before:", absmax[:5])
+print("absmax after: ", absmax_again[:5])
+
+# %% [markdown]
+# Level times absmax gives the weight that the model computes with.
+#
+# **Predict**: how large is the mean error, as a share of the mean weight: 1 %, 10 % or 50 %?
+
+# %%
+dequantised = (levels[index] * absmax_again[:, None]).view_as(weight)
+assert torch.allclose(dequantised, bnb.dequantize_4bit(stored, state), atol=1e-6)
+bits = 4 + 8 / 64 + 32 / (64 * 256)
+error = (dequantised - weight).abs().mean() / weight.abs().mean()
+print(f"{bits:.3f} bits per weight; without double quantisation {4 + 32 / 64:.3f}; before 32")
+print(f"mean error {error:.0%} of the mean weight")
+
+# %% [markdown]
+# The error is not small. A network tolerates it because the errors of many weights have no common direction. In this course
+# M_0 *is* the rounded model, so sampling and training see the same weights. Never merge a trained adapter into the
+# four bits: rounding would remove its small changes
+# ([measured by users](https://github.com/huggingface/transformers/issues/31293)).
+
+# %% [markdown]
+# ## 2 LoRA: a small change next to a frozen weight
+#
+# How can we train a layer whose weight is frozen? [LoRA](../docs/glossary.md#lora)
+# ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)) adds a product of two thin matrices:
+#
+# $$y = Wx + \frac{a}{r}\, B A x$$
+#
+# $A$ has shape $(r, \text{in})$ and $B$ has shape $(\text{out}, r)$. $A$ starts at random and $B$ at zero. The libraries call
+# $a$ `lora_alpha`; it is not the α of the loss.
+
+# %% tags=["nbval-ignore-output"]
+figure = helpers_04.lora_diagram(d_in=128, d_out=128, r=16)
+assert "(128, 128)" in plots.alt_text(figure)
+figure
+
+# %% [markdown]
+# ### Exercise 4b.1: build a LoRA layer
+#
+# **Goal**: write the module. **Difficulty**: 2 of 3. **Time**: 15 minutes.
+#
+# `LoRALinear(base, r, a)` wraps a `torch.nn.Linear`. It freezes the base and has two parameters, `A` and `B`. At the start
+# its output equals the base's.
+#
+# <details><summary>Hint</summary>
+#
+# Use `torch.nn.Parameter`, `base.in_features` and `base.out_features`. A batch of rows is multiplied as `x @ A.T @ B.T`.
+#
+# </details>
+
+# %%
+class LoRALinear(torch.nn.Module):
+    # SOLUTION
+    def __init__(self, base, r=16, a=32):
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), a / r
+        self.A = torch.nn.Parameter(torch.randn(r, base.in_features) / base.in_features**0.5)
+        self.B = torch.nn.Parameter(torch.zeros(base.out_features, r))
+
+    def forward(self, x):
+        return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
+    # STUB
+    # def __init__(self, base, r=16, a=32):
+    #     super().__init__()
+    #     self.base = base.requires_grad_(False)
+    #
+    # def forward(self, x):
+    #     return ...      # your turn: add A, B and their scaled product
+    # END
+
+# %%
+print(checks_04.lora_linear(LoRALinear))
+
+# %% [markdown]
+# The worked solution is in [solutions/04b_qlora_by_hand.ipynb](solutions/04b_qlora_by_hand.ipynb).
+#
+# **Predict**: at the first step, which of $A$ and $B$ has a gradient that is not zero?
+
+# %%
+A, B = torch.ones(2, 4, requires_grad=True), torch.zeros(3, 2, requires_grad=True)
+(B @ (A @ torch.tensor([1.0, 2.0, 3.0, 4.0]))).sum().backward()
+print("gradient of A:", A.grad, "gradient of B:", B.grad, sep="\n")
+
+# %% [markdown]
+# Only $B$, because the gradient of $A$ has $B$ as a factor. After one step $B$ is not zero, and both learn. If both
+# started at zero, neither ever would.
+#
+# Now a quantised layer of the seed model with its adapter, against our formula and our dequantised weight.
+
+# %%
+seed_model, _ = models.load("seed", device="cpu")
+layer = seed_model.get_base_model().model.layers[0].self_attn.q_proj
+A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+B += torch.sin(torch.arange(B.numel()).float()).view_as(B)           # as if trained
+x = torch.cos(torch.arange(128.0))
+assert torch.allclose(layer(x), dequantised @ x + 32 / 16 * B @ (A @ x), atol=1e-4)
+base = layer.base_layer.weight
+print("base", tuple(base.shape), base.dtype, " A", tuple(A.shape), " B", tuple(B.shape))
+
+# %% [markdown]
+# The base is a column of bytes with two weights each. This is all of QLoRA: section 1 under section 2.
+
+# %% [markdown]
+# ### Exercise 4b.2: count what is trained
+#
+# **Goal**: predict the size of an adapter. **Difficulty**: 1 of 3. **Time**: 5 minutes.
+#
+# `lora_parameters(shapes, r)` takes the (out, in) shapes of linear layers and returns how many numbers their LoRA matrices
+# of rank `r` have.
+#
+# <details><summary>Hint</summary>
+#
+# Each layer has one $A$ and one $B$; their shapes are above.
+#
+# </details>
+
+# %%
+def lora_parameters(shapes, r):
+    # SOLUTION
+    return sum(r * (d_out + d_in) for d_out, d_in in shapes)
+    # STUB
+    # return ...      # your turn
+    # END
+
+# %%
+print(checks_04.lora_parameters(lora_parameters))
+
+# %% [markdown]
+# The worked solution is in [solutions/04b_qlora_by_hand.ipynb](solutions/04b_qlora_by_hand.ipynb).
+
+# %% [markdown]
+# ## 3 Memory: all weights or QLoRA
+#
+# Each block of a Llama or Qwen model has seven matrices. Their sizes follow from the model's `config.json`.
+
+# %%
+# name: (hidden size, blocks, feed-forward, width of keys and values, vocabulary, embedding matrices)
+SIZES = {"seed": (128, 4, 384, 128, 1097, 1),
+         "SmolLM2-135M": (576, 30, 1536, 192, 49152, 1),
+         "Qwen2.5-0.5B": (896, 24, 4864, 128, 151936, 1),
+         "Qwen2.5-1.5B": (1536, 28, 8960, 256, 151936, 1),
+         "Llama-3.2-1B": (2048, 16, 8192, 512, 128256, 1),
+         "Llama-3.1-8B": (4096, 32, 14336, 1024, 128256, 2),
+         "Llama-2-70B": (8192, 80, 28672, 1024, 32000, 2)}
+
+def linear_shapes(d, n_blocks, ffn, kv, *_):
+    """(out, in) of all linear layers: queries, keys, values, output, gate, up, down."""
+    return n_blocks * [(d, d), (kv, d), (kv, d), (d, d), (ffn, d), (ffn, d), (d, ffn)]
+
+# %% [markdown]
+# Bytes per number when **all weights** are trained: bf16 weight 2, gradient 2, fp32 copy 4, two Adam moments 8, and 2 for the
+# reference. With **QLoRA**: the base at the bits counted above, embeddings at 2 bytes, the adapter at 16. The reference is
+# the base with a zero adapter, so it needs nothing.
+
+# %%
+def gigabytes(name, r=16):
+    """Base, embeddings, adapter and their sum with QLoRA; the same model with all weights trained."""
+    d, _, _, _, vocabulary, copies = SIZES[name]
+    linear = sum(d_out * d_in for d_out, d_in in linear_shapes(*SIZES[name]))
+    n_adapter = sum(r * (d_out + d_in) for d_out, d_in in linear_shapes(*SIZES[name]))
+    embedding = copies * vocabulary * d
+    base, embeddings, adapter = bits / 8 * linear / 1e9, 2 * embedding / 1e9, 16 * n_adapter / 1e9
+    return base, embeddings, adapter, base + embeddings + adapter, 18 * (linear + embedding) / 1e9
+
+print(f"{'GB':14}{'base':>8}{'embeddings':>12}{'adapter':>9}{'QLoRA':>9}{'all weights':>13}")
+for name in SIZES:
+    base, embeddings, adapter, qlora, full = gigabytes(name)
+    print(f"{name:14}{base:8.3f}{embeddings:12.3f}{adapter:9.3f}{qlora:9.3f}{full:13.3f}")
+
+# %% [markdown]
+# The table counts weights, gradients and optimiser states. Activations and logits come on top; they grow with batch size and
+# length, and `python -m irpo_utils plan` estimates the total for a GPU. `micro_batch_size` and `gradient_checkpointing` lower them.
+#
+# Is the estimate true? Count the bytes of the seed model.
+
+# %%
+held, layers = 0, 0
+for module in seed_model.modules():
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if state is not None and not hasattr(module, "lora_A"):
+        layers += 1
+        held += module.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+expected = bits / 8 * sum(d_out * d_in for d_out, d_in in linear_shapes(*SIZES["seed"]))
+print(f"{layers} layers, {held:,} bytes, expected {expected:,.0f}")
+assert abs(held / expected - 1) < 0.01
+assert abs(gigabytes("seed")[2] * 1e9 / 16 - export.describe(seed_model)["adapter_parameters"]) < 1
+
+# %% [markdown]
+# ## What you have learnt
+#
+# - NF4 consists of blocks of 64, an absmax per block, and sixteen quantiles of the normal distribution.
+# - LoRA adds two thin matrices, and the layer starts unchanged because $B = 0$.
+# - Together they reduce the memory of weights and optimiser by an order of magnitude.
+#
+# **Try**: replace the NF4 levels by sixteen evenly spaced ones. How much does the mean error grow?
+#
+# **Recall**
+#
+# 1. Why does the gradient of $A$ vanish at the first step, and why is that no problem?
+# 2. Why is a trained adapter not merged into a 4-bit base?
+#
+# <details><summary>Answers</summary>
+#
+# 1. It has $B$ as a factor, and $B$ starts at zero. $B$ itself has a gradient, so after one step both learn. 2. Rounding to
+# sixteen levels would remove its small changes.
+#
+# </details>
+#
+# **Next**: [05 · Iterations](05_iterations.ipynb).
