@@ -83,7 +83,7 @@ def changes(records, method: str, learning_rate: float, side: str, at: int = -1)
     """Log-probability of every held-out pair after training minus before, (seeds, pairs), nats."""
     chosen = [
         record[side]
-        for record in records
+        for record in sorted(records, key=lambda record: record["seed"])
         if (record["method"], record["learning_rate"]) == (method, learning_rate)
     ]
     return np.array([np.subtract(values[at], values[0]) for values in chosen])

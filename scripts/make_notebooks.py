@@ -7,8 +7,8 @@
 Writes notebooks/NN_*.ipynb with open exercises and notebooks/solutions/NN_*.ipynb with solutions.
 A source is a percent script, notebooks/source/NN_name.py: `# %% [markdown]` starts a text cell,
 `# %%` a code cell, `# %% tags=["nbval-ignore-output"]` one whose output nbval does not compare. A
-code cell that a student fills in has both versions; the lines with the
-markers are in neither notebook:
+code cell that a student fills in has both versions; the lines with the markers are in neither
+notebook:
 
     def wrap_around(n_winners, n_losers, k):
         # SOLUTION

@@ -288,13 +288,15 @@ def test_the_study_starts_from_m0_in_every_run():
 
 
 def test_changes_are_end_minus_start_per_seed_and_pair():
+    def record(method, seed, *steps):
+        return {"method": method, "learning_rate": 1e-4, "seed": seed, "chosen": list(steps)}
+
     records = [
-        {
-            "method": "DPO",
-            "learning_rate": 1e-4,
-            "chosen": [[-1.0, -2.0], [0.0, 0.0], [-3.0, -1.0]],
-        },
-        {"method": "SFT", "learning_rate": 1e-4, "chosen": [[0.0, 0.0], [0.0, 0.0], [9.0, 9.0]]},
+        record("DPO", 1, [0.0, 0.0], [0.0, 0.0], [5.0, 6.0]),
+        record("DPO", 0, [-1.0, -2.0], [0.0, 0.0], [-3.0, -1.0]),
+        record("SFT", 0, [0.0, 0.0], [0.0, 0.0], [9.0, 9.0]),
     ]
-    assert helpers_04.changes(records, "DPO", 1e-4, "chosen").tolist() == [[-2.0, 1.0]]
-    assert helpers_04.changes(records, "DPO", 1e-4, "chosen", at=1).tolist() == [[1.0, 2.0]]
+    changes = helpers_04.changes(records, "DPO", 1e-4, "chosen")
+    assert changes.tolist() == [[-2.0, 1.0], [5.0, 6.0]]  # in the order of the seeds
+    between = helpers_04.changes(records, "DPO", 1e-4, "chosen", at=1)
+    assert between.tolist() == [[1.0, 2.0], [0.0, 0.0]]

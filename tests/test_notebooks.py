@@ -375,6 +375,13 @@ def test_links_of_the_solved_view_start_a_folder_deeper():
     )
 
 
+def test_tags_of_a_source_are_in_the_notebook():
+    source = f'# %% tags=["{UNCOMPARED}"]\n1\n\n# %% other="x"\n2\n'
+    first, second = MAKE.view(source, solved=False).cells
+    assert (first.source, first.metadata) == ("1", {"tags": [UNCOMPARED]})
+    assert (second.source, second.metadata) == ("2", {})
+
+
 # The run that ships
 
 
@@ -559,6 +566,10 @@ def test_nbval_fails_where_an_output_or_an_assertion_is_wrong(tmp_path):
         "assertion": [setting, printed, with_false_assertion(asserted), uncompared],
         "uncompared_output": [setting, printed, asserted, saying(uncompared, "something else")],
         "uncompared_assertion": [setting, printed, asserted, with_false_assertion(uncompared)],
+        "tagged_output": [
+            setting,
+            altered(saying(printed, "something else"), metadata={"tags": [UNCOMPARED]}),
+        ],
     }
     for name, chosen in copies.items():
         chosen = [
@@ -579,4 +590,5 @@ def test_nbval_fails_where_an_output_or_an_assertion_is_wrong(tmp_path):
         "assertion": [2],
         "uncompared_output": [],
         "uncompared_assertion": [3],
+        "tagged_output": [],
     }, said

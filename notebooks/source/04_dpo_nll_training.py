@@ -433,7 +433,7 @@ figure
 
 # %% tags=["nbval-ignore-output"]
 # SOLUTION
-alphas = {f"α = {alpha:g}": train(alpha)[1] for alpha in (0.0, 4.0)} | {"α = 1": probed}
+alphas = {"α = 0": train(0.0)[1], "α = 1": probed, "α = 4": train(4.0)[1]}
 assert len(alphas) == 3
 plots.training_curves(alphas)
 # STUB
