@@ -35,23 +35,21 @@ def with_temperature(function) -> str:
         ),
     }
     if _same(value, scaled / scaled.sum()):
+        batch = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        rows, message = call(function, batch, temperature)
+        expected = torch.softmax(batch / temperature, -1)
+        rows = torch.as_tensor(rows) if isinstance(rows, list) else rows
+        alike = torch.is_tensor(rows) and rows.shape == expected.shape
+        if not alike or not torch.allclose(rows, expected):
+            return (
+                "The formula is correct for one question. A batch has logits of shape (questions, vocabulary): divide by the sum "
+                "over the last dimension, for example with torch.softmax(..., -1)."
+            )
         large, message = _numbers(function, 2, torch.tensor([1000.0, 999.0]), 1.0)
         if message or not _same(large, torch.softmax(torch.tensor([1.0, 0.0]), -1)):
             return (
                 "Right. One flaw to know of: for logits near 1,000 the exponentials overflow. Subtract the largest logit from all "
                 "first, which changes nothing else; torch.softmax does so."
-            )
-        batch = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-        rows, message = call(function, batch, temperature)
-        expected = torch.softmax(batch / temperature, -1)
-        if (
-            message
-            or getattr(rows, "shape", None) != expected.shape
-            or not torch.allclose(rows, expected)
-        ):
-            return (
-                "The formula is correct for one question. A batch has logits of shape (questions, vocabulary): divide by the sum "
-                "over the last dimension, for example with torch.softmax(..., -1)."
             )
         return "Right: the temperature divides the logits, and the probabilities add up to 1."
     return _name(value, mistakes) or (

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 import numpy as np
-from checks_common import UNSOLVED, call
+from checks_common import NO_RETURN, UNSOLVED, call
 
 from irpo_utils import evaluation, methods
 from irpo_utils.ops import statistics
@@ -32,7 +32,7 @@ def majority_verdict(function) -> str:
         if message:
             return (
                 message
-                if message.startswith("Not solved")
+                if message.startswith("Not solved") or message == NO_RETURN
                 else f"With {name}, {answers}: {message[0].lower()}{message[1:]}"
             )
         values[name] = value
@@ -115,7 +115,7 @@ def paired(function) -> str:
         if message:
             return (
                 message
-                if message.startswith("Not solved")
+                if message.startswith("Not solved") or message == NO_RETURN
                 else f"With {name}: {message[0].lower()}{message[1:]}"
             )
         values[name], message = _four(value)
@@ -196,7 +196,7 @@ def clear_majority_method(entry) -> str:
             if message:
                 return (
                     message
-                    if message.startswith("Not solved")
+                    if message.startswith("Not solved") or message == NO_RETURN
                     else f"With {name}, {answers}: {message[0].lower()}{message[1:]}"
                 ).replace("Your function", "Your reward")
             if isinstance(kind := _booleans(value, answers, "1.0 and 0.0"), str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from checks_common import UNSOLVED, call, number
+from checks_common import NO_RETURN, call, number
 
 # layers, heads, kv_heads, head_dim, rows, columns, bytes of a number
 CACHES = {
@@ -255,7 +255,7 @@ def minutes_lost(function) -> str:
     values = {}
     for name, minute in KILLED.items():
         values[name], message = number(function, list(STAGES), minute)
-        if message == UNSOLVED and values and len(values) > 1:
+        if message == NO_RETURN and len(values) > 1:
             return f"Killed {name}, your function returns nothing. Is there a `return` for the case that no stage is under way?"
         if message:
             return message

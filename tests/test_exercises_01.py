@@ -71,11 +71,18 @@ def test_with_temperature_names_the_mistake(wrong, words):
 
 
 def test_with_temperature_tells_of_an_overflow():
-    message = checks.with_temperature(lambda z, t: torch.exp(z / t) / torch.exp(z / t).sum())
+    message = checks.with_temperature(
+        lambda z, t: torch.exp(z / t) / torch.exp(z / t).sum(-1, keepdim=True)
+    )
     assert message.startswith("Right") and "overflow" in message
     assert checks.with_temperature(lambda z, t: torch.softmax(z / t, -1).tolist()).startswith(
         "Right"
     )
+
+
+def test_with_temperature_looks_at_a_batch():
+    message = checks.with_temperature(lambda z, t: torch.softmax((z / t).flatten(), 0).view_as(z))
+    assert not message.startswith("Right") and "over the last dimension" in message
 
 
 def walk(p, top_p, early=False, sort=True, ascending=False, normalise=True, place=True, by=None):
@@ -137,7 +144,7 @@ def test_saved_names_the_mistake(wrong, words):
         (lambda n, c, k: 1 - (1 - c / n) ** k, "biased"),
         (lambda n, c, k: math.comb(n - c, k) / math.comb(n, k), "Subtract it from 1"),
         (lambda n, c, k: c / n, "pass@1"),
-        (lambda n, c, k: math.comb(c, k) / math.comb(n, k), "all k are right"),
+        (lambda n, c, k: math.comb(c, k) / math.comb(n, k), "all k are correct"),
         (lambda n, c, k: 1 - math.comb(c, k) / math.comb(n, k), "from the correct ones"),
         (lambda n, c, k: k * c / n, "do not add"),
         (lambda n, c, k: min(1, k * c / n), "do not add"),
@@ -148,7 +155,7 @@ def test_saved_names_the_mistake(wrong, words):
                 if k <= n - c
                 else 0.5
             ),
-            "fewer wrong ones than k",
+            "fewer incorrect ones than k",
         ),
         (lambda n, c, k: 0.123, "yours is 0.123"),
     ],
@@ -168,7 +175,7 @@ def test_pass_at_k_by_enumeration_is_right():
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (lambda counts, n: max(counts, key=lambda t: sum(counts[t])), "most right samples"),
+        (lambda counts, n: max(counts, key=lambda t: sum(counts[t])), "most correct completions"),
         (
             lambda counts, n: max(counts, key=lambda t: sum(c > 0 for c in counts[t])),
             "also need an incorrect one",

@@ -401,7 +401,8 @@ assert all(len(counts[t]) == len(questions) for t in temperatures)
 # %% [markdown]
 # Low temperatures give the most correct completions, so for this model the damage at later tokens is the stronger
 # effect. But a question whose completions are all correct, or all incorrect, gives no pair.
-#
+
+# %% [markdown]
 # ### Exercise 1.3: choose a temperature
 #
 # **Goal**: as many questions with pairs as possible. **Difficulty**: 2 of 3. **Time**: 10 minutes.
