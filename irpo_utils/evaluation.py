@@ -36,8 +36,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def majority_vote(extracted: list[str | None], is_correct) -> float:
     """Credit in [0, 1] of the most frequent answer; `is_correct(answer)` is True or False.
 
-    None does not vote. Tied answers share the credit, which is what drawing one of them would earn
-    on average. Answers agree if they are the same string, as `task.extract` spells them.
+    None does not vote. Tied answers share the credit, which drawing one would earn on average.
     """
     votes = Counter(answer for answer in extracted if answer is not None)
     if not votes:

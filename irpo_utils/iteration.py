@@ -5,8 +5,7 @@
       iteration_0/  evaluation/  samples/ graded/ pairs/  metrics.json           made with M_0
       iteration_1/  adapter/  evaluation/  samples/ graded/ pairs/  metrics.json     M_1, ...
 
-`ops.storage` keeps each artefact and does not make again what is there; `ops.run` uses a storage
-that also survives kills within a stage, full disks and damaged files.
+`ops.storage` keeps each artefact; the storage of `ops.run` also survives kills and full disks.
 """
 
 import functools
@@ -165,5 +164,4 @@ def plugin(name: str):
 
 
 def first(data: Dataset, n: int | None) -> Dataset:
-    """The first n rows, or all."""
     return data if n is None else data.select(range(min(n, len(data))))

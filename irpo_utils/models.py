@@ -74,8 +74,8 @@ def load(
     """
     path, device = find(name), device or default_device()
     tokenizer, dtype = load_tokenizer(path, pad_token, revision), default_dtype(device, dtype)
-    options = {"revision": revision, "dtype": dtype, "device_map": device, "use_safetensors": True}
-    options |= {"trust_remote_code": False}
+    options = {"revision": revision, "dtype": dtype, "device_map": device}
+    options |= {"use_safetensors": True, "trust_remote_code": False}
     if quantize:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         nf4 |= {"bnb_4bit_use_double_quant": True} | (nf4_options or {})
@@ -188,10 +188,7 @@ def end_tokens(model, tokenizer) -> list[int]:
 
 
 def turn_end(tokenizer) -> int:
-    """The control token that the chat template writes after an assistant's turn, or EOS.
-
-    A gold solution must end as completions do: in Gemma 3 with `<end_of_turn>` and not with EOS.
-    """
+    """The token with which the chat template ends an assistant's turn: in Gemma 3 it is not EOS."""
     text = render(tokenizer, "?", "!?!").rpartition("!?!")[2]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     after = tokenizer(text, add_special_tokens=False).input_ids

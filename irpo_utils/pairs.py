@@ -69,11 +69,6 @@ def build_pairs(
             indices = [(rng.randrange(len(chosen)), rng.randrange(len(rejected))) for _ in indices]
         counts["repeated"] += k - len(set(indices))
         rows += [make_pair(completions[0], chosen[i], rejected[j]) for i, j in indices]
-    return _limited(rows, max_length, max_pairs, seed, counts)
-
-
-def _limited(rows, max_length, max_pairs, seed: int, counts) -> tuple[Dataset, dict[str, int]]:
-    """The pairs that are not too long and not too many."""
     limit = float("inf") if max_length is None else max_length
     longer = [max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in rows]
     kept = [row for row, n in zip(rows, longer, strict=True) if len(row["prompt_ids"]) + n <= limit]
@@ -83,9 +78,8 @@ def _limited(rows, max_length, max_pairs, seed: int, counts) -> tuple[Dataset, d
     data = Dataset.from_list(kept)
     if max_pairs is not None and len(data) > max_pairs:
         data = data.shuffle(seed=seed).select(range(max_pairs))
-    gold = data["chosen_sample"][:].count(-1)
-    counts |= {"pairs": len(data), "used": len(set(data["id"])), "gold_winners": gold}
-    return data, counts
+    counts |= {"pairs": len(data), "used": len(set(data["id"]))}
+    return data, counts | {"gold_winners": data["chosen_sample"][:].count(-1)}
 
 
 def walk(n_chosen: int, n_rejected: int, k: int) -> list[tuple[int, int]]:

@@ -30,10 +30,9 @@ CHOICES = {
 }
 
 
-def _option(default, text: str):
-    """A field with its help text on the command line."""
+def _option(default, help_text: str):
     given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**given, metadata={"help": text})
+    return field(**given, metadata={"help": help_text})
 
 
 @dataclass

@@ -133,10 +133,7 @@ def next_tokens(logits, uniforms, temperature: float, top_p: float) -> torch.Ten
 
 
 def decode(model, request: Request, batch_size: int):
-    """Yield (prompt, sample, tokens, finished, logprob) of every completion, longest prompts first.
-
-    prompt and sample are indices, tokens include the end token, logprob is a sum at temperature 1.
-    """
+    """Yield (index of the prompt, sample, tokens, finished, logprob), longest prompts first."""
     at_once = max(1, batch_size // request.n)
     order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
     for start in range(0, len(order), at_once):

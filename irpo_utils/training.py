@@ -112,8 +112,7 @@ class IterativeRPOTrainer(DPOTrainer):
         return self.accelerator.gather(torch.tensor([pairs], device=device)).sum()
 
     def n_pairs(self, inputs) -> int:
-        """Pairs in a micro-batch, which has two rows per pair."""
-        return len(inputs["input_ids"]) // 2
+        return len(inputs["input_ids"]) // 2  # two rows per pair
 
     def n_tokens(self, inputs) -> torch.Tensor:
         """Tokens of each pair that the model processes, (B,): the prompt once per response."""

@@ -42,7 +42,6 @@ class GSM8K(numbers.NumberTask, FileTask):
         return {"question": raw["question"], "answer": answer, "solution": solution}
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
-        """Official test; official train less 1,000 held-out rows for validation."""
         test = self.read(path, "test")
         train, validation = hold_out(without(self.read(path, "train"), test), 1000)
         return {"train": train, "validation": validation, "test": test}

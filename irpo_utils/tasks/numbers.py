@@ -22,11 +22,7 @@ NUMBER = PATTERNS["number"][0][0]  # groups: sign, whole, top, bottom, exponent,
 
 
 def parse(text: str) -> Fraction | None:
-    """The one number that `text` states, exactly, or None (see above). Never raises, and is fast.
-
-    >>> parse("**$1,080.50** in all"), parse("12 or 13"), parse("3 + 4 = 7 eggs."), parse("not 7")
-    (Fraction(2161, 2), None, Fraction(7, 1), None)
-    """
+    """The one number that `text` states, exactly, or None (see above). Never raises; is fast."""
     if len(text) > answers.MAX_LENGTH:
         return None
     text = answers.replace(PATTERNS["latex"], answers.unwrap(text))

@@ -62,25 +62,21 @@ class Skeleton(NamedTuple):
         return self.tell(self.opening, [sentence for _, sentence, _ in self.clauses])
 
 
-def _draw_clause(rng: random.Random, theme: dict, steps_left: int) -> tuple[str, str, int]:
-    kinds = ["gain"] * 4 + ["loss"] * 4 + ["multiply"] * 2 + ["halve"]
-    kind = rng.choice(kinds + (["pack", "pack", "share", "share"] if steps_left >= 2 else []))
-    factor = rng.choice((2, 3)) if kind == "multiply" else 2
-    sentences = theme | ANY_THEME | {"multiply": ANY_THEME["double" if factor == 2 else "triple"]}
-    return kind, rng.choice(sentences[kind]), factor
-
-
 def _draw_skeleton(rng: random.Random, steps: int) -> Skeleton:
     theme, order = rng.choice(THEMES), rng.choice(list(SENTENCES["orders"]))
     told_last = order == "start last"
     opening = rng.choice(ANY_THEME["openings told last"] if told_last else theme["openings"])
     clauses: list[tuple[str, str, int]] = []
     while steps > 0:
-        clause = _draw_clause(rng, theme, steps)
-        repeated = clauses and {clause[0], clauses[-1][0]} <= {"multiply", "halve"}
+        kinds = ["gain"] * 4 + ["loss"] * 4 + ["multiply"] * 2 + ["halve"]
+        kind = rng.choice(kinds + (["pack", "pack", "share", "share"] if steps >= 2 else []))
+        factor = rng.choice((2, 3)) if kind == "multiply" else 2
+        several = {"multiply": ANY_THEME["double" if factor == 2 else "triple"]}
+        clause = kind, rng.choice((theme | ANY_THEME | several)[kind]), factor
+        repeated = clauses and {kind, clauses[-1][0]} <= {"multiply", "halve"}
         if not repeated and clause not in clauses:
             clauses.append(clause)
-            steps -= 2 if clause[0] in TWO_STEPS else 1
+            steps -= 2 if kind in TWO_STEPS else 1
     return Skeleton(theme, order, opening, tuple(clauses), rng.choice(theme["questions"]))
 
 
