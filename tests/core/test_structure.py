@@ -55,8 +55,8 @@ def imports(path: Path):
 # ---------------------------------------------------------------- size
 
 
-# On the way to 2,000 and 6,500: lower them, never raise them.
-CORE_LINES, PACKAGE_LINES = 2180, 8230
+# The package is on the way to 6,500: lower these numbers, never raise them.
+CORE_LINES, PACKAGE_LINES = 2000, 7690
 
 
 def test_the_core_is_small():
