@@ -170,6 +170,22 @@ def test_the_dtype_that_a_cpu_falls_back_to_is_said_and_recorded(tmp_path, monke
     assert record["dtype"] == "float32" and "float32 is used" in caplog.text
 
 
+def test_a_run_reports_completions_without_a_readable_answer(tmp_path, monkeypatch, capsys):
+    """A task that reads no answer of two digits: the endings show what it did not read."""
+    real = tasks.get("word_problems").extract
+
+    def extract(text, row=None):
+        answer = real(text)
+        return None if answer is None or len(answer) == 2 else answer
+
+    monkeypatch.setattr(tasks.get("word_problems"), "extract", extract)
+    run(smoke(iterations=1), tmp_path / "run")
+    said = "".join(capsys.readouterr())
+    [line] = [line.strip() for line in said.splitlines() if "no readable answer" in line]
+    assert line.startswith("M_0: ") and "of 64 completions have no readable answer" in line
+    assert "'Final answer: #' (" in line
+
+
 @pytest.mark.slow
 def test_the_record_says_on_which_machines_a_run_was_made(finished, monkeypatch):
     path, here = finished / "environment.json", environment.environment()

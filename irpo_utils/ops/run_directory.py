@@ -174,6 +174,9 @@ class RunDirectory(storage.Folder):
                 content = joined([storage.load(block) for block in blocks])
             about = notes(name, content, started, record)
             self.put(place, functools.partial(storage.save, content), about)
+            unread = signs.of_graded(t, content) if name == "graded" else None
+            if unread and processes.is_first():
+                tqdm.write(f"     {unread}")
         self.clear(t, name)
         return storage.load(place)
 

@@ -1,9 +1,11 @@
-"""Signs of a collapse: during training, and from one evaluation to the next."""
+"""Signs that something is wrong: unread answers, and a collapse in training or evaluation."""
 
 from __future__ import annotations
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+from irpo_utils import grading
 
 KL_WARNING = 4.0  # nats per completion; no run in figures/stability.csv that kept rising had more
 STEPS = 10  # the last steps that are averaged
@@ -28,6 +30,18 @@ def of_training(rows: list[dict], steps: int, beta: float) -> list[str]:
             f"{STEPS} steps. Lower --learning-rate, or raise --alpha"
         )
     return found
+
+
+def of_graded(t: int, graded) -> str | None:
+    """How many completions of M_t have no readable answer, and their commonest endings."""
+    count, endings = grading.unread(graded)
+    if not count:
+        return None
+    commonest = ", ".join(f"{ending!r} ({n})" for ending, n in endings)
+    return (
+        f"M_{t}: {count} of {len(graded)} completions have no readable answer; their commonest "
+        f"endings: {commonest}"
+    )
 
 
 def of_evaluation(t: int, before: dict, now: dict) -> list[str]:
