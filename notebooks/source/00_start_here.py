@@ -22,7 +22,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | TIME_SMOKE on two cores | TIME_CPU on two cores | as `cpu`: the model is small |
+# | time for this notebook, on two cores | 30 seconds | 1 minute | as `cpu`: the model is small |
 #
 # **Needs**: the packages of this repository. The model and its questions come with it.
 #

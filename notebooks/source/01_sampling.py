@@ -23,7 +23,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | TIME_SMOKE on two cores | TIME_CPU on two cores | as `cpu` for the seed model |
+# | time for this notebook, on two cores | 1 minute | 2 minutes | as `cpu` for the seed model |
 #
 # **Needs**: the packages of this repository. **Optional sequel**: [01b · Fast sampling](01b_fast_sampling.ipynb), with top-p.
 #

@@ -21,7 +21,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | TIME_SMOKE on two cores | TIME_CPU on two cores | as `cpu` for the seed model |
+# | time for this notebook, on two cores | 15 seconds | 50 seconds | as `cpu` for the seed model |
 #
 # **Needs**: the packages of this repository. The course does not depend on this notebook.
 #

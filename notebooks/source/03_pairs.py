@@ -21,7 +21,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | TIME_SMOKE on two cores | TIME_CPU on two cores | as `cpu` if a finished run is there |
+# | time for this notebook, on two cores | 10 seconds | 10 seconds | as `cpu` if a finished run is there |
 #
 # **Needs**: the packages of this repository. The completions come from your own run if there is one (`make run`),
 # otherwise from the finished run that comes with the notebooks.

@@ -58,7 +58,7 @@ assert models.default_device() in ("cpu", "cuda")
 # ## 1 Choosing a card
 #
 # Memory decides whether a run works at all, so it comes first. All of it can be counted beforehand, from the six numbers of the
-# model's `config.json` that you met in [notebook 04](04_dpo_nll_training.ipynb) and from the profile. Two examples, a small
+# model's `config.json` that you met in [notebook 04b](04b_qlora_by_hand.ipynb) and from the profile. Two examples, a small
 # model and a large one.
 
 # %%
@@ -75,7 +75,7 @@ def count(name, r=16):
     return linear, copies * vocabulary * d, adapter
 
 # %% [markdown]
-# **The base** takes 4.127 bits for each weight of a linear layer (notebook 04, section 6) and 16 bits for each of the
+# **The base** takes 4.127 bits for each weight of a linear layer (notebook 04b, section 1) and 16 bits for each of the
 # embeddings, which are not quantised. **The adapter** is in 32 bits. While it is trained it needs 10 bytes more for each
 # weight: the gradient, a copy of the gradient (section 5 says what for), and the optimiser's two moments in 8 bits each.
 #

@@ -862,7 +862,7 @@ for n in (8, 64):
 # [Section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1) says what the authors used: for generation one node of eight V100
 # with 32 GB each, for training eight nodes of eight A100 with 80 GB each. Why so, and why so different? **Predict** by
 # arithmetic: 70 billion weights, 2 bytes each for generation, and 16 bytes each for training all of them with Adam ([notebook
-# 04](04_dpo_nll_training.ipynb), section 8).
+# 04b](04b_qlora_by_hand.ipynb), section 3).
 
 # %%
 weights = planning.SHAPES["llama-2-70b-chat"].parameters
