@@ -129,7 +129,8 @@ class Stages:
             return evaluation.graded(greedy, sampled, self.task)
 
         answers = self.keep.dataset(t, "evaluation", make, over=self.eval_questions)
-        self.report(t, evaluation.score(**answers, k=k) + self.keep.evaluated(t, self, answers))
+        rows = evaluation.score(answers["greedy"], answers["sampled"], k)
+        self.report(t, rows + self.keep.evaluated(t, self, answers))
 
     def report(self, t: int, rows: list[dict]) -> None:
         """Add rows to the metrics of iteration t."""
