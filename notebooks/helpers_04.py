@@ -207,9 +207,11 @@ def padding_grid(batch: dict, words: list[str], pad: str = "·") -> plots.TextFi
 def loss_curve(log) -> plots.TextFigure:
     """Both terms of the loss over optimiser steps."""
     figure, (left, right) = plots.new_figure(9.6, 3.4, panels=2)
-    window = max(1, len(log) // 12)
-    dpo = plots.draw_line(left, log["step"], log["loss_dpo"], "DPO term", BLUE, window)
-    nll = plots.draw_line(right, log["step"], log["loss_nll"], "NLL term", GREEN, window)
+    smooth = log.rolling(max(1, len(log) // 12), min_periods=1, center=True).mean()
+    for axes, column, colour in ((left, "loss_dpo", BLUE), (right, "loss_nll", GREEN)):
+        axes.plot(log["step"], log[column], color=colour, linewidth=0.6, alpha=0.3)
+    dpo = plots.draw_line(left, log["step"], smooth["loss_dpo"], "DPO term", BLUE)
+    nll = plots.draw_line(right, log["step"], smooth["loss_nll"], "NLL term", GREEN)
     left.axhline(np.log(2), color=GREY, linestyle=":", linewidth=1.5)
     plots.annotate(left, "ln 2", (log["step"].iloc[len(log) // 2], np.log(2)), va="bottom")
     left.set(xlabel="Optimiser step", ylabel="DPO term per pair")
