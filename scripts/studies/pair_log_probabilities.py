@@ -11,7 +11,8 @@ Writes figures/pair_log_probabilities_pairs.jsonl (the held-out pairs) and
 figures/pair_log_probabilities.jsonl, one line per run: `method`, `learning_rate`, `seed`,
 `train_pairs`, `steps`, and for `chosen` and `rejected` a list per step with the log-probability of
 each pair (a sum over the completion, nats). A run that is in the file is not made again, so the
-same command resumes a study that was stopped.
+same command resumes a study that was stopped. figures/pair_log_probabilities.json has the command,
+versions and hardware.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import TrainerCallback
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from irpo_utils import grading, logprobs, models, pairs, profiles, sampling, tasks, training
 from irpo_utils.ops import run as runs
+from studies import api
 
 FIGURES = Path(__file__).resolve().parents[2] / "figures"
 RUNS = FIGURES / "pair_log_probabilities.jsonl"
@@ -165,6 +167,7 @@ def main() -> None:
         with RUNS.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(f"{i} of {len(todo)}: {run}, {record['seconds']} s", flush=True)
+    RUNS.with_suffix(".json").write_text(json.dumps(api.environment(), indent=1) + "\n")
 
 
 if __name__ == "__main__":
