@@ -3,10 +3,10 @@
     python scripts/ship_run.py runs/cpu                          # writes notebooks/shipped_run
     python scripts/ship_run.py runs/cpu --out /some/other/place
 
-The notebooks read it, so that nobody has to wait for a run. All rows and columns are kept: the
-tables are compressed to a tenth of their size, and `datasets.load_from_disk` reads them as before.
-Files that are in the repository already, or follow from the others, are left out (`LEFT_OUT`). The
-README.md of the copy says how the run was made.
+The notebooks read it, so that students do not have to wait for a run. It keeps all rows and columns:
+the tables are compressed to a tenth of their size, and `datasets.load_from_disk` reads them as
+before. It leaves out files that are in the repository already or follow from the others
+(`LEFT_OUT`). The README.md of the copy says how the run was made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEFT_OUT = {  # glob pattern: why
     "accuracy_per_iteration.*": "the figure of five such runs is in `figures/`",
     "evaluations": "evaluations made after the run",
     ".*": "the lock",
-    "**/cache-*": "what `datasets` noted while the run was read",
+    "**/cache-*": "cache files of `datasets`",
 }
 MACHINE = re.compile(
     rb"(?<![\w.])/(?:home|root|Users|work|workspace|tmp|mnt|opt|srv|var|private)/|[A-Z]:\\\\"
@@ -46,19 +46,20 @@ MACHINE = re.compile(
 README = """\
 # A finished run of the default profile
 
-The notebooks read it where you have no run of your own. It was made with
+The notebooks read this run if you have not made one yourself. It was made with
 
     {command}
 
-in {minutes:.0f} minutes on {threads} thread(s) of an {cpu} ({gpus}), with Python {python}, {versions}, at commit {commit} (a +
-stands for changes since that commit). The seed is {seed}; the other settings are in `profile.json`.
+in {minutes:.0f} minutes on {threads} thread(s) of an {cpu} ({gpus}), with Python {python}, {versions}, at commit {commit}. A + after
+the commit means that the code had changes since then. The seed is {seed}; the other settings are in `profile.json`.
 
 {table}
 
-Accuracy in %, greedy and sampled, on {n} test questions. One seed; five are in [`figures/`](../../figures/LOG.md).
+Accuracy in %, greedy and sampled, on {n} test questions, for one seed. [`figures/`](../../figures/LOG.md) has five seeds.
 
-`python scripts/ship_run.py {run}` made this folder from the run directory. The tables hold all rows and columns and are
-compressed; `datasets.load_from_disk` reads them. The adapters' configurations name their base by its short name. Left out:
+`python scripts/ship_run.py {run}` made this folder from the run directory. The tables hold all rows and columns. They are
+compressed, and `datasets.load_from_disk` reads them. The configurations of the adapters name their base model by its short
+name. These files are left out:
 
 {left_out}
 """
@@ -90,7 +91,7 @@ def ship(run: Path, out: Path) -> int:
         (copy / "README.md").write_text(describe(run))
         (copy / ".gitignore").write_text(
             "cache-*\n"
-        )  # `datasets` writes such files beside what it reads
+        )  # `datasets` writes such files next to what it reads
         size = inspect(copy)
         shutil.rmtree(out, ignore_errors=True)
         copy.rename(out)
