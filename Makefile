@@ -24,7 +24,7 @@ $(REAL): $(READY)
 	$(BIN)/python -m irpo_utils.ops.smollm2
 	@touch $(REAL)
 
-# The parsers of the engines that scripts/cluster is written for, in an environment of their own: SkyPilot asks for other versions
+# The parsers of the engines that scripts/cluster is written for, in a separate environment: SkyPilot asks for other versions
 # of some packages. With it the tests read those files as the engines do.
 $(CLUSTER): | $(READY)
 	$(BIN)/python -m venv $(VENV)/cluster

@@ -1,18 +1,18 @@
-r"""Put the graders to the test: real gold answers in many surface forms, wrong and evasive answers, hostile text.
+r"""Test the graders: real gold answers in many surface forms, incorrect and evasive answers, hostile text.
 
     IRPO_DATA=folder python scripts/check_graders.py                # up to 4,000 answers per task
-    IRPO_DATA=folder python scripts/check_graders.py --count 500    # a quick look; --out for another folder
+    IRPO_DATA=folder python scripts/check_graders.py --count 500    # a short test; --out for another folder
 
-Every answer is made from a real gold answer, so that the right verdict is known. Each is graded a second time by a
-reader written another way (`other_number`, `other_letter`, `other_latex`), and a third time by the short rule that is most
-used elsewhere (`last_number`, `last_letter`, `same_text`); where ours and another disagree, `note` says why, by the form
-that the answer was made in. The table is figures/grading.csv: `test`, `tried`, `held` (graded as expected,
+Every answer is made from a real gold answer, so its correct grade is known. A second, independent reader grades it
+(`other_number`, `other_letter`, `other_latex`), and so does the short rule that is most used elsewhere (`last_number`,
+`last_letter`, `same_text`). Where ours and another disagree, `note` says why, by the form in which the answer was
+made. The table is figures/grading.csv: `test`, `tried`, `held` (graded as expected,
 or the disagreement is explained in `note`), `note`. figures/grading.json has the seed, versions and hardware, and
 examples of every kind of disagreement.
 
-    python scripts/check_graders.py --cases cases.jsonl             # labelled completions of your own
+    python scripts/check_graders.py --cases cases.jsonl             # your own labelled completions
 
-A line of such a file has `task`, `completion`, `gold`, `correct` (the verdict of a fair human marker), `kind`, `sure`
+A line of such a file has `task`, `completion`, `gold`, `correct` (the judgement of a fair human marker), `kind`, `sure`
 (whether markers would agree), and perhaps `choices` and `question`. The table is figures/grading_cases.csv: a row per task,
 kind and `sure`, and one with the kind "all" per task and `sure`; figures/grading_cases.json has command, versions and commit.
 """
@@ -449,7 +449,7 @@ def other_letter(completion: str, choices: list[str]) -> str | None:
 
 
 def last_letter(completion: str) -> str | None:
-    """The rule of many harnesses: the last capital letter from A to E that stands alone."""
+    """The rule of many harnesses: the last single capital letter from A to E."""
     found = re.findall(r"\b([A-E])\b", completion)
     return found[-1] if found else None
 
@@ -1072,7 +1072,7 @@ class Tally:
         )
         if (
             note and self.task != "math"
-        ):  # of pairs of MATH's answers the right verdict is not known
+        ):  # for pairs of MATH's answers the correct grade is not known
             note = f"Where they differ, ours is not as expected in {self.both}. {note}"
         held = self.compared - sum(count for form, count in differ if form not in self.why)
         rule = "; ".join(
@@ -1100,7 +1100,7 @@ class Tally:
 
 
 def completion_of(text: str) -> str:
-    """A case is a whole completion if it has the marker, otherwise what stands behind it."""
+    """A case is a whole completion if it has the marker, otherwise the text after it."""
     has_marker = re.search(r"final\s+answer", text, re.IGNORECASE)
     return text if has_marker else f"Some working: 3 + 4 = 7.\nFinal answer: {text}"
 
@@ -1130,7 +1130,7 @@ def check_kinds(path: Path, examples: dict) -> list[dict]:
 
 
 def check_cases(path: Path) -> list[dict]:
-    """Completions with the verdict of a fair marker: false positives and negatives per task, kind and `sure`."""
+    """Completions judged by a fair marker: false positives and negatives per task, kind and `sure`."""
     counts = defaultdict(Counter)
     for case in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         row = {**case, "answer": case["gold"], "finished": True}
@@ -1172,7 +1172,7 @@ def check(folder: Path, count: int, seed: int) -> tuple[list[dict], dict]:
 
 
 def write(out: Path, name: str, columns: tuple[str, ...], rows: list[dict], record: dict) -> None:
-    """A table as `name`.csv, and beside it `name`.json: what it was made with."""
+    """A table as `name`.csv, and next to it `name`.json: how it was made."""
     with open(out / f"{name}.csv", "w", newline="", encoding="utf-8") as table:
         writer = csv.DictWriter(table, columns, lineterminator="\n")
         writer.writeheader()

@@ -186,7 +186,7 @@ def tuning_part(seeds: int, records: dict) -> list[Run]:
     """A learning rate for every method, judged after four iterations on validation; one seed.
 
     Methods with a DPO term are tuned over β as well: `beta` has their runs at two learning rates.
-    At the edge of the learning rates the search goes on by a factor of three.
+    At the edge of the learning rates the search continues by a factor of three.
     """
     beta = best_beta(records)
     runs = []

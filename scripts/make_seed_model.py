@@ -1,16 +1,16 @@
-"""Make the seed model M0 from nothing: tokenizer, corpus, a one-million-parameter Llama, three phases of training.
+"""Make the seed model M0: tokenizer, corpus, and a Llama of one million parameters, trained in three phases.
 
     python scripts/make_seed_model.py --out irpo_utils/seed_model --compile      # a quarter of an hour on 2 cores
 
-M0 plays the part of a pretrained model that *can* reason but often does not:
+M0 takes the role of a pretrained model that *can* reason but often does not:
 
 1. `wide`: careful working on a wide range of numbers teaches reading and arithmetic.
 2. `task`: careful working on the numbers of the task.
-3. `hasty`: a short last phase on texts that skip part or all of the working, the more often the longer the question,
-   and still end in the right answer. What remains is a model that mostly blurts out a guess, and now and then works.
+3. `hasty`: a short last phase on texts that skip part or all of the working and still end in the correct answer. The
+   share of such texts increases with the number of steps. The model then mostly answers without reasoning.
 
-Only skeletons of the group "seen" are used, and no question of a split: `corpus` leaves both out.
-Texts are drawn anew for every batch, so nothing is trained on twice.
+Only question templates (skeletons) of the group "seen" are used, and no question of a split: `corpus` leaves both out.
+Every batch has new texts, so no text is used twice.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def corpus(phase: Phase, seed: int):
 
 
 def make_tokenizer(seed: int, texts: int = 20_000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be read, every digit is a token of its own."""
+    """Byte-level BPE: it encodes any text, and every digit is a separate token."""
     rows = corpus(PHASES[0], seed)
     samples = (
         f"{word_problems.TASK.prompt(row)}\n{row['text']}" for row, _ in zip(rows, range(texts))

@@ -52,7 +52,7 @@ def combinations() -> list[tuple[str, str]]:
 
 
 def install(uv: list[str], folder: Path, python: str, libraries: str) -> None:
-    """An environment of its own; raises `CalledProcessError` where interpreter or packages cannot be had."""
+    """A separate environment; raises `CalledProcessError` if interpreter or packages are not available."""
     run([*uv, "venv", "--quiet", "--no-python-downloads", "--python", python, str(folder)])
     target = [*uv, "pip", "install", "--quiet", "--python", str(folder)]
     if libraries == "newest":

@@ -1,4 +1,4 @@
-"""How a run computes: `plain` is here, and each module is a faster way with the same results."""
+"""Engines: the plain one is here, and each module is a faster one with the same results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from irpo_utils import UserError, models, sampling
 class Engine:
     """The plain way to load, sample and train; the modules of this folder have subclasses."""
 
-    most = math.inf  # completions in a batch, once memory has run out
+    most = math.inf  # largest batch in completions, once memory has run out
 
     def load(self, p, revision: str | None = None, **options):
         """The model and the tokenizer of a profile: M_0. options: others of `models.load`."""
@@ -29,7 +29,7 @@ class Engine:
     def decode(self, model, request: sampling.Request, batch_size: int):
         """Yield (prompt, sample, tokens, finished, logprob) of every completion, in any order.
 
-        Each time that memory runs out, the rest goes on with half the batch, and so do later calls.
+        If memory runs out, the remaining completions and later calls use half the batch size.
         """
         waiting = list(range(len(request.prompts)))
         while waiting:

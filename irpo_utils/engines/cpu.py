@@ -134,7 +134,7 @@ def _is_linear(layer) -> bool:
 
 
 def dequantize(model) -> None:
-    """Replace every NF4 layer under the adapter by a plain one with the weights it stands for."""
+    """Replace every NF4 layer under the adapter by a plain one with its dequantised weights."""
     for layer in model.modules():
         if _is_linear(layer):
             base = layer.base_layer
@@ -144,7 +144,7 @@ def dequantize(model) -> None:
 
 @contextlib.contextmanager
 def merged(model):
-    """Inside, each layer is the one matrix W + (alpha / r) B A; afterwards all is as before.
+    """Inside the context each layer is one matrix W + (alpha / r) B A; afterwards it is restored.
 
     Exact up to rounding in fp32, and for a zero adapter in any dtype. Otherwise nothing changes,
     and also if the matrices need more than `MERGED_BYTES`.

@@ -29,7 +29,7 @@ class Engine(shared_prompt.Engine):
         return model, self.tokenizer
 
     def use(self, model, adapter) -> None:
-        """Note the adapter; the server loads it when it is to complete something."""
+        """Store the adapter; the server loads it at the next request for completions."""
         super().use(model, adapter)
         self.adapter = Path(adapter) if adapter is not None else None
 

@@ -19,7 +19,7 @@ PIECE = 2**20  # bytes
 
 
 def fingerprint(model) -> str | None:
-    """What tells this base from another of the same name: the hub's commit, or a hash of the files.
+    """Identifies this base among others of its name: the hub's commit, or a hash of the files.
 
     Of files over 256 MiB every 16th MiB is read, and the end: a full hash would take minutes.
     """
@@ -87,7 +87,7 @@ def check_adapter(folder: Path, p: Profile) -> None:
     if beyond := [name for name in kinds if config.get(name)]:
         raise UserError(
             f"The adapter in {folder} was made with {' and '.join(beyond)}. Here every matrix has "
-            "the scale lora_alpha / lora_r, so it would be another one. Give another --start."
+            "the scale lora_alpha / lora_r, so M_t would differ. Give another --start."
         )
     hub = models.HUB_NAMES.get(p.model, p.model)
     base = config.get("base_model_name_or_path")

@@ -15,7 +15,7 @@ from irpo_utils import UserError, models
 def limit_waiting() -> None:
     """Let every request to the hub fail after HF_HUB_DOWNLOAD_TIMEOUT (10 seconds by default).
 
-    Some calls of the library set no limit at all, and wait for a silent server without end.
+    Some calls of the library set no limit, and wait forever for a server that does not answer.
     """
     session = get_session()
     hooks = session.event_hooks

@@ -2,8 +2,8 @@
 
 Memory adds up the large tensors, from the model's shape. Time is a roofline (Williams et al. 2009):
 a matrix product takes as long as its arithmetic or as reading its weights, whichever is slower;
-reading the cache and each layer's overhead are added. Take both within a factor of two where the
-plan says that its numbers are assumed. Units: bytes, seconds.
+reading the cache and each layer's overhead are added. If the plan says that numbers are assumed,
+expect both to be right within a factor of two. Units: bytes, seconds.
 """
 
 from __future__ import annotations

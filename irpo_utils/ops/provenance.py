@@ -39,7 +39,7 @@ def _is_there(place: Path, record: dict[str, str]) -> bool:
 
 
 def inputs(run: Path) -> dict[str, str | None]:
-    """What tells the model and the questions of this run from others of the same name."""
+    """Identifies the model and the questions of this run among others of the same name."""
     path = run / "inputs.json"
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Training that survives kills, memory that runs out, disks that fill, and broken numbers."""
+"""Training that survives kills, full memory, full disks, and losses that are not finite."""
 
 from __future__ import annotations
 

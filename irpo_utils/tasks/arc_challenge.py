@@ -37,8 +37,8 @@ def letter(text: str, choices: list[str] | None = None) -> str | None:
     """The one option that `text` names: "b", "(B)", "B) iron", "iron", or 2 for B; or None.
 
     A letter wins over an option that consists of the same letter, as letters are what the prompt
-    asks for. In doubt are two letters ("B or C", "b, c"), a letter with another option's text, one
-    that is denied ("B is wrong"), the article in "A stronger force" unless this is option A, and a
+    asks for. None is read from two letters ("B or C", "b, c"), a letter with another option's text,
+    a denied letter ("B is wrong"), the article in "A stronger force" unless this is option A, or a
     number where the options are numbers themselves.
     """
     options = [_clean(choice) for choice in choices or ()]
@@ -46,7 +46,7 @@ def letter(text: str, choices: list[str] | None = None) -> str | None:
     text = text[: answers.MAX_LENGTH]
     spellings = dict.fromkeys(_clean(text, phrases) for phrases in (False, True))
     # Texts come first, as in "E. coli" or "C 14"; but "B" is a letter. Each reader returns a
-    # letter, "" where it is in doubt, or None where the next one is asked.
+    # letter, "" if the text is ambiguous, or None to leave it to the next reader.
     for reader in (_by_long_text, _by_letter, _by_text, _by_letter_behind, _by_place):
         for spelling in spellings:  # with and without "It is", which may begin an option's text
             found = reader(spelling, letters, options)
@@ -55,7 +55,7 @@ def letter(text: str, choices: list[str] | None = None) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=10_000)  # the options of a question are read with every completion
+@functools.lru_cache(maxsize=10_000)  # every completion of a question needs the same options
 def _clean(text: str, phrases: bool = False) -> str:
     text = answers.replace(PATTERNS["clean"], answers.unwrap(text, phrases))
     return " ".join(text.split()).strip(". ")
@@ -165,7 +165,7 @@ class ARCChallenge(FileTask):
         return extracted == answer
 
     def row(self, raw: dict, index: int) -> dict:
-        """`choices` as a list of texts, `answer` as the letter of the right one's place."""
+        """`choices` as a list of texts, `answer` as the letter of the correct one."""
         texts, labels, key = raw["choices"]["text"], raw["choices"]["label"], raw["answerKey"]
         need(raw["question"].strip(), "`question` is empty")
         need_choices(texts)

@@ -163,7 +163,7 @@ class FileTask(Task):
         if path.is_file():
             raise UserError(
                 f"{path} is a file; the task {self.name} reads a folder with {name}.jsonl in it. "
-                "For one file of your own questions use --task jsonl."
+                "For one file with your own questions use --task jsonl."
             )
         if optional and not (path / f"{name}.jsonl").exists():
             return []

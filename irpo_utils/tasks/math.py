@@ -123,7 +123,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _last_box(completion: str) -> str | None:
-    r"""The last box, unless what stands before it changes it: "not \boxed{5}", "-\boxed{5}"."""
+    r"""The last box, unless the text before it changes it: "not \boxed{5}", "-\boxed{5}"."""
     *_, before, _ = ["", *BOX.split(completion)]
     line = answers.replace(PATTERNS["delimiter"], before[-MAX_LENGTH:].rpartition("\n")[2])
     if answers.found(PATTERNS["turned"], line) or numbers.denied(line.replace("#", "") + " #"):
@@ -207,7 +207,7 @@ def _spelling(text: str) -> str:
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether two texts of `canonical` are the same answer; in doubt they are not."""
+    """Whether two texts of `canonical` are the same answer; when in doubt, they are not."""
     if _spelling(gold) == _spelling(answer):
         return True
     if "=" not in gold:

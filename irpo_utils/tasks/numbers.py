@@ -1,6 +1,6 @@
 r"""Reading numbers as models write them, shared by the tasks whose answer is a number.
 
-The rule is strict, because a reward for a wrong answer teaches it: the answer must hold one number
+The rule is strict, as a reward for an incorrect answer teaches it: the answer must hold one number
 in digits, perhaps with words, a unit or a currency around it. There is no answer in two different
 numbers ("12 or 13"), in a calculation not carried out ("5 * x", "half of 36"), in a number that is
 denied or only a bound ("not 36", "36 or more"), in a number in words, and in one that words change

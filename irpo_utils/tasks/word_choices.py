@@ -7,8 +7,8 @@ One raw question, and its options (the correct one is B):
 
 Questions, splits, gold solutions and prompt are those of `word_problems`: M0 knows no other prompt.
 The options are not shown to the model. It calculates a number, and the nearest option is taken, as
-by a pupil who picks what comes closest. So a wrong number can be graded as correct, which is the
-luck of multiple choice (notebook 02, section 7).
+by a pupil who picks the closest one. An incorrect number can therefore be graded as correct, which
+is the luck of multiple choice (notebook 02).
 """
 
 from __future__ import annotations

@@ -339,7 +339,7 @@ class Plain(Ours):
         return Dataset.from_list(found)
 
     def _sample_row(self, row: dict, sample: int, prompt: str, ids: list[int]) -> dict:
-        """A row of samples; `ids` may go on after the end token, with padding."""
+        """A row of samples; `ids` may continue after the end token, with padding."""
         end = self.tokenizer.eos_token_id
         finished = end in ids
         if finished:
