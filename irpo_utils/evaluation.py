@@ -18,7 +18,7 @@ RESAMPLES = 2000
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Interval of one proportion (Wilson 1927); it also holds near 0 and 1 and for small n."""
     if not 0 <= successes <= n or n == 0:
-        raise UserError(f"{successes} successes of {n}: n must be positive and not less.")
+        raise UserError(f"{successes} successes of {n}: n must be at least 1 and not less.")
     p, z2 = successes / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
