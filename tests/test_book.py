@@ -123,7 +123,7 @@ def test_student_pages_have_stubs_and_solutions_are_on_their_own_pages(name, boo
         for folder in ("", "solutions")
     ]
     filled_in = [(open_, full) for open_, full in zip(*cells, strict=True) if open_ != full]
-    assert len(filled_in) >= 3
+    assert len(filled_in) >= (2 if re.match(r"\d+b_", name) else 3)  # optional ones have fewer
     shown = [page.code_cells() for page in (student, solved)]
     for pair in filled_in:
         open_, full = (text.removeprefix("# NBVAL_IGNORE_OUTPUT\n").strip() for text in pair)
