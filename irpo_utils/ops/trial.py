@@ -77,8 +77,8 @@ def check_sampling(model, tokenizer, engine) -> list[dict]:
     if engine is not None:
         cores = torch.get_num_threads() if model.device.type == "cpu" else 1
         questions = [{"id": f"{i}", "question": TEXTS[i % 2]} for i in range(2 * cores)]
-        settings = {"n": 2, "max_new_tokens": 3, "progress": False, "engine": engine}
-        rows = list(sampling.sample(model, tokenizer, questions, TASK, **settings))[:4]
+        settings = {"task": TASK, "n": 2, "max_new_tokens": 3, "progress": False}
+        rows = sampling.sample(model, tokenizer, questions, engine=engine, **settings).to_list()[:4]
     else:
         prompts = [models.render_prompt(tokenizer, text) for text in TEXTS for _ in range(2)]
         ids = tokenizer(prompts, add_special_tokens=False).input_ids
