@@ -31,7 +31,7 @@ def pairs_of_each_model(function) -> str:
     if message:
         if "FileNotFoundError" in message or "No such file" in message:
             return (
-                "A file that your function wants is not there. The run of this check has 3 iterations, as its profile.json says, and "
+                "Your function reads a file that does not exist. The run of this check has 3 iterations, as its profile.json says, and "
                 "the last model makes no pairs: iteration_3 has none, and there is no iteration_4."
             )
         return message
@@ -41,8 +41,8 @@ def pairs_of_each_model(function) -> str:
     right = {t + 1: pairs for t, pairs in enumerate(by_t)}
     mistakes = [
         (
-            "You gave the pairs that each model *made*. In iteration_t lies what was made with M_t; M_{t+1} is trained on it, and M_0 "
-            "on nothing.",
+            "You gave the pairs that each model *made*. The folder iteration_t has what was made with M_t; M_{t+1} is trained on it, "
+            "and M_0 on nothing.",
             dict(enumerate(by_t)),
         ),
         ("M_0 is not trained: leave it out. The pairs of iteration_0 made M_1.", {0: 0, **right}),
@@ -68,7 +68,7 @@ def pairs_of_each_model(function) -> str:
         ),
     ]
     if value == right:
-        return "Right: M_{t+1} is trained on the pairs that M_t made, which lie in iteration_t. The last model makes none."
+        return "Right: M_{t+1} is trained on the pairs that M_t made, which are in iteration_t. The last model makes none."
     for text, wrong in mistakes:
         if value == wrong:
             return text
@@ -84,7 +84,7 @@ def mcnemar_p(function) -> str:
     right = 2 * _tail(11, 2)
     mistakes = [
         (
-            "This is the one-sided value. Before looking you did not know which model would win: double it.",
+            "This is the one-sided value. Before the test you did not know which model is better: double it.",
             _tail(11, 2),
         ),
         (
@@ -96,12 +96,12 @@ def mcnemar_p(function) -> str:
             math.comb(11, 2) / 2**11,
         ),
         (
-            "You tossed a coin for every question. Only the discordant ones count: those that both got right, or both wrong, say nothing.",
+            "You tossed a coin for every question. Only the discordant ones count: those that both models answer correctly, or both "
+            "incorrectly, say nothing.",
             min(1.0, 2 * _tail(20, 2)),
         ),
         (
-            "You compared how many each got right as if the questions had been different ones (two proportions). Compare them question by "
-            "question.",
+            "You compared both accuracies as if the questions were different (two proportions). Compare them question by question.",
             _two_proportions(7, 14, 20),
         ),
         (
@@ -121,24 +121,24 @@ def mcnemar_p(function) -> str:
             _tail(11, 9),
         ),
         (
-            "The last term is missing: the split that was seen belongs to the sum. `range(k)` ends at k - 1.",
+            "The last term is missing: the observed split belongs to the sum. `range(k)` ends at k - 1.",
             2 * _tail(11, 1),
         ),
         (
-            "The split that was seen is missing in the sum, and it should be doubled. `range(k)` ends at k - 1.",
+            "The observed split is missing in the sum, and the sum should be doubled. `range(k)` ends at k - 1.",
             _tail(11, 1),
         ),
     ]
     if _close(value, right):
         return _mcnemar_corners(function) or (
-            "Right, and exact also for few questions. Two models that answer 20 questions can differ by 7 and "
-            f"still be no different: p = {right:.3f} here."
+            "Right, and exact for few questions. On 20 questions two models can differ by 7 without a significant "
+            f"difference: p = {right:.3f} here."
         )
     for text, wrong in mistakes:
         if _close(value, wrong):
             return text
     return (
-        f"With 2 questions that only a got right and 9 that only b did, p is {right:.4f}; yours gives {value:.4g}. "
+        f"With 2 questions that only a answers correctly and 9 that only b does, p is {right:.4f}; yours gives {value:.4g}. "
         "11 tosses of a fair coin: how likely is a split of 2 to 9, or a more uneven one, on either side?"
     )
 
@@ -149,7 +149,7 @@ def _mcnemar_corners(function) -> str | None:
         (
             dict(only_a=9, only_b=2, both=5, neither=4),
             2 * _tail(11, 2),
-            "with a and b exchanged. It must not matter which is the better one",
+            "with a and b exchanged. It must not matter which model is better",
         ),
         (
             dict(only_a=3, only_b=3, both=2, neither=2),
@@ -187,18 +187,18 @@ def estimate_kl(function) -> str:
     weights = np.exp(now)
     for text, wrong in (
         (
-            "The sign is turned round: this is the mean of log before - log now. For KL(now || before) take log now - log before.",
+            "The sign is reversed: this is the mean of log before - log now. For KL(now || before) take log now - log before.",
             -right,
         ),
         (
-            "You weighed each answer by its probability. The samples carry the weights already: likely answers are drawn often.",
+            "You weighted each completion by its probability. The samples carry the weights already: likely completions are sampled often.",
             (weights * ratios).sum(),
         ),
         (
-            "You weighed each answer by its probability. The samples carry the weights already: likely answers are drawn often.",
+            "You weighted each completion by its probability. The samples carry the weights already: likely completions are sampled often.",
             (weights * ratios).sum() / weights.sum(),
         ),
-        ("That is the sum. A KL divergence is a mean over answers.", ratios.sum()),
+        ("That is the sum. A KL divergence is a mean over completions.", ratios.sum()),
         (
             "You took absolute values. Single log-ratios may be negative; their mean estimates the divergence only with their signs.",
             np.abs(ratios).mean(),
@@ -212,11 +212,11 @@ def estimate_kl(function) -> str:
             np.log(np.exp(ratios).mean()),
         ),
         (
-            "You divided by n - 1. That belongs into the standard deviation, not into the mean.",
+            "You divided by n - 1. That belongs in the standard deviation, not in the mean.",
             ratios.sum() / (n - 1),
         ),
         (
-            "You cut negative ratios off at 0, which makes the estimate too high.",
+            "You replaced negative ratios by 0, which makes the estimate too high.",
             np.maximum(ratios, 0).mean(),
         ),
     ):
@@ -226,11 +226,11 @@ def estimate_kl(function) -> str:
         return f"The estimate should be {right:.4f} for the numbers of this check; yours is {pair[0]:.4g}."
     for text, wrong in (
         (
-            "this is the standard deviation of single answers. That of their mean is smaller: divide by the root of n.",
+            "this is the standard deviation of single completions. That of their mean is smaller: divide by the root of n.",
             ratios.std(ddof=1),
         ),
         (
-            "this is the standard deviation of single answers, with n instead of n - 1. Take ddof=1 and divide by the root of n.",
+            "this is the standard deviation of single completions, with n instead of n - 1. Take ddof=1 and divide by the root of n.",
             ratios.std(),
         ),
         (
@@ -256,136 +256,156 @@ def estimate_kl(function) -> str:
             return f"The estimate is right. The error: {text}"
     if not _close(pair[1], error):
         return f"The estimate is right. Its standard error should be {error:.4f}; yours is {pair[1]:.4g}."
-    return (
-        f"Right: {right:.2f} ± {error:.2f} nats. With 8 answers that says little; a run draws 256."
-    )
+    return f"Right: {right:.2f} ± {error:.2f} nats. With 8 completions that says little; a run draws 256."
 
 
 def keep(function) -> str:
-    """Exercise 5.4: the last model before the first step that is not sound."""
+    """Exercise 5.4: patience 1 on validation accuracy; the number of the model to keep."""
     cases = {
-        "all steps are sound": _table(
-            (0.3, 0.5, 0.7), (0.001, 0.002), ((-0.1, -0.05), (-0.06, -0.03))
+        "accuracy rises and then falls": _rows((0.3, 0.6, 0.5)),
+        "accuracy rises in every iteration": _rows((0.3, 0.5, 0.7)),
+        "accuracy falls and later exceeds the maximum": _rows((0.3, 0.6, 0.5, 0.8, 0.7)),
+        "the first iteration lowers accuracy": _rows((0.5, 0.4, 0.6)),
+        "accuracy recovers after two lower iterations": _rows((0.3, 0.7, 0.4, 0.6, 0.8)),
+        "accuracy recovers in part after a fall": _rows((0.3, 0.7, 0.4, 0.6)),
+        "test accuracy is highest elsewhere": _rows(
+            (0.3, 0.5, 0.6, 0.55), test=(0.3, 0.6, 0.5, 0.7)
         ),
-        "the last gain is no more than luck": _table(
-            (0.3, 0.5, 0.51), (0.001, 0.6), ((-0.1, -0.05), (-0.06, -0.03))
+        "KL is large while accuracy rises": _rows((0.3, 0.86, 0.88, 0.87), kl=(1.9, 2.6, 0.1)),
+        "chosen completions fall while accuracy rises": _rows(
+            (0.3, 0.5, 0.7, 0.6), chosen=(-0.02, -0.01, 0.03)
         ),
-        "a step in the middle lowers the winners": _table(
-            (0.3, 0.5, 0.6, 0.7),
-            (0.001, 0.001, 0.001),
-            ((-0.1, -0.05), (-0.06, -0.20), (-0.3, -0.1)),
-        ),
-        "accuracy falls, and significantly so": _table(
-            (0.3, 0.6, 0.4), (0.001, 0.001), ((-0.1, -0.05), (-0.06, -0.03))
-        ),
-        "the first step is not sound already": _table(
-            (0.3, 0.31, 0.6), (0.8, 0.001), ((-0.1, -0.05), (-0.06, -0.03))
-        ),
-        "the winners stay where they were, which is no fall": _table(
-            (0.3, 0.5, 0.7), (0.001, 0.001), ((-0.1, -0.1), (-0.1, -0.1))
-        ),
-        "the winners rise, though from a lower start than they had reached": _table(
-            (0.3, 0.5, 0.7), (0.001, 0.001), ((-0.1, -0.03), (-0.08, -0.05))
-        ),
-        "M_0 is all there is": _table((0.3,), (), ()),
+        "there is only M_0": _rows((0.3,)),
     }
     values = {}
-    for name, table in cases.items():
-        values[name], message = number(function, table)
+    for name, rows in cases.items():
+        values[name], message = number(function, rows)
         if message:
-            return (
-                message
-                if message.startswith("Not solved")
-                else f"Where {name}: {message[0].lower()}{message[1:]}"
-            )
-    right = {name: _keep(table) for name, table in cases.items()}
+            if message.startswith("Not solved"):
+                return message
+            return f"Where {name}: {message[0].lower()}{message[1:]}"
+    right = {name: _patience(rows) for name, rows in cases.items()}
     if values == right:
-        return "Right: the first unsound step ends it, whatever comes after."
-    strategies = [
-        (
-            "You return the unsound step itself. Keep the model before it.",
-            lambda t: min(_keep(t) + 1, len(t) - 1),
-        ),
-        (
-            "You return the step with the highest accuracy. That is the luckiest one, or a ruined one that got better again.",
-            lambda t: max(range(len(t)), key=lambda i: t[i]["greedy"]),
-        ),
-        ("You return the last model always.", lambda t: len(t) - 1),
-        (
-            "You look for the last sound step. An unsound one before it has to end the walk.",
-            lambda t: max([i for i in range(1, len(t)) if _sound(t, i)], default=0),
-        ),
-        (
-            "You count sound steps. Stop at the first one that is not.",
-            lambda t: sum(_sound(t, i) for i in range(1, len(t))),
-        ),
-        (
-            "You do not look at the winners' log-probability: a step that lowers it is not sound, even if accuracy rose.",
-            lambda t: _keep(t, logp=False),
-        ),
-        (
-            "You compare the winners with those of the iteration before. These are other pairs: compare before and after of the same t.",
-            _along,
-        ),
-        (
-            "You do not look at p: a gain that may be luck is not sound.",
-            lambda t: _keep(t, p=False),
-        ),
-        (
-            "You look at p, but not at the direction: a significant *fall* is not sound.",
-            lambda t: _keep(t, rise=False),
-        ),
-        (
-            "Where the winners' log-probability stays equal it has not fallen: that is sound.",
-            lambda t: _keep(t, strict=True),
-        ),
-    ]
-    for text, strategy in strategies:
-        if values == {name: strategy(table) for name, table in cases.items()}:
+        return _ties(function) or (
+            "Right: the first iteration that does not improve ends the run, and later models are not trained."
+        )
+    for text, strategy in _KEEP_MISTAKES:
+        if values == {name: strategy(rows) for name, rows in cases.items()}:
             return text
     name = next(name for name in cases if values[name] != right[name])
+    accuracies = [row["validation"] for row in cases[name]]
     return (
-        f"Where {name}, keep M_{right[name]}; yours says {values[name]:g}. The table: {cases[name]}"
+        f"Where {name}, keep M_{right[name]}; yours says {values[name]:g}. "
+        f"Validation accuracies of M_0, M_1, ...: {accuracies}."
     )
 
 
-def _table(greedy, ps, logps) -> list[dict]:
-    rows = [{"greedy": greedy[0], "p": None, "kl": None, "logp_before": None, "logp_after": None}]
-    return rows + [
-        {"greedy": g, "p": p, "kl": 0.1, "logp_before": old, "logp_after": new}
-        for g, p, (old, new) in zip(greedy[1:], ps, logps)
-    ]
+def _ties(function) -> str | None:
+    """On a tie a rule may stop or continue, and keep either of two equal models."""
+    for accuracies, allowed in (((0.3, 0.7, 0.7, 0.6), {1, 2}), ((0.3, 0.7, 0.7, 0.8), {1, 2, 3})):
+        value, message = number(function, _rows(accuracies))
+        if message or value not in allowed:
+            got = message or f"yours says {value:g}"
+            return f"It works without ties. With the accuracies {list(accuracies)} keep one of {sorted(allowed)}: {got}"
+    return None
 
 
-def _sound(table, t, rise=True, p=True, logp=True, strict=False) -> bool:
-    row = table[t]
-    fell = (
-        row["logp_after"] <= row["logp_before"]
-        if strict
-        else row["logp_after"] < row["logp_before"]
+def _rows(validation, test=None, kl=None, chosen=None) -> list[dict]:
+    """The rows that `keep` gets; test accuracy is the validation accuracy if it is not given."""
+    rest = len(validation) - 1
+    columns = zip(
+        validation,
+        test or validation,
+        (None, *(kl or (0.1,) * rest)),
+        (None, *(chosen or (0.02,) * rest)),
+        strict=True,
     )
-    return (
-        (not rise or row["greedy"] > table[t - 1]["greedy"])
-        and (not p or row["p"] < 0.05)
-        and not (logp and fell)
-    )
+    return [dict(zip(("validation", "test", "kl", "chosen_change"), row)) for row in columns]
 
 
-def _along(table) -> int:
-    """`keep` with the winners after each training compared along the line, over different pairs."""
-    rows = [
-        {**row, "logp_before": before["logp_after"]}
-        if before and before["logp_after"] is not None
-        else row
-        for row, before in zip(table, [None, *table])
-    ]
-    return _keep(rows)
+def _patience(rows, patience=1, column="validation") -> int:
+    """The best model when `patience` iterations in a row have not exceeded it."""
+    best = 0
+    for t in range(1, len(rows)):
+        if rows[t][column] > rows[best][column]:
+            best = t
+        elif t - best == patience:
+            break
+    return best
 
 
-def _keep(table, **rules) -> int:
-    return next(
-        (t - 1 for t in range(1, len(table)) if not _sound(table, t, **rules)), len(table) - 1
-    )
+def _best(rows, column="validation") -> int:
+    return max(range(len(rows)), key=lambda t: rows[t][column])
+
+
+def _rises(rows) -> list[int]:
+    return [t for t in range(1, len(rows)) if rows[t]["validation"] > rows[t - 1]["validation"]]
+
+
+def _before(rows, is_bad) -> int:
+    return next((t - 1 for t in range(1, len(rows)) if is_bad(t)), len(rows) - 1)
+
+
+_KEEP_MISTAKES = [
+    (
+        "You return the iteration at which you stop. Keep the best model before it.",
+        lambda rows: min(_patience(rows) + 1, len(rows) - 1),
+    ),
+    (
+        "You return the best of all iterations. With patience 1 the run stops at the first iteration that does not "
+        "improve; the later models do not exist yet.",
+        _best,
+    ),
+    ("You always return the last model.", lambda rows: len(rows) - 1),
+    (
+        "You select by test accuracy. The test split measures the kept model once; select with `validation`.",
+        lambda rows: _patience(rows, column="test"),
+    ),
+    (
+        "You select the best test accuracy. The test split measures the kept model once; select with `validation`.",
+        lambda rows: _best(rows, "test"),
+    ),
+    (
+        "You wait for two iterations without improvement: that is patience 2.",
+        lambda rows: _patience(rows, patience=2),
+    ),
+    (
+        "M_0 is a candidate: if the first iteration lowers accuracy, keep M_0.",
+        lambda rows: min(max(1, _patience(rows)), len(rows) - 1),
+    ),
+    (
+        "You compare with M_0. Compare with the best model so far.",
+        lambda rows: _before(rows, lambda t: rows[t]["validation"] <= rows[0]["validation"]),
+    ),
+    (
+        "You return the last iteration that improved on its predecessor. Stop at the first one that does not improve.",
+        lambda rows: max(_rises(rows), default=0),
+    ),
+    (
+        "You count the iterations that improve. Stop at the first one that does not.",
+        lambda rows: len(_rises(rows)),
+    ),
+    (
+        "You return an accuracy. Return the number of the iteration.",
+        lambda rows: rows[_patience(rows)]["validation"],
+    ),
+    (
+        "You also stop if KL is large. KL is a sign to look at; this rule uses validation accuracy alone.",
+        lambda rows: min(_patience(rows), _before(rows, lambda t: rows[t]["kl"] > 1)),
+    ),
+    (
+        "You also stop if chosen completions fall. That is a sign to look at; this rule uses validation accuracy alone.",
+        lambda rows: min(_patience(rows), _before(rows, lambda t: rows[t]["chosen_change"] < 0)),
+    ),
+    (
+        "You stop by KL. It is a sign to look at; use validation accuracy.",
+        lambda rows: _before(rows, lambda t: rows[t]["kl"] > 1),
+    ),
+    (
+        "You stop by the chosen completions. They are a sign to look at; use validation accuracy.",
+        lambda rows: _before(rows, lambda t: rows[t]["chosen_change"] < 0),
+    ),
+]
 
 
 def _answers(only_a: int, only_b: int, both: int, neither: int) -> tuple[list[int], list[int]]:

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("jupytext")
 
 import checks_05 as checks  # noqa: E402
+import helpers_05 as helpers  # noqa: E402
 
 
 def solution(name: str, solved: bool = True):
@@ -117,7 +118,7 @@ def ratios(now, before):
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (lambda now, before: (-ratios(now, before).mean(), 0.1), "sign is turned round"),
+        (lambda now, before: (-ratios(now, before).mean(), 0.1), "sign is reversed"),
         (
             lambda now, before: ((np.exp(now) * ratios(now, before)).sum(), 0.1),
             "samples carry the weights",
@@ -127,7 +128,7 @@ def ratios(now, before):
         (lambda now, before: (ratios(now, before).sum(), 0.1), "that is the sum"),
         (
             lambda now, before: (ratios(now, before).mean(), ratios(now, before).std(ddof=1)),
-            "single answers",
+            "single completions",
         ),
         (
             lambda now, before: (
@@ -148,47 +149,102 @@ def test_kl_names_the_mistake(wrong, words):
     assert words in checks.estimate_kl(wrong)
 
 
-def sound(table, t, logp=True, p=True, rise=True):
-    row = table[t]
-    return (
-        (not rise or row["greedy"] > table[t - 1]["greedy"])
-        and (not p or row["p"] < 0.05)
-        and (not logp or row["logp_after"] >= row["logp_before"])
-    )
+def patience(rows, n=1, column="validation"):
+    best = 0
+    for t in range(1, len(rows)):
+        if rows[t][column] > rows[best][column]:
+            best = t
+        elif t - best == n:
+            break
+    return best
 
 
-def walk(table, **rules):
-    return next(
-        (t - 1 for t in range(1, len(table)) if not sound(table, t, **rules)), len(table) - 1
-    )
+def accuracies(rows, column="validation"):
+    return [row[column] for row in rows]
+
+
+def before(rows, is_bad):
+    return next((t - 1 for t in range(1, len(rows)) if is_bad(rows[t])), len(rows) - 1)
+
+
+def first_rise(rows):
+    """Patience 1 that continues on a tie and keeps the later of two equal models."""
+    values = accuracies(rows)
+    return next((t - 1 for t in range(1, len(rows)) if values[t] < values[t - 1]), len(rows) - 1)
+
+
+def tolerant_best(rows):
+    """Patience 1 that continues on a tie and keeps the earlier of two equal models."""
+    values = accuracies(rows)[: first_rise(rows) + 1]
+    return values.index(max(values))
+
+
+def by_array(rows):
+    values = np.array(accuracies(rows))
+    stops = np.flatnonzero(np.diff(values) <= 0)
+    return stops[0] if len(stops) else len(values) - 1
+
+
+@pytest.mark.parametrize("sensible", [patience, first_rise, tolerant_best, by_array])
+def test_selection_accepts_any_implementation_and_any_choice_on_a_tie(sensible):
+    assert checks.keep(sensible).startswith("Right")
 
 
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (lambda t: max(range(len(t)), key=lambda i: t[i]["greedy"]), "highest accuracy"),
-        (lambda t: len(t) - 1, "last model always"),
-        (lambda t: min(walk(t) + 1, len(t) - 1), "Keep the model before it"),
-        (lambda t: max([i for i in range(1, len(t)) if sound(t, i)], default=0), "last sound step"),
-        (lambda t: sum(sound(t, i) for i in range(1, len(t))), "count sound steps"),
-        (lambda t: walk(t, logp=False), "do not look at the winners"),
+        (lambda r: max(range(len(r)), key=lambda t: r[t]["validation"]), "best of all iterations"),
+        (lambda r: len(r) - 1, "always return the last model"),
+        (lambda r: min(patience(r) + 1, len(r) - 1), "at which you stop"),
+        (lambda r: patience(r, column="test"), "select by test accuracy"),
+        (lambda r: int(np.argmax(accuracies(r, "test"))), "best test accuracy"),
+        (lambda r: patience(r, n=2), "patience 2"),
+        (lambda r: min(max(1, patience(r)), len(r) - 1), "M_0 is a candidate"),
+        (lambda r: before(r, lambda row: row["validation"] <= r[0]["validation"]), "with M_0"),
         (
-            lambda t: next(
-                (
-                    i - 1
-                    for i in range(1, len(t))
-                    if not sound(t, i, logp=False)
-                    or t[i]["logp_after"]
-                    < (t[i - 1]["logp_after"] if i > 1 else t[i]["logp_before"])
-                ),
-                len(t) - 1,
+            lambda r: max(
+                (t for t in range(1, len(r)) if np.diff(accuracies(r))[t - 1] > 0), default=0
             ),
-            "iteration before",
+            "last iteration that improved",
         ),
-        (lambda t: walk(t, p=False), "do not look at p"),
-        (lambda t: walk(t, rise=False), "not at the direction"),
-        (lambda t: 1, "keep M_"),
+        (lambda r: int((np.diff(accuracies(r)) > 0).sum()), "count the iterations"),
+        (lambda r: r[patience(r)]["validation"], "return an accuracy"),
+        (lambda r: before(r, lambda row: row["kl"] > 1), "stop by KL"),
+        (lambda r: before(r, lambda row: row["chosen_change"] < 0), "by the chosen completions"),
+        (
+            lambda r: min(patience(r), before(r, lambda row: row["kl"] > 1)),
+            "also stop if KL is large",
+        ),
+        (
+            lambda r: min(patience(r), before(r, lambda row: row["chosen_change"] < 0)),
+            "also stop if chosen completions fall",
+        ),
+        (lambda r: 1, "keep M_"),
+        (lambda r: patience(r) if len(set(accuracies(r))) == len(r) else 0, "works without ties"),
     ],
 )
-def test_stopping_names_the_mistake(wrong, words):
+def test_selection_names_the_mistake(wrong, words):
     assert words in checks.keep(wrong)
+
+
+def test_shipped_runs_have_rows_for_the_rules():
+    runs = helpers.shipped_runs()
+    assert len(runs) > 32 and {len(one["rows"]) for one in runs} == {5, 9}
+    for one in runs:
+        first, *rest = one["rows"]
+        assert first["kl"] is None and first["chosen_change"] is None
+        assert all(row["kl"] is not None and row["chosen_change"] is not None for row in rest)
+        assert all(0 <= row[split] <= 1 for row in one["rows"] for split in ("validation", "test"))
+
+
+def test_patience_loses_less_test_accuracy_than_a_fall_of_chosen_completions():
+    """The rule that the exercise replaced kept M_0 although M_1 was far better."""
+
+    def lost(rule):
+        return [
+            max(accuracies(one["rows"], "test")) - one["rows"][rule(one["rows"])]["test"]
+            for one in helpers.shipped_runs()
+        ]
+
+    fallen = lost(lambda rows: before(rows, lambda row: row["chosen_change"] < 0))
+    assert np.mean(lost(solution("keep"))) < 0.03 < 0.1 < np.mean(fallen)
