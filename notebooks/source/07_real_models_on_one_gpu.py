@@ -15,9 +15,9 @@
 #
 # **What you will be able to do**
 #
-# - work out by hand what a QLoRA run needs of a card, and know its hours and its cost before you rent one;
+# - work out by hand what a QLoRA run needs of a GPU, and know its hours and its cost before you rent one;
 # - keep test questions out of the training, and probe for what a model may have seen before it came to you;
-# - run a real model through the loop, survive a full card and a machine that is taken away, and bring the results home;
+# - run a real model through the loop, survive a full GPU and a machine that is taken away, and bring the results home;
 # - read the accuracy of a real run with its uncertainty, merge the adapter, evaluate again, and hand the model on.
 #
 # | | `smoke` | `smollm2-135m-cpu` (default) | one GPU |
@@ -55,7 +55,7 @@ assert models.default_device() in ("cpu", "cuda")
 # downloaded) and where the small run is made (section 4).
 
 # %% [markdown]
-# ## 1 Choosing a card
+# ## 1 Choosing a GPU
 #
 # Memory decides whether a run works at all, so it comes first. All of it can be counted beforehand, from the six numbers of the
 # model's `config.json` that you met in [notebook 04b](04b_qlora_by_hand.ipynb) and from the profile. Two examples, a small
@@ -147,7 +147,7 @@ table.round(2).astype(object).fillna("")
 
 # %% [markdown]
 # The logits, and by far: the vocabulary has 151,936 words, whatever the size of the model. And for the large model the cache,
-# which is larger than the model itself. So "how many billions" is a poor guide to the card. What you can lower are the two
+# which is larger than the model itself. So "how many billions" is a poor guide to the GPU. What you can lower are the two
 # numbers in the names of the rows: completions at once and pairs at once. They cost speed and change no result.
 #
 # The package counts the same, and more finely. Let us compare.
@@ -165,7 +165,7 @@ for (name, what), row in table.iterrows():
 # %% [markdown]
 # By hand it is less, by up to a fifth. What we left out: one block's activations in full and a weight matrix while it is
 # unpacked; 32 prompts that go through the model together at the beginning; and a second copy of one block's cache while rows are
-# moved. Neither count knows the gaps between tensors that an allocator cannot use: the module leaves 5 % of the card for them.
+# moved. Neither count knows the gaps between tensors that an allocator cannot use: the module leaves 5 % of the GPU for them.
 
 # %% [markdown]
 # ### Hours and cost
@@ -184,10 +184,10 @@ assert plan.total.cost == PRICE * plan.total.hours and plan.total.memory <= plan
 # **Peak memory** is what a stage needs at its worst moment. **Tokens** are expected and at most: nobody knows how long the
 # answers will be, and how many questions will have both a winner and a loser. **Time** follows from the tokens, from the
 # arithmetic for each of them, and from the bytes that have to be read. That part rests on assumptions, which the last line
-# names, and it was not measured on that card: take it within a factor of two, and then do as in section 4: run a small part,
+# names, and it was not measured on that GPU: take it within a factor of two, and then do as in section 4: run a small part,
 # read `timing.csv`, and scale up.
 #
-# All profiles at once, hours on several cards:
+# All profiles at once, hours on several GPUs:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -197,7 +197,7 @@ print(overview)
 assert all(name in overview for name in profiles.names())
 
 # %% [markdown]
-# Read a row before you rent. A dear card that is three times as fast may cost less in the end than a cheap one, so compare the
+# Read a row before you rent. A dear GPU that is three times as fast may cost less in the end than a cheap one, so compare the
 # *cost of the run*, not the price of the hour. A dash means that the profile does not fit as it is set; `plan` then says which
 # setting makes it fit.
 
@@ -336,8 +336,8 @@ print(splits["train"][4])
 
 # %% [markdown]
 # *train* is sampled from and trained on, *validation* serves for choices, *test* for one measurement at the end ([notebook
-# 05](05_iterations.ipynb), section 12). A `solution` is optional; here it allows gold winners. The prompt is the paper's,
-# inside the chat template of the model. Here is the model, too.
+# 05](05_iterations.ipynb), section 8). A `solution` is optional; here it allows gold solutions among the chosen completions. The prompt is the paper's,
+# inside the chat template of the model. Here is the model.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -765,7 +765,7 @@ print("same adapter:", all(torch.allclose(whole_batch[name], halved[name], atol=
 assert all(torch.allclose(whole_batch[name], halved[name], atol=1e-5) for name in halved)
 
 # %% [markdown]
-# Both steps were made, from eight pairs each, and the adapter is the same. (On several cards the processes have to take the
+# Both steps were made, from eight pairs each, and the adapter is the same. (On several GPUs the processes have to take the
 # same steps, so there a run stops and says what to lower.)
 #
 # Halving by itself wastes time at each stage, so set the numbers that fitted from the start. A run that does not fit is refused
@@ -791,9 +791,9 @@ assert "--sampling-batch-size" in said
 # | training | `--gradient-checkpointing true` | one more forward pass; the same loss |
 # | training | `--max-length` | longer pairs are dropped: another data set |
 # | both | `--max-new-tokens` | longer answers are cut off, and wrong: another result |
-# | all | a smaller model, or a larger card | |
+# | all | a smaller model, or a larger GPU | |
 #
-# The first three may be changed in the middle of a run; so may where the log goes, and whether several cards share the model
+# The first three may be changed in the middle of a run; so may where the log goes, and whether several GPUs share the model
 # ([notebook 08](08_past_one_gpu.ipynb)). Whatever else changes makes it another run, which needs another `--out`:
 
 # %%
@@ -815,7 +815,7 @@ print(f"1e-8 times 65536 in float16, and divided again in 32 bits: {float(scaled
 # %% [markdown]
 # A gradient of $10^{-8}$ vanishes in fp16, and 70,000 is infinite. Hence [loss scaling](../docs/glossary.md#loss-scaling): the
 # loss is multiplied by a large number before the backward pass and the gradients are divided by it afterwards; if one of them
-# overflows, the step is left out and the factor halved. On cards without bf16 give `--dtype float16`: the package then scales
+# overflows, the step is left out and the factor halved. On GPUs without bf16 give `--dtype float16`: the package then scales
 # by itself, and the first few steps may be skipped while it looks for its factor. bf16 needs none of this. It is the coarser of
 # the two, which is why the adapter itself is kept in 32 bits.
 #
@@ -839,7 +839,7 @@ table.round(2)
 
 # %% [markdown]
 # **A paged optimiser** (`--optimizer paged_adamw_8bit`, set in the GPU profiles) keeps the moments in 8 bits, in pages that
-# move to the computer's memory when the card is full for a moment and come back afterwards. It was made for training all
+# move to the computer's memory when the GPU is full for a moment and come back afterwards. It was made for training all
 # weights of large models. Under LoRA the moments are small (the 0.17 GB of section 1 are 42 million weights, with 8 bytes of
 # moments each), so it saves a quarter of a gigabyte. It is an insurance against a peak, and no more.
 
@@ -866,7 +866,7 @@ table.round(2)
 # | number | healthy | not so |
 # |---|---|---|
 # | `kl_to_previous` | of the same size in each iteration, or falling | several times the one before |
-# | `chosen_logp_per_token` against `..._before` | rises in training | falls: see notebook 05, section 11 |
+# | `chosen_logp_per_token` against `..._before` | rises in training | falls: see notebook 05, section 7 |
 # | `no_answer_rate` | falls, and stays low | rises |
 # | `truncated_rate` | low | rises: answers run off to the limit |
 # | `pairs_used` of `pairs_questions` | some tens of percent | a few percent: nothing to learn from |
@@ -886,9 +886,9 @@ watch.round(3).astype(object).fillna("")
 # %% [markdown]
 # ## 7 Machines that are taken away
 #
-# [Notebook 05](05_iterations.ipynb) killed a run and went on with it. The rule is simple: the same command again. Which
-# settings may differ, section 5 said; let us go on with our finished run and another micro-batch. **Predict**: how long does it
-# take, and what is made anew?
+# A machine can be taken away in the middle of a run. The rule is simple: run the same command again. Which
+# settings may differ, section 5 said. Resume our finished run with another micro-batch. **Predict**: how long does it
+# take, and what is computed again?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -976,7 +976,7 @@ print({name: f"{megabytes:.2f} MB" for name, megabytes in folders.items()})
 assert folders["adapter"] > 0
 
 # %% [markdown]
-# Then end it. **Stopping is not deleting**: a stopped machine gives back the card, while its disk stays and is charged until
+# Then end it. **Stopping is not deleting**: a stopped machine gives back the GPU, while its disk stays and is charged until
 # you delete it; in some offers a stopped machine is charged in full. Look at the page of your provider a day later. The run can
 # shut the machine down itself, which spares you the hours in which you sleep:
 #
@@ -1101,7 +1101,7 @@ assert len(steps) >= 1
 # %% [markdown]
 # Read the last line first: what the whole loop brought. Only if its p value is small has this run shown a gain, for these
 # questions, from this one seed. Single steps of a run of this size seldom reach significance; [notebook
-# 05](05_iterations.ipynb), section 8, says why. Then the two warning numbers:
+# 05](05_iterations.ipynb), section 4, says why. Then the two warning numbers:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1313,7 +1313,7 @@ table.round(2)
 # %% [markdown]
 # **Try**
 #
-# - A model and a card of your choice: first by hand, then `plan`, then the first minutes of a run beside `nvidia-smi`. Who was
+# - A model and a GPU of your choice: first by hand, then `plan`, then the first minutes of a run beside `nvidia-smi`. Who was
 #   nearer?
 # - Questions of your own in a file (`--task jsonl --data FILE`): what do the three nets say, what the fourth?
 # - The probe with `copies=8` and all of GSM8K. Does the interval still hold zero?
@@ -1326,5 +1326,5 @@ table.round(2)
 # 4. The machine goes away in minute 50 of a training that takes an hour. What is lost, and what do you type?
 # 5. Your test accuracy is that of $\hat W + \Delta$, and you upload the merged model. What is missing?
 #
-# **Next**: [08 · Past one GPU](08_past_one_gpu.ipynb): what a second card can do, what it costs on the wire, and what happens when
+# **Next**: [08 · Past one GPU](08_past_one_gpu.ipynb): what a second GPU can do, what it costs on the wire, and what happens when
 # it dies.

@@ -15,10 +15,10 @@
 #
 # **What you will be able to do**
 #
-# - choose between three ways to use several cards, and say which stage wants which;
+# - choose between three ways to use several GPUs, and say which stage wants which;
 # - prove that a batch may be cut among processes without changing the gradient, and name the losses for which it may not;
 # - derive the bytes that each way sends, and hold them against bytes counted between two processes;
-# - plan a run on many cards, find the ones that would idle, and go on after one of the processes has died.
+# - plan a run on many GPUs, find the ones that would idle, and go on after one of the processes has died.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
@@ -27,7 +27,7 @@
 # **Needs**: the packages of this repository, nothing else. No GPU: the processes of this notebook share your computer's cores
 # and talk over its own network.
 #
-# **Before this**: [07 · Real models on one GPU](07_real_models_on_one_gpu.ipynb), where memory is counted for one card.
+# **Before this**: [07 · Real models on one GPU](07_real_models_on_one_gpu.ipynb), where memory is counted for one GPU.
 
 # %%
 import os, sys
@@ -53,13 +53,13 @@ print("profile", PROFILE, "· device", models.default_device(), "· seed", profi
 assert models.default_device() in ("cpu", "cuda")
 
 # %% [markdown]
-# ## 1 What a second card can do
+# ## 1 What a second GPU can do
 #
-# One program is started several times, once for each card. Each of these processes knows its number, its
+# One program is started several times, once for each GPU. Each of these processes knows its number, its
 # [rank](../docs/glossary.md#rank-of-a-process), and how many there are, the [world size](../docs/glossary.md#world-size). What
 # then? There are three ways to share a model's work.
 #
-# | | each card holds | each card computes | what is sent |
+# | | each GPU holds | each GPU computes | what is sent |
 # |---|---|---|---|
 # | [data parallel](../docs/glossary.md#data-parallel), "whole copies" | the whole model | its part of the data | gradients, once a step |
 # | split layers ([FSDP](../docs/glossary.md#fsdp), ZeRO-3) | a part of every layer | its part of the data, with layers put together for a moment | weights, all the time; gradients |
@@ -68,7 +68,7 @@ assert models.default_device() in ("cpu", "cuda")
 # The first two share the *data*, the third shares the *product*. The second is the first with another way of storing: nobody
 # computes with half a layer.
 #
-# The third looks like magic, so here it is by hand: the feed-forward part of a block, on two "cards". The first matrix is cut
+# The third looks like magic, so here it is by hand: the feed-forward part of a block, on two GPUs (processes). The first matrix is cut
 # by its outputs, the second by its inputs ([Shoeybi et al. 2019](https://arxiv.org/abs/1909.08053)).
 
 # %%
@@ -84,14 +84,14 @@ assert torch.allclose(sum(parts), whole, atol=1e-4)
 # %% [markdown]
 # **Predict**: why could the activation function be computed on each half by itself, and what has to be sent?
 #
-# It works number by number, so no card needs the other's half. What each gets in the end is a *summand* of every output. One
-# sum over cards and the layer is done: a vector of the hidden size for each position. That is little, but it comes twice in
+# It works number by number, so no GPU needs the other's half. What each gets in the end is a *summand* of every output. One
+# sum over GPUs and the layer is done: a vector of the hidden size for each position. That is little, but it comes twice in
 # every block, and nobody can go on before it has arrived. So this way needs fast links, and is kept inside one machine.
 #
 # Which stage wants which?
 #
 # - **Sampling and evaluation**: the questions have nothing to do with each other. Split them, and nothing is sent until the end.
-#   If the model does not fit on one card, a server with tensor parallelism writes the completions (section 8): going token by
+#   If the model does not fit on one GPU, a server with tensor parallelism writes the completions (section 8): going token by
 #   token, split layers would have to be put together for every single token.
 # - **Training**: the pairs of a step are independent until the step itself, which needs *one* gradient. Whole copies where they
 #   fit, split layers where they do not.
@@ -266,7 +266,7 @@ for name, loss_of in (("per sequence", per_sequence), ("over tokens", over_token
 # The mean over tokens falls by more than a third, and depends on who got which winner. A token of the short pair of winners
 # suddenly counts eleven times as much as one of the long pair, because its process has 32 tokens to share its half and the other
 # has 360. Nothing is wrong with either half; the *average* of the two is wrong, since the parts are unequal. The same happens
-# with micro-batches on one card, which a widely used library had wrong until late in 2024
+# with micro-batches on one GPU, which a widely used library had wrong until late in 2024
 # ([the story](https://huggingface.co/blog/gradient_accumulation)).
 #
 # Two remedies. Divide each part by the number of tokens of the *whole* batch, which all processes have to agree on beforehand.
@@ -330,14 +330,14 @@ print(checks_08.combine(combine))
 #
 # ### Whole copies: a ring
 #
-# $P$ cards hold a gradient of $S$ bytes each, and all of them need the sum: an [all-reduce](../docs/glossary.md#all-reduce).
-# **Predict**: if everybody sent everything to one card, and that one sent the sum back, how much would that card send and
+# $P$ GPUs hold a gradient of $S$ bytes each, and all of them need the sum: an [all-reduce](../docs/glossary.md#all-reduce).
+# **Predict**: if everybody sent everything to one GPU, and that one sent the sum back, how much would that GPU send and
 # receive? And how does it grow with $P$?
 #
-# It would receive and send $(P-1)\,S$: the more cards, the slower. A ring does better
+# It would receive and send $(P-1)\,S$: the more GPUs, the slower. A ring does better
 # ([Patarasuk and Yuan 2009](https://doi.org/10.1016/j.jpdc.2008.09.002)). Cut the gradient into $P$ pieces. In each round every
-# card sends *one* piece to its neighbour on the right. In the first $P-1$ rounds the neighbour adds it to its own; then each
-# card has one piece whose sum is complete, a [reduce-scatter](../docs/glossary.md#reduce-scatter). In $P-1$ more rounds the
+# GPU sends *one* piece to its neighbour on the right. In the first $P-1$ rounds the neighbour adds it to its own; then each
+# GPU has one piece whose sum is complete, a [reduce-scatter](../docs/glossary.md#reduce-scatter). In $P-1$ more rounds the
 # complete pieces go round, and the neighbour only keeps them, an [all-gather](../docs/glossary.md#all-gather).
 
 # %%
@@ -366,7 +366,7 @@ for P in (2, 4, 8, 64):
     assert all(np.allclose(one, sum(gradients)) for one in sums) and (sent == 2 * (P - 1) / P * S).all()
 
 # %% [markdown]
-# Each card sends $2 \frac{P-1}{P} S$ bytes, never more than twice the gradient, *however many cards there are*, and no card is
+# Each GPU sends $2 \frac{P-1}{P} S$ bytes, never more than twice the gradient, *however many GPUs there are*, and no GPU is
 # busier than another. Half of it is the reduce-scatter, half the all-gather.
 #
 # Now what is $S$? **Predict**, for Llama-3.1-8B: how many times smaller is the gradient with QLoRA than if all weights were
@@ -395,28 +395,28 @@ sizes.round(2)
 #
 # ### Split layers: weights on the move
 #
-# With split layers no card has a whole layer. In each *micro-batch*, on each card:
+# With split layers no GPU has a whole layer. In each *micro-batch*, on each GPU:
 #
-# 1. forward: before a layer is computed its parts are gathered from all cards, and afterwards given back;
+# 1. forward: before a layer is computed its parts are gathered from all GPUs, and afterwards given back;
 # 2. backward: the same once more, as they were given back;
 # 3. the embeddings and the output matrix, which both lie outside of the layers, are gathered once and kept until the micro-batch
 #    is done;
-# 4. gradients: each card needs the sum for its own part alone: a reduce-scatter, and no all-gather after it.
+# 4. gradients: each GPU needs the sum for its own part alone: a reduce-scatter, and no all-gather after it.
 #
-# A ring serves for all of these. To gather $X$ bytes, or to reduce-scatter them, each card sends $\frac{P-1}{P} X$.
+# A ring serves for all of these. To gather $X$ bytes, or to reduce-scatter them, each GPU sends $\frac{P-1}{P} X$.
 
 # %% [markdown]
 # ### Exercise 8.3: bytes of split layers
 #
 # **Goal**: derive what the alternative costs. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# `sent_when_split(layers, outside, gradients, cards, micro_batches)`: the bytes that one card sends in one optimiser step.
+# `sent_when_split(layers, outside, gradients, cards, micro_batches)`: the bytes that one GPU sends in one optimiser step.
 # `layers` are the bytes of all layers, `outside` those of what lies outside of them, `gradients` those of the trained weights'
-# gradients, each as a whole. A step has `micro_batches` on each card.
+# gradients, each as a whole. A step has `micro_batches` on each GPU.
 #
 # <details><summary>Hint</summary>
 #
-# Go through the four points above: which is gathered how often in a micro-batch? All four happen in each of them. One card alone
+# Go through the four points above: which is gathered how often in a micro-batch? All four happen in each of them. One GPU alone
 # sends nothing.
 #
 # </details>
@@ -436,8 +436,8 @@ print(checks_08.sent_when_split(sent_when_split))
 # The worked solution is in [solutions/08_past_one_gpu.ipynb](solutions/08_past_one_gpu.ipynb).
 
 # %% [markdown]
-# The module has both formulas. For a model of eight billion weights on eight cards, 16 pairs a step, one pair at once (so two
-# micro-batches on each card):
+# The module has both formulas. For a model of eight billion weights on eight GPUs, 16 pairs a step, one pair at once (so two
+# micro-batches on each GPU):
 
 # %%
 shape, P, micro_batches = planning.SHAPES["llama-3.1-8b"], 8, 2
@@ -690,7 +690,7 @@ assert len(spoke) == 1 and "iteration_0/samples" in before and "iteration_1/adap
 # %% [markdown]
 # The survivor noticed when it next waited for the other, said so once, and ended; then `torchrun` ended what was left, with a
 # report of its own that we leave out. Nobody hangs, and no machine is paid for waiting. (A machine that vanishes without
-# closing its connections is noticed later, by a time limit of the library.) Now we go on, and because the second "card" is
+# closing its connections is noticed later, by a time limit of the library.) Now we go on, and because the second GPU is
 # gone, with *one* process. **Predict**: is that the same run?
 
 # %%
@@ -706,7 +706,7 @@ rows[rows.metric.isin(["greedy", "sampled"])][["iteration", "metric", "value", "
 
 # %% [markdown]
 # It is: the number of processes is not among the settings of a run, since no result is meant to depend on it
-# (sections 2 and 3). So a run may begin on eight cards, lose its machine, and end on two. The settings that may change are
+# (sections 2 and 3). So a run may begin on eight GPUs, lose its machine, and end on two. The settings that may change are
 # these (`shard` in a run that a server writes for, section 8, and with an optimiser that can be split):
 
 # %%
@@ -723,8 +723,8 @@ print(MAY_CHANGE)
 # ## 7 Where does the time go?
 #
 # `python -m irpo_utils plan --profile NAME --gpus 8xA100-80GB` knows all of the above. Its times are **estimates**, from the
-# cards' data sheets and shares of them that are assumed; nothing in this section was measured on a GPU. Four models, on one
-# card, on one node of eight, and on eight nodes:
+# GPUs' data sheets and shares of them that are assumed; nothing in this section was measured on a GPU. Four models, on one
+# GPU, on one node of eight, and on eight nodes:
 
 # %%
 MODELS, CARDS = ("smollm2-135m", "qwen2.5-0.5b", "llama-3.1-8b", "paper"), (1, 8, 64)
@@ -734,8 +734,8 @@ shares = hours.div(hours.sum(axis=1), axis=0)
 assert (abs(shares.sum(axis=1) - 1) < 1e-9).all()
 
 # %% [markdown]
-# **Predict** for the largest model: on one card, which of sampling, training and evaluation takes most of the time? And on 64
-# cards, will the shares be the same?
+# **Predict** for the largest model: on one GPU, which of sampling, training and evaluation takes most of the time? And on 64
+# GPUs, will the shares be the same?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -765,11 +765,11 @@ figure
 
 # %% [markdown]
 # For the largest model sampling takes more than half of the time and training a fifth, and the shares stay nearly the same on all
-# cards. For the smallest, training grows from a tenth on one card to two fifths on 64. On eight cards sampling and evaluation take
+# GPUs. For the smallest, training grows from a tenth on one GPU to two fifths on 64. On eight GPUs sampling and evaluation take
 # about an eighth of their time, because questions can be split as finely as one likes. Training shrinks less where the model is
-# small: a card then has two pairs instead of many, and the time per layer and step that no card saves is most of it. And 64
-# cards are at best twice as fast as eight. Before we come to that: the other thing that may grow is N. **Predict**, for eight
-# cards: which stages take longer with twice as many samples a question?
+# small: a GPU then has two pairs instead of many, and the time per layer and step that no GPU saves is most of it. And 64
+# GPUs are at best twice as fast as eight. Before we come to that: the other thing that may grow is N. **Predict**, for eight
+# GPUs: which stages take longer with twice as many samples a question?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -786,7 +786,7 @@ growing.round(2)
 # Sampling alone: K says how many pairs are trained on, and the evaluation has a number of samples of its own. It is also the stage
 # that is shared without sending anything.
 #
-# Now, why do 64 cards not take an eighth of the time of eight? The plan of the largest model on 64 cards says it:
+# Now, why do 64 GPUs not take an eighth of the time of eight? The plan of the largest model on 64 GPUs says it:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -795,8 +795,8 @@ print(planning.table(made))
 assert made.break_even.gpus < made.machine.count
 
 # %% [markdown]
-# **Only a part of the cards has work.** A step has 16 pairs, and one pair is the least that a process can take. A process has its
-# card for all stages, so that 48 of 64 cards would have nothing to do: the plan counts on 16. With more processes than pairs the
+# **Only a part of the GPUs has work.** A step has 16 pairs, and one pair is the least that a process can take. A process has its
+# GPU for all stages, so that 48 of 64 GPUs would have nothing to do: the plan counts on 16. With more processes than pairs the
 # trainer refuses to start:
 
 # %%
@@ -808,13 +808,13 @@ with mock.patch.object(training.DPOConfig, "world_size", 64):
 
 # %% [markdown]
 # A larger batch would keep them busy, but that is another training, with fewer or larger steps. This is the honest end of data
-# parallelism: *the batch is the limit*. More cards help beyond it only by sharing the work on a single pair, as tensor
+# parallelism: *the batch is the limit*. More GPUs help beyond it only by sharing the work on a single pair, as tensor
 # parallelism does.
 #
 # ### The break-even, by hand
 #
 # The last lines of the table compare the two ways to train. First **memory**: with whole copies all of the frozen base lies on
-# each card, beside what training needs whatever the base. What is left for the base?
+# each GPU, beside what training needs whatever the base. What is left for the base?
 
 # %%
 even = made.break_even
@@ -825,8 +825,8 @@ print(f"and in all stages, up to {even.largest_base / 1e9:.1f} GB: the peak of t
 assert even.base < even.largest_base <= made.room - rest
 
 # %% [markdown]
-# So even the model of 70 billion weights fits as whole copies on cards of 80 GB, in four bits. The table's number is the one for all
-# stages: with sampling batches as they are set here, evaluation fills the card first. Then **time**. The weights of the
+# So even the model of 70 billion weights fits as whole copies on GPUs of 80 GB, in four bits. The table's number is the one for all
+# stages: with sampling batches as they are set here, evaluation fills the GPU first. Then **time**. The weights of the
 # next layer travel while the present one is being computed. If computing takes longer than travelling, the travel costs nothing.
 # A micro-batch of $n$ tokens takes $2 W n$ operations for each pass through the $W$ weights, in three passes (forward, forward
 # again for checkpointing, backward); and $G$ bytes travel. They are equal at
@@ -855,7 +855,7 @@ for n in (8, 64):
 # Inside one node, over NVLink, split layers are free of charge by this estimate. (It hides all of their traffic, and none of the
 # copies'.) Between nodes the link is many
 # times slower, a micro-batch of one pair is too short to hide behind, and training takes longer than with whole copies. What
-# makes $n$ small: fast links, slow cards, few bits. The size of the model hardly matters, as it stands both in $G$ and in $W$.
+# makes $n$ small: fast links, slow GPUs, few bits. The size of the model hardly matters, as it stands both in $G$ and in $W$.
 #
 # ### The paper's machines
 #
@@ -878,13 +878,13 @@ assert has["node of A100"] < needs["training all weights"] < has["eight nodes of
 # %% [markdown]
 # Generation needs the whole node of V100 for one copy of the model, split by tensor parallelism or by layers.
 # Training all weights does not fit on a node of A100 by far, and fits on eight of them with layers split. With QLoRA the same
-# base fits on *one* card: that is a difference in method, too, and this package's profile `paper` says so. (Activations, the
+# base fits on *one* GPU: that is a difference in method, too, and this package's profile `paper` says so. (Activations, the
 # cache and what an allocator wastes come on top of these numbers; the plan above counts them.)
 
 # %% [markdown]
 # ## 8 Commands
 #
-# **Several cards in one machine**, whole copies. The two lines do the same; take the launcher that you know:
+# **Several GPUs in one machine**, whole copies. The two lines do the same; take the launcher that you know:
 #
 # ```bash
 # torchrun --standalone --nproc_per_node 8 -m irpo_utils run --profile llama-3.1-8b --out runs/llama
@@ -904,8 +904,8 @@ assert has["node of A100"] < needs["training all weights"] < has["eight nodes of
 #
 # Count before you start it: `--batch-size` has to be a multiple of the number of processes (section 7), and there are 16 now.
 #
-# **A model that does not fit on one card**: split layers for training, and a server that writes the completions, split by tensor
-# parallelism over cards of its own. (Profiles with an 8-bit or paged optimiser need `--optimizer adamw_torch` as well: such
+# **A model that does not fit on one GPU**: split layers for training, and a server that writes the completions, split by tensor
+# parallelism over GPUs of its own. (Profiles with an 8-bit or paged optimiser need `--optimizer adamw_torch` as well: such
 # optimisers cannot keep their numbers in parts.)
 #
 # ```bash
@@ -935,7 +935,7 @@ for engine, count in (("vllm", "1"), ("plain", "8")):
 #
 # | file | what for |
 # |---|---|
-# | [sky.yaml](../scripts/cluster/sky.yaml) | [SkyPilot](https://docs.skypilot.co): rents [interruptible](../docs/glossary.md#interruptible-machine) cards and keeps the run in a bucket; a machine that is taken away is replaced, and the run goes on from there |
+# | [sky.yaml](../scripts/cluster/sky.yaml) | [SkyPilot](https://docs.skypilot.co): rents [interruptible](../docs/glossary.md#interruptible-machine) GPUs and keeps the run in a bucket; a machine that is taken away is replaced, and the run goes on from there |
 # | [slurm.sh](../scripts/cluster/slurm.sh) | [Slurm](https://slurm.schedmd.com): shortly before its time is up, the job stops the run and queues again |
 # | [Dockerfile](../scripts/cluster/Dockerfile) | a container with the pinned packages |
 #
@@ -960,7 +960,7 @@ for engine, count in (("vllm", "1"), ("plain", "8")):
 # - split training keeps no checkpoints inside a training, so an interrupted one starts that iteration's training again.
 #
 # So begin with the smallest run that uses all of it: one iteration, 64 questions, and the comparison of section 5 between one
-# card and two.
+# GPU and two.
 
 # %% [markdown]
 # ## What you have learnt
@@ -969,11 +969,11 @@ for engine, count in (("vllm", "1"), ("plain", "8")):
 #   them.
 # - Means of equal parts may be averaged. A mean over tokens of unequal parts may not; a loss per sequence, summed and divided by
 #   the pairs of the whole batch, does not care how it is cut.
-# - A ring sends $2\frac{P-1}{P}S$ per card, however many there are. With QLoRA $S$ is tiny, and whole copies are nearly free;
+# - A ring sends $2\frac{P-1}{P}S$ per GPU, however many there are. With QLoRA $S$ is tiny, and whole copies are nearly free;
 #   split layers move the base twice per micro-batch.
 # - Same losses, same adapter, counted bytes: with these three tests two processes on one computer find most of what can go wrong
 #   on many.
-# - The batch is the limit: a step of 16 pairs has work for 16 cards.
+# - The batch is the limit: a step of 16 pairs has work for 16 GPUs.
 
 # %% [markdown]
 # **Further reading**
@@ -995,9 +995,9 @@ for engine, count in (("vllm", "1"), ("plain", "8")):
 #
 # 1. Two processes sample with `seed=0` and one generator each. What is wrong with their samples, although each looks random?
 # 2. Why may the NLL per sequence be averaged over processes, and a mean over tokens not?
-# 3. Sixteen cards instead of eight, whole copies: how much more does each card send per step?
+# 3. Sixteen GPUs instead of eight, whole copies: how much more does each GPU send per step?
 # 4. Why do micro-batches cost nothing on the wire with whole copies, and much with split layers?
-# 5. You rent 64 cards for steps of 16 pairs. What happens?
+# 5. You rent 64 GPUs for steps of 16 pairs. What happens?
 #
 # **Next**: the [README](../README.md) has the results and the commands for runs of your own; [the log](../figures/LOG.md) says
 # what came out, failures included.
