@@ -1,4 +1,4 @@
-"""Checks of the exercises in 06_baselines_and_ablations: each returns a sentence that begins with "Right" or names the mistake."""
+"""Checks of the exercises in notebooks 06 and 06b: each returns a sentence that begins with "Right" or names the mistake."""
 
 from __future__ import annotations
 
@@ -10,6 +10,170 @@ from checks_common import NO_RETURN, UNSOLVED, call
 
 from irpo_utils import evaluation, methods
 from irpo_utils.ops import statistics
+from studies import lesson_statistics as lesson
+
+SEARCHES = {
+    "the best rate in the middle": {2e-5: 0.776, 1e-4: 0.894, 3e-4: 0.8},
+    "the best rate at the upper edge": {2e-5: 0.75, 1e-4: 0.896, 3e-4: 0.912},
+    "the best rate at the lower edge": {2e-5: 0.162, 1e-4: 0.018, 3e-4: 0.02},
+    "rates that are not sorted": {3e-4: 0.7, 2e-5: 0.6, 1e-4: 0.9},
+    "the largest rate broken down": {2e-5: 0.6, 1e-4: 0.8, 3e-4: None},
+    "a tie": {2e-5: 0.5, 1e-4: 0.8, 3e-4: 0.8, 1e-3: 0.1},
+    "a single rate": {1e-4: 0.8},
+}
+
+
+def choose_learning_rate(function) -> str:
+    """Exercise 6.1: `function(accuracy)` -> (best learning rate, whether it is at the edge)."""
+    values = {}
+    for name, search in SEARCHES.items():
+        value, message = call(function, dict(search))
+        if message:
+            return _within(message, f"With {name}, {search}")
+        try:
+            rate, edge = value
+            values[name] = (float(rate), bool(edge))
+        except (TypeError, ValueError):
+            return "Return two things: the learning rate, and True or False."
+    right = {name: _chosen(search) for name, search in SEARCHES.items()}
+    if values == right:
+        return "Right. A best value at the edge says that the search was too narrow."
+    strategies = [
+        (
+            "You return the accuracy. The learning rate is the key of the dict.",
+            lambda x: (x[_chosen(x)[0]], _chosen(x)[1]),
+        ),
+        (
+            "If two accuracies are equal take the smaller learning rate; yours is the larger.",
+            lambda x: _chosen(x, larger=True),
+        ),
+        (
+            "The edge is that of all learning rates that were tried. You left out the one that broke "
+            "down; it shows that the search went far enough.",
+            lambda x: (_chosen(x)[0], _chosen(x)[0] in _ends_of(_finished(x))),
+        ),
+        (
+            "The smallest learning rate is an edge as well; yours names the largest only.",
+            lambda x: (_chosen(x)[0], _chosen(x)[0] == max(x)),
+        ),
+        (
+            "The largest learning rate is an edge as well; yours names the smallest only.",
+            lambda x: (_chosen(x)[0], _chosen(x)[0] == min(x)),
+        ),
+        (
+            "The second value is reversed: True means that the choice is at the edge.",
+            lambda x: (_chosen(x)[0], not _chosen(x)[1]),
+        ),
+        (
+            "The edge is the smallest or largest learning rate, not the first or last of the dict.",
+            lambda x: (_chosen(x)[0], _chosen(x)[0] in (list(x)[0], list(x)[-1])),
+        ),
+    ]
+    for text, strategy in strategies:
+        if values == {name: strategy(search) for name, search in SEARCHES.items()}:
+            return text
+    name = next(name for name in SEARCHES if values[name] != right[name])
+    return f"With {name}, {SEARCHES[name]}, it should be {right[name]}; yours gives {values[name]}."
+
+
+def _within(message: str, place: str) -> str:
+    """What `call` said, with the case in front of it where that helps."""
+    if message.startswith("Not solved") or message == NO_RETURN:
+        return message
+    return f"{place}: {message[0].lower()}{message[1:]}"
+
+
+def _finished(search: dict) -> list[float]:
+    return [rate for rate, value in search.items() if value is not None]
+
+
+def _ends_of(rates) -> tuple[float, float]:
+    return min(rates), max(rates)
+
+
+def _chosen(search: dict, larger: bool = False) -> tuple[float, bool]:
+    sign = 1 if larger else -1
+    best = max(_finished(search), key=lambda rate: (search[rate], sign * rate))
+    return best, best in _ends_of(search)
+
+
+INTERVALS = {  # (low, high, the paper's difference)
+    "a gain of the paper's sign": (1.1, 6.4, 3.2),
+    "a gain that is smaller than the paper's": (2.0, 5.0, 11.3),
+    "a loss": (-7.5, -2.1, 9.6),
+    "an interval with 0 that ends below the paper's difference": (-1.0, 1.2, 11.3),
+    "an interval with 0 that reaches the paper's difference": (-1.5, 3.4, 3.1),
+    "an interval that ends at the paper's difference": (-1.0, 4.0, 4.0),
+    "an interval that begins at 0": (0.0, 3.0, 8.0),
+    "an interval that ends at 0": (-3.0, 0.0, 8.0),
+    "a claimed loss that is there": (-5.0, -2.0, -8.0),
+    "a claimed loss and a gain": (2.0, 5.0, -8.0),
+    "a claimed loss that is ruled out": (-4.0, 1.0, -8.0),
+    "a claimed loss that is not resolved": (-9.0, 1.0, -8.0),
+}
+
+
+def verdict(function) -> str:
+    """Exercise 6.3: `function(low, high, paper)` -> one of the four verdicts."""
+    said = {}
+    for name, numbers in INTERVALS.items():
+        value, message = call(function, *numbers)
+        if message:
+            return _within(message, f"With {name}, {numbers}")
+        if value not in lesson.VERDICTS:
+            return f"The verdict should be one of {', '.join(map(repr, lesson.VERDICTS))}; yours is {value!r}."
+        said[name] = value
+    right = {name: lesson.verdict(*numbers) for name, numbers in INTERVALS.items()}
+    if said == right:
+        return "Right. A small interval around 0 says more than a large one."
+    agrees, disagrees, ruled_out, open_ = lesson.VERDICTS
+    strategies = [
+        (
+            "You compare with the paper's difference first. An interval that excludes 0 agrees or "
+            "disagrees, however large the paper's difference is.",
+            lambda low, high, paper: ruled_out if high < paper else agrees if low > 0 else open_,
+        ),
+        (
+            "An interval that includes 0 and ends below the paper's difference says more than "
+            '"not resolved".',
+            lambda low, high, paper: agrees if low > 0 else disagrees if high < 0 else open_,
+        ),
+        (
+            "An interval that touches 0 includes it.",
+            lambda low, high, paper: (
+                agrees
+                if low >= 0
+                else disagrees
+                if high <= 0
+                else ruled_out
+                if high < paper
+                else open_
+            ),
+        ),
+        (
+            "An interval that ends at the paper's difference reaches it: not resolved.",
+            lambda low, high, paper: (
+                agrees
+                if low > 0
+                else disagrees
+                if high < 0
+                else ruled_out
+                if high <= paper
+                else open_
+            ),
+        ),
+    ]
+    gains = {name: numbers for name, numbers in INTERVALS.items() if numbers[2] > 0}
+    if all(said[name] == right[name] for name in gains):
+        return "If the paper's difference is negative, its side is the negative one: turn the interval round."
+    for text, rule in strategies:
+        if all(said[name] == rule(*numbers) for name, numbers in gains.items()):
+            return text
+    name = next(name for name in INTERVALS if said[name] != right[name])
+    return (
+        f"With {name}, {INTERVALS[name]}, it should be {right[name]!r}; yours says {said[name]!r}."
+    )
+
 
 VOTES = {
     "a clear majority": ["7", "9", "7", "7"],
@@ -19,13 +183,13 @@ VOTES = {
     "a tie that the greater number does not win": ["4", "7", "7", "4", "1"],
     "another tie": ["5", "12", "12", "5"],
     "all different": ["3", "2", "1"],
-    "nobody votes": [None, None],
+    "no answer at all": [None, None],
     "one completion": ["6"],
 }
 
 
-def majority_verdict(function) -> str:
-    """Exercise 6.1: `function(answers)` -> True for the completions with the most frequent answer."""
+def majority_vote(function) -> str:
+    """Exercise 6b.1: `function(answers)` -> True for the completions with the most frequent answer."""
     values = {}
     for name, answers in VOTES.items():
         value, message = call(function, list(answers))
@@ -42,19 +206,19 @@ def majority_verdict(function) -> str:
     strategies = [
         ("Completions without an answer win: None does not vote.", lambda x: _win(x, _first_of(x))),
         (
-            "Completions without an answer win where nobody votes. There is no majority then: all False.",
+            "Completions without an answer win if no completion has an answer. There is no majority then: all False.",
             lambda x: _win(x, _first_of(_voters(x))) if _voters(x) else [True] * len(x),
         ),
         (
-            "Where answers tie you let all of them win. Only the one that came first does.",
+            "If answers tie you let all of them win. Only the one that came first does.",
             lambda x: [y is not None and x.count(y) == max(map(x.count, _voters(x))) for y in x],
         ),
         (
-            "Where answers tie the one that came *first* wins; yours is the last.",
+            "If answers tie the one that came *first* wins; yours is the last.",
             lambda x: _win(x, _first_of(_voters(x)[::-1])) if _voters(x) else [False] * len(x),
         ),
         (
-            "Where answers tie the one that came *first* wins; yours is the greatest.",
+            "If answers tie the one that came *first* wins; yours is the greatest.",
             lambda x: (
                 _win(x, max(_voters(x), key=lambda y: (x.count(y), y)))
                 if _voters(x)
@@ -62,7 +226,7 @@ def majority_verdict(function) -> str:
             ),
         ),
         (
-            "Where answers tie the one that came *first* wins; yours is the smallest.",
+            "If answers tie the one that came *first* wins; yours is the smallest.",
             lambda x: (
                 _win(x, min(_voters(x), key=lambda y: (-x.count(y), y)))
                 if _voters(x)
@@ -70,7 +234,7 @@ def majority_verdict(function) -> str:
             ),
         ),
         (
-            "Where answers tie nobody wins with yours. The one that came first does.",
+            "If answers tie no answer wins in yours. The one that came first does.",
             lambda x: [
                 y is not None
                 and sum(x.count(z) == x.count(y) for z in set(_voters(x))) == 1
@@ -93,13 +257,13 @@ def majority_verdict(function) -> str:
             ],
         ),
         (
-            "It is turned round: you gave True to those that do not agree with the majority.",
+            "It is reversed: you gave True to those that do not agree with the majority.",
             lambda x: [not y for y in _majority(x)],
         ),
     ]
     right = {name: _majority(answers) for name, answers in VOTES.items()}
     if kinds == right:
-        return "Right. The function never saw a gold answer, and that is the point, and the danger."
+        return "Right. The function never saw a gold answer. That is its use and its danger."
     for text, strategy in strategies:
         if kinds == {name: strategy(answers) for name, answers in VOTES.items()}:
             return text
@@ -139,34 +303,34 @@ def paired(function) -> str:
 def _words(cases, values) -> str:
     rules = [
         (
-            'You judge by the difference alone. An interval that holds zero says "within noise", whatever lies in its middle.',
-            lambda d, low, high: "better" if d > 0 else "worse" if d < 0 else "within noise",
+            'You judge by the difference alone. An interval that includes zero says "not resolved", whatever its middle is.',
+            lambda d, low, high: "better" if d > 0 else "worse" if d < 0 else "not resolved",
         ),
         (
             '"better" and "worse" are exchanged: the difference is what b gains over a.',
-            lambda d, low, high: "worse" if low > 0 else "better" if high < 0 else "within noise",
+            lambda d, low, high: "worse" if low > 0 else "better" if high < 0 else "not resolved",
         ),
         (
             'An interval that lies wholly below zero says "worse".',
-            lambda d, low, high: "better" if low > 0 else "within noise",
+            lambda d, low, high: "better" if low > 0 else "not resolved",
         ),
         (
-            'An interval that lies wholly below zero does not hold zero: that is "worse", and not noise.',
-            lambda d, low, high: "better" if low > 0 else "within noise" if high < 0 else "worse",
+            'An interval that lies wholly below zero does not include zero: that is "worse", and it is resolved.',
+            lambda d, low, high: "better" if low > 0 else "not resolved" if high < 0 else "worse",
         ),
         (
-            "An interval that touches zero holds it: where both ends are 0, nothing can be told.",
-            lambda d, low, high: "better" if low >= 0 else "worse" if high < 0 else "within noise",
+            "An interval that touches zero includes it: if both ends are 0, nothing is resolved.",
+            lambda d, low, high: "better" if low >= 0 else "worse" if high < 0 else "not resolved",
         ),
         (
-            "An interval that touches zero holds it: where both ends are 0, nothing can be told.",
-            lambda d, low, high: "worse" if high <= 0 else "better" if low > 0 else "within noise",
+            "An interval that touches zero includes it: if both ends are 0, nothing is resolved.",
+            lambda d, low, high: "worse" if high <= 0 else "better" if low > 0 else "not resolved",
         ),
     ]
     said = {name: values[name][3] for name in cases}
     right = {name: _word(*values[name][:3]) for name in cases}
     if said == right:
-        return 'Right. And "within noise" does not mean equal: it means that these seeds and questions cannot tell.'
+        return 'Right. And "not resolved" does not mean equal: these seeds and questions cannot decide.'
     for text, rule in rules:
         if said == {name: rule(*values[name][:3]) for name in cases}:
             return f"The numbers are right. The word: {text}"
@@ -178,7 +342,7 @@ def _words(cases, values) -> str:
 
 
 def clear_majority_method(entry) -> str:
-    """Exercise 6.3: an entry whose reward is 1 for an answer that more than half of all completions give."""
+    """Exercise 6b.2: an entry whose reward is 1 for an answer that more than half of all completions give."""
     if entry is None or entry is ...:
         return UNSOLVED
     if not isinstance(entry, methods.Method):
@@ -226,7 +390,7 @@ def clear_majority_method(entry) -> str:
             lambda x: [win and i == _clear(x).index(True) for i, win in enumerate(_clear(x))],
         ),
         (
-            "Where no answer has more than half you let all completions win. Nobody wins then, and the question gives no pairs.",
+            "If no answer has more than half you let all completions win. None wins then, and the question gives no pairs.",
             lambda x: _clear(x) if any(_clear(x)) else [True] * len(x),
         ),
     ):
@@ -268,7 +432,7 @@ CLEAR_VOTES = {
     "most without an answer": [None, None, None, "7"],
     "an odd number": ["5", "5", "7"],
     "no agreement": ["1", "2", "3", "4"],
-    "nobody votes": [None, None],
+    "no answer at all": [None, None],
 }
 
 
@@ -398,7 +562,7 @@ def _unstretched(a, b):
 
 WRONG_INTERVALS = [
     (
-        "The sign is turned round: the difference is what b gains over a, so b - a.",
+        "The sign is reversed: the difference is what b gains over a, so b - a.",
         lambda a, b: _paired(b, a),
     ),
     (
@@ -415,7 +579,7 @@ WRONG_INTERVALS = [
         _ends,
     ),
     (
-        "This interval is over questions only: you averaged the seeds first. A new run would have other seeds, too.",
+        "This interval is over questions only: you averaged the seeds first. A new run would also have other seeds.",
         lambda a, b: evaluation.bootstrap_mean((b - a).mean(0)),
     ),
     (
@@ -423,7 +587,7 @@ WRONG_INTERVALS = [
         lambda a, b: evaluation.bootstrap_mean((b - a).ravel()),
     ),
     (
-        "This interval is over seeds only: you averaged the questions first. Other questions would give something else, too.",
+        "This interval is over seeds only: you averaged the questions first. Other questions would also give another value.",
         _seeds_only,
     ),
     (
@@ -447,7 +611,7 @@ WRONG_INTERVALS = [
 
 
 def _word(difference, low, high) -> str:
-    return "better" if low > 0 else "worse" if high < 0 else "within noise"
+    return "better" if low > 0 else "worse" if high < 0 else "not resolved"
 
 
 def _four(value):
@@ -460,8 +624,8 @@ def _four(value):
         return None, wanted
     if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
         return None, wanted
-    if word not in ("better", "worse", "within noise"):
-        return None, f'The word should be "better", "worse" or "within noise"; yours is {word!r}.'
+    if word not in ("better", "worse", "not resolved"):
+        return None, f'The word should be "better", "worse" or "not resolved"; yours is {word!r}.'
     return (*numbers, word), None
 
 

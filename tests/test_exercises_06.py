@@ -1,9 +1,11 @@
-"""The checks of notebook 06 accept the solution, and tell a typical wrong answer what is wrong with it."""
+"""The checks of notebooks 06 and 06b accept the solution, and tell a typical wrong answer what is wrong with it."""
 
 from collections import Counter
+from pathlib import Path
 
 import exercises
 import numpy as np
+import pandas
 import pytest
 
 from irpo_utils import baselines, evaluation, methods
@@ -13,27 +15,26 @@ pytest.importorskip("jupytext")
 
 import checks_06 as checks  # noqa: E402
 
+from studies import lesson_statistics as lesson  # noqa: E402
 
-def solution(name: str, begins: str, solved: bool = True):
-    """What the exercise's cell of the notebook's source defines under that name, solved or as a stub."""
-    return exercises.defined(
-        "06_baselines_and_ablations",
-        name,
-        solved,
-        begins,
-        np=np,
-        Counter=Counter,
-        evaluation=evaluation,
-        statistics=statistics,
-        methods=methods,
-    )
+ROOT = Path(__file__).parent.parent
 
 
-EXERCISES = {
-    "majority_verdict": ("majority_verdict", "def majority_verdict("),
-    "paired": ("paired", "def paired("),
-    "clear_majority_method": ("CLEAR", "CLEAR = None\n"),
+COURSE, OPTIONAL = "06_baselines_and_ablations", "06b_judges_luck_ablations"
+EXERCISES = {  # check: notebook, the name that the cell defines, how the definition begins
+    "choose_learning_rate": (COURSE, "choose_learning_rate", "def choose_learning_rate("),
+    "paired": (COURSE, "paired", "def paired("),
+    "verdict": (COURSE, "verdict", "def verdict("),
+    "majority_vote": (OPTIONAL, "majority_vote", "def majority_vote("),
+    "clear_majority_method": (OPTIONAL, "CLEAR", "CLEAR = None\n"),
 }
+
+
+def solution(notebook: str, name: str, begins: str, solved: bool = True):
+    """What the exercise's cell of the notebook's source defines under that name, solved or as a stub."""
+    interval = statistics.seed_and_question_interval
+    scope = dict(np=np, Counter=Counter, methods=methods, seed_and_question_interval=interval)
+    return exercises.defined(notebook, name, solved, begins, **scope)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -51,7 +52,13 @@ def entry(reward, **settings):
 
 @pytest.mark.parametrize(
     "name, wrap",
-    [("majority_verdict", lambda f: f), ("paired", lambda f: f), ("clear_majority_method", entry)],
+    [
+        ("choose_learning_rate", lambda f: f),
+        ("paired", lambda f: f),
+        ("verdict", lambda f: f),
+        ("majority_vote", lambda f: f),
+        ("clear_majority_method", entry),
+    ],
 )
 def test_checks_never_raise(name, wrap):
     def broken(*arguments):
@@ -82,6 +89,107 @@ def test_checks_never_raise(name, wrap):
         assert not check(odd).startswith("Right")
 
 
+def chosen_rate(accuracy, larger=False, tried=None):
+    finished = {rate: value for rate, value in accuracy.items() if value is not None}
+    best = max(finished, key=lambda rate: (finished[rate], rate if larger else -rate))
+    rates = tried(accuracy, finished) if tried else accuracy
+    return best, best in (min(rates), max(rates))
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        chosen_rate,
+        lambda x: list(chosen_rate(x)),
+        lambda x: np.array(chosen_rate(x)),
+        lambda x: (np.float64(chosen_rate(x)[0]), np.bool_(chosen_rate(x)[1])),
+    ],
+)
+def test_any_way_to_return_the_learning_rate_is_right(right):
+    assert checks.choose_learning_rate(right).startswith("Right")
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (lambda x: chosen_rate(x, larger=True), "take the smaller learning rate"),
+        (lambda x: chosen_rate(x, tried=lambda given, finished: finished), "that broke down"),
+        (lambda x: (x[chosen_rate(x)[0]], chosen_rate(x)[1]), "You return the accuracy"),
+        (
+            lambda x: (chosen_rate(x)[0], chosen_rate(x)[0] == max(x)),
+            "yours names the largest only",
+        ),
+        (lambda x: (chosen_rate(x)[0], chosen_rate(x)[0] == min(x)), "names the smallest only"),
+        (lambda x: (chosen_rate(x)[0], not chosen_rate(x)[1]), "is reversed"),
+        (
+            lambda x: (chosen_rate(x)[0], chosen_rate(x)[0] in (list(x)[0], list(x)[-1])),
+            "first or last of the dict",
+        ),
+        (lambda x: chosen_rate(x)[0], "Return two things"),
+        (lambda x: (min(x), True), "it should be"),
+        (lambda x: (max(x, key=x.get), True), "TypeError"),
+    ],
+)
+def test_a_learning_rate_names_the_mistake(wrong, words):
+    assert words in checks.choose_learning_rate(wrong)
+
+
+def test_the_check_of_verdicts_takes_the_verdicts_of_the_claims():
+    """The cases lead to all four verdicts, and the rule is that of figures/lesson_claims.csv."""
+    assert {lesson.verdict(*case) for case in checks.INTERVALS.values()} == set(lesson.VERDICTS)
+    assert checks.verdict(lesson.verdict).startswith("Right")
+    solved = solution(*EXERCISES["verdict"])
+    claims = pandas.read_csv(ROOT / "figures" / "lesson_claims.csv")
+    judged = claims[claims.verdict.notna()]
+    assert len(judged) > 10
+    for row in judged.itertuples():
+        assert solved(row.low, row.high, row.paper) == row.verdict, row.claim
+
+
+def four(low, high, paper):
+    if paper < 0:
+        low, high, paper = -high, -low, -paper
+    if low > 0:
+        return lesson.VERDICTS[0]
+    if high < 0:
+        return lesson.VERDICTS[1]
+    return lesson.VERDICTS[2] if high < paper else lesson.VERDICTS[3]
+
+
+AGREES, DISAGREES, RULED_OUT, OPEN = lesson.VERDICTS
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (lambda low, high, paper: four(low, high, abs(paper)), "turn the interval round"),
+        (
+            lambda low, high, paper: RULED_OUT if high < paper else AGREES if low > 0 else OPEN,
+            "the paper's difference first",
+        ),
+        (
+            lambda low, high, paper: AGREES if low > 0 else DISAGREES if high < 0 else OPEN,
+            "says more than",
+        ),
+        (
+            lambda low, high, paper: (
+                AGREES if low >= 0 else DISAGREES if high <= 0 else four(low, high, paper)
+            ),
+            "touches 0 includes it",
+        ),
+        (
+            lambda low, high, paper: RULED_OUT if high == paper else four(low, high, paper),
+            "reaches it",
+        ),
+        (lambda low, high, paper: AGREES, "it should be"),
+        (lambda low, high, paper: "better", "should be one of"),
+        (lambda low, high: AGREES, "TypeError"),
+    ],
+)
+def test_a_verdict_names_the_mistake(wrong, words):
+    assert words in checks.verdict(wrong)
+
+
 def votes(answers):
     return Counter(answer for answer in answers if answer is not None)
 
@@ -103,7 +211,7 @@ def first(answers):
     ],
 )
 def test_any_way_to_write_the_majority_is_right(right):
-    assert checks.majority_verdict(right).startswith("Right")
+    assert checks.majority_vote(right).startswith("Right")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +220,7 @@ def test_any_way_to_write_the_majority_is_right(right):
         (lambda x: winner(x, Counter(x).most_common(1)[0][0]), "None does not vote"),
         (
             lambda x: winner(x, votes(x).most_common(1)[0][0] if votes(x) else None),
-            "where nobody votes",
+            "if no completion has an answer",
         ),
         (lambda x: winner(x, votes(x).most_common(1)[0][0]), "IndexError"),
         (
@@ -133,14 +241,14 @@ def test_any_way_to_write_the_majority_is_right(right):
             lambda x: [a == first(x) and i == x.index(a) for i, a in enumerate(x)],
             "All that give it do",
         ),
-        (lambda x: [a != first(x) for a in x], "turned round"),
+        (lambda x: [a != first(x) for a in x], "is reversed"),
         (lambda x: [a == "7" for a in x], "it should be"),
         (lambda x: "w" * len(x), "Return a list"),
         (lambda x: winner(votes(x), first(x)), "a list of 4 is needed"),
     ],
 )
 def test_the_majority_names_the_mistake(wrong, words):
-    assert words in checks.majority_verdict(wrong)
+    assert words in checks.majority_vote(wrong)
 
 
 def of(interval, word=checks._word):
@@ -196,7 +304,7 @@ def over_seeds(a, b):
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (of(lambda a, b: both(a - b)), "sign is turned round"),
+        (of(lambda a, b: both(a - b)), "sign is reversed"),
         (of(separate), "compared their ends"),
         (of(quadrature), "in quadrature"),
         (of(lambda a, b: evaluation.bootstrap_mean((b - a).mean(0))), "averaged the seeds first"),
@@ -210,7 +318,7 @@ def over_seeds(a, b):
         (
             of(
                 lambda a, b: both(b - a),
-                lambda d, low, high: "better" if d > 0 else "worse" if d < 0 else "within noise",
+                lambda d, low, high: "better" if d > 0 else "worse" if d < 0 else "not resolved",
             ),
             "difference alone",
         ),
@@ -218,7 +326,7 @@ def over_seeds(a, b):
             of(
                 lambda a, b: both(b - a),
                 lambda d, low, high: (
-                    "worse" if low > 0 else "better" if high < 0 else "within noise"
+                    "worse" if low > 0 else "better" if high < 0 else "not resolved"
                 ),
             ),
             "exchanged",
@@ -226,7 +334,7 @@ def over_seeds(a, b):
         (
             of(
                 lambda a, b: both(b - a),
-                lambda d, low, high: "better" if low > 0 else "within noise",
+                lambda d, low, high: "better" if low > 0 else "not resolved",
             ),
             "wholly below zero",
         ),
@@ -234,12 +342,12 @@ def over_seeds(a, b):
             of(
                 lambda a, b: both(b - a),
                 lambda d, low, high: (
-                    "better" if low >= 0 else "worse" if high < 0 else "within noise"
+                    "better" if low >= 0 else "worse" if high < 0 else "not resolved"
                 ),
             ),
             "touches zero",
         ),
-        (of(lambda a, b: both(b - a), lambda d, low, high: "within noise"), "the word is"),
+        (of(lambda a, b: both(b - a), lambda d, low, high: "not resolved"), "the word is"),
         (of(lambda a, b: both(b - a), lambda d, low, high: "equal"), "The word should be"),
         (lambda a, b: both(np.array(b) - np.array(a)), "Return four things"),
         (lambda a, b: 0.05, "Return four things"),
@@ -287,7 +395,7 @@ def clear(rows):
         ),
         (
             entry(lambda rows: clear(rows) if any(clear(rows)) else [True] * len(rows)),
-            "Nobody wins then",
+            "None wins then",
         ),
         (
             entry(lambda rows: [x and row["correct"] for x, row in zip(clear(rows), rows)]),

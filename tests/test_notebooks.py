@@ -29,11 +29,12 @@ NAMES = (
     "04b_qlora_by_hand",
     "05_iterations",
     "06_baselines_and_ablations",
+    "06b_judges_luck_ablations",
     "07_real_models_on_one_gpu",
     "08_past_one_gpu",
 )
 # Off the course: no other notebook needs them, and they have fewer exercises.
-OPTIONAL = ("01b_fast_sampling", "04b_qlora_by_hand")
+OPTIONAL = ("01b_fast_sampling", "04b_qlora_by_hand", "06b_judges_luck_ablations")
 COURSE = tuple(name for name in NAMES if name not in OPTIONAL)
 DEFAULTS = dict.fromkeys(NAMES, "cpu") | {
     "07_real_models_on_one_gpu": "smollm2-135m-cpu"

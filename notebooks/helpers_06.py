@@ -1,0 +1,354 @@
+"""What notebooks 06 and 06b need and do not teach: result tables, model output, and the figures.
+
+Each figure is a `plots.TextFigure`, whose alt text has its numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+
+from irpo_utils import grading, models, plots, sampling
+from irpo_utils.ops import run as runs
+from irpo_utils.plots import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PAPER
+
+ROOT = Path(__file__).resolve().parents[1]
+# Methods of the comparison with five seeds, under the names that the notebooks use.
+NAMES = {
+    "irpo": "Iterative RPO",
+    "iterative_dpo": "DPO without NLL",
+    "star": "RFT",
+    "sft_gold": "SFT on gold solutions",
+    "irpo_2x": "Iterative RPO, twice the pairs",
+    "irpo_from_sft": "Iterative RPO from RFT",
+    "dpo_from_sft": "DPO from RFT",
+    "star_2x": "RFT, twice the data",
+    "shuffled": "Random labels",
+    "spin": "Gold vs. sampled (SPIN-style)",
+    "grpo": "GRPO",
+    "self_consistency": "Majority vote as reward",
+    "self_rewarding": "Own likelihood as reward",
+}
+METHOD_COLOURS = {"irpo": BLUE, "iterative_dpo": ORANGE, "star": GREEN, "sft_gold": GREY}
+TRIALS = {  # trial of the lesson's study: name, colour, line
+    "irpo/beta=1": ("Iterative RPO, β = 1", BLUE, "-"),
+    "irpo/beta=0.1": ("Iterative RPO, β = 0.1", BLUE, "--"),
+    "dpo/beta=1": ("DPO without NLL, β = 1", ORANGE, "-"),
+    "dpo/beta=0.1": ("DPO without NLL, β = 0.1", ORANGE, "--"),
+    "rft": ("RFT", GREEN, "-"),
+}
+
+
+# ------------------------------------------------------------------------------ result tables
+
+
+def read(name: str) -> pd.DataFrame:
+    """figures/`name`.csv; the columns `factor` and `level` are text also where they look like numbers."""
+    return pd.read_csv(ROOT / f"figures/{name}.csv", dtype={"factor": str, "level": str})
+
+
+def final(rows: pd.DataFrame, metrics=("greedy",)) -> pd.DataFrame:
+    """The last iteration of every trial of a study that was compared with another trial."""
+    rows = rows[rows.metric.isin(metrics) & rows.difference.notna()]
+    trials = rows.groupby(["method", "factor", "level"], dropna=False)
+    return rows[rows.iteration == trials.iteration.transform("max")]
+
+
+def in_words(claim: str) -> str:
+    """A claim of lesson_claims.csv or lesson_verdicts.csv under the names of the notebooks."""
+    return claim.replace("rejection-sampling SFT", "RFT").replace("SFT on chosen", "RFT")
+
+
+def claims(name: str = "lesson_claims") -> pd.DataFrame:
+    """The claims of a result file with paired differences in points; no verdict: an empty text."""
+    table = read(name)
+    names = {side: table[side].map(_named) for side in ("a", "b")}
+    return table.assign(claim=table.claim.map(in_words), verdict=table.verdict.fillna(""), **names)
+
+
+def _named(side: str) -> str:
+    """ "star M3" as "RFT M3"; a side that does not begin with a method stays as it is."""
+    method, *rest = side.split(" ")
+    return " ".join([NAMES.get(method, method), *rest])
+
+
+def with_interval(row) -> str:
+    """For example "+3.7 (+1.1 to +6.6)"."""
+    return f"{row.points:+.1f} ({row.low:+.1f} to {row.high:+.1f})"
+
+
+def claims_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Claim, the paper's difference, the difference here with its interval, seeds, verdict."""
+    here = [with_interval(row) for row in rows.itertuples()]
+    above = [f"{row.seeds_above_zero} of {row.seeds}" for row in rows.itertuples()]
+    paper = [f"{value:+.1f}" if np.isfinite(value) else "" for value in rows.paper]
+    columns = {"paper": paper, "here (95 %)": here, "seeds above 0": above}
+    return pd.DataFrame(columns | {"verdict": list(rows.verdict)}, index=list(rows.claim))
+
+
+def per_iteration(table: pd.DataFrame, begins: str) -> pd.DataFrame:
+    """The claims that begin so, with the column `iteration` (M1 to M4), of the main comparison."""
+    rows = table[table.claim.str.startswith(begins) & (table.source == "comparison_runs.jsonl")]
+    return rows.assign(iteration=[int(re.search(r"M(\d)", text)[1]) for text in rows.claim])
+
+
+def trial_key(method: str, settings: str) -> str:
+    """The key of `TRIALS` for a row of lesson_mean.csv."""
+    beta = [part for part in settings.split() if part.startswith("beta=")]
+    return "/".join([method, *beta])
+
+
+# ------------------------------------------------------------------------------ completions of M_0
+
+
+def graded_completions(profile, task, n_questions: int, n: int):
+    """(questions, graded, tokenizer): completions of M_0 for some training questions."""
+    questions = task.load("train", profile.data).shuffle(seed=profile.seed)
+    questions = questions.select(range(n_questions))
+    model, tokenizer = runs.load_model(profile)
+    drawn = sampling.sample(
+        model,
+        tokenizer,
+        questions,
+        task,
+        n=n,
+        temperature=profile.temperature_of(0),
+        max_new_tokens=profile.max_new_tokens,
+        seed=profile.seed,
+        batch_size=profile.sampling_batch_size,
+        progress=False,
+    )
+    return questions, grading.grade(drawn, task), tokenizer
+
+
+def by_hand(questions: list[dict], written: list[tuple], task):
+    """Graded rows of hand-written completions: (question id, text, log-probability)."""
+    from datasets import Dataset
+
+    tokenizer, rows = models.load_tokenizer(models.find("seed")), []
+    of_id = {question["id"]: question for question in questions}
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    for number, (name, text, logprob) in enumerate(written):
+        prompt = models.render_prompt(tokenizer, task.prompt(of_id[name]))
+        ids = encode(text) + [tokenizer.eos_token_id]
+        rows.append(
+            {
+                "id": name,
+                "sample": number % 4,
+                "prompt": prompt,
+                "prompt_ids": encode(prompt),
+                "completion": text,
+                "completion_ids": ids,
+                "n_tokens": len(ids),
+                "finished": True,
+                "logprob": logprob,
+                "answer": of_id[name]["answer"],
+            }
+        )
+    return grading.grade(Dataset.from_list(rows), task)
+
+
+# ------------------------------------------------------------------------------ figures
+
+
+def _dot(axes, y: float, value: float, low: float, high: float, colour: str) -> None:
+    axes.plot([low, high], [y, y], color=colour, linewidth=2, label="_interval")
+    axes.plot(value, y, "o", color=colour, markersize=7, label="_value")
+
+
+def _rows_axis(axes, labels: list[str]) -> None:
+    axes.set_yticks(range(len(labels) - 1, -1, -1), labels)
+    axes.set(ylim=(-0.6, len(labels) - 0.4))
+
+
+def tuning_curves(tuned: pd.DataFrame, names: list[str]) -> plots.TextFigure:
+    """Validation accuracy over the learning rate; `tuned`: a row per method, a column per rate."""
+    figure, axes = plots.new_figure(6.6, 3.6)
+    lines = []
+    for name in names:
+        rates, values = [float(rate) for rate in tuned.columns], tuned.loc[name]
+        line = plots.draw_points(axes, rates, values, NAMES[name], METHOD_COLOURS[name])
+        numbers = ", ".join(f"{y:.1f} at {x:g}" for x, y in zip(rates, values, strict=True))
+        lines.append(line._replace(numbers=numbers))
+    axes.set(xscale="log", xlabel="Learning rate", ylim=(0, 102))
+    axes.set_ylabel("Validation accuracy (%)")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    return plots.finish(figure, "Validation accuracy (%) by learning rate", {"": lines})
+
+
+def accuracy_dots(means: pd.DataFrame, iterations, limits=(70, 100)) -> plots.TextFigure:
+    """Test accuracy with 95 % intervals, a panel per iteration; all rows have the same seeds.
+
+    `limits` of the axis in per cent. An arrow marks an interval that goes on to the left of it.
+    """
+    figure, axes = plots.new_figure(5.2 * len(iterations), 3.4, panels=len(iterations))
+    sentences = []
+    for panel, t in zip(np.atleast_1d(axes), iterations, strict=True):
+        rows = means[means.iteration == t].sort_values("value", ascending=False)
+        spoken = []
+        for y, row in zip(range(len(rows) - 1, -1, -1), rows.itertuples(), strict=True):
+            value, low, high = 100 * row.value, 100 * row.low, 100 * row.high
+            colour = METHOD_COLOURS.get(row.method, GREY)
+            if high > limits[0]:
+                _dot(panel, y, value, max(low, limits[0]), high, colour)
+            if low < limits[0]:  # the interval goes on to the left
+                panel.plot(limits[0], y, "<", color=colour, markersize=8, clip_on=False)
+            plots.annotate(panel, f"{value:.1f}", (1, y), xycoords=("axes fraction", "data"))
+            spoken.append(f"{NAMES[row.method]} {value:.1f} ({low:.1f} to {high:.1f})")
+        _rows_axis(panel, [NAMES[name] for name in rows.method])
+        panel.set(xlim=limits, title=f"M{t}", xlabel="Accuracy (%), 95 % interval")
+        sentences.append(f"M{t}: {'; '.join(spoken)}.")
+    figure.alt_text = f"Accuracy on the test questions (%). {' '.join(sentences)}"
+    return figure
+
+
+def gains(panels: dict[str, pd.DataFrame]) -> plots.TextFigure:
+    """Paired differences (points) per iteration with 95 % intervals; title -> rows of `per_iteration`."""
+    figure, axes = plots.new_figure(4.6 * len(panels), 3.4, panels=len(panels))
+    sentences = []
+    for panel, (title, rows) in zip(axes, panels.items(), strict=True):
+        for row in rows.itertuples():
+            panel.plot([row.iteration] * 2, [row.low, row.high], color=BLUE, linewidth=2)
+            panel.plot(row.iteration, row.points, "o", color=BLUE, markersize=7)
+            plots.annotate(panel, f"{row.points:+.1f}", (row.iteration, row.points), offset=6)
+        panel.axhline(0, color=INK, linewidth=1)
+        panel.set(title=title, xlim=(0.6, 4.7), xlabel="Iteration t (model $M_t$)")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        numbers = "; ".join(f"M{row.iteration} {with_interval(row)}" for row in rows.itertuples())
+        sentences.append(f"{title}: {numbers}.")
+    ends = [(panel.dataLim.y0, panel.dataLim.y1) for panel in axes]
+    for panel in axes:
+        panel.set_ylim(1.1 * min(low for low, _ in ends), 1.1 * max(high for _, high in ends))
+    axes[0].set_ylabel("Difference in accuracy (points)")
+    figure.alt_text = f"Paired differences in accuracy (points). {' '.join(sentences)}"
+    return figure
+
+
+def forest(rows: pd.DataFrame) -> plots.TextFigure:
+    """Claims with the paper's difference (diamond) and the difference here (dot, 95 % interval)."""
+    colours = {"agrees": BLUE, "disagrees": ORANGE, "not resolved": GREY}
+    figure, axes = plots.new_figure(9.2, 1.2 + 0.34 * len(rows))
+    spoken = []
+    for y, row in zip(range(len(rows) - 1, -1, -1), rows.itertuples(), strict=True):
+        _dot(axes, y, row.points, row.low, row.high, colours.get(row.verdict, GREEN))
+        axes.plot(row.paper, y, "D", color=INK, markersize=5, fillstyle="none")
+        plots.annotate(axes, row.verdict, (1, y), xycoords=("axes fraction", "data"))
+        spoken.append(f"{row.claim}: {with_interval(row)}, paper {row.paper:+.1f}, {row.verdict}")
+    axes.axvline(0, color=INK, linewidth=1)
+    _rows_axis(axes, list(rows.claim))
+    axes.set_xlabel("Difference in accuracy (points); diamond: the paper")
+    figure.alt_text = f"Claims of the paper and differences here (points). {'; '.join(spoken)}."
+    return figure
+
+
+def nll_map(rows: pd.DataFrame) -> plots.TextFigure:
+    """Accuracy (%) by learning rate and α, a row for RFT on top; each cell shows its seeds.
+
+    `rows`: greedy rows of stability_mean.csv of one iteration.
+    """
+    row_names = {f"alpha={alpha}": f"α = {alpha}" for alpha in ("0", "0.25", "1", "5")}
+    row_names["star"] = "RFT"
+    rates = sorted(set(rows.level), key=float)
+    figure, axes = plots.new_figure(7.4, 4.4)
+    grid = 100 * rows.pivot(index="factor", columns="level", values="value")
+    seeds = rows.pivot(index="factor", columns="level", values="seeds")
+    grid, seeds = grid.loc[list(row_names), rates], seeds.loc[list(row_names), rates]
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, origin="lower", aspect="auto")
+    spoken = []
+    for y, factor in enumerate(row_names):
+        for x, rate in enumerate(rates):
+            value, count = grid.loc[factor, rate], int(seeds.loc[factor, rate])
+            colour = INK if value > 47 else PAPER  # the dark half of the colours needs light text
+            plural = "s" if count > 1 else ""
+            style = {"ha": "center", "va": "center", "color": colour}
+            axes.text(x, y + 0.1, f"{value:.0f}", **style)
+            axes.text(x, y - 0.25, f"{count} seed{plural}", fontsize=7, **style)
+            spoken.append(f"{row_names[factor]} at {rate}: {value:.1f} ({count} seed{plural})")
+    axes.set_xticks(range(len(rates)), rates)
+    axes.set_yticks(range(len(row_names)), list(row_names.values()))
+    axes.grid(False)
+    axes.set(xlabel="Learning rate", title=f"$M_{{{rows.iteration.iloc[0]}}}$")
+    figure.colorbar(image, ax=axes).set_label("Accuracy (%)", color=INK)
+    figure.alt_text = (
+        f"Accuracy (%) by learning rate and weight of the NLL term. {'; '.join(spoken)}."
+    )
+    return figure
+
+
+def lesson_accuracy(means: pd.DataFrame, limits=(60, 100)) -> plots.TextFigure:
+    """Test accuracy of M1 to M4 of the second seed model, 95 % intervals, a line per trial."""
+    rows = means[(means.metric == "greedy") & (means.split == "test") & (means.iteration > 0)]
+    figure, axes = plots.new_figure(7.6, 4.2)
+    lines = []
+    for i, (key, (name, colour, dashes)) in enumerate(TRIALS.items()):
+        of_trial = [trial_key(row.method, row.settings) == key for row in rows.itertuples()]
+        points = rows[of_trial].sort_values("iteration")
+        x, y = points.iteration + 0.06 * (i - 2), 100 * points.value
+        axes.vlines(x, 100 * points.low, 100 * points.high, color=colour, linewidth=1, alpha=0.6)
+        count = int(points.seeds.iloc[0])
+        label = f"{name} ({count} seed{'s' * (count > 1)})"
+        line = plots.draw_points(axes, x, y, label, colour, linestyle=dashes)
+        numbers = (
+            f"M{row.iteration} {100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
+            for row in points.itertuples()
+        )
+        lines.append(line._replace(numbers=", ".join(numbers)))
+    axes.set(xlabel="Iteration t (model $M_t$)", ylabel="Accuracy (%)", ylim=limits)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return plots.finish(figure, "Test accuracy (%) of the second seed model", {"": lines})
+
+
+def misconceptions(table: pd.DataFrame, keys=("irpo/beta=1", "rft")) -> plots.TextFigure:
+    """Share of lines that follow a misconception where it applies, per iteration; a panel per trial."""
+    figure, axes = plots.new_figure(4.6 * len(keys) + 2.6, 3.8, panels=len(keys))
+    sentences, handles = [], None
+    for panel, key in zip(axes, keys, strict=True):
+        of_trial = [trial_key(row.method, row.settings) == key for row in table.itertuples()]
+        rows, spoken = table[of_trial], []
+        for colour, (metric, points) in zip(COLOURS, rows.groupby("metric", sort=False)):
+            name, values = metric.removeprefix("follows: "), 100 * points.value
+            plots.draw_points(panel, points.iteration, values, name, colour)
+            spoken.append(f"{name}: {', '.join(f'{value:.1f}' for value in values)}")
+        count = int(rows.seeds.max())
+        title = f"{TRIALS[key][0]} ({count} seed{'s' * (count > 1)})"
+        panel.set(title=title, xlabel="Iteration t (model $M_t$)", ylim=(0, 60))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.sharey(axes[0])
+        sentences.append(f"{title}: {'; '.join(spoken)}.")
+        handles = panel.get_legend_handles_labels()
+    axes[0].set_ylabel("Lines that follow it (%)")
+    figure.legend(*handles, frameon=False, fontsize=9, loc="outside right center")
+    figure.alt_text = f"Misconceptions per iteration, M0 to M4 (%). {' '.join(sentences)}"
+    return figure
+
+
+def lesson_log_probabilities(table: pd.DataFrame) -> plots.TextFigure:
+    """Change since M0 of chosen and rejected held-out completions (nats), 95 % bands."""
+    figure, axes = plots.new_figure(11.0, 4.0, panels=2)
+    panels = {}
+    for panel, side in zip(axes, ("chosen", "rejected"), strict=True):
+        lines = panels[side] = []
+        for key, (name, colour, dashes) in TRIALS.items():
+            trial = "/".join(["misconceptions", key, "learning_rate=0.0003"])
+            rows = table[(table.trial == trial) & (table.metric == side)]
+            band = () if rows.seeds.max() == 1 else (rows.low, rows.high)
+            label = f"{name}{' (1 seed)' if rows.seeds.max() == 1 else ''}"
+            line = plots.draw_points(
+                panel, rows.iteration, rows.value, label, colour, band, linestyle=dashes
+            )
+            last = rows.iloc[-1]
+            numbers = f"M4 {last.value:+.2f} ({last.low:+.2f} to {last.high:+.2f})"
+            lines.append(line._replace(numbers=numbers))
+        panel.axhline(0, color=INK, linewidth=0.8)
+        panel.set(title=side, xlabel="Iteration t (model $M_t$)")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("Change since M0 (nats per completion)")
+    return plots.finish(figure, "Log-probabilities of held-out completions since M0", panels)

@@ -1,0 +1,433 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06b · Judges, luck and ablations
+#
+# **What you will be able to do**
+#
+# - replace the gold answer by a vote or by the model's own likelihood, and measure what the reward gets wrong;
+# - say when rejected completions teach something that chosen ones do not;
+# - read an ablation table without believing its lucky rows;
+# - add a method of your own as one entry, and run it.
+#
+# | | `smoke` | `cpu` (default) | one GPU |
+# |---|---|---|---|
+# | time for this notebook | 30 seconds on one core | 1 minute on one core | not measured |
+#
+# **Needs**: the packages of this repository. No other notebook needs this one. Sections 1 and 5 sample and train; the other
+# sections read files of `figures/`.
+#
+# **Before this**: [05 · Iterations](05_iterations.ipynb) and [06 · Is it the method?](06_baselines_and_ablations.ipynb).
+
+# %% tags=["nbval-ignore-output"]
+import contextlib, io, os, sys, tempfile
+from collections import Counter
+from pathlib import Path
+import numpy as np
+import pandas as pd
+sys.path[:0] = [".", ".."]                     # checks_06.py and helpers_06.py are next to the notebooks
+sys.path += ["../scripts", "../../scripts"]    # the package `studies`
+import checks_06, helpers_06
+from irpo_utils import UserError, baselines, methods, models, pairs, plots, profiles, tasks
+from irpo_utils.ops import run as runs
+from irpo_utils.ops.cli import quiet_libraries
+from studies import figures
+
+quiet_libraries()
+PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
+profile = profiles.get(PROFILE)
+print("profile", PROFILE, "· device", models.default_device())
+
+# %% [markdown]
+# ## 1 Who decides which completion is chosen?
+#
+# So far the gold answer did. What if there is none? Here are two questions with four completions each, and for each
+# completion its log-probability under the model that wrote it.
+
+# %%
+QUESTIONS = [{"id": "a", "question": "Ann has 3 bags of 4 apples. How many apples?", "answer": "12"},
+             {"id": "c", "question": "A bus holds 25 people. 7 get on and 2 get off. How many?", "answer": "30"}]
+WRITTEN = [
+    ("a", "Final answer: 15", -3.1), ("a", "3*4=12\nFinal answer: 12", -4.0),
+    ("a", "3*5=15\nFinal answer: 15", -9.5), ("a", "3*4=", -1.5),
+    ("c", "Final answer: 29", -5.8), ("c", "25+7=31\nFinal answer: 31", -4.5),
+    ("c", "25+7=33\nFinal answer: 33", -9.8), ("c", "Final answer: 31", -2.9)]
+eight = helpers_06.by_hand(QUESTIONS, WRITTEN, tasks.get("word_problems"))
+table = eight.to_pandas()[["id", "completion", "extracted", "correct", "logprob", "n_tokens"]]
+table.assign(per_token=(table.logprob / table.n_tokens).round(2))
+
+# %% [markdown]
+# **Predict** which completions are chosen (w) and which rejected (l), question by question, by three rewards:
+#
+# - *gold*: the final answer equals the gold answer;
+# - *majority vote*: the answer that most completions of the question give
+#   ([Prasad et al. 2024](https://arxiv.org/abs/2411.04109));
+# - *own likelihood*: the half with the higher log-probability per token, a simple stand-in for the model as its own judge
+#   ([Yuan et al. 2024](https://arxiv.org/abs/2401.10020)).
+
+# %%
+def letters(name):
+    """w for reward 1 and l for reward 0, question by question."""
+    rewards = methods.reward(eight, methods.get(name).reward)["reward"]
+    text = "".join("w" if reward else "l" for reward in rewards)
+    return f"{text[:4]} {text[4:]}"
+
+for name in ("irpo", "self_consistency", "self_rewarding"):
+    print(f"{helpers_06.NAMES[name]:26}{letters(name)}")
+assert letters("self_consistency") == "wlwl lwlw"
+
+# %% [markdown]
+# In question a two incorrect answers agree and outvote the correct one. In question c no completion is correct, and the
+# vote chooses some anyway. The likelihood even chooses a completion that breaks off before its answer.
+
+# %% [markdown]
+# ### Exercise 6b.1: majority vote as reward
+#
+# **Goal**: a reward without gold answers (self-consistency). **Difficulty**: 1 of 3. **Time**: 10 minutes.
+#
+# `majority_vote(answers)` takes the extracted answers of one question's completions, each a string or None. Return a list
+# of True and False: True for the completions that give the most frequent answer. None has no vote and never wins. If
+# answers tie, the one that came first wins.
+#
+# <details><summary>Hint</summary>
+#
+# `Counter` counts, and `most_common(1)` gives the first of equally frequent answers. What if no completion has an answer?
+#
+# </details>
+
+# %%
+def majority_vote(answers):
+    # SOLUTION
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return [False] * len(answers)
+    most = votes.most_common(1)[0][0]
+    return [answer == most for answer in answers]
+    # STUB
+    # return ...      # your turn: a list of True and False
+    # END
+
+# %%
+print(checks_06.majority_vote(majority_vote))
+
+# %% [markdown]
+# The worked solution is in [solutions/06b_judges_luck_ablations.ipynb](solutions/06b_judges_luck_ablations.ipynb).
+#
+# How often do these rewards err on what M_0 writes? **Predict** the share of correct completions among the chosen ones.
+
+# %% tags=["nbval-ignore-output"]
+N_QUESTIONS, N = (40, 8) if PROFILE == "smoke" else (100, 16)
+task = tasks.get(profile.task)
+asked, graded, tokenizer = helpers_06.graded_completions(profile, task, N_QUESTIONS, N)
+print(f"{len(graded)} completions, {sum(graded['correct']) / len(graded):.0%} correct")
+
+def quality(reward, graded=graded):
+    """Completions that a reward chooses, and the share of them that is correct."""
+    chosen = methods.reward(graded, reward)["reward"]
+    correct = [truth for truth, value in zip(graded["correct"], chosen) if value]
+    return {"chosen": len(correct), "of them correct (%)": 100 * sum(correct) / max(1, len(correct))}
+
+judges = ("irpo", "self_consistency", "self_rewarding", "shuffled")
+judged = pd.DataFrame({helpers_06.NAMES[name]: quality(methods.get(name).reward) for name in judges}).T
+assert judged.iloc[0]["of them correct (%)"] == 100
+judged.round(1)
+
+# %% [markdown]
+# A vote improves with the number of voters:
+
+# %% tags=["nbval-ignore-output"]
+ks = [k for k in (1, 2, 4, 8, 16) if k <= N]
+votes = [quality(baselines.by_majority, graded.filter(lambda row: row["sample"] < k)) for k in ks]
+grown = pd.DataFrame({"k": ks, "metric": "correct", "value": [vote["of them correct (%)"] / 100 for vote in votes]})
+figure = plots.sweep(grown, "k", "Completions that vote", "Correct among the chosen (%)")
+assert len(plots.alt_text(figure)) > 40
+figure
+
+# %% [markdown]
+# With one voter the answer elects itself. The rest of the curve is signal without any gold answer: incorrect answers
+# scatter, and correct ones agree.
+#
+# A model can also judge itself. How often does a correct completion get the better mark than an incorrect one of the
+# same question? Guessing gives 0.5.
+
+# %%
+marks = helpers_06.read("judges")
+marks["0.5 excluded"] = np.where((marks.low > 0.5) | (marks.high < 0.5), "yes", "no")
+marks.drop(columns="run").round(2)
+
+# %% [markdown]
+# Asked in words, neither model can judge. The likelihood works for the seed model, and for SmolLM2-135M it is not
+# resolved. So "own likelihood as reward" lives on a property of this M_0.
+#
+# ### What do these rewards teach?
+#
+# These methods have three seeds, so they are compared with the same three seeds of Iterative RPO, and they do not enter the
+# ranking of notebook 06. *Gold vs. sampled (SPIN-style)* rejects every completion and chooses the gold solution.
+
+# %% tags=["nbval-ignore-output"]
+means = helpers_06.read("comparison_mean").query("metric == 'greedy' and iteration == 4")
+three = means[means.seeds == 3].sort_values("difference", ascending=False)
+assert set(three.against) == {"irpo"}
+figures.differences(three, [helpers_06.NAMES[name] for name in three.method])
+
+# %% tags=["nbval-ignore-output"]
+runs_of_three = helpers_06.read("comparison").query("seed < 3")
+costed = runs_of_three[runs_of_three.method.isin(["irpo", *three.method])]
+figure = figures.accuracy_against_cost(costed.assign(method=costed.method.map(helpers_06.NAMES)))
+assert costed[costed.metric == "greedy"].groupby("method").seed.nunique().eq(3).all()
+figure
+
+# %% [markdown]
+# The majority vote starts slowly and comes close without a single gold answer. GRPO is level with Iterative RPO on these
+# seeds. The control decides what the reward is worth:
+
+# %%
+control = helpers_06.read("comparison_mean").query("metric == 'greedy' and method == 'shuffled'")
+for row in control.itertuples():
+    print(f"random labels, M{row.iteration}: {100 * row.value:.1f} % ({100 * row.low:.1f} to {100 * row.high:.1f}), {row.seeds} seeds")
+
+# %% [markdown]
+# With random labels accuracy falls in every iteration. So it is the reward that teaches, and not the training itself.
+
+# %% [markdown]
+# ## 2 When do rejected completions teach?
+#
+# RFT uses chosen completions alone. If it matches Iterative RPO, the rejected ones taught nothing more. The next study
+# tries cases in which they might: few samples, hot sampling (temperature 1.5), few questions, late iterations, and
+# *luck*. In "lucky" one incorrect answer in four counts as correct. In "choices" the question has four options and the
+# nearest one is ticked.
+#
+# **Predict**: in which of these cases do pairs beat RFT?
+
+# %% tags=["nbval-ignore-output"]
+regimes = helpers_06.final(helpers_06.read("regimes_mean").query("method != 'star'"))
+labels = [f"{row.factor} (M{row.iteration}, {row.seeds} seeds)" for row in regimes.itertuples()]
+figure = figures.differences(regimes, labels)
+assert "lucky" in plots.alt_text(figure)
+figure
+
+# %%
+for row in regimes.itertuples():
+    low, high = 100 * row.difference_low, 100 * row.difference_high
+    word = "better" if low > 0 else "worse" if high < 0 else "not resolved"
+    print(f"{row.factor:14} pairs − RFT {100 * row.difference:+6.1f} ({low:+.1f} to {high:+.1f})  {word}")
+
+# %% [markdown]
+# Only where chosen completions are lucky, and there by a wide margin. Why? Count completions without working on both sides
+# of such pairs.
+
+# %% tags=["nbval-ignore-output"]
+def pairs_of(reward):
+    return pairs.build_pairs(methods.reward(graded, reward), profile.k_pairs)[0]
+
+def bare(texts):
+    """Share of completions that are one line: an answer without working."""
+    return np.mean([len(text.strip().splitlines()) == 1 for text in texts])
+
+for name in ("irpo", "irpo_lucky"):
+    made = pairs_of(methods.get(name).reward)
+    print(f"{methods.get(name).title:30} without working: {bare(made['chosen']):.0%} of chosen, {bare(made['rejected']):.0%} of rejected")
+assert len(made)
+
+# %% [markdown]
+# Lucky completions are mostly answers without working. RFT copies them. In pairs such answers are common on *both*
+# sides, and more so among the rejected, so the difference still points to the working. Rejected completions show which
+# part of the chosen ones is not the reason for their reward. In the other cases pairs do not help, and with few samples
+# or questions RFT is ahead. It also has the higher tuned learning rate, and these cases have fewer steps.
+
+# %% [markdown]
+# ## 3 What happens after four iterations?
+#
+# The paper stops there, with a gain of half a point. **Predict**: does accuracy stay, rise or fall?
+
+# %% tags=["nbval-ignore-output"]
+eight_more = helpers_06.read("eight_iterations")
+first_four = runs_of_three[runs_of_three.method.isin(eight_more.method)]
+whole = pd.concat([first_four, eight_more[eight_more.iteration >= 4]])
+whole = whole.drop_duplicates(["method", "seed", "iteration", "metric", "k"]).sort_values("iteration", kind="stable")
+figure = plots.accuracy_per_iteration(whole[whole.method == "irpo"])
+assert "M_8" in plots.alt_text(figure)
+figure
+
+# %%
+kept = ["greedy", "kl_to_previous", "one_step_apart"]
+table = whole[whole.metric.isin(kept)].pivot_table(index=["metric", "method"], columns="iteration", values="value")
+print("means over", *sorted(set(eight_more[eight_more.metric == "greedy"].groupby("method").seed.nunique())), "seeds")
+table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
+
+# %% [markdown]
+# Both methods with pairs fall, and RFT stays. The KL of a step grows with pairs and shrinks with RFT. The learning rates were
+# chosen after two iterations, and for pairs this one is too high for eight. `one_step_apart` is the share of pairs that
+# differ in one line. It grows with every method: early pairs set working against a bare answer, late ones one calculation
+# against another. On such pairs DPO can lower chosen and rejected completions together
+# ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)). Tune at the horizon that you need, and stop by the rule of
+# [notebook 05](05_iterations.ipynb).
+
+# %% [markdown]
+# ## 4 Which settings matter?
+#
+# Each row below changes *one* setting of Iterative RPO: two iterations, 300 questions, three seeds, paired with the base run.
+#
+# **Predict**: how many of the intervals exclude 0?
+
+# %% tags=["nbval-ignore-output"]
+ablations = helpers_06.final(helpers_06.read("ablations_mean"))
+labels = [f"{row.factor.replace('_', ' ')} {row.level}" for row in ablations.itertuples()]
+figure = figures.differences(ablations, labels)
+assert set(ablations.seeds) == {3}
+figure
+
+# %%
+clear = ablations[(ablations.difference_low > 0) | (ablations.difference_high < 0)]
+print(f"{len(ablations)} intervals, {len(clear)} exclude 0; about {0.05 * len(ablations):.0f} would do so by luck")
+for row in clear.itertuples():
+    print(f"{row.factor} {row.level}: {100 * row.difference:+.1f} ({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f})")
+
+# %% [markdown]
+# `k_pairs` = 1 has a quarter of the pairs and so a quarter of the steps: it shows how much was trained, not which pairs are good.
+# `keep_pairs` misses 0 by little, as luck alone may do among so many. The rest is not resolved. All settings come near the ceiling
+# after two iterations, so this table says little about the way there.
+
+# %% [markdown]
+# ## 5 A method of your own
+#
+# A reward is a function of the rows of one question (`extracted`, `correct`, `logprob`, `n_tokens` and more). It returns a
+# float per row. Suppose you like short completions: the shortest correct one is chosen. **Predict** what M_1 learns.
+
+# %%
+def shortest_correct(rows):
+    """Reward 1 for the first of the shortest correct completions, 0 for all others."""
+    correct = [i for i, row in enumerate(rows) if row["correct"]]
+    best = min(correct, key=lambda i: rows[i]["n_tokens"], default=None)
+    return [float(i == best) for i in range(len(rows))]
+
+methods.METHODS["shortest"] = methods.Method("Shortest correct completion", "an example", reward=shortest_correct)
+
+# %% tags=["nbval-ignore-output"]
+truth = {(row["id"], row["sample"]): row["correct"] for row in graded}
+for name in ("irpo", "shortest"):
+    made = pairs_of(methods.get(name).reward)
+    tokens = np.mean([len(ids) for ids in made["chosen_ids"]])
+    lost = np.mean([truth[key] for key in zip(made["id"], made["rejected_sample"])])
+    print(f"{methods.get(name).title:28} {tokens:.1f} tokens per chosen completion, {lost:.0%} of rejected ones are correct")
+assert lost > 0
+
+# %% [markdown]
+# Chosen completions got shorter, and in this task short means without working. And correct completions are *rejected*: what a
+# reward does not choose, it rejects. Train on chosen ones alone (`settings=methods.SFT`) if you do not want that.
+
+# %% [markdown]
+# ### Exercise 6b.2: a clear majority
+#
+# **Goal**: a reward without gold answers that abstains rather than errs. **Difficulty**: 2 of 3. **Time**: 15 minutes.
+#
+# Write `clear_majority(rows)`: the most frequent answer gets 1.0 if *more than half of all completions* give it, those
+# without an answer counted among all. Otherwise every row gets 0.0. Do not use `correct`. Then make the entry `CLEAR`, a
+# `methods.Method` with a title, a source and this reward, trained like Iterative RPO.
+#
+# <details><summary>Hint</summary>
+#
+# More than half is always the most frequent answer, and ties cannot happen. `Method` takes from Iterative RPO what you
+# leave out.
+#
+# </details>
+
+# %%
+CLEAR = None
+# SOLUTION
+def clear_majority(rows):
+    votes = Counter(row["extracted"] for row in rows if row["extracted"] is not None)
+    return [float(votes[row["extracted"]] > len(rows) / 2) for row in rows]
+
+CLEAR = methods.Method("A clear majority is chosen", "after Prasad et al. 2024", reward=clear_majority)
+# STUB
+# # your turn: def clear_majority(rows), and CLEAR = methods.Method(...)
+# END
+
+# %%
+print(checks_06.clear_majority_method(CLEAR))
+
+# %% [markdown]
+# The worked solution is in [solutions/06b_judges_luck_ablations.ipynb](solutions/06b_judges_luck_ablations.ipynb). Compare
+# both votes on the completions of section 1.
+
+# %% tags=["nbval-ignore-output"]
+rewards = {"majority": baselines.by_majority} | ({"clear majority": CLEAR.reward} if CLEAR else {})
+compared = pd.DataFrame({name: quality(reward) for name, reward in rewards.items()}).T
+assert len(compared) >= 1
+compared.round(1)
+
+# %% [markdown]
+# A clear majority buys precision with questions, and keeps the easy ones.
+#
+# ### Open exercise: run it
+#
+# **Add** your own entry to `entries` and run one small iteration. **Predict** the length of its completions. **Argue**
+# whether a difference in accuracy could be resolved with so few questions.
+
+# %%
+n = 24 if PROFILE == "smoke" else 64
+small = dict(iterations=1, n_questions=n, n_samples=8, k_pairs=2, batch_size=4, learning_rate=5 * profile.learning_rate,
+             eval_split="validation", n_eval_questions=n, eval_samples=2, eval_samples_ends=2, gold=False)
+folder = Path(tempfile.mkdtemp())
+
+def run_small(name, entry):
+    """One small iteration of an entry, or the reason why it gives no pairs."""
+    methods.METHODS[name] = entry
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):      # without the log of the run
+            rows = runs.run(profiles.get(PROFILE, method=name, **small), folder / name, progress=False)
+    except UserError as error:
+        return str(error).split(":")[0]
+    made = pd.DataFrame(rows).set_index(["metric", "iteration"])
+    tokens, m1 = made.loc["mean_tokens"].value, 100 * made.loc[("greedy", 1), ["value", "low", "high"]].astype(float)
+    return f"{tokens[0]:.1f} -> {tokens[1]:.1f} tokens; M1 {m1['value']:.0f} % ({m1['low']:.0f} to {m1['high']:.0f})"
+
+# %% tags=["nbval-ignore-output"]
+# SOLUTION
+entries = {"irpo": methods.get("irpo"), "shortest": methods.get("shortest"), "clear_majority": CLEAR}
+# STUB
+# entries = {"irpo": methods.get("irpo")}      # your turn: add yours
+# END
+for name, entry in entries.items():
+    print(f"{entry.title:30}{run_small(name, entry)}")
+assert len(entries) >= 1
+
+# %% [markdown]
+# Such a run shows that an entry works. It cannot rank methods: look at the width of the intervals. A reward that
+# abstains needs many samples: with few per question it leaves few pairs or none.
+
+# %% [markdown]
+# ## What you have learnt
+#
+# - A reward decides what is chosen *and* what is rejected. Measure both before you train.
+# - A vote finds correct answers without gold ones if incorrect answers scatter.
+# - Rejected completions help most if chosen ones are rewarded for a reason that both sides share.
+# - Among twenty ablations one is clear by luck.
+#
+# **Try**: the reward "longest correct completion". What does M_1 learn?
+#
+# **Recall**
+#
+# 1. Why can a majority vote choose completions of a question that the model cannot solve?
+# 2. With random labels, why is the share of correct chosen completions above the overall share?
+# 3. Twenty ablations, one interval excludes 0 by little. What do you do before you report it?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Nothing contradicts the vote; some answer is always the most frequent. 2. Questions with many correct completions
+# get many chosen ones. 3. Run it again with other seeds.
+#
+# </details>
+#
+# **Next**: [07 · Real models on one GPU](07_real_models_on_one_gpu.ipynb).
