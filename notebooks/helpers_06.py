@@ -210,6 +210,24 @@ def accuracy_dots(means: pd.DataFrame, iterations, limits=(70, 100)) -> plots.Te
     return figure
 
 
+def accuracy_against_tokens(metrics: pd.DataFrame, limits=(60, 100)) -> plots.TextFigure:
+    """Greedy accuracy of M1 to M4 over the tokens sampled so far, a line per method, means over seeds.
+
+    All methods have the same seeds. Points below `limits` are outside the axes.
+    """
+    rows = metrics[(metrics.metric == "greedy") & (metrics.iteration > 0)]
+    figure, axes = plots.new_figure(7.2, 4.0)
+    lines = []
+    for colour, (method, points) in zip(COLOURS, rows.groupby("method", sort=False)):
+        means = points.groupby("iteration")[["tokens", "value"]].mean()
+        x, y = means.tokens / 1e6, 100 * means.value
+        lines.append(plots.draw_points(axes, x, y, NAMES[method], colour))
+    axes.set(xlabel="Sampled tokens (millions)", ylabel="Accuracy (%)", ylim=limits, xlim=(0, None))
+    return plots.finish(
+        figure, "Accuracy (%) of M1 to M4 by sampled tokens (millions)", {"": lines}
+    )
+
+
 def gains(panels: dict[str, pd.DataFrame]) -> plots.TextFigure:
     """Paired differences (points) per iteration with 95 % intervals; title -> rows of `per_iteration`."""
     figure, axes = plots.new_figure(4.6 * len(panels), 3.4, panels=len(panels))

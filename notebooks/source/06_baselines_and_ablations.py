@@ -303,7 +303,7 @@ for row in later[later.seeds == 5].itertuples():
 # **Falls at M4.** Iterative RPO falls in one of five seeds. Iterative RPO from RFT and DPO without NLL fall in four of
 # five. RFT falls in none.
 #
-# **The headline figure of the README** uses 2e-5, chosen among the learning rates that gain in every iteration. The
+# **The headline figure of the [README](../README.md)** uses 2e-5, chosen among the learning rates that gain in every iteration. The
 # comparison uses 1e-4, which is ahead in iterations 1 to 3. At M4 the difference is not resolved.
 
 # %% [markdown]

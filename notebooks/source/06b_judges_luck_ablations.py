@@ -183,9 +183,8 @@ figures.differences(three, [helpers_06.NAMES[name] for name in three.method])
 # %% tags=["nbval-ignore-output"]
 runs_of_three = helpers_06.read("comparison").query("seed < 3")
 costed = runs_of_three[runs_of_three.method.isin(["irpo", *three.method])]
-figure = figures.accuracy_against_cost(costed.assign(method=costed.method.map(helpers_06.NAMES)))
 assert costed[costed.metric == "greedy"].groupby("method").seed.nunique().eq(3).all()
-figure
+helpers_06.accuracy_against_tokens(costed)
 
 # %% [markdown]
 # The majority vote starts slowly and comes close without a single gold answer. GRPO is level with Iterative RPO on these
