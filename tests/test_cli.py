@@ -212,7 +212,7 @@ def test_a_value_that_cannot_work_is_refused_before_anything_is_written(
         ("--method iterative_dpo --alpha 5", "--method iterative_dpo fixes --alpha 0"),
         ("--method star --loss dpo_nll", "--method star fixes --loss sft"),
         ("--method ppo", "'ppo'"),
-        ("--method dpo_from_sft", "run with --method star --iterations 1 --out DIR first"),
+        ("--method dpo_from_sft", "first run --method star --iterations 1 --out DIR"),
     ],
 )
 def test_a_method_that_contradicts_an_option_is_refused(words, message, tmp_path, capsys):
