@@ -5,13 +5,21 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from checks_common import NO_RETURN, UNSOLVED
+from helpers_02 import equations, is_true
+
 from irpo_utils import tasks
 
-UNSOLVED = "Not solved yet: fill in the cell above and run it again."
-HEDGES = re.compile(
-    r"\b(?:not|never|no|less|more|fewer|other|under|over|above|below|at least|at most)\b|n't",
+NUMBER = r"\d+(?:[.,/]\d+)*"
+# "not 42", "isn't 42", "more than 42", "42 or more": this text does not commit to 42
+DENIAL = re.compile(
+    r"(?:\b(?:not|never|no)|n't)\s+(?:\w+\s+){0,2}42\b"
+    r"|\b(?:(?:less|more|fewer|other)\s+than|under|over|above|below|at\s+(?:least|most))\s+42\b"
+    r"|\b42\b[^\n.]{0,20}\bor\s+(?:more|less|fewer|so)\b",
     re.IGNORECASE,
 )
+EQUATION = re.compile(r"\d[\d\s+*/x×-]*=\s*(?=\d)")
+ASIDE = re.compile(r"\((?:not|and not)\b[^)]*\)|\b(?:and\s+)?not\s+(?!42\b)\d\S*", re.IGNORECASE)
 
 
 def extract_number(function) -> str:
@@ -31,7 +39,7 @@ def extract_number(function) -> str:
             "final ANSWER: 42",
             42,
             {
-                None: 'Small and capital letters make no difference: "final ANSWER:" is a marker, too.'
+                None: 'Small and capital letters make no difference: "final ANSWER:" is also a marker.'
             },
         ),
         (
@@ -111,10 +119,7 @@ def extract_number(function) -> str:
     if all(value is ... for *_, value in results):
         return UNSOLVED
     if all(value is None for *_, value in results):
-        return (
-            UNSOLVED
-            + ' (If it is filled in: it returns None for every text. Does it find "Final answer:" in any case of letters?)'
-        )
+        return f'{NO_RETURN} If it is there: does it find "Final answer:" in any case of letters?'
     for completion, expected, wrong, value in results:
         if isinstance(value, str):
             return f'You return text, {value!r}. "24" and "24.00" are different texts and the same number: return a Fraction.'
@@ -142,156 +147,188 @@ def fooled(completion, naive) -> str:
             'word "answer"?'
         )
     extracted = tasks.get("gsm8k").extract(completion)
-    line = re.split("answer", completion, flags=re.IGNORECASE)[-1]
-    if extracted == "42" and HEDGES.search(line):
-        return "Right: it denies the answer and is rewarded. This one fools the package's grader as well: it reads no words."
+    said = re.split("answer", completion, flags=re.IGNORECASE)[-1]
+    if DENIAL.search(said):
+        return (
+            "Right: it does not commit to 42, and the naive grader rewards it. It reads no words."
+        )
     if extracted == "42":
         return (
             "The naive grader reads 42, but so does a reader: the final answer of your completion *is* 42. That is a true "
-            "positive. Make the final answer another one."
+            "positive. Write another final answer."
         )
-    read = re.sub(r"\bnot \d\S*", "", line)  # "42 (not 41)" says 42
-    if (
-        extracted is None
-        and set(re.findall(r"\d+(?:[.,/]\d+)*", read)) == {"42"}
-        and not HEDGES.search(read)
-    ):
+    if extracted is None and set(re.findall(NUMBER, EQUATION.sub("", ASIDE.sub("", said)))) == {
+        "42"
+    }:
         return (
-            "The naive grader reads 42, but so does a reader: the form is not the one that was asked for, but no other answer is "
-            "given. Make the completion say something else than 42."
+            "The naive grader reads 42, but so does a reader: the form is not the requested one, but there is no other "
+            "answer. Write a final answer that is not 42."
         )
-    said = f"its final answer is {extracted}" if extracted else "it commits to no single number"
-    return f"Right: the naive grader reads 42, but {said}."
+    what = f"the final answer is {extracted}" if extracted else "it commits to no single number"
+    return f"Right: the naive grader reads 42, but {what}."
 
 
 def lucky_pairs(function) -> str:
-    """Exercise 2.3: the expected share of pairs with a lucky winner."""
+    """Exercise 2.4: the expected share of pairs whose chosen completion is lucky."""
 
-    def gives(p, n):
-        return 1 - p**n - (1 - p) ** n
+    def of(verdicts, lucky="lucky", rewarded=("solved", "lucky")):
+        total = sum(verdict in rewarded for verdict in verdicts)
+        return verdicts.count(lucky) / total
 
-    def share(guessed, knew, q):
-        return (1 - q) * guessed / ((1 - q) * guessed + q * knew)
+    def mean(shares):
+        return sum(shares) / len(shares)
 
-    solution = lambda q, a, c, n: share(gives(1 / c, n), gives(a, n), q)  # noqa: E731
+    def usable(questions):
+        return [q for q in questions if 0 < len(q) - q.count("incorrect") < len(q)]
+
+    def rewarded(questions):
+        return [q for q in questions if q.count("incorrect") < len(q)]
+
+    def pooled(questions):
+        return of([verdict for question in questions for verdict in question])
+
+    solution = lambda qs: mean([of(q) for q in usable(qs)])  # noqa: E731
     mistakes = {
-        "That is the chance that one guess is right. Most winners are no guesses; weigh with how often the model guesses.": lambda q, a, c, n: (
-            1 / c
+        "That is the lucky share among all rewarded completions. Some of their questions give no pair: which?": pooled,
+        "That is the lucky share among the rewarded completions of all questions that give pairs. Each such question gives "
+        "one pair, however many completions are rewarded: take the mean over questions.": lambda qs: (
+            pooled(usable(qs))
         ),
-        "That is the lucky share among all *winners*. Pairs come from questions: each that stays gives K, however many "
-        "winners it has.": lambda q, a, c, n: share(1 / c, a, q),
-        "That is the share of guessed questions among all. Some of the questions give no pairs: which?": lambda q, a, c, n: (
-            1 - q
+        "A question whose completions are all rewarded gives no pair: it has no rejected completion.": lambda qs: (
+            mean([of(q) for q in rewarded(qs)])
         ),
-        "You forgot the questions whose samples are all right: they have no loser and give no pairs.": lambda q, a, c, n: (
-            share(1 - (1 - 1 / c) ** n, 1 - (1 - a) ** n, q)
+        "You divide by the number of all questions. Divide by the number of questions that give a pair.": lambda qs: (
+            sum(of(q) for q in usable(qs)) / len(qs)
         ),
-        "You forgot the questions whose samples are all wrong: they have no winner and give no pairs.": lambda q, a, c, n: (
-            share(1 - (1 / c) ** n, 1 - a**n, q)
+        "You divide by all completions of a question. Only rewarded completions can be chosen.": lambda qs: (
+            mean([q.count("lucky") / len(q) for q in usable(qs)])
         ),
-        "You did not weigh with how many questions are known and how many are guessed (known, and 1 - known).": lambda q, a, c, n: (
-            gives(1 / c, n) / (gives(1 / c, n) + gives(a, n))
+        "That is the share of pairs whose chosen completion is *solved*. The lucky ones are the others.": lambda qs: (
+            1 - solution(qs)
         ),
-        "That is the share of pairs from *known* questions. The lucky ones are the others: 1 minus yours.": lambda q, a, c, n: (
-            1 - solution(q, a, c, n)
+        "That is the share of the questions with pairs that have any lucky completion. The chosen one is drawn among all "
+        "rewarded ones.": lambda qs: mean([float("lucky" in q) for q in usable(qs)]),
+        "You divide lucky by solved completions. Both are rewarded: divide by their sum.": lambda qs: (
+            mean([q.count("lucky") / max(1, q.count("solved")) for q in usable(qs)])
         ),
-        "That is the probability that a guessed question gives pairs. It has to be compared with the known ones.": lambda q, a, c, n: (
-            gives(1 / c, n)
+        "That is a sum over questions. Divide by the number of questions that give a pair.": lambda qs: (
+            sum(of(q) for q in usable(qs))
         ),
-        "That is the share of *all* questions that are guessed and give pairs. Divide by the share of all that give pairs.": lambda q, a, c, n: (
-            (1 - q) * gives(1 / c, n)
-        ),
-        "Known and guessed are mixed up: `known` is the share of questions that the model knows.": lambda q, a, c, n: (
-            share(gives(1 / c, n), gives(a, n), 1 - q)
-        ),
+        "These are per cent. Return a share between 0 and 1.": lambda qs: 100 * solution(qs),
     }
-    settings = [(0.7, 0.97, 4, 30), (0.55, 0.9, 3, 4), (0.8, 0.95, 5, 7)]
+    s, l, i = "solved", "lucky", "incorrect"
+    cases = [
+        [[s, s, l, i], [l, i, i, i], [i, i, i, i], [s, s, s, s], [s, i, i, s], [l, l, s, l]],
+        [[l, i, s], [l, l, l], [s, i, i], [i, i, i], [l, l, i], [s, s, l], [s, s, i]],
+    ]
     values = []
-    for setting in settings:
-        value, message = _call(function, *setting)
-        if message or value is None or value is ...:
-            return message or UNSOLVED
-        values.append(value)
-    if all(_same(value, solution(*setting)) for value, setting in zip(values, settings)):
-        return "Right: this is what the simulation counted, without its noise."
-    if all(_same(value, 100 * solution(*setting)) for value, setting in zip(values, settings)):
-        return "These are per cent. Return a share between 0 and 1: leave out the factor 100."
-    for message, wrong in mistakes.items():
-        if all(_same(value, wrong(*setting)) for value, setting in zip(values, settings)):
+    for case in cases:
+        value, message = _call(function, [list(question) for question in case])
+        if message:
+            if "ZeroDivisionError" in message:
+                message += (
+                    " A question may have no rewarded completion: it gives no pair, so skip it."
+                )
             return message
-    known, right, options, n = settings[0]
+        if value is ...:
+            return UNSOLVED
+        if value is None:
+            return NO_RETURN
+        values.append(value)
+    for message, wrong in {
+        "Right: the mean over questions that give a pair.": solution,
+        **mistakes,
+    }.items():
+        if all(_same(value, wrong(case)) for value, case in zip(values, cases)):
+            return message
     return (
-        f"For known={known}, right_if_known={right}, options={options}, n={n} your function gives {_show(values[0])}; the "
-        f"simulation says about {solution(*settings[0]):.3f}. Work out separately how likely a guessed and a known question "
-        "is to give pairs."
+        f"For the questions {cases[1]} your function gives {_show(values[1])}; it should give {solution(cases[1]):.4g}. Which of "
+        "these questions give a pair, and what is the lucky share of each?"
     )
 
 
 def sound(function) -> str:
-    """Exercise 2.4: right answers with sound working."""
+    """Exercise 2.3: correct answers with sound working."""
     cases = [
-        (
-            "57*2=114\n114-2=112\nFinal answer: 112",
-            "112",
-            True,
-            "Both equations are true and the last one gives the answer.",
-        ),
-        (
-            "Final answer: 112",
-            "112",
-            False,
-            "There is no equation at all. `all` of an empty list is True: ask for one equation first.",
-        ),
-        (
-            "57*2=104\n104-2=102\n102+10=112\nFinal answer: 112",
-            "112",
-            False,
-            "The first equation is false. One true equation is not enough: `all`, not `any`, and not the last one alone.",
-        ),
-        (
-            "57*2=114\n114-2=112\nFinal answer: 114",
-            "114",
-            False,
-            "The *last* equation must give the answer; here an earlier one does.",
-        ),
-        (
-            "57*2=114\nFinal answer: 112",
-            "112",
-            False,
-            "The equations are true, but the last one does not result in the answer.",
-        ),
-        (
-            "3*0.5=1.50\nFinal answer: 1.5",
-            "1.5",
-            True,
-            "1.50 and 1.5 are one number. Compare numbers, not texts, and not as int.",
-        ),
-        ("1/3=2\nFinal answer: 2", "2", False, "1/3 is not 2: use `is_true`."),
-        (
-            "57*2=114\n114",
-            None,
-            False,
-            "No answer was extracted (None), so there is nothing that could be sound.",
-        ),
+        ("57*2=114\n114-2=112\nFinal answer: 112", "112"),
+        ("Final answer: 112", "112"),
+        ("57*2=104\n104-2=102\n102+10=112\nFinal answer: 112", "112"),
+        ("57*2=114\n114-2=112\nFinal answer: 114", "114"),
+        ("57*2=114\nFinal answer: 112", "112"),
+        ("3*0.5=1.50\nFinal answer: 1.5", "1.5"),
+        ("1/3=2\nFinal answer: 2", "2"),
+        ("57*2=114\n114-2=100\nFinal answer: 100", "100"),
+        ("57*2=114\n114", None),
+        ("The answer is 114", None),
     ]
-    results = []
-    for completion, extracted, expected, why in cases:
+
+    def judge(every=all, empty=False, result=lambda shown, x: shown[-1][3] == Fraction(x)):
+        """A verdict of the same structure as the solution, with one part changed."""
+
+        def verdict(completion, extracted):
+            shown = equations(completion)
+            if not shown or extracted is None:
+                return empty and extracted is not None
+            return every([is_true(e) for e in shown]) and result(shown, extracted)
+
+        return verdict
+
+    solution = judge()
+    mistakes = {
+        "Your reward accepts a completion without any equation. `all([])` is True: require one equation first.": judge(
+            empty=True
+        ),
+        "You never check whether the equations are true: use `is_true` on each.": judge(
+            every=lambda _: True
+        ),
+        "One true equation is not enough: use `all`, not `any`.": judge(every=any),
+        "You check the last equation alone. An earlier false one also counts: use `all`.": judge(
+            every=lambda shown: shown[-1]
+        ),
+        "You check the first equation alone. Use `all`.": judge(every=lambda shown: shown[0]),
+        "The equations are true, but you do not compare the last result with the extracted answer.": judge(
+            result=lambda *_: True
+        ),
+        "You accept an answer that an earlier equation gives. The *last* one must give it.": judge(
+            result=lambda shown, x: Fraction(x) in [e[3] for e in shown]
+        ),
+        "You compare the answer with the *first* equation. The last one must give it.": judge(
+            result=lambda shown, x: shown[0][3] == Fraction(x)
+        ),
+        "You compare texts. 1.50 and 1.5 are one number: make a `Fraction` of the extracted answer.": judge(
+            result=lambda shown, x: str(shown[-1][3]) == x
+        ),
+        "Your verdicts are the wrong way round: True means sound.": lambda *case: (
+            not solution(*case)
+        ),
+        "You return True for every completion.": lambda *_: True,
+        "You return False for every completion. Which part is never true?": lambda *_: False,
+    }
+    values = []
+    for completion, extracted in cases:
         value, message = _call(function, completion, extracted)
+        if message and extracted is None and values and "raised" in message:
+            return f"{message} No answer was extracted (None), so the completion is not sound."
         if message:
-            return (
-                f"{message} (The completion was {completion!r}, extracted {extracted!r}.)"
-                if message != UNSOLVED
-                else message
-            )
-        results.append((completion, extracted, expected, why, value))
-    if all(value is None or value is ... for *_, value in results):
+            return message
+        values.append(value)
+    if all(value is ... for value in values):
         return UNSOLVED
-    for completion, extracted, expected, why, value in results:
-        if bool(value) != expected:
-            return f"{completion!r} with the answer {extracted} should give {expected}; yours gives {_show(value)}. {why}"
-        if not isinstance(value, bool):
-            return f"The verdicts agree, but for {completion!r} you return {_show(value)}. Return True or False."
-    return "Right: no equation, a false one, or one that leads elsewhere is not sound."
+    if all(value is None for value in values):
+        return NO_RETURN
+    verdicts = [bool(value) for value in values]
+    if verdicts == [solution(*case) for case in cases]:
+        for case, value in zip(cases, values):
+            if value is None:
+                return f"The verdicts agree, but for {case[0]!r} your function returns None. Return False there."
+            if not isinstance(value, bool):
+                return f"The verdicts agree, but for {case[0]!r} you return {_show(value)}. Return True or False."
+        return "Right: no equation, a false one, or one that leads elsewhere is not sound."
+    for message, wrong in mistakes.items():
+        if verdicts == [bool(wrong(*case)) for case in cases]:
+            return message
+    case, mine = next((c, v) for c, v in zip(cases, verdicts) if v != solution(*c))
+    return f"{case[0]!r} with the extracted answer {case[1]!r} should give {solution(*case)}; yours gives {mine}."
 
 
 def _call(function, *arguments):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "scripts")]
 
 import checks_02  # noqa: E402
+import helpers_02  # noqa: E402
 
 from make_notebooks import view  # noqa: E402
 
@@ -22,8 +23,9 @@ SOURCE = (ROOT / "notebooks/source/02_grading.py").read_text(encoding="utf-8")
 
 def definitions(solved: bool) -> dict:
     """What the cells define on the way to the exercises' functions, in one of the two views."""
-    names = "def after_marker|def numbers_in|def extract_number|def naive|def lucky_pairs|def equations|def is_true|def sound"
-    space = {"re": re, "completions": []}
+    names = "def after_marker|def numbers_in|def extract_number|def naive|def lucky_pairs|def sound"
+    space = {"re": re, "Fraction": Fraction, "completions": []}
+    space |= {"equations": helpers_02.equations, "is_true": helpers_02.is_true}
     for cell in view(SOURCE, solved).cells:
         if cell.cell_type == "code" and re.search(names, cell.source):
             exec(cell.source, space)
@@ -50,9 +52,14 @@ def test_unsolved_is_no_mistake():
         checks_02.extract_number(None),
         checks_02.fooled(None, stubs["naive"]),
         checks_02.lucky_pairs(...),
-        checks_02.sound(lambda *_: None),
+        checks_02.sound(lambda *_: ...),
     ):
         assert message.startswith("Not solved yet")
+
+
+@pytest.mark.parametrize("check", ["extract_number", "lucky_pairs", "sound"])
+def test_a_forgotten_return_is_named(check):
+    assert "is a `return` missing?" in getattr(checks_02, check)(lambda *_: None)
 
 
 def number(text):
@@ -90,7 +97,7 @@ def one(found):
             ),
             "the last one counts",
         ),
-        (lambda text: one(set(number(last_line(text, 0)))), "None for every text"),
+        (lambda text: one(set(number(last_line(text, 0)))), "in any case of letters"),
         (
             lambda text: one(set(number(last_line(text.replace("Final", "final"), 0)))),
             "Small and capital letters",
@@ -153,6 +160,9 @@ def test_a_float_will_do():
         ("Answer: 42 dollars", "so does a reader"),
         ("So the answer is 42, as computed.", "so does a reader"),
         ("Final answer: 42 (not 41)", "so does a reader"),
+        ("Final answer: 42 more eggs", "so does a reader"),
+        ("Final answer: 42 and no more steps", "so does a reader"),
+        ("The answer is 42, because 6*7=42.", "so does a reader"),
         ("Final answer: 41", "it reads 41"),
         ("42", "it reads None"),
         (42, "Write a completion"),
@@ -170,6 +180,9 @@ def test_completions_that_fool_nobody(attempt, words):
         "Final answer: 42 or 43",
         "An answer: 42?\nFinal answer: 43",
         "Final answer: not 42",
+        "Final answer: more than 42",
+        "Final answer: 42 or more",
+        "My answer isn't 42 but one less",
         "Final answer: 42/7",
     ],
 )
@@ -181,41 +194,41 @@ def test_fooled_with_a_broken_grader():
     assert "raised" in checks_02.fooled("Final answer: 42.5", lambda text: 1 / 0)
 
 
-def gives(p, n):
-    return 1 - p**n - (1 - p) ** n
+def usable(questions):
+    return [q for q in questions if 0 < len(q) - q.count("incorrect") < len(q)]
+
+
+def share(question):
+    return question.count("lucky") / (question.count("lucky") + question.count("solved"))
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def pooled(questions):
+    return share([verdict for question in questions for verdict in question])
 
 
 @pytest.mark.parametrize(
     "attempt, words",
     [
-        (lambda q, a, c, n: 1 / c, "one guess"),
-        (lambda q, a, c, n: (1 - q) / c / (q * a + (1 - q) / c), "among all *winners*"),
+        (pooled, "among all rewarded completions"),
+        (lambda qs: pooled(usable(qs)), "take the mean over questions"),
         (
-            lambda q, a, c, n: (
-                (1 - q) * (1 - 0.75**n) / ((1 - q) * (1 - 0.75**n) + q) if c == 4 else 0
-            ),
-            "the simulation says",
+            lambda qs: mean([share(q) for q in qs if q.count("incorrect") < len(q)]),
+            "no rejected completion",
         ),
-        (
-            lambda q, a, c, n: (
-                (1 - q)
-                * (1 - (1 - 1 / c) ** n)
-                / ((1 - q) * (1 - (1 - 1 / c) ** n) + q * (1 - (1 - a) ** n))
-            ),
-            "all right",
-        ),
-        (
-            lambda q, a, c, n: (
-                (1 - q) * (1 - (1 / c) ** n) / ((1 - q) * (1 - (1 / c) ** n) + q * (1 - a**n))
-            ),
-            "all wrong",
-        ),
-        (lambda q, a, c, n: gives(1 / c, n) / (gives(1 / c, n) + gives(a, n)), "did not weigh"),
-        (lambda q, a, c, n: 1 - q, "Some of the questions give no pairs"),
-        (lambda q, a, c, n: 100 * SOLVED["lucky_pairs"](q, a, c, n), "per cent"),
-        (lambda q, a, c, n: 1 - SOLVED["lucky_pairs"](q, a, c, n), "from *known*"),
-        (lambda q, a, c, n: "half", "the simulation says"),
-        (lambda q, a, c: 0, "raised TypeError"),
+        (lambda qs: mean([share(q) for q in qs]), "skip it"),
+        (lambda qs: sum(map(share, usable(qs))) / len(qs), "number of all questions"),
+        (lambda qs: mean([q.count("lucky") / len(q) for q in usable(qs)]), "all completions of"),
+        (lambda qs: 1 - mean([share(q) for q in usable(qs)]), "*solved*"),
+        (lambda qs: mean(["lucky" in q for q in usable(qs)]), "have any lucky"),
+        (lambda qs: sum(map(share, usable(qs))), "is a sum"),
+        (lambda qs: 100 * mean([share(q) for q in usable(qs)]), "per cent"),
+        (lambda qs: 0.3, "should give"),
+        (lambda qs: "half", "should give"),
+        (lambda qs, k: 0, "raised TypeError"),
     ],
 )
 def test_wrong_shares(attempt, words):
@@ -224,22 +237,48 @@ def test_wrong_shares(attempt, words):
 
 
 def equations(text):
-    return SOLVED["equations"](text)
+    return helpers_02.equations(text)
 
 
 def true(e):
-    return SOLVED["is_true"](e)
+    return helpers_02.is_true(e)
 
 
 @pytest.mark.parametrize(
     "attempt, words",
     [
-        (lambda text, x: x is not None and all(map(true, equations(text))), "no equation at all"),
+        (
+            lambda text, x: (
+                x is not None
+                and all(map(true, equations(text)))
+                and (not equations(text) or equations(text)[-1][3] == Fraction(x))
+            ),
+            "without any equation",
+        ),
+        (
+            lambda text, x: (
+                x is not None and bool(equations(text)) and equations(text)[-1][3] == Fraction(x)
+            ),
+            "never check whether",
+        ),
+        (
+            lambda text, x: (
+                x is not None
+                and bool(equations(text))
+                and all(map(true, equations(text)))
+                and equations(text)[0][3] == Fraction(x)
+            ),
+            "*first* equation",
+        ),
+        (lambda text, x: not SOLVED["sound"](text, x), "wrong way round"),
+        (lambda text, x: True, "True for every"),
+        (lambda text, x: False, "False for every"),
+        (lambda text, x: SOLVED["sound"](text, x) or None, "Return False there"),
         (
             lambda text, x: (
                 bool(equations(text)) and x is not None and all(map(true, equations(text)))
             ),
-            "an earlier one does",
+            "do not compare the last result",
         ),
         (
             lambda text, x: (
@@ -248,7 +287,7 @@ def true(e):
                 and any(map(true, equations(text)))
                 and equations(text)[-1][3] == Fraction(x)
             ),
-            "`all`, not `any`",
+            "not `any`",
         ),
         (
             lambda text, x: (
@@ -257,7 +296,7 @@ def true(e):
                 and true(equations(text)[-1])
                 and equations(text)[-1][3] == Fraction(x)
             ),
-            "not the last one alone",
+            "the last equation alone",
         ),
         (
             lambda text, x: (
@@ -266,7 +305,7 @@ def true(e):
                 and all(map(true, equations(text)))
                 and Fraction(x) in [e[3] for e in equations(text)]
             ),
-            "an earlier one does",
+            "an earlier equation gives",
         ),
         (
             lambda text, x: (
@@ -282,7 +321,7 @@ def true(e):
                 and all(map(true, equations(text)))
                 and str(equations(text)[-1][3]) == x
             ),
-            "Compare numbers",
+            "compare texts",
         ),
         (lambda text, x: "yes" if SOLVED["sound"](text, x) else "", "Return True or False"),
     ],
