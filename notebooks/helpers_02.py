@@ -64,7 +64,9 @@ def with_questions(graded) -> pd.DataFrame:
 def labelled_forms() -> pd.DataFrame:
     """Completions in the forms that models use, each with a verdict by reading."""
     path = ROOT / "notebooks" / "data" / "graded_forms.jsonl"
-    return pd.read_json(path, lines=True, dtype=False)
+    forms = pd.read_json(path, lines=True, dtype=False)
+    forms["verdict"] = forms.verdict.map({"right": "correct", "wrong": "incorrect"})
+    return forms
 
 
 def grading_cases() -> pd.DataFrame:

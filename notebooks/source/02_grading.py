@@ -208,7 +208,7 @@ count, endings = grading.unread(graded)
 print(f"{count} without a readable answer; their commonest last lines (# is a number):", endings)
 
 # %% [markdown]
-# Read these before you train. If many have the same ending, the format is the problem.
+# Read these before you train. If many are equal, the format is the problem.
 
 # %% [markdown]
 # ## 5 Grade the grader
@@ -229,7 +229,7 @@ for row in forms[forms.id.isin(["buns-09", "film-04", "shape-03"])].itertuples()
 
 # %%
 rows = forms.astype(object).where(forms.notna(), None).to_dict("records")
-correct = forms.verdict == "right"
+correct = forms.verdict == "correct"
 graders = {
     "exact": lambda row: after_marker(row["completion"]) == row["answer"],
     "contains": lambda row: row["answer"] in (row["completion"].splitlines() or [""])[-1],
@@ -256,8 +256,8 @@ for row in forms[forms.package & ~correct].itertuples():
 #
 # So the package is strict when in doubt. Graders for *evaluation* are often lenient, because no model learns from them.
 #
-# The next table has a second collection, in the forms of public bug reports. The graders were improved with these
-# completions, so expect more errors on new forms.
+# The next table has a second collection, from public bug reports. The graders were improved with it, so expect more errors
+# on new forms.
 
 # %%
 helpers_02.grading_cases()
@@ -469,9 +469,9 @@ helpers_02.differences(iteration=2)
 
 # %% [markdown]
 # Each model does more of what its grader accepts. Under *within 20 %* many completions still have no working. Under
-# *partial credit* partial working grows, while it shrinks under *strict*. Both models end below *strict* in accuracy,
-# and also in the last column, the answers that are at most 20 % off. Intervals are over three seeds and 200 validation
-# questions.
+# *partial credit* partial working grows, while it shrinks under *strict*. The table shows $M_2$ minus the strict $M_2$, in
+# points with 95 % intervals over three seeds and 200 validation questions. Both models are behind in accuracy, and also
+# in the last column, the answers that are at most 20 % off.
 
 # %% [markdown]
 # ## What you have learnt
