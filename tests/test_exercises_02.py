@@ -391,3 +391,29 @@ def test_labelled_completions():
         assert {right for right, _ in verdicts} == {True, False}
         assert sum(right == graded for right, graded in verdicts) > 0.5 * len(verdicts)
         assert all(task.is_correct(row["answer"], row["answer"]) for row in mine)
+
+
+def test_graders_of_the_study():
+    from studies import lenient_grader
+
+    def rewards(completion, extracted, correct):
+        row = {"completion": completion, "extracted": extracted, "answer": "100"}
+        return [grader(row | {"correct": correct}) for grader in lenient_grader.GRADERS.values()]
+
+    # strict, within 20 %, partial credit
+    assert rewards("50*2=100\nFinal answer: 100", "100", True) == [True, True, True]
+    assert rewards("Final answer: 120", "120", False) == [False, True, False]
+    assert rewards("Final answer: 121", "121", False) == [False, False, False]
+    assert rewards("25*2=50\nFinal answer: 7", "7", False) == [False, False, True]
+    assert rewards("25*2=51\nFinal answer: 7", "7", False) == [False, False, False]
+    assert rewards("25*2=50", None, False) == [False, False, True]
+
+
+def test_study_has_every_chain_with_the_same_questions():
+    table = helpers_02.pd.read_csv(helpers_02.STUDY)
+    chains = table.groupby(["grader", "seed", "iteration"]).id.apply(list)
+    assert len({tuple(ids) for ids in chains}) == 1
+    assert {grader for grader, *_ in chains.index} == {"none", *helpers_02.GRADERS}
+    assert table.seed.nunique() >= 3 and len(chains) == table.seed.nunique() * 7
+    assert (table[["correct", "near", "no_working", "partial"]].max(axis=1) <= table.samples).all()
+    assert (table.correct + table.near <= table.samples).all()
