@@ -170,6 +170,11 @@ def test_the_dtype_that_a_cpu_falls_back_to_is_said_and_recorded(tmp_path, monke
     assert record["dtype"] == "float32" and "float32 is used" in caplog.text
 
 
+def test_completions_that_are_all_cut_off_are_not_blamed_on_the_model(tmp_path):
+    with pytest.raises(UserError, match="None of the 64 completions of M_0 ended.*within 3 tokens"):
+        run(smoke(iterations=1, max_new_tokens=3), tmp_path / "run")
+
+
 def test_a_run_reports_completions_without_a_readable_answer(tmp_path, monkeypatch, capsys):
     """A task that reads no answer of two digits: the endings show what it did not read."""
     real = tasks.get("word_problems").extract

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from irpo_utils import grading
+from irpo_utils import UserError, grading
 
 KL_WARNING = 4.0  # nats per completion; no run in figures/stability.csv that kept rising had more
 STEPS = 10  # the last steps that are averaged
@@ -33,7 +33,16 @@ def of_training(rows: list[dict], steps: int, beta: float) -> list[str]:
 
 
 def of_graded(t: int, graded) -> str | None:
-    """How many completions of M_t have no readable answer, and their commonest endings."""
+    """How many completions of M_t have no readable answer, and their commonest endings.
+
+    Raises `UserError` if every completion was cut off: then there is no answer to read.
+    """
+    if set(graded["reason"]) == {"truncated"}:
+        raise UserError(
+            f"None of the {len(graded)} completions of M_{t} ended: the model wrote no end token "
+            f"within {max(graded['n_tokens'])} tokens. Raise --max-new-tokens, or check that the "
+            "model's chat template ends a turn with a token that the model has learnt to write."
+        )
     count, endings = grading.unread(graded)
     if not count:
         return None
