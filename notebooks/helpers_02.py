@@ -14,7 +14,7 @@ import pandas as pd
 from datasets import load_from_disk
 from matplotlib.patches import FancyBboxPatch
 
-from irpo_utils import plots, tasks
+from irpo_utils import grading, plots, profiles, sampling, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.ops.statistics import seed_and_question_interval
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
@@ -40,14 +40,34 @@ EQUATION = re.compile(
 
 
 def graded_completions(name: str, profile):
-    """The graded completions of M_0 for word problems: of your run of this profile, or shipped."""
+    """Graded completions of M_0 for word problems: of your run, the shipped run, or new ones."""
     own, shipped = ROOT / "runs" / name, ROOT / "notebooks" / "shipped_run"
     graded = Path("iteration_0", "graded")
     is_own = profile.task == "word_problems" and (own / graded / "state.json").exists()
     if is_own:
         settings = runs.read_profile(own)
         is_own = (settings.task, settings.model) == (profile.task, profile.model)
-    return load_from_disk(str((own if is_own else shipped) / graded))
+    for run in ([own] if is_own else []) + [shipped]:
+        if (run / graded / "state.json").exists():
+            return load_from_disk(str(run / graded))
+    return new_completions(profiles.get("cpu"))
+
+
+def new_completions(profile, n_questions: int = 200):
+    """Completions of M_0 for training questions, drawn and graded now."""
+    task, (model, tokenizer) = tasks.get(profile.task), runs.load_model(profile)
+    samples = sampling.sample(
+        model,
+        tokenizer,
+        task.load("train").shuffle(seed=profile.seed).select(range(n_questions)),
+        task,
+        n=profile.n_samples,
+        max_new_tokens=profile.max_new_tokens,
+        batch_size=profile.sampling_batch_size,
+        progress=False,
+        engine=runs.engine_of(profile),
+    )
+    return grading.grade(samples, task)
 
 
 def with_questions(graded) -> pd.DataFrame:
