@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from datasets import load_from_disk
+from helpers_common import ROOT, new_completions, run_with
 from matplotlib.patches import FancyBboxPatch
 
-from irpo_utils import grading, plots, profiles, sampling, tasks
-from irpo_utils.ops import run as runs
+from irpo_utils import plots, profiles, tasks
 from irpo_utils.ops.statistics import seed_and_question_interval
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
 from irpo_utils.tasks import answers, numbers
 
-ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
 STUDY = FIGURES / "lenient_grader.csv"
 BEHAVIOURS = ("no working", "partial working", "full working")
@@ -41,33 +39,11 @@ EQUATION = re.compile(
 
 def graded_completions(name: str, profile):
     """Graded completions of M_0 for word problems: of your run, the shipped run, or new ones."""
-    own, shipped = ROOT / "runs" / name, ROOT / "notebooks" / "shipped_run"
-    graded = Path("iteration_0", "graded")
-    is_own = profile.task == "word_problems" and (own / graded / "state.json").exists()
-    if is_own:
-        settings = runs.read_profile(own)
-        is_own = (settings.task, settings.model) == (profile.task, profile.model)
-    for run in ([own] if is_own else []) + [shipped]:
-        if (run / graded / "state.json").exists():
-            return load_from_disk(str(run / graded))
-    return new_completions(profiles.get("cpu"))
-
-
-def new_completions(profile, n_questions: int = 200):
-    """Completions of M_0 for training questions, drawn and graded now."""
-    task, (model, tokenizer) = tasks.get(profile.task), runs.load_model(profile)
-    samples = sampling.sample(
-        model,
-        tokenizer,
-        task.load("train").shuffle(seed=profile.seed).select(range(n_questions)),
-        task,
-        n=profile.n_samples,
-        max_new_tokens=profile.max_new_tokens,
-        batch_size=profile.sampling_batch_size,
-        progress=False,
-        engine=runs.engine_of(profile),
-    )
-    return grading.grade(samples, task)
+    artefact, small = "iteration_0/graded", profiles.get("cpu")
+    if profile.task == small.task and (run := run_with(name, profile, artefact)):
+        return load_from_disk(str(run / artefact))
+    run = run_with("cpu", small, artefact)
+    return load_from_disk(str(run / artefact)) if run else new_completions(small, 200)
 
 
 def with_questions(graded) -> pd.DataFrame:

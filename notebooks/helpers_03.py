@@ -8,46 +8,29 @@ from __future__ import annotations
 import html
 import json
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from datasets import load_from_disk
+from helpers_common import new_completions, run_with
 from IPython.display import HTML
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from irpo_utils import grading, plots, sampling, tasks
+from irpo_utils import plots
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, GREY, ORANGE
 
-ROOT = Path(__file__).resolve().parents[1]
 LEFT = 'style="text-align:left; white-space:pre-wrap"'
 FATES = {"gives pairs": BLUE, "all incorrect": ORANGE, "all correct": GREY}
 
 
 def graded_completions(name: str, profile):
-    """(run, profile, graded) of iteration 0: your run, the shipped run, or new samples (run: None)."""
-    for run in (ROOT / "runs" / name, ROOT / "notebooks" / "shipped_run"):
-        if (run / "iteration_0" / "graded" / "state.json").exists():
-            settings = runs.read_profile(run)
-            if (settings.model, settings.task) == (profile.model, profile.task):
-                return run, settings, load_from_disk(str(run / "iteration_0" / "graded"))
-    task, (model, tokenizer) = tasks.get(profile.task), runs.load_model(profile)
-    questions = task.load("train", profile.data).shuffle(seed=profile.seed).select(range(100))
-    samples = sampling.sample(
-        model,
-        tokenizer,
-        questions,
-        task,
-        n=profile.n_samples,
-        temperature=profile.temperature_of(0),
-        max_new_tokens=profile.max_new_tokens,
-        batch_size=profile.sampling_batch_size,
-        progress=False,
-        engine=runs.engine_of(profile),
-    )
-    return None, profile, grading.grade(samples, task)
+    """(run, profile, graded) of iteration 0: your run, the shipped run, or new ones (run: None)."""
+    artefact = "iteration_0/graded"
+    if run := run_with(name, profile, artefact):
+        return run, runs.read_profile(run), load_from_disk(str(run / artefact))
+    return None, profile, new_completions(profile, 100)
 
 
 def counts_per_iteration(run, counts: dict) -> pd.DataFrame:

@@ -6,19 +6,18 @@ Each figure is a `plots.TextFigure`, whose alt text has its numbers.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import load_from_disk
+from helpers_common import ROOT, new_completions, run_with
 from matplotlib.patches import FancyBboxPatch, Patch
 
-from irpo_utils import grading, models, pairs, plots, sampling, tasks
+from irpo_utils import models, pairs, plots
 from irpo_utils.ops import run as runs
 from irpo_utils.ops.statistics import seed_and_question_interval
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
 
-ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "figures" / "pair_log_probabilities.jsonl"
 HELD_OUT = ROOT / "figures" / "pair_log_probabilities_pairs.jsonl"
 STYLES = {"DPO": (ORANGE, "-"), "DPO + NLL": (BLUE, "-"), "SFT": (GREEN, "--")}
@@ -29,26 +28,10 @@ STYLES = {"DPO": (ORANGE, "-"), "DPO + NLL": (BLUE, "-"), "SFT": (GREEN, "--")}
 
 def first_pairs(name: str, profile):
     """The pairs of M_0: of the reader's run of this profile, else of the shipped run, else new."""
-    for run in (ROOT / "runs" / name, ROOT / "notebooks" / "shipped_run"):
-        if (run / "iteration_0" / "pairs").exists():
-            settings = runs.read_profile(run)
-            if (settings.model, settings.task) == (profile.model, profile.task):
-                return load_from_disk(str(run / "iteration_0" / "pairs"))
-    model, tokenizer = runs.load_model(profile)
-    task = tasks.get(profile.task)
-    samples = sampling.sample(
-        model,
-        tokenizer,
-        task.load("train", profile.data).select(range(64)),
-        task,
-        n=profile.n_samples,
-        temperature=profile.temperature_of(0),
-        max_new_tokens=profile.max_new_tokens,
-        batch_size=profile.sampling_batch_size,
-        progress=False,
-        engine=runs.engine_of(profile),
-    )
-    return pairs.build_pairs(grading.grade(samples, task), k=profile.k_pairs)[0]
+    artefact = "iteration_0/pairs"
+    if run := run_with(name, profile, artefact):
+        return load_from_disk(str(run / artefact))
+    return pairs.build_pairs(new_completions(profile, 64), k=profile.k_pairs)[0]
 
 
 def load_m0(profile):

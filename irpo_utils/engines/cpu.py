@@ -1,4 +1,4 @@
-"""The engine of a CPU: sampling and training are several times as fast as the documented recipe.
+"""The engine of a CPU: samples and trains faster than the plain one, see docs/results/speed.md.
 
 Sampling: the plain decoder, with one batch per core at a time, attention that does not copy keys
 and values, and in fp32 each layer merged into one matrix. The completions are those of the plain

@@ -293,7 +293,7 @@ class Estimate:
         here = questions * n / self.draw_on
         rows = min(self.rows(questions, n), max(1, here))
         cache = rows * (self.size.prompt + length / 2) * self.token / self.machine.bandwidth
-        # The plain engine does not refill rows: a batch lasts as long as a completion can be.
+        # Per step for `plain` (as many as the longest completion); fitted per mean token elsewhere.
         waiting = self.p.max_new_tokens / length if self.engine == "plain" else 1
         step = self.product_seconds(rows) + cache + waiting * self.overhead_seconds(self.engine)
         return times * here / rows * length * step

@@ -172,11 +172,11 @@ class RunDirectory(storage.Folder):
                         about = notes("block", rows, begun, {})
                         self.put(block, functools.partial(storage.save, rows), about)
                 content = joined([storage.load(block) for block in blocks])
-            about = notes(name, content, started, record)
-            self.put(place, functools.partial(storage.save, content), about)
             unread = signs.of_graded(t, content) if name == "graded" else None
             if unread and processes.is_first():
                 tqdm.write(f"     {unread}")
+            about = notes(name, content, started, record)
+            self.put(place, functools.partial(storage.save, content), about)
         self.clear(t, name)
         return storage.load(place)
 

@@ -197,7 +197,7 @@ print(overview)
 assert all(name in overview for name in profiles.names())
 
 # %% [markdown]
-# Read a row before you rent. A dear GPU that is three times as fast may cost less in the end than a cheap one, so compare the
+# Read a row before you rent. An expensive GPU that is three times as fast may cost less in the end than a cheap one, so compare the
 # *cost of the run*, not the price of the hour. A dash means that the profile does not fit as it is set; `plan` then says which
 # setting makes it fit.
 
@@ -855,7 +855,7 @@ table.round(2)
 # tensorboard --logdir runs/qwen              # and on your own computer: ssh -L 6006:localhost:6006 MACHINE
 # ```
 #
-# Each iteration is a training of its own, with its own steps from 1, in `iteration_t/logs`.
+# Each iteration is a separate training, with steps that start at 1, in `iteration_t/logs`.
 # [Trackio](https://github.com/gradio-app/trackio) keeps its database on the machine (`trackio show`), [Weights &
 # Biases](https://docs.wandb.ai) sends it to their servers: check whether your data may go there, and set `WANDB_PROJECT`. The
 # two packages and TensorBoard are not among those that `make` installs.
@@ -1295,7 +1295,7 @@ table.round(2)
 # llama-server -m my-model-q4.gguf
 # ```
 #
-# Each line with a rounding in it makes another model, and a server has a prompt of its own: check that it uses the chat
+# Each line with a rounding in it makes another model, and a server may use another prompt: check that it uses the chat
 # template and the instruction that you trained with (section 3), and its temperature. Then evaluate again, through the server.
 
 # %% [markdown]

@@ -164,7 +164,7 @@ for question in questions:
 # processes.
 #
 # The way out: the numbers belong to the *question*. A [hash](../docs/glossary.md#hash) of the run's seed and the question's id
-# starts a stream of its own, for each sample another.
+# starts a separate stream, for each sample another.
 
 # %%
 import hashlib
@@ -631,7 +631,7 @@ else:
     print("not counted here")
 
 # %% [markdown]
-# gloo has no reduce-scatter of its own: it makes an all-reduce, which sends twice as much, and throws away what a process does
+# gloo has no reduce-scatter: it makes an all-reduce, which sends twice as much, and throws away what a process does
 # not need. So the gradients cost double here, and the sum is right again. NCCL, on GPUs, has a true one. The lesson is larger
 # than gloo: *count the bytes once*. A library that does something else than you think gives the same losses, and only the
 # counter tells.
@@ -689,7 +689,7 @@ assert len(spoke) == 1 and "iteration_0/samples" in before and "iteration_1/adap
 
 # %% [markdown]
 # The survivor noticed when it next waited for the other, said so once, and ended; then `torchrun` ended what was left, with a
-# report of its own that we leave out. Nobody hangs, and no machine is paid for waiting. (A machine that vanishes without
+# report that we leave out. No process hangs, and you pay for no machine that waits. (A machine that vanishes without
 # closing its connections is noticed later, by a time limit of the library.) Now we go on, and because the second GPU is
 # gone, with *one* process. **Predict**: is that the same run?
 
@@ -783,7 +783,7 @@ assert growing.training.nunique() == 1 and growing.sampling.is_monotonic_increas
 growing.round(2)
 
 # %% [markdown]
-# Sampling alone: K says how many pairs are trained on, and the evaluation has a number of samples of its own. It is also the stage
+# Sampling alone: K says how many pairs are trained on, and the evaluation has a separate number of samples. It is also the stage
 # that is shared without sending anything.
 #
 # Now, why do 64 GPUs not take an eighth of the time of eight? The plan of the largest model on 64 GPUs says it:
@@ -905,7 +905,7 @@ assert has["node of A100"] < needs["training all weights"] < has["eight nodes of
 # Count before you start it: `--batch-size` has to be a multiple of the number of processes (section 7), and there are 16 now.
 #
 # **A model that does not fit on one GPU**: split layers for training, and a server that writes the completions, split by tensor
-# parallelism over GPUs of its own. (Profiles with an 8-bit or paged optimiser need `--optimizer adamw_torch` as well: such
+# parallelism over separate GPUs. (Profiles with an 8-bit or paged optimiser need `--optimizer adamw_torch` as well: such
 # optimisers cannot keep their numbers in parts.)
 #
 # ```bash

@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from irpo_utils import grading, models, pairs, profiles, sampling, tasks, training
-from irpo_utils.ops import run as runs
+from irpo_utils import grading, models, pairs, training
 from studies import api
+from studies.one_model import OneModel
 
 RECORDS = Path(__file__).resolve().parents[2] / "figures" / "lenient_grader.csv"
 COLUMNS = "grader seed iteration id samples greedy correct near no_working partial".split()
@@ -74,32 +74,12 @@ GRADERS = {
 }
 
 
-class Study:
+class Study(OneModel):
     """M_0, its engine and the validation questions."""
 
     def __init__(self):
-        self.profile = profiles.get("cpu")
-        self.task = tasks.get(self.profile.task)
-        self.engine = runs.engine_of(self.profile)
-        self.model, self.tokenizer = runs.load_model(self.profile)
+        super().__init__()
         self.validation = self.task.load("validation").select(range(VALIDATION_QUESTIONS))
-
-    def draw(self, questions, seed: int, n: int, temperature: float = 1.0):
-        """Graded completions of the model as it is."""
-        samples = sampling.sample(
-            self.model,
-            self.tokenizer,
-            questions,
-            self.task,
-            n=n,
-            temperature=temperature,
-            max_new_tokens=self.profile.max_new_tokens,
-            seed=seed,
-            batch_size=self.profile.sampling_batch_size,
-            progress=False,
-            engine=self.engine,
-        )
-        return grading.grade(samples, self.task)
 
     def train(self, graded, grader: str, seed: int) -> None:
         """Train the model on the pairs that `grader` gives."""
@@ -194,7 +174,8 @@ def main() -> None:
         append(study.start(seed) if grader == "none" else study.chain(grader, seed))
         seconds = time.perf_counter() - started
         print(f"{i} of {len(todo)}: {grader}, seed {seed}, {seconds:.0f} s", flush=True)
-    RECORDS.with_suffix(".json").write_text(json.dumps(api.environment(), indent=1) + "\n")
+    if todo:
+        RECORDS.with_suffix(".json").write_text(json.dumps(api.environment(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

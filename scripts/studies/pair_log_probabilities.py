@@ -27,9 +27,9 @@ import torch
 from transformers import TrainerCallback
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from irpo_utils import grading, logprobs, models, pairs, profiles, sampling, tasks, training
-from irpo_utils.ops import run as runs
+from irpo_utils import logprobs, models, pairs, training
 from studies import api
+from studies.one_model import OneModel
 
 FIGURES = Path(__file__).resolve().parents[2] / "figures"
 RUNS = FIGURES / "pair_log_probabilities.jsonl"
@@ -72,14 +72,11 @@ class PairProbe(TrainerCallback):
             self.measure(model, state.global_step)
 
 
-class Study:
+class Study(OneModel):
     """M_0 with its engine, and the pairs that it gives."""
 
     def __init__(self):
-        self.profile = profiles.get("cpu")
-        self.task = tasks.get(self.profile.task)
-        self.engine = runs.engine_of(self.profile)
-        self.model, self.tokenizer = runs.load_model(self.profile)
+        super().__init__()
         self.seed, self.train_pairs = None, None
 
     def draw_pairs(self, split: str, n_questions: int | None, n: int, k: int, seed: int):
@@ -87,19 +84,7 @@ class Study:
         models.set_adapter(self.model, None)
         questions = self.task.load(split).shuffle(seed=seed)
         questions = questions.select(range(n_questions or len(questions)))
-        samples = sampling.sample(
-            self.model,
-            self.tokenizer,
-            questions,
-            self.task,
-            n=n,
-            max_new_tokens=self.profile.max_new_tokens,
-            seed=seed,
-            batch_size=self.profile.sampling_batch_size,
-            progress=False,
-            engine=self.engine,
-        )
-        return pairs.build_pairs(grading.grade(samples, self.task), k=k)[0]
+        return pairs.build_pairs(self.draw(questions, seed, n), k=k)[0]
 
     def held_out(self) -> list[dict]:
         """One pair for each of 256 validation questions, from the file if it is there."""
@@ -167,7 +152,8 @@ def main() -> None:
         with RUNS.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(f"{i} of {len(todo)}: {run}, {record['seconds']} s", flush=True)
-    RUNS.with_suffix(".json").write_text(json.dumps(api.environment(), indent=1) + "\n")
+    if todo:
+        RUNS.with_suffix(".json").write_text(json.dumps(api.environment(), indent=1) + "\n")
 
 
 if __name__ == "__main__":
