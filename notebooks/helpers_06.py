@@ -187,7 +187,7 @@ def tuning_curves(tuned: pd.DataFrame, names: list[str]) -> plots.TextFigure:
 def accuracy_dots(means: pd.DataFrame, iterations, limits=(70, 100)) -> plots.TextFigure:
     """Test accuracy with 95 % intervals, a panel per iteration; all rows have the same seeds.
 
-    `limits` of the axis in per cent. An arrow marks an interval that goes on to the left of it.
+    `limits` of the axis in per cent. An arrow marks an interval that continues to the left of it.
     """
     figure, axes = plots.new_figure(5.2 * len(iterations), 3.4, panels=len(iterations))
     sentences = []
@@ -199,7 +199,7 @@ def accuracy_dots(means: pd.DataFrame, iterations, limits=(70, 100)) -> plots.Te
             colour = METHOD_COLOURS.get(row.method, GREY)
             if high > limits[0]:
                 _dot(panel, y, value, max(low, limits[0]), high, colour)
-            if low < limits[0]:  # the interval goes on to the left
+            if low < limits[0]:  # the interval continues to the left
                 panel.plot(limits[0], y, "<", color=colour, markersize=8, clip_on=False)
             plots.annotate(panel, f"{value:.1f}", (1, y), xycoords=("axes fraction", "data"))
             spoken.append(f"{NAMES[row.method]} {value:.1f} ({low:.1f} to {high:.1f})")

@@ -855,7 +855,7 @@ for n in (8, 64):
 # Inside one node, over NVLink, split layers are free of charge by this estimate. (It hides all of their traffic, and none of the
 # copies'.) Between nodes the link is many
 # times slower, a micro-batch of one pair is too short to hide behind, and training takes longer than with whole copies. What
-# makes $n$ small: fast links, slow GPUs, few bits. The size of the model hardly matters, as it stands both in $G$ and in $W$.
+# makes $n$ small: fast links, slow GPUs, few bits. The size of the model hardly matters, because it is in both $G$ and $W$.
 #
 # ### The paper's machines
 #
@@ -878,7 +878,7 @@ assert has["node of A100"] < needs["training all weights"] < has["eight nodes of
 # %% [markdown]
 # Generation needs the whole node of V100 for one copy of the model, split by tensor parallelism or by layers.
 # Training all weights does not fit on a node of A100 by far, and fits on eight of them with layers split. With QLoRA the same
-# base fits on *one* GPU: that is a difference in method, too, and this package's profile `paper` says so. (Activations, the
+# base fits on *one* GPU: that is also a difference in method, and this package's profile `paper` says so. (Activations, the
 # cache and what an allocator wastes come on top of these numbers; the plan above counts them.)
 
 # %% [markdown]
