@@ -176,6 +176,12 @@ def test_completions_that_are_all_cut_off_are_not_blamed_on_the_model(tmp_path):
             run(smoke(iterations=1, max_new_tokens=3), tmp_path / "run")
 
 
+def test_cut_off_completions_are_rejected_ones_beside_gold_solutions(tmp_path):
+    run(smoke(iterations=1, max_new_tokens=3, gold=True), tmp_path / "run")
+    pairs, _ = storage.load(tmp_path / "run" / "iteration_0" / "pairs")
+    assert len(pairs) and max(len(ids) for ids in pairs["rejected_ids"]) <= 3
+
+
 def test_a_run_reports_completions_without_a_readable_answer(tmp_path, monkeypatch, capsys):
     """A task that reads no answer of two digits: the endings show what it did not read."""
     real = tasks.get("word_problems").extract

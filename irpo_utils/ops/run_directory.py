@@ -172,7 +172,7 @@ class RunDirectory(storage.Folder):
                         about = notes("block", rows, begun, {})
                         self.put(block, functools.partial(storage.save, rows), about)
                 content = joined([storage.load(block) for block in blocks])
-            unread = signs.of_graded(t, content) if name == "graded" else None
+            unread = signs.of_graded(t, content, self.p) if name == "graded" else None
             if unread and processes.is_first():
                 tqdm.write(f"     {unread}")
             about = notes(name, content, started, record)

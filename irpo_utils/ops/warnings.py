@@ -5,7 +5,7 @@ from __future__ import annotations
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from irpo_utils import UserError, grading
+from irpo_utils import UserError, grading, methods
 
 KL_WARNING = 4.0  # nats per completion; no run in figures/stability.csv that kept rising had more
 STEPS = 10  # the last steps that are averaged
@@ -32,12 +32,14 @@ def of_training(rows: list[dict], steps: int, beta: float) -> list[str]:
     return found
 
 
-def of_graded(t: int, graded) -> str | None:
+def of_graded(t: int, graded, p) -> str | None:
     """How many completions of M_t have no readable answer, and their commonest endings.
 
-    Raises `UserError` if every completion was cut off: then there is no answer to read.
+    Raises `UserError` if every completion was cut off and profile `p` takes its chosen ones from
+    correct answers alone: there are none.
     """
-    if set(graded["reason"]) == {"truncated"}:
+    by_answer = not p.gold and methods.get(p.method).reward is None
+    if by_answer and set(graded["reason"]) == {"truncated"}:
         raise UserError(
             f"None of the {len(graded)} completions of M_{t} ended: the model wrote no end token "
             f"within {max(graded['n_tokens'])} tokens. Raise --max-new-tokens, or check that the "
