@@ -46,9 +46,8 @@ class Stages:
         self.method, self.task = methods.get(p.method), tasks.get(p.task)
         self.train_questions = self.task.load("train", p.data).shuffle(seed=p.seed)
         self.eval_questions = first(self.task.load(p.eval_split, p.data), p.n_eval_questions)
-        if self.method.examples:
-            examples = self.task.load("train", p.data).select(range(self.method.examples))
-            self.task = tasks.FewShot(self.task, list(examples))
+        if self.method.task:
+            self.task = self.method.task(self.task, p)
         self.history: list[Dataset] = []  # the pairs of all iterations so far
         keep.check(self)
         self.model, self.tokenizer = self.engine.load(p, keep.revision)

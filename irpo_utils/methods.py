@@ -23,7 +23,7 @@ class Method:
     samples: False if the pairs are the gold solutions alone, so that nothing is sampled for them.
     start: the method whose M_1 this one starts from, on the pairs of M_0.
     pairs_factor: K is multiplied by this ("2x data" in the paper).
-    examples: worked examples in front of every question.
+    task: replaces the task: (task, profile) -> task.
     train: replaces pairs and DPO: (model, tokenizer, questions, task, profile, seed) -> log.
     """
 
@@ -34,7 +34,7 @@ class Method:
     samples: bool = True
     start: str | None = None
     pairs_factor: int = 1
-    examples: int = 0
+    task: Callable | None = None
     train: Callable | None = None
 
 

@@ -133,12 +133,17 @@ def empty_completions(questions, prompts: list[str], tokenizer) -> list[dict]:
 
 def make_pair(question: dict, chosen: dict, rejected: dict) -> dict:
     """One row of the pairs from a row with `id`, `prompt`, `prompt_ids` and two completions."""
-    sides = {"chosen": chosen, "rejected": rejected}
-    pair = {"id": question["id"], "prompt": question["prompt"]}
-    pair |= {side: row["completion"] for side, row in sides.items()}
-    pair |= {"prompt_ids": question["prompt_ids"]}
-    pair |= {f"{side}_ids": row["completion_ids"] for side, row in sides.items()}
-    return pair | {f"{side}_sample": row["sample"] for side, row in sides.items()}
+    return {
+        "id": question["id"],
+        "prompt": question["prompt"],
+        "chosen": chosen["completion"],
+        "rejected": rejected["completion"],
+        "prompt_ids": question["prompt_ids"],
+        "chosen_ids": chosen["completion_ids"],
+        "rejected_ids": rejected["completion_ids"],
+        "chosen_sample": chosen["sample"],
+        "rejected_sample": rejected["sample"],
+    }
 
 
 def _usable(completions: list[dict], deduplicate: bool, counts: dict) -> list[dict]:

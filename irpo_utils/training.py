@@ -260,15 +260,26 @@ def train(
 def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size) -> DPOConfig:
     """`DPOConfig` with the defaults of this package, changed by `settings`."""
     on_cpu = model.device.type == "cpu"
-    defaults = {"num_train_epochs": 1.0, "seed": 0, "train_sampling_strategy": "group_by_length"}
-    defaults |= {"warmup_steps": 0.1, "lr_scheduler_type": "cosine"}  # 0.1 is a share of the steps
-    # No longest length: `build_pairs` has dropped what is too long.
-    defaults |= {"max_length": None, "remove_unused_columns": False}
-    defaults |= {"precompute_ref_log_probs": loss not in CHOSEN_ONLY}
-    defaults |= {"precompute_ref_batch_size": 64, "logging_steps": 1, "save_strategy": "no"}
-    # The base has its dtype, the adapter stays in fp32; fp16 scales the loss for small gradients.
-    defaults |= {"bf16": False, "fp16": model.dtype == torch.float16 and not on_cpu}
-    defaults |= {"use_cpu": on_cpu, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+    defaults = {
+        "num_train_epochs": 1.0,
+        "seed": 0,
+        "train_sampling_strategy": "group_by_length",
+        "warmup_steps": 0.1,  # a share of the steps
+        "lr_scheduler_type": "cosine",
+        "max_length": None,  # `build_pairs` has dropped what is too long
+        "remove_unused_columns": False,
+        "precompute_ref_log_probs": loss not in CHOSEN_ONLY,
+        # On a CPU large batches do not fit into the cache, and more of them is padding.
+        "precompute_ref_batch_size": 16 if on_cpu else 64,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        # The base has its dtype, the adapter stays in fp32; fp16 scales the loss.
+        "bf16": False,
+        "fp16": model.dtype == torch.float16 and not on_cpu,
+        "use_cpu": on_cpu,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+    }
     config = DPOConfig(**(defaults | settings))
     share = max(batch_size // config.world_size, 1)
     micro = min(micro_batch_size or share, share)

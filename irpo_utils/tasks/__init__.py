@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from irpo_utils import UserError
-from irpo_utils.tasks.base import FewShot, Task  # noqa: F401
+from irpo_utils.tasks.base import Task
 
 NAMES = ("word_problems", "word_choices", "gsm8k", "svamp", "arc_challenge", "math", "jsonl")
 _REGISTERED: dict[str, Task] = {}

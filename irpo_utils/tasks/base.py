@@ -1,7 +1,5 @@
 """What a task is: a prompt, reading an answer, comparing it with gold, and questions."""
 
-from irpo_utils import UserError
-
 SPLITS = ("train", "validation", "test")
 
 
@@ -29,14 +27,3 @@ class Task:
     def load(self, split: str, data: str | None = None):
         """The `Dataset` of "train", "validation" or "test"; `data` is a local folder or file."""
         raise NotImplementedError
-
-
-class FewShot(Task):
-    """A task whose questions each come after a few worked ones, in one turn (Wei et al. 2022)."""
-
-    def __init__(self, task: Task, examples: list[dict]):
-        if not all(row.get("solution") for row in examples):
-            raise UserError(f"The task {task.name} has no worked solutions to show as examples.")
-        worked = "".join(f"{task.prompt(row)} {row['solution']}\n\n" for row in examples)
-        self.prompt, self.name = lambda row: worked + task.prompt(row), task.name
-        self.extract, self.is_correct, self.load = task.extract, task.is_correct, task.load
