@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+import pandas as pd
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -59,6 +60,24 @@ def seconds(function, *arguments, repeats: int = 3) -> float:
 
 
 # ------------------------------------------------------------------------------ figures
+
+
+def next_tokens(probabilities: pd.DataFrame) -> plots.TextFigure:
+    """Probabilities of the next token as bars: a row per token, a column (panel) per setting."""
+    tokens, settings = probabilities.shape
+    figure, _ = plots.new_figure(2.4 * settings + 0.9, 1.1 + 0.3 * tokens, panels=settings)
+    descriptions = []
+    for panel, (name, column) in zip(figure.axes, probabilities.items(), strict=True):
+        panel.bar_label(panel.barh(range(tokens), 100 * column, color=BLUE), fmt="%.1f", padding=4)
+        labels = probabilities.index if panel is figure.axes[0] else [""] * tokens
+        panel.set_yticks(range(tokens), labels)
+        panel.set(title=name, xlabel="Probability (%)", xlim=(0, 118))
+        panel.invert_yaxis()
+        values = ", ".join(f"{token} {100 * value:.1f}" for token, value in column.items())
+        descriptions.append(f"{name}: {values}.")
+    figure.axes[0].set_ylabel("Next token")
+    figure.alt_text = f"Probability of the next token (%). {' '.join(descriptions)}"
+    return figure
 
 
 def correct_under_rules(counts: dict[str, int], n: int):

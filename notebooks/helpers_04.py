@@ -75,17 +75,6 @@ def changes(records, method: str, learning_rate: float, side: str, at: int = -1)
 # ------------------------------------------------------------------------------ figures of 04
 
 
-def with_legends(figure, title: str, panels: dict) -> plots.TextFigure:
-    """A legend per panel where lines meet at their ends; `panels`: name -> lines."""
-    sentences = []
-    for axes, (name, lines) in zip(figure.axes, panels.items(), strict=True):
-        axes.legend(frameon=False, fontsize=9)
-        numbers = "; ".join(f"{line.label}: {line.numbers}" for line in lines)
-        sentences.append(f"{name}: {numbers}.")
-    figure.alt_text = f"{title}. {' '.join(sentences)}"
-    return figure
-
-
 def loss_and_slope(betas=(0.05, 0.1, 0.5)) -> plots.TextFigure:
     """-log sigma(beta * delta), and the size of its slope."""
     figure, (left, right) = plots.new_figure(9.6, 3.6, panels=2)
@@ -102,7 +91,7 @@ def loss_and_slope(betas=(0.05, 0.1, 0.5)) -> plots.TextFigure:
     left.set(xlabel="δ (nats)", ylabel="−log σ(βδ)", ylim=(0, 6))
     right.set(xlabel="δ (nats)", ylabel="Size of the slope, β σ(−βδ)")
     title = "DPO loss of a pair over δ; ln 2 = 0.69 at δ = 0 for every β"
-    return with_legends(figure, title, {"loss": losses, "size of the slope": slopes})
+    return plots.finish(figure, title, {"loss": losses, "size of the slope": slopes})
 
 
 def gradient_arrows(beta: float, deltas=(-20.0, 0.0, 20.0)) -> plots.TextFigure:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as xml
 from io import BytesIO
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -17,6 +18,9 @@ from matplotlib.colors import to_rgb
 
 from irpo_utils import UserError, plots
 from studies import figures
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
+import helpers_01  # noqa: E402
 
 GREEDY, SAMPLED = (0.28, 0.43, 0.70, 0.88, 0.92), (0.13, 0.20, 0.31, 0.51, 0.68)
 
@@ -158,14 +162,16 @@ def sweep_table() -> pd.DataFrame:
     )
 
 
+def accuracy(metrics) -> plots.TextFigure:
+    return plots.accuracy_per_iteration(metrics, figures.summarise(metrics))
+
+
 FIGURES = {
-    "accuracy_per_iteration": lambda: plots.accuracy_per_iteration(run_metrics()),
+    "accuracy_per_iteration": lambda: accuracy(run_metrics()),
     "accuracy_of_one_seed": lambda: plots.accuracy_per_iteration(run_metrics([7])),
-    "accuracy_by_steps": lambda: plots.accuracy_by_steps(run_metrics()),
-    "lengths_per_iteration": lambda: plots.lengths_per_iteration(run_metrics()),
-    "warning_numbers": lambda: plots.warning_numbers(run_metrics()),
-    "diversity": lambda: plots.diversity(run_metrics()),
-    "training_curves": lambda: plots.training_curves(logs()),
+    "warning_numbers": lambda: figures.warning_numbers(run_metrics()),
+    "diversity": lambda: figures.diversity(run_metrics()),
+    "training_curves": lambda: figures.training_curves(logs()),
     "dot_plot": lambda: figures.dot_plot(study()),
     "accuracy_against_cost": lambda: figures.accuracy_against_cost(study()),
     "heat_map": lambda: figures.heat_map(stability()),
@@ -173,8 +179,8 @@ FIGURES = {
         gains(), ["beta 0.5", "N 4", "Rejection-sampling SFT, twice the data"]
     ),
     "scaling": lambda: figures.scaling(scaling_table()),
-    "next_tokens": lambda: plots.next_tokens(next_token_table()),
-    "sweep": lambda: plots.sweep(sweep_table(), "temperature", "Sampling temperature"),
+    "next_tokens": lambda: helpers_01.next_tokens(next_token_table()),
+    "sweep": lambda: figures.sweep(sweep_table(), "temperature", "Sampling temperature"),
     "heat_map_of_all_shades": lambda: figures.heat_map(
         pd.DataFrame(
             [
@@ -213,7 +219,8 @@ def test_text_lies_inside_the_figure_apart_from_other_text_and_with_contrast(nam
     figure.savefig(BytesIO(), format="png")  # lays it out
     for axes in figure.axes:
         around = [axes.xaxis.label, axes.yaxis.label, axes.title]
-        for text in [text for text in [*around, *axes.texts] if text.get_text()]:
+        names = axes.get_legend().get_texts() if axes.get_legend() else []
+        for text in [text for text in [*around, *axes.texts, *names] if text.get_text()]:
             box = text.get_window_extent()
             assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
             assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text
@@ -257,7 +264,7 @@ def test_pyplot_stays_out_so_that_a_notebook_shows_a_figure_once():
 
 
 def test_accuracy_per_iteration_draws_means_seeds_and_intervals():
-    figure = plots.accuracy_per_iteration(run_metrics())
+    figure = accuracy(run_metrics())
     lines = drawn(figure.axes[0])
     assert set(lines) == {"greedy", "sampled", "majority of 8", "_seed 0", "_seed 1", "_seed 2"}
     assert lines["greedy"] == pytest.approx(np.column_stack([range(5), 100 * np.array(GREEDY)]))
@@ -274,15 +281,24 @@ def test_accuracy_per_iteration_draws_means_seeds_and_intervals():
     assert "500 questions" in figure.axes[0].get_ylabel()
 
 
-def test_accuracy_per_iteration_takes_better_intervals_where_given():
+def test_a_metric_of_several_seeds_has_an_interval_only_if_its_mean_is_given():
     means = pd.DataFrame(
         [
-            {"iteration": t, "metric": "greedy", "value": v, "low": v - 0.2, "high": v + 0.01}
+            {"iteration": t, "metric": "greedy", "k": 1, "value": v, "low": v - 0.2, "high": v}
             for t, v in enumerate(GREEDY)
         ]
     )
-    figure = plots.accuracy_per_iteration(run_metrics(), means)
-    assert "M_1 43.0 (23.0 to 44.0)" in figure.alt_text and "sampled: M_0 13.0 (" in figure.alt_text
+    text = plots.accuracy_per_iteration(run_metrics(), means).alt_text
+    assert "M_1 43.0 (23.0 to 43.0)" in text and "sampled: M_0 13.0, M_1 20.0," in text
+    assert "sampled: M_0 13.0 (10.0 to 16.0)" in accuracy(run_metrics([7])).alt_text
+
+
+def test_the_legend_lists_lines_in_the_order_in_which_they_end():
+    [axes] = accuracy(run_metrics()).axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["greedy", "majority of 8", "sampled"]
+    left, right = figures.warning_numbers(run_metrics()).axes
+    assert left.get_legend() is None and right.get_legend()  # the title names the only line
 
 
 def test_majority_is_left_out_where_the_iterations_have_no_k_in_common():
@@ -309,26 +325,6 @@ def test_figures_of_one_method_refuse_several():
         plots.accuracy_per_iteration(both)
 
 
-def test_accuracy_by_steps_sorts_steps_as_numbers():
-    figure = plots.accuracy_by_steps(run_metrics())
-    lines = drawn(figure.axes[0])
-    assert list(lines) == ["2 steps", "3 steps", "10 steps"]
-    assert lines["10 steps"][:, 1] == pytest.approx(100 * (np.array(GREEDY) - 0.10))
-
-
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_names_of_lines_that_end_together_stay_apart_within_the_axes(value):
-    table = pd.DataFrame(
-        [row(f"greedy_steps_{steps}", value, iteration=1) for steps in range(2, 7)]
-    )
-    axes = plots.accuracy_by_steps(table).axes[0]
-    heights = {text.get_text(): text.xy[1] for text in axes.texts}
-    assert sorted(heights, key=heights.get) == [f"{steps} steps" for steps in range(2, 7)]
-    heights, (low, high) = sorted(heights.values()), axes.get_ylim()
-    assert min(np.diff(heights)) > 0.04 * (high - low)
-    assert low <= heights[0] and heights[-1] <= high
-
-
 def test_the_largest_common_k_is_drawn():
     table = pd.DataFrame(
         [
@@ -337,9 +333,9 @@ def test_the_largest_common_k_is_drawn():
             *(row("pass_at_k", k / 32, k=k) for k in (1, 16)),
         ]
     )
-    assert list(drawn(plots.diversity(table).axes[1])) == ["in 16 completions"]
+    assert list(drawn(figures.diversity(table).axes[1])) == ["in 16 completions"]
     with pytest.raises(UserError, match="different k"):
-        plots.diversity(
+        figures.diversity(
             pd.concat(
                 [
                     table,
@@ -354,26 +350,22 @@ def test_the_largest_common_k_is_drawn():
         )
 
 
-def test_lengths_warnings_and_diversity_draw_their_metrics():
-    lengths = drawn(plots.lengths_per_iteration(run_metrics()).axes[0])
-    assert lengths["sampled"][:, 1] == pytest.approx([21, 26, 31, 36, 41])
-    assert lengths["greedy"][:, 1] == pytest.approx([18, 23, 28, 33, 38])
-
-    left, right = plots.warning_numbers(run_metrics()).axes
+def test_warnings_and_diversity_draw_their_metrics():
+    left, right = figures.warning_numbers(run_metrics()).axes
     assert left.lines[-1].get_xydata() == pytest.approx(
         np.array([[t, 0.1 * t] for t in range(1, 5)])
     )
     assert drawn(right)["after training"][:, 1] == pytest.approx([-0.2, -0.4, -0.6, -0.8])
     assert drawn(right)["before"][:, 1] == pytest.approx([-0.3, -0.6, -0.9, -1.2])
 
-    left, right = plots.diversity(run_metrics()).axes
+    left, right = figures.diversity(run_metrics()).axes
     assert [name for name in drawn(left)] == ["pass@1", "pass@8"]  # what all iterations have
     assert drawn(left)["pass@8"][:, 1] == pytest.approx([100 * (1 - (1 - p) ** 8) for p in SAMPLED])
     assert drawn(right)["in 8 completions"][:, 1] == pytest.approx([2, 3, 4, 5, 6])
 
 
 def test_training_curves_share_an_axis_and_show_the_gap():
-    figure = plots.training_curves(logs())
+    figure = figures.training_curves(logs())
     first, second, gap = figure.axes
     assert drawn(first)["chosen"][:, 1] == pytest.approx(-30 + 0.5 * np.arange(1, 31))
     assert drawn(second)["rejected"][:, 1] == pytest.approx(-33.0 - np.arange(1, 31))
@@ -458,10 +450,8 @@ def test_heat_map_frames_what_no_seed_falls_in():
     "draw, missing",
     [
         (plots.accuracy_per_iteration, "greedy"),
-        (plots.accuracy_by_steps, "greedy_steps"),
-        (plots.diversity, "pass_at_k"),
-        (plots.lengths_per_iteration, "mean_tokens"),
-        (plots.warning_numbers, "kl_to_previous"),
+        (figures.diversity, "pass_at_k"),
+        (figures.warning_numbers, "kl_to_previous"),
         (figures.heat_map, "learning_rate"),
         (figures.accuracy_against_cost, "tokens"),
     ],
@@ -470,11 +460,11 @@ def test_tables_without_the_metric_are_refused_by_name(draw, missing):
     with pytest.raises(UserError, match=missing):
         draw(pd.DataFrame([row("other", 0.5)]))
     with pytest.raises(UserError, match="logps/rejected"):
-        plots.training_curves({"run": pd.DataFrame({"step": [1]})})
+        figures.training_curves({"run": pd.DataFrame({"step": [1]})})
 
 
 def test_next_tokens_draws_a_bar_per_token_and_setting():
-    axes = plots.next_tokens(next_token_table()).axes
+    axes = helpers_01.next_tokens(next_token_table()).axes
     assert [bar.get_width() for bar in axes[1].patches] == pytest.approx([75, 25]) and len(
         axes
     ) == 2
@@ -482,17 +472,17 @@ def test_next_tokens_draws_a_bar_per_token_and_setting():
 
 
 def test_sweep_draws_a_line_per_metric_in_percent():
-    [axes] = plots.sweep(sweep_table(), "temperature", "Sampling temperature").axes
+    [axes] = figures.sweep(sweep_table(), "temperature", "Sampling temperature").axes
     assert drawn(axes)["accuracy"][:, 1] == pytest.approx([34, 19, 4])
     with pytest.raises(UserError, match="temperature"):
-        plots.sweep(pd.DataFrame(), "temperature", "T")
+        figures.sweep(pd.DataFrame(), "temperature", "T")
 
 
 # ---------------------------------------------------------------- means over seeds
 
 
 def test_summarise_one_seed_keeps_its_interval_and_several_add_their_spread():
-    one = plots.summarise(run_metrics([7])).set_index(["metric", "iteration", "k"])
+    one = figures.summarise(run_metrics([7])).set_index(["metric", "iteration", "k"])
     greedy = one.loc[("greedy", 2, 1), ["value", "low", "high", "n", "seeds"]]
     assert tuple(greedy) == pytest.approx((0.70, 0.67, 0.73, 500, 1))
     assert math.isnan(one.loc[("chosen_logp_per_token", 2, 1), "low"])
@@ -503,7 +493,7 @@ def test_summarise_one_seed_keeps_its_interval_and_several_add_their_spread():
             for i, value in enumerate((1.0, 2.0, 6.0))
         ]
     )
-    greedy, kl = plots.summarise(table).to_dict("records")
+    greedy, kl = figures.summarise(table).to_dict("records")
     assert (greedy["value"], greedy["seeds"], greedy["high"]) == (
         pytest.approx(0.97),
         3,
@@ -523,7 +513,7 @@ def test_summarise_covers_what_new_seeds_and_questions_would_show():
     for _ in range(200):
         p = 0.5 + 0.05 * rng.standard_normal((5, 1)) + 0.3 * rng.choice([-1, 1], (1, 100))
         values = (rng.random((5, 100)) < p).mean(1)
-        rows = plots.summarise(
+        rows = figures.summarise(
             pd.DataFrame(
                 [
                     row("greedy", v, 1.96 * math.sqrt(v * (1 - v) / 100), seed=i)

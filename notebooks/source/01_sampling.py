@@ -33,6 +33,7 @@
 # %%
 import os, sys
 sys.path[:0] = [".", ".."]                          # helpers_01.py and checks_01.py are next to the notebooks
+sys.path += ["../scripts", "../../scripts"]         # the package `studies`
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
 
 # %% tags=["nbval-ignore-output"]
@@ -44,10 +45,11 @@ import pandas as pd
 import torch
 
 import checks_01, helpers_00, helpers_01
-from irpo_utils import evaluation, grading, logprobs, models, plots, profiles, sampling, tasks
+from irpo_utils import evaluation, grading, logprobs, models, profiles, sampling, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.ops.cli import quiet_libraries
 from irpo_utils.tasks import gsm8k
+from studies import figures
 
 quiet_libraries()
 profile = profiles.get(PROFILE)
@@ -199,7 +201,7 @@ table = pd.DataFrame({f"T = {t:g}": (logits / t).softmax(-1)[top.indices].numpy(
                      index=[repr(tokenizer.decode([i])) for i in top.indices.tolist()])
 table.loc[f"{len(logits) - len(table)} others"] = 1 - table.sum()
 assert (table.sum().round(4) == 1).all()
-plots.next_tokens(table)
+helpers_01.next_tokens(table)
 
 # %% [markdown]
 # A higher temperature has two effects on $M_0$. At this first token it helps: the working begins more often. At all
@@ -379,7 +381,7 @@ last = runs.read_profile(run).iterations
 metrics = pd.read_csv(run / "metrics.csv")
 curves = metrics[(metrics.metric == "pass_at_k") & metrics.iteration.isin([0, last])].copy()
 curves["metric"] = [f"M_{t}" for t in curves.iteration]
-plots.sweep(curves, "k", "k, completions per question", "pass@k (%)")
+figures.sweep(curves, "k", "k, completions per question", "pass@k (%)")
 
 # %% [markdown]
 # The gap narrows as $k$ grows. For large models [Yue et al. 2025](https://arxiv.org/abs/2504.13837) report that the curves meet and then cross, with $k$ in the
@@ -441,7 +443,7 @@ def shares_of(c):
 rows = [{"temperature": t, **evaluation.bootstrap_row(name, values)} for t in temperatures for name, values in shares_of(counts[t]).items()]
 print("most questions with pairs at T =", max(temperatures, key=lambda t: shares_of(counts[t])["both kinds"].mean()))
 assert len(rows) == 3 * len(temperatures)
-plots.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
+figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
 
 # %% [markdown]
 # At low temperatures the $N$ completions agree, and at high ones hardly any is correct. Where the bands overlap widely, these questions do not decide.
@@ -460,7 +462,7 @@ rows = [{"metric": name, "temperature": t, "value": np.mean([0 < c < n for c in 
 for name, by_t in (("M_0", counts), (f"M_{later}", counts_later)):
     print(f"{name}: most questions with pairs at T =", max(temperatures, key=lambda t: sum(0 < c < n for c in by_t[t])))
 assert all(0 <= row["value"] <= 1 for row in rows)
-plots.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questions with pairs (%)")
+figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questions with pairs (%)")
 
 # %% [markdown]
 # With the seed model it is higher. A better model needs a higher temperature before it makes mistakes to learn from. The

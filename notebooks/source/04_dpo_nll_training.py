@@ -34,11 +34,13 @@ import numpy as np
 import pandas as pd
 import torch
 sys.path[:0] = [".", ".."]                     # checks_04.py and helpers_04.py are next to the notebooks
+sys.path += ["../scripts", "../../scripts"]    # the package `studies`
 import checks_04, helpers_04
 from irpo_utils import logprobs, models, plots, profiles, training
 from irpo_utils.ops.cli import quiet_libraries
 from irpo_utils.ops.drift import Probe
 from irpo_utils.ops.statistics import seed_and_question_interval
+from studies import figures
 
 quiet_libraries()
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
@@ -427,7 +429,7 @@ figure
 #
 # ### Open exercise: choose α
 #
-# **Run** `train` with α = 0, 1 and another value. **Plot** the probe with `plots.training_curves`. **Argue**: which α would
+# **Run** `train` with α = 0, 1 and another value. **Plot** the probe with `figures.training_curves`. **Argue**: which α would
 # you choose, and what would change your mind? At the start the DPO term pushes a chosen completion with $\beta/2$ and
 # the NLL term with $\alpha / |y_w|$.
 
@@ -435,11 +437,11 @@ figure
 # SOLUTION
 alphas = {"α = 0": train(0.0)[1], "α = 1": probed, "α = 4": train(4.0)[1]}
 assert len(alphas) == 3
-plots.training_curves(alphas)
+figures.training_curves(alphas)
 # STUB
 # alphas = {"α = 1": probed}      # your turn: add runs with other α
 # assert len(alphas) >= 1
-# plots.training_curves(alphas)
+# figures.training_curves(alphas)
 # END
 
 # %% [markdown]

@@ -34,10 +34,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 sys.path[:0] = [".", ".."]                     # checks_05.py and helpers_05.py are next to the notebooks
+sys.path += ["../scripts", "../../scripts"]    # the package `studies`
 import checks_05, helpers_05
 from irpo_utils import evaluation, grading, logprobs, models, pairs, plots, sampling, training
 from irpo_utils.ops import run as runs, statistics
 from irpo_utils.ops.cli import quiet_libraries
+from studies import figures
 
 quiet_libraries()
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
@@ -142,7 +144,7 @@ plots.accuracy_per_iteration(five, mean)
 # one of k completions solves. **Predict**: does the number of distinct answers grow or shrink?
 
 # %% tags=["nbval-ignore-output"]
-figure = plots.diversity(metrics)
+figure = figures.diversity(metrics)
 assert "distinct answers" in plots.alt_text(figure)
 figure
 
@@ -358,7 +360,7 @@ assert len(logp_now) == len(logp_before) == len(questions)
 # completions before and after training. First the run of section 2.
 
 # %% tags=["nbval-ignore-output"]
-figure = plots.warning_numbers(metrics)
+figure = figures.warning_numbers(metrics)
 assert "nats" in plots.alt_text(figure)
 figure
 

@@ -40,6 +40,7 @@ import checks_06, helpers_06
 from irpo_utils import evaluation, methods, models, plots, profiles
 from irpo_utils.ops.cli import quiet_libraries
 from irpo_utils.ops.statistics import seed_and_question_interval
+from studies import figures
 
 quiet_libraries()
 pd.set_option("display.max_colwidth", None)
@@ -415,7 +416,7 @@ helpers_06.claims_table(verdicts[verdicts.claim.str.contains("nats")])
 # %% tags=["nbval-ignore-output"]
 probes = helpers_06.read("log_probabilities_from_m0")
 curves = {helpers_06.NAMES[name]: rows for name, rows in probes.groupby("method", sort=False)}
-figure = plots.training_curves(curves)
+figure = figures.training_curves(curves)
 assert probes.seed.nunique() == 1 and "rejected" in plots.alt_text(figure)
 figure
 

@@ -149,7 +149,7 @@ judged.round(1)
 ks = [k for k in (1, 2, 4, 8, 16) if k <= N]
 votes = [quality(baselines.by_majority, graded.filter(lambda row: row["sample"] < k)) for k in ks]
 grown = pd.DataFrame({"k": ks, "metric": "correct", "value": [vote["of them correct (%)"] / 100 for vote in votes]})
-figure = plots.sweep(grown, "k", "Completions that vote", "Correct among the chosen (%)")
+figure = figures.sweep(grown, "k", "Completions that vote", "Correct among the chosen (%)")
 assert len(plots.alt_text(figure)) > 40
 figure
 
@@ -254,7 +254,8 @@ eight_more = helpers_06.read("eight_iterations")
 first_four = runs_of_three[runs_of_three.method.isin(eight_more.method)]
 whole = pd.concat([first_four, eight_more[eight_more.iteration >= 4]])
 whole = whole.drop_duplicates(["method", "seed", "iteration", "metric", "k"]).sort_values("iteration", kind="stable")
-figure = plots.accuracy_per_iteration(whole[whole.method == "irpo"])
+whole_irpo = whole[whole.method == "irpo"]
+figure = plots.accuracy_per_iteration(whole_irpo, figures.summarise(whole_irpo))
 assert "M_8" in plots.alt_text(figure)
 figure
 

@@ -1,21 +1,121 @@
-"""Figures of comparisons, ablations and benchmarks, in the style of `irpo_utils.plots`.
+"""Figures of training, comparisons, ablations and benchmarks, in the style of `irpo_utils.plots`.
 
 A metrics table in, a `TextFigure` out; `UserError` for a table without what a figure draws.
 """
 
 from __future__ import annotations
 
+from itertools import cycle
+
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
 from irpo_utils import UserError, plots
-from irpo_utils.plots import BLUE, COLOURS, GREY, INK, ORANGE, PAPER, TextFigure
+from irpo_utils.ops.student import t_quantile
+from irpo_utils.plots import BLUE, COLOURS, GREY, INK, ORANGE, PAPER, PERCENT, TextFigure
 
+CHOSEN, REJECTED = "logps/chosen", "logps/rejected"
+LABELS = {"majority": "majority of {k}", "pass_at_k": "pass@{k}"}
 COSTS = {  # column: what the axis divides it by, and its label
     "tokens": (1e6, "Sampled tokens (millions)"),
     "seconds": (60.0, "Wall-clock time (minutes)"),
 }
+
+
+def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row per number of a table with several seeds: mean, 95 % interval, `n`, `seeds`.
+
+    The half-width of the interval adds the spread between seeds (Student's t) and the mean
+    half-width of the seeds' own intervals (questions) in quadrature, which is rather wide. If you
+    have the completions, use `statistics.seed_and_question_interval`.
+    """
+    table = metrics.astype({"low": float, "high": float})
+    groups = table.groupby(metric_keys(table), sort=False, dropna=False)
+    means = groups[["value", "low", "high", "n"]].mean()
+    means["seeds"] = groups.size()
+    between = groups["value"].sem() * [t_quantile(n - 1) if n > 1 else 0 for n in means.seeds]
+    fraction = means.index.get_level_values("metric").map(_is_fraction)
+    for side, sign in (("low", -1), ("high", 1)):
+        own = (means[side] - means.value).abs()
+        half_width = own.where(means.seeds == 1, np.hypot(between, own.fillna(0)))
+        limit = means.value + sign * half_width
+        means[side] = limit.where(~fraction, limit.clip(0, 1))
+    return means.reset_index()
+
+
+def metric_keys(metrics: pd.DataFrame) -> list[str]:
+    """The columns of the table that tell one number from another, seeds aside."""
+    return [name for name in ("method", "iteration", "split", "metric", "k") if name in metrics]
+
+
+def warning_numbers(metrics: pd.DataFrame) -> TextFigure:
+    """Early signs of a collapse: KL(M_t || M_{t-1}) and log-probabilities of chosen completions."""
+    chosen = [
+        ("chosen_logp_per_token", None, "after training", BLUE),
+        ("chosen_logp_per_token_before", None, "before", GREY),
+    ]
+    kl = [("kl_to_previous", None, "", BLUE)]
+    panels = {
+        "KL to the previous model": ("Nats per completion", (0, None), kl),
+        "log-probability of chosen": ("Nats per token", (None, None), chosen),
+    }
+    return plots.over_iterations(metrics, "Warning numbers per iteration (nats)", panels)
+
+
+def diversity(metrics: pd.DataFrame) -> TextFigure:
+    """pass@k for every k that all iterations have, and distinct answers in k completions."""
+    ks = plots.common_ks(metrics, "pass_at_k", needed=True)
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.75, len(ks)))  # none too light
+    solved = [("pass_at_k", k, f"pass@{k}", shade) for k, shade in zip(ks, shades, strict=True)]
+    distinct = [("distinct_answers", None, "in {k} completions", BLUE)]
+    panels = {
+        "questions solved by one of k": ("Questions (%)", PERCENT, solved),
+        "distinct answers": ("Answers per question", (0, None), distinct),
+    }
+    return plots.over_iterations(summarise(metrics), "Diversity per iteration", panels)
+
+
+def training_curves(logs: dict[str, pd.DataFrame]) -> TextFigure:
+    """Log-probabilities of chosen and rejected over steps, and their difference (figures 2 to 4).
+
+    `logs`: name of a run -> table with `step`, `logps/chosen` and `logps/rejected` (sums over a
+    completion, nats), such as training_log.jsonl; each run gets a panel.
+    """
+    needed = {"step", CHOSEN, REJECTED}
+    if not logs or not all(needed <= set(log) for log in logs.values()):
+        raise UserError(f"training_curves needs a log with step, {CHOSEN} and {REJECTED}.")
+    figure, (first, *others) = plots.new_figure(3.1 * len(logs) + 3.7, 3.6, panels=len(logs) + 1)
+    panels, differences = {}, []
+    for axes, colour, (name, log) in zip(figure.axes, cycle(COLOURS), logs.items(), strict=False):
+        step, chosen, rejected = log["step"], log[CHOSEN], log[REJECTED]
+        dashed = plots.draw_line(axes, step, rejected, "rejected", ORANGE, linestyle="--")
+        panels[name] = [plots.draw_line(axes, step, chosen, "chosen", BLUE), dashed]
+        differences.append(plots.draw_line(others[-1], step, chosen - rejected, name, colour))
+    for axes in others[:-1]:
+        axes.sharey(first)
+    panels["chosen − rejected"] = differences
+    for axes, name in zip(figure.axes, panels, strict=True):
+        axes.set(title=name, xlabel="Optimiser step")
+    first.set_ylabel("Log-probability of a completion (nats)")
+    others[-1].set_ylabel("Difference (nats)")
+    return plots.finish(figure, "Log-probabilities in training (nats), first and last step", panels)
+
+
+def sweep(metrics: pd.DataFrame, x: str, xlabel: str, ylabel: str = "Share (%)") -> TextFigure:
+    """Fractions (`value`, perhaps `low`, `high`) in % over the column `x`, a line per `metric`."""
+    if metrics.empty or not {"metric", "value", x} <= set(metrics):
+        raise UserError(f"sweep needs a table with metric, value and {x}.")
+    figure, axes = plots.new_figure(6.6, 4.0)
+    lines = []
+    for colour, (name, rows) in zip(COLOURS, metrics.groupby("metric", sort=False), strict=False):
+        rows = rows.sort_values(x)
+        band = [100 * rows[side] for side in ("low", "high") if side in rows]
+        lines.append(plots.draw_points(axes, rows[x], 100 * rows["value"], name, colour, band))
+    axes.set_xticks(sorted(set(metrics[x])))
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=PERCENT)
+    return plots.finish(figure, f"{ylabel} by {xlabel[0].lower()}{xlabel[1:]}", {"": lines})
 
 
 def dot_plot(comparison: pd.DataFrame) -> TextFigure:
@@ -23,14 +123,14 @@ def dot_plot(comparison: pd.DataFrame) -> TextFigure:
 
     One row per method, iteration, metric and k of the table: select what is to be compared.
     """
-    keys = plots.metric_keys(comparison)
+    keys = metric_keys(comparison)
     groups = [group for _, group in comparison.groupby(keys, sort=False, dropna=False)]
     groups.sort(key=lambda group: group["value"].mean())
     figure, axes = plots.new_figure(7.4, 1.1 + 0.36 * len(groups))
     labels = [_row_label(group.iloc[0], comparison) for group in groups]
     descriptions = []
     for y, (label, group) in enumerate(zip(labels, groups, strict=True)):
-        row = plots.summarise(group).iloc[0]
+        row = summarise(group).iloc[0]
         colour = BLUE if str(row.get("method")).startswith(("irpo", "Iterative RPO")) else GREY
         _draw_dot(axes, y, 100 * row[["value", "low", "high"]], colour, label)
         seeds = 100 * group["value"]
@@ -167,6 +267,11 @@ def scaling(table: pd.DataFrame) -> TextFigure:
     return plots.finish(figure, "Cost of sampling as the work grows", drawn)
 
 
+def _is_fraction(metric: str) -> bool:
+    fractions = ("greedy", "sampled", "majority", "pass_at_k")
+    return metric in fractions or "_steps_" in metric or metric.endswith(("_rate", "_skeleton"))
+
+
 def _draw_dot(axes, y: float, numbers, colour: str, label: str) -> None:
     """A dot at a value with a line for its interval; `numbers`: (value, low, high)."""
     value, low, high = numbers
@@ -185,7 +290,7 @@ def _row_label(row, table: pd.DataFrame) -> str:
     if same.iteration.nunique() > 1:
         label += f", iteration {row['iteration']}"
     if table.metric.nunique() > 1 or same.k.nunique() > 1:
-        label += f", {plots.LABELS.get(row['metric'], row['metric']).format(k=row['k'])}"
+        label += f", {LABELS.get(row['metric'], row['metric']).format(k=row['k'])}"
     return label
 
 

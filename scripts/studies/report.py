@@ -17,7 +17,7 @@ from studies.api import seed_and_question_interval
 FILES = {"tuning": "tuning_of_methods", "long": "eight_iterations"}  # others: the study's name
 COST = ["factor", "level", "tokens", "seconds"]  # columns of a study's table, after the metrics
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-OLD_COLUMNS = {"logps_chosen": plots.CHOSEN, "logps_rejected": plots.REJECTED}
+OLD_COLUMNS = {"logps_chosen": figures.CHOSEN, "logps_rejected": figures.REJECTED}
 
 
 def run_record(path: Path) -> dict:
@@ -293,7 +293,7 @@ def draw(name: str, result, average, runs: dict) -> dict[str, tuple]:
     if name == "long":
         lines = average[average.metric == "greedy"]
         lines = lines.assign(metric=[api.method_title(method) for method in lines.method])
-        figure = plots.sweep(lines, "iteration", "Iteration", "Greedy accuracy (%)")
+        figure = figures.sweep(lines, "iteration", "Iteration", "Greedy accuracy (%)")
         return {"eight_iterations_greedy": (figure, lines)}
     if name in ("regimes", "ablations") and "difference" in average:
         return _draw_differences(name, average)
@@ -319,7 +319,7 @@ def _draw_comparison(result) -> dict[str, tuple]:
         figure = figures.accuracy_against_cost(costs, x="seconds")
         drawn["comparison_seconds"] = (figure, costs)
     if len(spread):
-        drawn["comparison_diversity"] = (plots.diversity(spread), spread)
+        drawn["comparison_diversity"] = (figures.diversity(spread), spread)
     return drawn
 
 
@@ -342,7 +342,7 @@ def _draw_curves(logs) -> dict[str, tuple]:
             if name in set(rows.method)
         }
         if by_method:
-            drawn[title] = (plots.training_curves(by_method), rows)
+            drawn[title] = (figures.training_curves(by_method), rows)
     return drawn
 
 
