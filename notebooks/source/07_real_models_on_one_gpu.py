@@ -1105,7 +1105,10 @@ assert len(steps) >= 1
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-figure = plots.warning_numbers(real)
+sys.path += ["../scripts", "../../scripts"]    # the package `studies`
+from studies import figures
+
+figure = figures.warning_numbers(real)
 assert "nats" in plots.alt_text(figure)
 figure
 
