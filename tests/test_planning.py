@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,7 +208,8 @@ def test_measured_speed_and_memory_of_a_gpu(row):
     training, step = row["stage"] == "training", row["stage"] == "step"
     rows, new = 512 if training else row["rows"], 130 if training else 64
     prompt = 110 if training else 416 if step else 131
-    size = planning.TaskSize(prompt, prompt, new, rows // 8, 1, 1, "here")
+    longest = 265 if row["stage"] == "sampling" else prompt
+    size = planning.TaskSize(prompt, longest, new, rows // 8, 1, 1, "here")
     profile = dataclasses.replace(
         with_engine(row["engine"], n_samples=8, k_pairs=4, n_questions=None),
         quantize=row["quantize"],
@@ -220,8 +222,8 @@ def test_measured_speed_and_memory_of_a_gpu(row):
     machine, shape = planning.find_machine("H200-141GB"), planning.find_shape("smollm2-135m")
     e = planning.Estimate(profile, shape, machine, size)
     stage = "training" if training else "sampling"
-    tokens, seconds = e.work(new, 1.0)[stage]
-    assert within(tokens / seconds, row["tokens_per_second"], 1.5)
+    tokens, hours = e.work(new, 1.0)[stage]
+    assert within(tokens / hours / 3600, row["tokens_per_second"], 1.5)
     assert within(e.memory()[stage] / 1e9 - 0.8, row["peak_gb"], 1.5)  # without CUDA's context
 
 
@@ -265,16 +267,12 @@ def test_four_bits_hold_the_base_in_a_quarter():
         memory("llama-3.1-8b", quantize=False)["sampling"],
         memory("llama-3.1-8b")["sampling"],
     )
-    linear, layer = 6_979_321_856, 2 * 4096 * 14336  # one layer at a time is unpacked
-    assert large - small == pytest.approx(linear * (2 - 4.127 / 8) - layer)
+    assert large - small == pytest.approx(6_979_321_856 * (2 - 4.127 / 8))
 
 
 def test_the_cache_grows_with_the_rows_that_are_decoded_at_once():
     one, two = memory(sampling_batch_size=160), memory(sampling_batch_size=320)
-    columns, token = (
-        265 + 400 + 16,
-        32 * 2 * 320 * 2,
-    )  # 32 layers, keys and values of 5 x 64 in bf16
+    columns, token = (265 + 400, 32 * 2 * 320 * 2)  # 32 layers, keys and values of 5 x 64 in bf16
     assert two["sampling"] - one["sampling"] > 160 * columns * token
     assert two["training"] == one["training"] and two["evaluation"] > one["evaluation"]
 
@@ -445,8 +443,12 @@ def test_no_setting_helps_where_the_base_alone_is_too_large():
 # ---- several GPUs
 
 
-def shared(profile, machine, **changes):
-    return planning.plan(profiles.get(profile, **changes), machine, must_fit=False).break_even
+def estimate(profile, machine, **changes):
+    return planning.plan(profiles.get(profile, **changes), machine, must_fit=False).estimate
+
+
+def hours_of_training(e) -> float:
+    return e.work(e.length, planning.PAIR_SHARE)["training"][1]
 
 
 def test_a_base_too_large_for_one_gpu_is_split_over_several():
@@ -464,47 +466,36 @@ def test_a_base_too_large_for_one_gpu_is_split_over_several():
     )
 
 
-def test_split_layers_are_a_part_of_the_base_and_two_whole_layers():
-    b, shape = shared("paper", "8xA100-80GB", lora_r=1), planning.find_shape("llama-2-70b-chat")
-    outside = 2 * (shape.parameters - shape.linear)  # embeddings, head and norms, in bf16
-    expected = b.base * 7 / 8 - outside - 2 * (b.base - outside) / 80
-    assert b.copies.memory - b.split.memory == pytest.approx(expected, rel=0.01)
+def test_split_layers_are_a_part_of_the_weights_and_two_whole_layers():
+    e = estimate("paper", "8xA100-80GB")
+    copies, split = e.memory()["training"], e.replace(shard=True).memory()["training"]
+    moments = 4 * e.adapter  # the optimiser's state and the gradients are split as well
+    expected = (e.layers + e.outside + moments) * 7 / 8 - e.outside - 2 * e.layers / 80
+    assert copies - split == pytest.approx(expected)
 
 
 def test_copies_send_the_adapters_gradients_and_split_layers_the_base_twice():
-    b, shape = shared("paper", "8xA100-80GB"), planning.find_shape("llama-2-70b-chat")
-    assert b.copies.sent == pytest.approx(2 * 7 / 8 * 4 * shape.lora(16))
-    per_micro_batch = b.split.sent / 2  # 16 pairs on 8 GPUs
-    assert 1.9 * b.base * 7 / 8 < per_micro_batch < 2.3 * b.base * 7 / 8
+    e, shape = estimate("paper", "8xA100-80GB"), planning.find_shape("llama-2-70b-chat")
+    assert e.sent_per_step() == pytest.approx(2 * 7 / 8 * 4 * shape.lora(16))
+    per_micro_batch = e.replace(shard=True).sent_per_step() / 2  # 16 pairs on 8 GPUs
+    assert 1.9 * 7 / 8 < per_micro_batch / (e.layers + e.outside) < 2.3 * 7 / 8
 
 
-def test_at_the_break_even_of_memory_copies_just_fit():
-    for changes in ({}, {"engine": "vllm"}):
-        made = planning.plan(profiles.get("paper", **changes), "8xA100-80GB")
-        size = planning.task_size(made.profile)
-        e = planning.Estimate(made.profile, made.shape, made.machine, size)
-        e.frozen += made.break_even.largest_base - made.break_even.base
-        assert max(e.memory().values()) == pytest.approx(made.room)
-        smaller = made.machine._replace(memory=40e9)
-        even = planning.break_even(planning.Estimate(made.profile, made.shape, smaller, size))
-        assert even.largest_base < even.base  # 36 GB on 40 do not fit
-
-
-def test_above_the_break_even_of_time_split_layers_cost_nothing():
-    below, above = (
-        shared("paper", "16xA100-80GB", engine="cpu", micro_batch_size=n, batch_size=16 * n)
-        for n in (1, 4)
-    )
-    assert below.positions < below.hidden_from < above.positions
-    assert below.split.hours > 1.1 * below.copies.hours
-    assert above.split.hours == pytest.approx(above.copies.hours, rel=0.05)
+def test_traffic_costs_time_where_a_micro_batch_is_too_short_to_hide_it():
+    for n, slower in ((1, True), (4, False)):
+        settings = dict(engine="cpu", micro_batch_size=n, batch_size=16 * n)
+        e = estimate("paper", "16xA100-80GB", **settings)
+        copies, split = hours_of_training(e), hours_of_training(e.replace(shard=True))
+        assert (split > 1.1 * copies) if slower else split == pytest.approx(copies, rel=0.05)
 
 
 def test_a_process_of_a_node_knows_no_slow_link_and_scores_where_it_trains():
     few, many = (
-        shared("paper", machine, batch_size=8) for machine in ("8xA100-80GB", "64xA100-80GB")
+        estimate("paper", machine, batch_size=8, shard=True)
+        for machine in ("8xA100-80GB", "64xA100-80GB")
     )
-    assert few.split == many.split and few.gpus == many.gpus == 8
+    assert few.memory() == many.memory() and few.ranks == many.ranks == 8
+    assert hours_of_training(few) == hours_of_training(many)
     some, all_of_them = (
         planning.plan(profiles.get("paper", engine="vllm"), f"{n}xA100-80GB") for n in (16, 64)
     )
@@ -522,10 +513,14 @@ def test_a_batch_that_the_run_would_refuse_is_refused():
         planning.plan(profiles.get("paper", batch_size=24, micro_batch_size=2), "8xA100-80GB")
 
 
-def test_a_step_keeps_no_more_gpus_busy_than_it_has_micro_batches():
+def test_the_table_says_how_many_gpus_train_and_whether_each_holds_a_copy():
     text = planning.table(planning.plan(profiles.get("paper"), "64xA100-80GB"))
-    assert "16 of 64 GPUs" in text and "break-even" in text and "between nodes" in text
-    assert "break-even" not in planning.table(planning.plan(profiles.get("paper"), "1xA100-80GB"))
+    assert "training on 16 of 64 GPUs (a batch of 16 has no more equal parts" in text
+    assert re.search("a copy of the model on each needs [0-9.]+ GB and fits", text)
+    made = planning.plan(profiles.get("paper"), "8xV100-32GB", must_fit=False)
+    assert "training on 8 of 8 GPUs: a copy" in planning.table(made)
+    assert "does not fit: split it with --shard true" in planning.table(made)
+    assert "a copy" not in planning.table(planning.plan(profiles.get("paper"), "1xA100-80GB"))
 
 
 def test_the_papers_own_hardware_is_what_the_arithmetic_asks_for():

@@ -104,13 +104,13 @@ def run(arguments: list[str]) -> None:
     quiet_libraries()
     import pandas
 
-    from irpo_utils import methods, plots
+    from irpo_utils import plots
     from irpo_utils.ops import plan as planning
     from irpo_utils.ops import run as runs
     from irpo_utils.ops.environment import environment
 
     try:
-        planned = planning.plan(methods.apply(profile), price=options.price, must_fit=False)
+        planned = planning.plan(profile, price=options.price, must_fit=False)
         if not options.quiet and processes.is_first():
             print(f"{planning.table(planned)}\n", flush=True)
         planning.check(planned)
@@ -131,11 +131,11 @@ def plan(arguments: list[str]) -> None:
     """Memory, tokens, hours and cost of a run before it starts; by default of all profiles."""
     profile, options = parse_profile(arguments, "plan", plan.__doc__)
     quiet_libraries()
-    from irpo_utils import methods, profiles
+    from irpo_utils import profiles
     from irpo_utils.ops import plan as planning
 
     if profile is not None:
-        made = planning.plan(methods.apply(profile), options.gpus, options.price, must_fit=False)
+        made = planning.plan(profile, options.gpus, options.price, must_fit=False)
         print(planning.table(made))
         planning.check(made)
         return
