@@ -31,7 +31,7 @@
 
 # %%
 import os, sys
-sys.path[:0] = [".", ".."]                     # checks_08.py lies beside the notebooks; ".." serves the solutions
+sys.path[:0] = [".", ".."]                     # checks_08.py and helpers_08.py are next to the notebooks
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu" or "smoke"
 
 # %%
@@ -39,6 +39,7 @@ PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu" or 
 import platform
 from importlib.metadata import version
 
+import helpers_08
 import numpy as np
 import torch
 from irpo_utils import models, profiles
@@ -446,7 +447,7 @@ layers = planning.NF4_BYTES * shape.linear + 4 * shape.lora(16)        # base an
 by_hand = {"copies": 2 * (P - 1) / P * 4 * shape.lora(16),
            "split": micro_batches * (P - 1) / P * (2 * layers + outside + 4 * shape.lora(16))}
 
-both = planning.plan(profiles.get("llama-3.1-8b"), "8xA100-80GB").break_even
+both = helpers_08.break_even(planning.plan(profiles.get("llama-3.1-8b"), "8xA100-80GB"))
 by_module = {"copies": both.copies.sent, "split": both.split.sent}
 for name in by_hand:
     print(f"{name}: {by_hand[name] / 1e9:.2f} GB by hand, {by_module[name] / 1e9:.2f} GB by the module")
@@ -791,8 +792,9 @@ growing.round(2)
 # %%
 # NBVAL_IGNORE_OUTPUT
 made = plans["paper", 64]
-print(planning.table(made))
-assert made.break_even.gpus < made.machine.count
+even = helpers_08.break_even(made)
+print(planning.table(made), helpers_08.break_even_table(made), sep="\n\n")
+assert even.gpus < made.machine.count
 
 # %% [markdown]
 # **Only a part of the GPUs has work.** A step has 16 pairs, and one pair is the least that a process can take. A process has its
@@ -813,11 +815,10 @@ with mock.patch.object(training.DPOConfig, "world_size", 64):
 #
 # ### The break-even, by hand
 #
-# The last lines of the table compare the two ways to train. First **memory**: with whole copies all of the frozen base lies on
+# The second table compares the two ways to train. First **memory**: with whole copies all of the frozen base lies on
 # each GPU, beside what training needs whatever the base. What is left for the base?
 
 # %%
-even = made.break_even
 rest = even.copies.memory - even.base                      # activations, logits, adapter and optimiser, CUDA
 print(f"room {made.room / 1e9:.1f} GB, less {rest / 1e9:.1f} GB for the rest: {(made.room - rest) / 1e9:.1f} GB of base would fit,"
       f" here {even.base / 1e9:.1f} GB")
@@ -836,16 +837,16 @@ assert even.base < even.largest_base <= made.room - rest
 # %%
 def link(made):
     """Bytes per second from card to card: that of the node, or the slower one where the ring leaves it."""
-    return made.machine.between if made.break_even.gpus > planning.NODE else made.machine.link
+    return made.machine.between if helpers_08.break_even(made).gpus > planning.NODE else made.machine.link
 
 def hidden_from(made):
-    shape, P, machine = made.shape, made.break_even.gpus, made.machine
+    shape, P, machine = made.shape, helpers_08.break_even(made).gpus, made.machine
     outside = 2 * (shape.parameters - shape.linear)
     G = (P - 1) / P * (2 * (planning.NF4_BYTES * shape.linear + 4 * shape.lora(16)) + outside)
     return G / link(made) * machine.flops["bfloat16"] / (3 * 2 * (shape.linear + shape.head))
 
 for n in (8, 64):
-    even = plans["paper", n].break_even
+    even = helpers_08.break_even(plans["paper", n])
     print(f"{even.gpus} of {n} cards, {link(plans['paper', n]) / 1e9:.0f} GB/s from card to card: hidden from"
           f" {hidden_from(plans['paper', n]):,.0f} tokens on, a micro-batch has {even.positions:,.0f};"
           f" hours: copies {even.copies.hours:.1f}, split {even.split.hours:.1f}")
@@ -867,7 +868,7 @@ for n in (8, 64):
 # %%
 weights = planning.SHAPES["llama-2-70b-chat"].parameters
 needs = {"generation, 16 bit": 2 * weights, "training all weights": 16 * weights,
-         "QLoRA: the base in NF4": plans["paper", 8].break_even.base}
+         "QLoRA: the base in NF4": helpers_08.break_even(plans["paper", 8]).base}
 has = {"one V100": 32e9, "node of V100": 8 * 32e9, "one A100": 80e9, "node of A100": 8 * 80e9, "eight nodes of A100": 64 * 80e9}
 print(f"{'':24}{'GB':>8}" + "".join(f"{name:>21}" for name in has))
 for what, size in needs.items():
