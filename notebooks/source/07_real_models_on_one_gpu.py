@@ -101,9 +101,9 @@ for name in SIZES:
 # with what is computed from them in 32 bits: 2 bytes and five times 4.
 
 # %%
-from irpo_utils.ops import plan as planning
+from irpo_utils.ops import machines, plan as planning
 
-GSM8K = planning.TASKS["gsm8k"]
+GSM8K = machines.TASKS["gsm8k"]
 print("tokens of a prompt:", GSM8K.prompt, "on average,", GSM8K.longest, "at most")
 
 def sampling_bytes(name, p):
@@ -390,7 +390,7 @@ ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
 with torch.no_grad():
     cache = whole(input_ids=ids, use_cache=True).past_key_values
 kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-shape = planning.find_shape(MODEL)             # what the module reads from config.json
+shape = machines.find_shape(MODEL)             # what the module reads from config.json
 expected = 2 * shape.layers * shape.kv_heads * shape.head_dim * ids.shape[1] * whole.dtype.itemsize
 print(f"cache of {ids.shape[1]} positions: {kept:,} bytes, expected {expected:,}")
 assert abs(packed / (4.127 / 8 * weights) - 1) < 0.02 and kept == expected

@@ -43,7 +43,7 @@ import helpers_08
 import numpy as np
 import torch
 from irpo_utils import models, profiles
-from irpo_utils.ops import plan as planning
+from irpo_utils.ops import machines, plan as planning
 from irpo_utils.ops.cli import quiet_libraries
 
 quiet_libraries()                              # no loading bars
@@ -379,8 +379,8 @@ import pandas as pd
 
 rows = {}
 for name in ("smollm2-135m", "qwen2.5-0.5b", "llama-3.1-8b", "llama-2-70b-chat"):
-    shape = planning.SHAPES[name]
-    base = planning.NF4_BYTES * shape.linear + 2 * (shape.parameters - shape.linear)
+    shape = machines.SHAPES[name]
+    base = machines.NF4_BYTES * shape.linear + 2 * (shape.parameters - shape.linear)
     rows[name] = {"all weights, 16 bit": 2 * shape.parameters / 1e9, "LoRA r = 16, 32 bit": 4 * shape.lora(16) / 1e9,
                   "base in NF4": base / 1e9}
 sizes = pd.DataFrame(rows).T
@@ -441,9 +441,9 @@ print(checks_08.sent_when_split(sent_when_split))
 # micro-batches on each GPU):
 
 # %%
-shape, P, micro_batches = planning.SHAPES["llama-3.1-8b"], 8, 2
+shape, P, micro_batches = machines.SHAPES["llama-3.1-8b"], 8, 2
 outside = 2 * (shape.parameters - shape.linear)
-layers = planning.NF4_BYTES * shape.linear + 4 * shape.lora(16)        # base and adapter both lie in parts
+layers = machines.NF4_BYTES * shape.linear + 4 * shape.lora(16)        # base and adapter both lie in parts
 by_hand = {"copies": 2 * (P - 1) / P * 4 * shape.lora(16),
            "split": micro_batches * (P - 1) / P * (2 * layers + outside + 4 * shape.lora(16))}
 
@@ -605,10 +605,10 @@ losses.round(5)
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-P, micro_batches, shape = 2, 2, planning.find_shape("seed")
+P, micro_batches, shape = 2, 2, machines.find_shape("seed")
 gradients = 4 * shape.lora(16)
 outside = 4 * (shape.parameters - shape.linear)
-layers = planning.NF4_BYTES * shape.linear + gradients
+layers = machines.NF4_BYTES * shape.linear + gradients
 derived = {"copies": P * 2 * (P - 1) / P * gradients,
            "split": P * micro_batches * (P - 1) / P * (2 * layers + outside + gradients)}
 
@@ -842,7 +842,7 @@ def link(made):
 def hidden_from(made):
     shape, P, machine = made.shape, helpers_08.break_even(made).gpus, made.machine
     outside = 2 * (shape.parameters - shape.linear)
-    G = (P - 1) / P * (2 * (planning.NF4_BYTES * shape.linear + 4 * shape.lora(16)) + outside)
+    G = (P - 1) / P * (2 * (machines.NF4_BYTES * shape.linear + 4 * shape.lora(16)) + outside)
     return G / link(made) * machine.flops["bfloat16"] / (3 * 2 * (shape.linear + shape.head))
 
 for n in (8, 64):
@@ -866,7 +866,7 @@ for n in (8, 64):
 # 04b](04b_qlora_by_hand.ipynb), section 3).
 
 # %%
-weights = planning.SHAPES["llama-2-70b-chat"].parameters
+weights = machines.SHAPES["llama-2-70b-chat"].parameters
 needs = {"generation, 16 bit": 2 * weights, "training all weights": 16 * weights,
          "QLoRA: the base in NF4": helpers_08.break_even(plans["paper", 8]).base}
 has = {"one V100": 32e9, "node of V100": 8 * 32e9, "one A100": 80e9, "node of A100": 8 * 80e9, "eight nodes of A100": 64 * 80e9}
