@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from irpo_utils import UserError, baselines, models, profiles, tasks  # noqa: F401  (GRPO)
 from irpo_utils import __main__ as cli
+from irpo_utils.ops import machines
 from irpo_utils.ops import plan as planning
 
 ROOT = Path(__file__).parent.parent
@@ -68,12 +69,12 @@ def within(value, measured, factor) -> bool:
     ],
 )
 def test_parameters_of_the_table_are_the_published_totals_without_norms(name, millions):
-    assert planning.find_shape(name).parameters / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert machines.find_shape(name).parameters / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
 def test_every_short_name_has_a_shape_and_its_hub_name_the_same():
-    assert set(planning.SHAPES) == set(models.HUB_NAMES)
-    assert planning.find_shape(models.HUB_NAMES["qwen3-0.6b"]) is planning.SHAPES["qwen3-0.6b"]
+    assert set(machines.SHAPES) == set(models.HUB_NAMES)
+    assert machines.find_shape(models.HUB_NAMES["qwen3-0.6b"]) is machines.SHAPES["qwen3-0.6b"]
 
 
 def stored_parameters(folder) -> int:
@@ -90,13 +91,13 @@ def smollm2() -> str:
 
 def test_parameters_of_the_seed_model_are_those_in_its_file():
     stored = stored_parameters(models.find("seed"))
-    assert planning.find_shape("seed").parameters == pytest.approx(stored, rel=2e-3)
+    assert machines.find_shape("seed").parameters == pytest.approx(stored, rel=2e-3)
 
 
 def test_smollm2_in_the_table_is_smollm2_on_disk():
     folder = smollm2()
-    assert planning.find_shape(folder) == planning.SHAPES["smollm2-135m"]
-    parameters = planning.find_shape(folder).parameters
+    assert machines.find_shape(folder) == machines.SHAPES["smollm2-135m"]
+    parameters = machines.find_shape(folder).parameters
     assert parameters == pytest.approx(stored_parameters(folder), rel=1e-3)
 
 
@@ -109,7 +110,7 @@ def test_lora_parameters_are_those_that_peft_makes():
         model = get_peft_model(
             base, LoraConfig(r=7, target_modules="all-linear", task_type="CAUSAL_LM")
         )
-    assert planning.find_shape("seed").lora(7) == sum(
+    assert machines.find_shape("seed").lora(7) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
 
@@ -126,7 +127,7 @@ def test_a_shape_is_read_from_any_config(tmp_path):
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ).save_pretrained(tmp_path / "qwen")
-    assert planning.find_shape(str(tmp_path / "qwen")) == planning.SHAPES["qwen2.5-0.5b"]
+    assert machines.find_shape(str(tmp_path / "qwen")) == machines.SHAPES["qwen2.5-0.5b"]
     Gemma3TextConfig(
         vocab_size=262144,
         hidden_size=1152,
@@ -137,7 +138,7 @@ def test_a_shape_is_read_from_any_config(tmp_path):
         head_dim=256,
         sliding_window=512,
     ).save_pretrained(tmp_path / "gemma")
-    assert planning.find_shape(str(tmp_path / "gemma")) == planning.SHAPES["gemma-3-1b"]
+    assert machines.find_shape(str(tmp_path / "gemma")) == machines.SHAPES["gemma-3-1b"]
 
 
 def test_a_hub_model_that_cannot_be_reached(monkeypatch):
@@ -209,7 +210,7 @@ def test_measured_speed_and_memory_of_a_gpu(row):
     rows, new = 512 if training else row["rows"], 130 if training else 64
     prompt = 110 if training else 416 if step else 131
     longest = 265 if row["stage"] == "sampling" else prompt
-    size = planning.TaskSize(prompt, longest, new, rows // 8, 1, 1, "here")
+    size = machines.TaskSize(prompt, longest, new, rows // 8, 1, 1, "here")
     profile = dataclasses.replace(
         with_engine(row["engine"], n_samples=8, k_pairs=4, n_questions=None),
         quantize=row["quantize"],
@@ -219,7 +220,7 @@ def test_measured_speed_and_memory_of_a_gpu(row):
         gradient_checkpointing=row["checkpointing"],
         max_new_tokens=new,
     )
-    machine, shape = planning.find_machine("H200-141GB"), planning.find_shape("smollm2-135m")
+    machine, shape = machines.find_machine("H200-141GB"), machines.find_shape("smollm2-135m")
     e = planning.Estimate(profile, shape, machine, size)
     stage = "training" if training else "sampling"
     tokens, hours = e.work(new, 1.0)[stage]
@@ -251,7 +252,7 @@ def test_seconds_and_tokens_of_finished_runs(timing, cores):
 
 def test_length_and_share_of_pairs_are_those_of_the_shipped_run():
     metrics = pandas.read_csv(SHIPPED / "metrics.csv").groupby("metric").value
-    assert planning.TASKS["word_problems"].completion == pytest.approx(
+    assert machines.TASKS["word_problems"].completion == pytest.approx(
         metrics.mean()["mean_tokens"], rel=0.1
     )
     assert planning.PAIR_SHARE == pytest.approx(
@@ -320,7 +321,7 @@ def test_grpo_draws_as_much_and_learns_about_as_much():
         for name in ("irpo", "grpo")
     )
     assert online["sampling"] == ours["sampling"] and online["evaluation"] == ours["evaluation"]
-    p, size = profiles.get("smollm2-360m"), planning.TASKS["gsm8k"]
+    p, size = profiles.get("smollm2-360m"), machines.TASKS["gsm8k"]
     completions = p.iterations * p.n_questions * p.n_samples
     each = size.prompt + min(size.completion, p.max_new_tokens)
     assert within(online["training"].tokens, completions * each, 3)
@@ -475,7 +476,7 @@ def test_split_layers_are_a_part_of_the_weights_and_two_whole_layers():
 
 
 def test_copies_send_the_adapters_gradients_and_split_layers_the_base_twice():
-    e, shape = estimate("paper", "8xA100-80GB"), planning.find_shape("llama-2-70b-chat")
+    e, shape = estimate("paper", "8xA100-80GB"), machines.find_shape("llama-2-70b-chat")
     assert e.sent_per_step() == pytest.approx(2 * 7 / 8 * 4 * shape.lora(16))
     per_micro_batch = e.replace(shard=True).sent_per_step() / 2  # 16 pairs on 8 GPUs
     assert 1.9 * 7 / 8 < per_micro_batch / (e.layers + e.outside) < 2.3 * 7 / 8
@@ -515,18 +516,18 @@ def test_a_batch_that_the_run_would_refuse_is_refused():
 
 def test_the_table_says_how_many_gpus_train_and_whether_each_holds_a_copy():
     text = planning.table(planning.plan(profiles.get("paper"), "64xA100-80GB"))
-    assert "training on 16 of 64 GPUs (a batch of 16 has no more equal parts" in text
-    assert re.search("a copy of the model on each needs [0-9.]+ GB and fits", text)
+    assert "only 16 of 64 GPUs train: a batch of 16 has no more equal parts" in text
+    assert re.search("a copy of the model on each GPU needs [0-9.]+ GB and fits", text)
     made = planning.plan(profiles.get("paper"), "8xV100-32GB", must_fit=False)
-    assert "training on 8 of 8 GPUs: a copy" in planning.table(made)
-    assert "does not fit: split it with --shard true" in planning.table(made)
+    assert "GB and does not fit: split it with --shard true" in planning.table(made)
+    assert "GPUs train" not in planning.table(made)
     assert "a copy" not in planning.table(planning.plan(profiles.get("paper"), "1xA100-80GB"))
 
 
 def test_the_papers_own_hardware_is_what_the_arithmetic_asks_for():
     """Section 3.1: a node of eight V100-32GB sampled, eight nodes of eight A100-80GB trained."""
-    weights = 2 * planning.find_shape("llama-2-70b-chat").parameters  # 16 bits
-    v100, a100 = (planning.find_machine(name) for name in ("V100-32GB", "A100-80GB"))
+    weights = 2 * machines.find_shape("llama-2-70b-chat").parameters  # 16 bits
+    v100, a100 = (machines.find_machine(name) for name in ("V100-32GB", "A100-80GB"))
     assert v100.memory < weights < 8 * v100.memory  # split over the node, not on one GPU
     trained = (
         16 / 2 * weights
@@ -560,7 +561,7 @@ def test_the_papers_own_hardware_is_what_the_arithmetic_asks_for():
 )
 def test_this_computers_gpu_is_known_by_its_name(monkeypatch, name, gigabytes, like, dtype):
     gpu(monkeypatch, name, gigabytes)
-    here, listed = planning.find_machine(), planning.find_machine(like)
+    here, listed = machines.find_machine(), machines.find_machine(like)
     assert (here.name, here.count, here.memory, here.dtype) == (name, 1, gigabytes * 1e9, dtype)
     assert (here.flops, here.bandwidth, here.note) == (listed.flops, listed.bandwidth, listed.note)
 
@@ -578,7 +579,7 @@ def test_an_unknown_gpu_has_its_own_memory_and_the_least_speed(monkeypatch, majo
     assert made.room == pytest.approx(0.95 * 48e9) and made.machine.dtype == dtype
     assert "NVIDIA X1 is unknown" in planning.table(made)
     assert made.machine.bandwidth == min(
-        planning.find_machine(n).bandwidth for n in ("T4-16GB", "L40S-48GB")
+        machines.find_machine(n).bandwidth for n in ("T4-16GB", "L40S-48GB")
     )
 
 
@@ -591,12 +592,12 @@ def test_the_table_says_what_its_speeds_rest_on():
 @pytest.mark.parametrize("text", ["8xFOO", "0xT4-16GB", "A100", "x"])
 def test_a_machine_that_there_is_not(text):
     with pytest.raises(UserError, match="There is no machine.*A100-80GB"):
-        planning.find_machine(text)
+        machines.find_machine(text)
 
 
 def test_names_of_machines_may_be_written_small():
-    assert planning.find_machine("64xa100-80gb") == planning.find_machine("64xA100-80GB")
-    assert planning.find_machine("3xCPU").count == 3
+    assert machines.find_machine("64xa100-80gb") == machines.find_machine("64xA100-80GB")
+    assert machines.find_machine("3xCPU").count == 3
 
 
 def test_cost_is_price_times_hours_and_nothing_is_made_up():
@@ -623,7 +624,7 @@ def test_questions_of_your_own_are_measured_and_the_table_says_so(tmp_path):
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     profile = profiles.get("cpu", task="jsonl", data=str(tmp_path / "mine.jsonl"))
-    size, task = planning.task_size(profile), tasks.get("jsonl")
+    size, task = machines.task_size(profile), tasks.get("jsonl")
     counts = [len(task.load(split, profile.data)) for split in ("train", "validation", "test")]
     assert [size.train, size.validation, size.test] == counts and sum(counts) == 50
     assert size.prompt < size.longest == pytest.approx(len(task.prompt(rows[49])) / 4 + 26, abs=20)
@@ -648,7 +649,7 @@ def test_a_task_of_your_own_is_measured(monkeypatch):
             return [{"question": "x" * 400}] * (30 if split == "train" else 10)
 
     monkeypatch.setattr(tasks, "get", lambda name: Riddles())
-    size = planning.task_size(SimpleNamespace(task="riddles", data=None))
+    size = machines.task_size(SimpleNamespace(task="riddles", data=None))
     assert (size.prompt, size.longest, size.train, size.test) == (126, 126, 30, 10)
     assert "measured" in size.source
 
@@ -701,8 +702,8 @@ def tiny_machine(monkeypatch):
     """This computer, with hardly any memory; and a run that ends where it would begin."""
     from irpo_utils.ops import run as runs
 
-    here = planning.find_machine("cpu")
-    monkeypatch.setattr(planning, "find_machine", lambda text=None: here._replace(memory=0.2e9))
+    here = machines.find_machine("cpu")
+    monkeypatch.setattr(machines, "find_machine", lambda text=None: here._replace(memory=0.2e9))
 
     def begin(*args, **kwargs):
         raise UserError("the run has begun")

@@ -22,14 +22,13 @@ CHARACTERS, TEMPLATE = 4, 26  # per token; tokens around a question. Fits GSM8K,
 # Tokens of a prompt (mean, longest) and of a completion (mean); questions per split; where the
 # numbers come from.
 TaskSize = namedtuple("TaskSize", "prompt longest completion train validation test source")
-# `count` GPUs, or cores, which work as one of `devices`. The rest is of one device, speeds as
-# reached: bytes of `memory` and those that `libraries` take, FLOPs per second by dtype, bytes per
-# second of its memory and to a GPU of the same (`link`) or another node (`between`). `overhead`: by
-# engine, milliseconds that a layer adds to a step, with a base in 16 bits and in NF4. `dtype`: the
-# default there. `note`: what the speeds rest on.
+# `count` GPUs, or cores, which work as one device. The rest is of one device, speeds as reached:
+# bytes of `memory` and those that `libraries` take, FLOPs per second by dtype, bytes per second of
+# its memory and to a GPU of the same (`link`) or another node (`between`). `overhead`: by engine,
+# milliseconds that a layer adds to a step, with a base in 16 bits and in NF4. `dtype`: the default
+# there. `note`: what the speeds rest on.
 Machine = namedtuple(
-    "Machine",
-    "name count devices memory libraries flops bandwidth overhead dtype note link between",
+    "Machine", "name count memory libraries flops bandwidth overhead dtype note link between"
 )
 
 
@@ -138,32 +137,28 @@ def find_machine(text: str | None = None) -> Machine:
 
 def _this_gpu(here) -> Machine:
     """The GPU of the table whose pattern and memory fit best; a T4's speed for an unknown one."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count, gigabytes = int(os.environ.get("WORLD_SIZE", "1")), here.total_memory / 1e9
     found = [name for name, gpu in GPUS.items() if re.search(rf"\b{gpu['pattern']}\b", here.name)]
+    found.sort(key=lambda name: abs(GPUS[name]["memory"] - gigabytes))
+    found.sort(key=lambda name: -len(GPUS[name]["pattern"]))  # "H100 PCIe" before "H100"
+    made = _machine([*found, "T4-16GB"][0], count, here.total_memory)._replace(name=here.name)
     if found:
-        gigabytes = here.total_memory / 1e9
-        found.sort(key=lambda name: abs(GPUS[name]["memory"] - gigabytes))
-        found.sort(key=lambda name: -len(GPUS[name]["pattern"]))  # "H100 PCIe" before "H100"
-        return _machine(found[0], count, here.total_memory)._replace(name=here.name)
-    made = _machine("T4-16GB", count, here.total_memory)
-    dtype = "bfloat16" if getattr(here, "major", 0) >= 8 else "float16"
+        return made
     note = f"{here.name} is unknown, a T4's speed is assumed: {made.note}"
-    return made._replace(name=here.name, dtype=dtype, note=note)
+    return made._replace(dtype="bfloat16" if here.major >= 8 else "float16", note=note)
 
 
 def _machine(name: str, count: int, memory: float) -> Machine:
     """The machine at the calibrated shares of its data sheet; `memory` in bytes."""
     kind, cores = ("cpu", count) if name == "cpu" else ("gpu", 1)
     sheet, reached = GPUS.get(name, DATA["cpu"]), DATA["calibration"][kind]
-    peak = 1e12 * cores * sheet["tflops"]
-    link = 1e9 * reached["link"]
+    flops, link = 1e12 * cores * sheet["tflops"], 1e9 * reached["link"]
     return Machine(
         name=name,
         count=count,
-        devices=count // cores,
         memory=memory,
         libraries=1e9 * reached["libraries"],
-        flops={dtype: peak * share for dtype, share in reached["flops"].items()},
+        flops={dtype: flops * share for dtype, share in reached["flops"].items()},
         bandwidth=1e9 * cores * sheet["bandwidth"] * reached["bandwidth"],
         overhead=reached["overhead"],
         dtype=sheet["dtype"],

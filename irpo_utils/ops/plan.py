@@ -16,17 +16,7 @@ from collections import namedtuple
 import pandas
 
 from irpo_utils import UserError, logprobs, methods
-from irpo_utils.ops.machines import (  # noqa: F401  (notebooks use the tables)
-    NF4_BYTES,
-    SHAPES,
-    TASKS,
-    Machine,
-    Shape,
-    TaskSize,
-    find_machine,
-    find_shape,
-    task_size,
-)
+from irpo_utils.ops import machines
 from irpo_utils.profiles import Profile
 
 OVERVIEW = ("cpu", "T4-16GB", "RTX4090-24GB", "A100-80GB", "H200-141GB")
@@ -51,16 +41,16 @@ def plan(
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price is {price}: give the machine's cost per hour, 0 or more.")
     p = methods.apply(profile)
-    e = Estimate(p, find_shape(p.model), find_machine(machine), task_size(p))
-    memory, expected, at_most = e.memory(), e.work(e.length, PAIR_SHARE), e.work(p.max_new_tokens)
-    rows = [(peak, *expected[name], *at_most[name]) for name, peak in memory.items()]
-    _, *columns = zip(*rows, strict=True)
-    rows.append((e.peak(), *map(sum, columns)))
+    place, shape = machines.find_machine(machine), machines.find_shape(p.model)
+    e = Estimate(p, shape, place, machines.task_size(p))
+    expected, at_most = e.work(e.length, PAIR_SHARE), e.work(p.max_new_tokens)
+    rows = {name: (peak, *expected[name], *at_most[name]) for name, peak in e.memory().items()}
+    peaks, *columns = zip(*rows.values(), strict=True)
+    rows["total"] = (max(peaks), *map(sum, columns))
     *stages, total = (
-        Stage(name, *row, None if price is None else price * row[2])
-        for name, row in zip((*memory, "total"), rows, strict=True)
+        Stage(name, *row, None if price is None else price * row[2]) for name, row in rows.items()
     )
-    made = Plan(e, p, e.shape, e.machine, e.room, stages, total, e.notes())
+    made = Plan(e, p, shape, place, e.room, stages, total, e.notes())
     if must_fit:
         check(made)
     return made
@@ -111,7 +101,8 @@ def _halves(n: int) -> list[int]:
 class Estimate:
     """Memory and work of one profile on one machine. A CPU's cores count as one device."""
 
-    def __init__(self, p: Profile, shape: Shape, machine: Machine, size: TaskSize):
+    def __init__(self, p: Profile, shape: machines.Shape, machine: machines.Machine, size):
+        """`size`: a `machines.TaskSize`. Raises `UserError` if processes cannot share a batch."""
         self.p, self.shape, self.machine, self.size = p, shape, machine, size
         self.room = machine.memory * (1 - RESERVE)
         self.engine = p.engine if p.engine in machine.overhead else "plain"
@@ -122,7 +113,7 @@ class Estimate:
         # Bytes of a token's keys and values, and of weights: all layers, embeddings and head.
         self.token = shape.layers * 2 * shape.kv * self.width
         self.adapter = 4 * shape.lora(p.lora_r)
-        self.layers = shape.linear * (NF4_BYTES if self.nf4 else self.width) + self.adapter
+        self.layers = shape.linear * (machines.NF4_BYTES if self.nf4 else self.width) + self.adapter
         self.outside = (shape.parameters - shape.linear) * self.width
         # Tokens of a completion, expected and at most in training, and of a prompt; questions.
         self.length, limit = min(size.completion, p.max_new_tokens), p.max_length or 10**9
@@ -133,7 +124,7 @@ class Estimate:
         self.n_eval = min(p.n_eval_questions or available, available)
         method = methods.get(p.method)
         online = method.train is not None  # GRPO: planned as if it trained on pairs
-        self.draws = p.iterations > 0 and (method.samples or online)
+        self.samples = p.iterations > 0 and (method.samples or online)
         # Processes share a batch in equal parts, so that some GPUs may stay without work.
         self.devices = 1 if machine.name == "cpu" else machine.count
         busy = 1 if online else min(self.devices, p.batch_size)
@@ -156,34 +147,35 @@ class Estimate:
 
     def pairs(self, share: float) -> float:
         """Pairs of one iteration if `share` of the possible ones can be built."""
-        possible = self.questions * self.p.k_pairs * share if self.draws else self.questions
+        possible = self.questions * self.p.k_pairs * share if self.samples else self.questions
         return min(possible, self.p.max_pairs or math.inf)
 
-    def evaluations(self) -> list[tuple[int, int, int]]:
-        """(questions, completions of each, times): greedy, sampled at both ends, and between."""
+    def draws(self) -> dict[str, list[tuple[int, int, int]]]:
+        """What is sampled in a stage: (questions, completions of each, how often)."""
         p, n, last = self.p, self.n_eval, self.p.iterations
-        draws = [(n, 1, last + 1), (n, p.eval_samples_ends, min(2, last + 1))]
-        return [*draws, (n, p.eval_samples, last - 1)] if last > 1 else draws
+        greedy, ends = (n, 1, last + 1), (n, p.eval_samples_ends, min(2, last + 1))
+        between = [(n, p.eval_samples, last - 1)] if last > 1 else []
+        sampling = [(self.questions, p.n_samples, last)] if self.samples else []
+        return {"sampling": sampling, "evaluation": [greedy, ends, *between]}
 
     def notes(self) -> list[str]:
         """What the numbers rest on; for several GPUs also whether each can hold a copy."""
+        size, speed, added = self.size, self.machine.note, self.overhead_ms[self.engine]
         notes = [
-            f"sizes: prompts of {self.size.prompt} tokens, completions of {self.length}: "
-            f"{self.size.source}",
+            f"sizes: prompts of {size.prompt} tokens, completions of {self.length}: {size.source}",
             f"expected: {PAIR_SHARE:.0%} of the possible pairs; at most: all, at full length",
-            f"speed: {self.machine.note}; {self.overhead_ms[self.engine]} ms per layer and step of "
-            f"engine {self.engine}",
+            f"speed: {speed}; {added} ms per layer and step of engine {self.engine}",
         ]
         if self.engine == "vllm":
             notes.append("memory: the vLLM server is counted on the same GPUs")
         if self.devices > 1:
-            few = f" (a batch of {self.p.batch_size} has no more equal parts: --batch-size)"
             copies = self.replace(shard=False).peak()
             fits = "fits" if copies <= self.room else "does not fit: split it with --shard true"
+            notes.append(f"a copy of the model on each GPU needs {_gb(copies)} and {fits}")
+        if self.ranks < self.devices:
             notes.append(
-                f"training on {self.ranks} of {self.devices} GPUs"
-                f"{few if self.ranks < self.devices else ''}: a copy of the model on each needs "
-                f"{_gb(copies)} and {fits}"
+                f"only {self.ranks} of {self.devices} GPUs train: a batch of {self.p.batch_size} "
+                "has no more equal parts (--batch-size)"
             )
         return notes
 
@@ -197,11 +189,13 @@ class Estimate:
         fixed = self.machine.libraries + weights / parts
         if parts > 1:  # one layer at work, the next on its way, and what is outside the layers
             fixed += 2 * self.layers / s.layers + self.outside
-        drawing = self.decoding_bytes(self.questions, p.n_samples)
-        evaluating = max(self.decoding_bytes(n, k) for n, k, _ in self.evaluations())
+        drawing = {
+            stage: max((self.decoding_bytes(n, k) for n, k, _ in draws), default=0)
+            for stage, draws in self.draws().items()
+        }
         if self.engine == "vllm":  # a server for each node, which stays there during training
-            server = (weights + max(drawing, evaluating)) / min(NODE, self.devices)
-            fixed, drawing, evaluating = fixed + self.machine.libraries + server, 0, 0
+            server = (weights + max(drawing.values())) / min(NODE, self.devices)
+            fixed, drawing = fixed + self.machine.libraries + server, dict.fromkeys(drawing, 0)
         logits = logprobs.LOGITS["cpu" if self.machine.name == "cpu" else "cuda"]
         rows = max(1, min(64, logits // (self.new * s.vocabulary)))  # as of `logprobs.score`
         scoring = rows * self.new * s.vocabulary * (self.width + 8)
@@ -210,9 +204,9 @@ class Estimate:
         learning = self.adapter * (2.5 if "8bit" in p.optimizer else 4) / parts
         learning += self.micro_batch(self.prompt, self.new)[2]
         return {
-            "sampling": fixed + drawing if self.draws else 0,
+            "sampling": fixed + drawing["sampling"] if self.samples else 0,
             "training": fixed + max(learning, scoring) if p.iterations else 0,
-            "evaluation": fixed + max(evaluating, scoring),
+            "evaluation": fixed + max(drawing["evaluation"], scoring),
         }
 
     def rows(self, questions: int, n: int) -> int:
@@ -257,15 +251,11 @@ class Estimate:
 
         Completions have `length` tokens, and `share` of the possible pairs can be built.
         """
-        sampling = [(self.questions, self.p.n_samples, self.p.iterations if self.draws else 0)]
-        return {
-            "sampling": self.decoding_work(sampling, length),
-            "training": self.training_work(self.pairs(share), min(length, self.new)),
-            "evaluation": self.decoding_work(self.evaluations(), length),
-        }
+        work = {stage: self.decoding_work(draws, length) for stage, draws in self.draws().items()}
+        return {**work, "training": self.training_work(self.pairs(share), min(length, self.new))}
 
     def decoding_work(self, draws: list[tuple], length: float) -> tuple[float, float]:
-        """(tokens, hours) of draws as in `evaluations`: weights, cache, overhead; no prompts."""
+        """(tokens, hours) of some of `draws`: weights, cache, overhead; no prompts."""
         tokens = seconds = 0.0
         # A step of `plain` waits for the longest completion; others are fitted per mean token.
         waiting = self.p.max_new_tokens / length if self.engine == "plain" else 1
@@ -299,13 +289,9 @@ class Estimate:
         return p.iterations * tokens, p.iterations * seconds / 3600
 
     def sent_per_step(self) -> float:
-        """Bytes that a GPU sends in a step of training, in a ring.
-
-        Copies of the model all-reduce the adapter's gradients. For split layers, each micro-batch
-        gathers the layers twice and the rest once, and reduce-scatters the gradients.
-        """
-        sent = 2 * self.adapter
-        if self.p.shard:
+        """Bytes that a GPU sends in a step of training, in a ring."""
+        sent = 2 * self.adapter  # an all-reduce of the gradients
+        if self.p.shard:  # each micro-batch gathers layers twice, and reduce-scatters gradients
             micro_batches = self.batch / self.micro / self.ranks
             sent = micro_batches * (2 * self.layers + self.outside + self.adapter)
         return sent * (self.ranks - 1) / self.ranks
@@ -318,7 +304,7 @@ class Estimate:
         """All matrix products for so many tokens on one device: the roofline."""
         s, m = self.shape, self.machine
         # NF4 weights are read, written unpacked and read again, as by bitsandbytes.
-        weight = NF4_BYTES + 2 * self.width if self.nf4 else self.width
+        weight = machines.NF4_BYTES + 2 * self.width if self.nf4 else self.width
         read = s.linear * weight + s.head * self.width
         return max(read / m.bandwidth, 2 * (s.linear + s.head) * tokens / m.flops[self.dtype])
 
@@ -328,35 +314,35 @@ def table(made: Plan) -> str:
     e, p, m = made.estimate, made.profile, made.machine
     kind = f"{_count(e.shape.parameters)} parameters, {'4-bit base, ' if e.nf4 else ''}{e.dtype}"
     place = f"{m.count} x {'CPU core' if m.name == 'cpu' else m.name}"
-    rows = [*made.stages, made.total]
-    cells = {
-        "peak memory": [_gb(row.memory) for row in rows],
-        "tokens": [_count(row.tokens) for row in rows],
-        "at most": [_count(row.tokens_at_most) for row in rows],
-        "time": [_time(row.hours) for row in rows],
-        " at most": [_time(row.hours_at_most) for row in rows],
+    columns = {
+        "memory": ("peak memory", _gb),
+        "tokens": ("tokens", _count),
+        "tokens_at_most": ("at most", _count),
+        "hours": ("time", _time),
+        "hours_at_most": ("at most", _time),
     }
-    notes = made.notes
-    if made.total.cost is None:
-        notes = [*notes, "cost: give --price PER_HOUR"]
-    else:
-        cells["cost"] = [f"{row.cost:,.2f}" for row in rows]
-    text = pandas.DataFrame(cells, index=[row.name for row in rows]).to_string()
+    if priced := made.total.cost is not None:
+        columns["cost"] = ("cost", "{:,.2f}".format)
+    header, formatters = zip(*columns.values(), strict=True)
+    rows = pandas.DataFrame([*made.stages, made.total]).set_index("name")[list(columns)]
+    text = rows.to_string(header=header, formatters=formatters, index_names=False)
     title = f"plan: {p.iterations} x {p.method}, {p.task}, {p.model} ({kind}) on {place}"
-    return "\n".join([title, text, *notes])
+    return "\n".join(
+        [title, text, *made.notes, *([] if priced else ["cost: give --price PER_HOUR"])]
+    )
 
 
-def overview(profiles: dict[str, Profile], machines=OVERVIEW) -> str:
+def overview(profiles: dict[str, Profile], names=OVERVIEW) -> str:
     """All profiles: parameters, peak memory on the last machine, and the time on each machine."""
     rows = {}
     for name, profile in profiles.items():
-        plans = [plan(profile, machine, must_fit=False) for machine in machines]
+        plans = [plan(profile, machine, must_fit=False) for machine in names]
         hours = [_time(p.total.hours) if p.total.memory <= p.room else "-" for p in plans]
         rows[name] = [_count(plans[-1].shape.parameters), _gb(plans[-1].total.memory), *hours]
-    text = pandas.DataFrame(rows, index=["parameters", "memory", *machines]).T.to_string()
-    notes = dict.fromkeys(f"speed: {find_machine(name).note}" for name in machines)
+    text = pandas.DataFrame(rows, index=["parameters", "memory", *names]).T.to_string()
+    notes = dict.fromkeys(f"speed: {machines.find_machine(name).note}" for name in names)
     more = "More: python -m irpo_utils plan --profile NAME --gpus 8xA100-80GB --price PER_HOUR"
-    memory = f"memory: the peak on {machines[-1]}; -: does not fit there as it is set"
+    memory = f"memory: the peak on {names[-1]}; -: does not fit there as it is set"
     return "\n".join([text, memory, *notes, more])
 
 
