@@ -69,10 +69,9 @@ SHAPES = {name: Shape(**model) for name, model in DATA["models"].items()}
 
 def task_size(p: Profile) -> TaskSize:
     """Sizes of the profile's task: from machines.yaml, or for `jsonl` and new tasks measured."""
-    task = tasks.get(p.task)
-    known, assumed = TASKS.get(task.name), TASKS["jsonl"]
-    if known and not (task.name == "jsonl" and p.data):
-        return known
+    task, assumed = tasks.get(p.task), TASKS["jsonl"]
+    if task.name in TASKS and not (task.name == "jsonl" and p.data):
+        return TASKS[task.name]
     try:
         splits = {split: task.load(split, p.data) for split in ("train", "validation", "test")}
         texts = [task.prompt(row) for row in itertools.islice(splits["train"], 2000)]

@@ -74,18 +74,17 @@ def check(made: Plan) -> None:
 
 def what_fits(e: Estimate) -> dict | None:
     """The fewest and smallest changes of settings with which the run fits; None: there are none."""
-    options = {
-        "quantize": [True],
-        "gradient_checkpointing": [True],
-        "sampling_batch_size": _halves(e.p.sampling_batch_size),
-        "micro_batch_size": [n for n in _halves(e.micro) if e.share % n == 0],
+    options = {  # None: unchanged; the last one is the first to be tried
+        "micro_batch_size": [None, *(n for n in _halves(e.micro) if e.share % n == 0)],
+        "sampling_batch_size": [None, *_halves(e.p.sampling_batch_size)],
+        "gradient_checkpointing": [None, True],
+        "quantize": [None, True],
     }
     candidates = [
-        dict(zip(names, values, strict=True))
-        for count in range(1, len(options) + 1)
-        for names in itertools.combinations(options, count)
-        for values in itertools.product(*(options[name] for name in names))
+        {name: new for name, new in zip(options, values, strict=True) if new is not None}
+        for values in itertools.product(*options.values())
     ]
+    candidates.sort(key=len)
     if e.ranks > 1 and not e.p.shard:
         split = {"shard": True, "engine": "vllm"}
         if "8bit" in e.p.optimizer or "paged" in e.p.optimizer:  # FSDP2 cannot split their states
@@ -109,7 +108,8 @@ class Estimate:
         self.dtype = p.dtype or machine.dtype
         self.width = 4 if self.dtype == "float32" else 2
         self.nf4 = p.quantize and not p.dequantize
-        self.overhead_ms = {name: ms[self.nf4] for name, ms in machine.overhead.items()}
+        # What a layer adds to a step of an engine, or to a pass of `training`.
+        self.milliseconds = {name: ms[self.nf4] for name, ms in machine.overhead.items()}
         # Bytes of a token's keys and values, and of weights: all layers, embeddings and head.
         self.token = shape.layers * 2 * shape.kv * self.width
         self.adapter = 4 * shape.lora(p.lora_r)
@@ -139,6 +139,7 @@ class Estimate:
             )
         self.batch = min(batch, self.pairs(1.0) * (max(1, p.iterations) if p.keep_pairs else 1))
         self.micro = min(micro, math.ceil(self.batch / self.ranks))
+        self.micro_batches = self.batch / self.micro / self.ranks  # of one process in a step
 
     def replace(self, **changes) -> Estimate:
         """The same with other settings."""
@@ -160,7 +161,7 @@ class Estimate:
 
     def notes(self) -> list[str]:
         """What the numbers rest on; for several GPUs also whether each can hold a copy."""
-        size, speed, added = self.size, self.machine.note, self.overhead_ms[self.engine]
+        size, speed, added = self.size, self.machine.note, self.milliseconds[self.engine]
         notes = [
             f"sizes: prompts of {size.prompt} tokens, completions of {self.length}: {size.source}",
             f"expected: {PAIR_SHARE:.0%} of the possible pairs; at most: all, at full length",
@@ -259,11 +260,12 @@ class Estimate:
         tokens = seconds = 0.0
         # A step of `plain` waits for the longest completion; others are fitted per mean token.
         waiting = self.p.max_new_tokens / length if self.engine == "plain" else 1
+        overhead = 1e-3 * self.shape.layers * self.milliseconds[self.engine]
         for questions, n, times in draws:
             here = questions * n / (self.devices if self.engine == "vllm" else self.ranks)
             rows = min(self.rows(questions, n), max(1, here))
             cache = rows * (self.size.prompt + length / 2) * self.token / self.machine.bandwidth
-            step = self.product_seconds(rows) + cache + waiting * self.overhead_seconds(self.engine)
+            step = self.product_seconds(rows) + cache + waiting * overhead
             tokens += times * questions * n * length
             seconds += times * here / rows * length * step
         return tokens, seconds / 3600
@@ -279,9 +281,10 @@ class Estimate:
         steps = p.max_steps if p.max_steps > 0 else pairs * p.epochs / self.batch
         positions, layer, _ = self.micro_batch(prompt, length)
         passes = 3 if p.gradient_checkpointing else 2  # forward, backward, forward again
-        computing = passes * (self.product_seconds(positions) + self.overhead_seconds("training"))
+        overhead = 1e-3 * s.layers * self.milliseconds["training"]
+        computing = passes * (self.product_seconds(positions) + overhead)
         computing += 3 * s.layers * layer / m.bandwidth
-        computing *= self.batch / self.micro / self.ranks
+        computing *= self.micro_batches
         link = min(m.link, m.between) if self.ranks > NODE else m.link
         reference = self.product_seconds(2 * pairs * (prompt + length)) / self.ranks
         seconds = steps * max(computing, self.sent_per_step() / link) + reference
@@ -292,13 +295,8 @@ class Estimate:
         """Bytes that a GPU sends in a step of training, in a ring."""
         sent = 2 * self.adapter  # an all-reduce of the gradients
         if self.p.shard:  # each micro-batch gathers layers twice, and reduce-scatters gradients
-            micro_batches = self.batch / self.micro / self.ranks
-            sent = micro_batches * (2 * self.layers + self.outside + self.adapter)
+            sent = self.micro_batches * (2 * self.layers + self.outside + self.adapter)
         return sent * (self.ranks - 1) / self.ranks
-
-    def overhead_seconds(self, part: str) -> float:
-        """What all layers add to a step of an engine, or to a pass of `training`."""
-        return 1e-3 * self.shape.layers * self.overhead_ms[part]
 
     def product_seconds(self, tokens: float) -> float:
         """All matrix products for so many tokens on one device: the roofline."""
@@ -327,9 +325,8 @@ def table(made: Plan) -> str:
     rows = pandas.DataFrame([*made.stages, made.total]).set_index("name")[list(columns)]
     text = rows.to_string(header=header, formatters=formatters, index_names=False)
     title = f"plan: {p.iterations} x {p.method}, {p.task}, {p.model} ({kind}) on {place}"
-    return "\n".join(
-        [title, text, *made.notes, *([] if priced else ["cost: give --price PER_HOUR"])]
-    )
+    notes = made.notes + ([] if priced else ["cost: give --price PER_HOUR"])
+    return "\n".join([title, text, *notes])
 
 
 def overview(profiles: dict[str, Profile], names=OVERVIEW) -> str:
