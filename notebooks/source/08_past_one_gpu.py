@@ -646,8 +646,8 @@ else:
 # of eight of them at least one does, and of 64:
 
 # %%
-for machines in (1, 8, 64):
-    print(f"{machines:2} machines: {1 - 0.99**machines:.1%} that at least one fails within the hour")
+for n in (1, 8, 64):
+    print(f"{n:2} machines: {1 - 0.99**n:.1%} that at least one fails within the hour")
 
 # %% [markdown]
 # Of eight machines one fails about every thirteenth hour, of 64 nearly every other. And the others cannot go on without it: in the
