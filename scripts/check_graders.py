@@ -37,6 +37,7 @@ from irpo_utils.ops.cli import quiet_libraries
 from irpo_utils.ops.environment import environment
 from irpo_utils.tasks import files, numbers, verifier
 from irpo_utils.tasks import math as math_task
+from studies import word_choices
 
 CASES = Path(__file__).parents[1] / "tests" / "data" / "answers.jsonl"
 COLUMNS = ("test", "tried", "held", "note")
@@ -306,7 +307,7 @@ def check_numbers(
 
 def check_nearest(count: int, rng: random.Random, examples: dict) -> list[dict]:
     """The rows of word_choices: an option's number, right or wrong, and what lies within half a step of it, in all the forms."""
-    task, tally = tasks.get("word_choices"), Tally("word_choices", WHY_NUMBERS, examples)
+    task, tally = word_choices.TASK, Tally("word_choices", WHY_NUMBERS, examples)
     rows = [row for split in ("train", "validation", "test") for row in task.load(split)]
     for index in range(count):
         row, kind = rows[index % len(rows)], rng.choices([*SHARES], [*SHARES.values()])[0]

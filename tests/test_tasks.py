@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from irpo_utils import UserError, grading, tasks
-from irpo_utils.tasks import files, gsm8k, jsonl, math, word_choices, word_problems
+from irpo_utils.tasks import files, gsm8k, jsonl, math, word_problems
+from studies import word_choices
 
 SPLITS = ("train", "validation", "test")
 REPOSITORY = Path(__file__).parents[1]

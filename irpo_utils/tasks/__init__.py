@@ -7,7 +7,7 @@ import importlib
 from irpo_utils import UserError
 from irpo_utils.tasks.base import Task
 
-NAMES = ("word_problems", "word_choices", "gsm8k", "svamp", "arc_challenge", "math", "jsonl")
+NAMES = ("word_problems", "gsm8k", "svamp", "arc_challenge", "math", "jsonl")
 _REGISTERED: dict[str, Task] = {}
 
 

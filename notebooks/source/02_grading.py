@@ -32,6 +32,7 @@
 # %%
 import os, sys
 sys.path[:0] = [".", ".."]                          # helpers_02.py and checks_02.py are next to the notebooks
+sys.path += ["../scripts", "../../scripts"]         # the package `studies`
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
 
 # %% tags=["nbval-ignore-output"]
@@ -44,7 +45,8 @@ import checks_02, helpers_02
 from helpers_02 import equations, is_true
 from irpo_utils import grading, models, pairs, profiles, tasks
 from irpo_utils.ops.cli import quiet_libraries
-from irpo_utils.tasks import answers, numbers, word_choices
+from irpo_utils.tasks import answers, numbers
+from studies import word_choices
 
 quiet_libraries()
 profile = profiles.get(PROFILE)
@@ -382,14 +384,15 @@ print(f"{kept} of {len(chosen)} chosen completions pass your reward")
 # ## 7 Luck on multiple choice
 #
 # With four options a guess is often correct. The paper notes that lucky chains of thought are chosen on ARC
-# ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). How many are there? The task `word_choices` has the same
-# questions with four options, and the nearest option counts as the letter of the model. So we grade the *same* completions
-# again. A completion is **lucky** if its letter is correct and its number is not.
+# ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). How many are there? The task
+# [`word_choices`](../scripts/studies/word_choices.py) has the same questions with four options, and the nearest option
+# counts as the letter of the model. So we grade the *same* completions again. A completion is **lucky** if its letter is
+# correct and its number is not.
 #
 # **Predict**: is the lucky share of the rewarded completions below 25 %, about 25 %, or above?
 
 # %% tags=["nbval-ignore-output"]
-choices = tasks.get("word_choices")
+choices = word_choices.TASK
 by_letter = grading.grade(graded.map(word_choices.options), choices)
 letters = by_letter.to_pandas()
 letters["lucky"] = [row["correct"] and not choices.solved(row["completion"], row) for row in by_letter]

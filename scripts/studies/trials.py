@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas
 
 from irpo_utils import UserError, methods
-from studies import api
+from studies import api, word_choices
 from studies.api import Profile
 
 # The search budget of every method: three learning rates, one seed each.
@@ -143,7 +143,7 @@ def regimes() -> list[Trial]:
         "few questions": SHORT | {"n_questions": 150},
         "lucky": SHORT,
         "late": SHORT,
-        "choices": SHORT | {"task": "word_choices"},
+        "choices": SHORT | {"task": word_choices.TASK.name},
     }
     trials = []
     for name, settings in cases.items():

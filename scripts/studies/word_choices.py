@@ -8,21 +8,19 @@ One raw question, and its options (the correct one is B):
 Questions, splits, gold solutions and prompt are those of `word_problems`: M0 knows no other prompt.
 The options are not shown to the model. It calculates a number, and the nearest option is taken, as
 by a pupil who picks the closest one. An incorrect number can therefore be graded as correct, which
-is the luck of multiple choice (notebook 02).
+is the luck of multiple choice (notebook 02). Importing this module registers the task.
 """
 
 from __future__ import annotations
 
 import random
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
 
-from irpo_utils.tasks.base import Task
+from datasets import Dataset
+
+from irpo_utils import tasks
 from irpo_utils.tasks.numbers import parse
 from irpo_utils.tasks.word_problems import TASK as NUMBERS
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 OPTIONS = 4
 
@@ -54,7 +52,7 @@ def nearest(number: str, choices: list[str]) -> str | None:
     return ascii_uppercase[distances.index(smallest)] if distances.count(smallest) == 1 else None
 
 
-class WordChoices(Task):
+class WordChoices(tasks.Task):
     """Word problems whose answer is a letter."""
 
     name = "word_choices"
@@ -76,9 +74,7 @@ class WordChoices(Task):
 
     def load(self, split: str, data: str | None = None) -> Dataset:
         """The rows of `word_problems` with `choices` and a letter as `answer`; the same errors."""
-        from datasets import Dataset
-
         return Dataset.from_list([{**row, **options(row)} for row in NUMBERS.load(split, data)])
 
 
-TASK = WordChoices()
+TASK = tasks.register(WordChoices())
