@@ -7,6 +7,7 @@ current model, rewarded, learnt from once and discarded.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import tempfile
@@ -36,15 +37,10 @@ class Trainer(GRPOTrainer):
         prompts = [models.render_prompt(tokenizer, task.prompt(row)) for row in questions]
         self.questions, self.task = dict(zip(prompts, questions, strict=True)), task
         # A server does not have the weights of the current step, so the model itself samples.
-        engine = "plain" if p.engine == "vllm" else p.engine
-        self.settings = {
-            "temperature": p.temperature_of(0),
-            "top_p": p.top_p,
-            "max_new_tokens": p.max_new_tokens,
-            "batch_size": p.sampling_batch_size,
-            "progress": False,
-            "engine": iteration.plugin(f"engines.{engine}").Engine(),
-        }
+        engine = iteration.plugin(f"engines.{'plain' if p.engine == 'vllm' else p.engine}").Engine()
+        how = {"max_new_tokens": p.max_new_tokens, "batch_size": p.sampling_batch_size}
+        how |= {"temperature": p.temperature_of(0), "top_p": p.top_p}
+        self.draw = functools.partial(sampling.sample, engine=engine, progress=False, **how)
         self.seeds, self.started = itertools.count(config.seed * 10_000), time.perf_counter()
         super().__init__(
             model,
@@ -60,10 +56,10 @@ class Trainer(GRPOTrainer):
 
     def rollout(self, prompts: list[str], _) -> dict:
         """N graded completions of each prompt, which comes N times in a row."""
-        unique = list(dict.fromkeys(prompts))
-        questions, n = [self.questions[prompt] for prompt in unique], len(prompts) // len(unique)
-        parts = self.model.eval(), self.processing_class, questions, self.task, n
-        samples = sampling.sample(*parts, seed=next(self.seeds), **self.settings)
+        questions = [self.questions[prompt] for prompt in dict.fromkeys(prompts)]
+        model, n = self.model.eval(), len(prompts) // len(questions)
+        tokenizer, seed = self.processing_class, next(self.seeds)
+        samples = self.draw(model, tokenizer, questions, self.task, n=n, seed=seed)
         self.model.train()
         self.sampled_tokens = sum(samples["n_tokens"])
         graded = grading.grade(samples, self.task)
@@ -104,29 +100,25 @@ def train(model, tokenizer, questions, task, p: Profile, seed: int) -> Dataset:
 def _config(model, p: Profile, seed: int, n_questions: int, folder: str) -> GRPOConfig:
     batch = min(p.batch_size, n_questions) * p.n_samples  # completions
     micro = math.gcd(batch, 2 * p.micro_batch_size) if p.micro_batch_size else batch
+    on_cpu = model.device.type == "cpu"
+    loss = {"num_generations": p.n_samples, "beta": 0.0, "loss_type": "dapo"}
+    completions = {"max_completion_length": p.max_new_tokens, "temperature": p.temperature_of(0)}
+    batches = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": batch // micro}
+    schedule = {"num_train_epochs": 1, "warmup_steps": p.warmup_ratio}
+    optimizer = {"optim": p.optimizer, "max_grad_norm": p.max_grad_norm}
+    # The base has its dtype, the adapter stays in fp32; fp16 scales the loss for small gradients.
+    precision = {"bf16": False, "fp16": model.dtype == torch.float16 and not on_cpu}
     return GRPOConfig(
         output_dir=folder,
-        learning_rate=p.learning_rate,
-        num_train_epochs=1,
-        num_generations=p.n_samples,
-        beta=0.0,
-        loss_type="dapo",
         scale_rewards="group",
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=batch // micro,
-        max_completion_length=p.max_new_tokens,
-        temperature=p.temperature_of(0),
-        warmup_steps=p.warmup_ratio,
+        learning_rate=p.learning_rate,
         lr_scheduler_type=p.lr_scheduler,
-        max_grad_norm=p.max_grad_norm,
-        optim=p.optimizer,
         seed=seed,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        bf16=False,  # the base has its dtype, and the adapter stays in fp32
-        fp16=model.dtype == torch.float16 and model.device.type != "cpu",  # loss scaling
-        use_cpu=model.device.type == "cpu",
+        use_cpu=on_cpu,
         gradient_checkpointing=p.gradient_checkpointing,
         dataloader_pin_memory=False,
+        **(loss | completions | batches | schedule | optimizer | precision),
     )

@@ -12,8 +12,6 @@ the training questions those whose text is also a test question ("Which is a che
 other options) are left out.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path

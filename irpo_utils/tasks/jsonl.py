@@ -11,8 +11,6 @@ Repetitions within a file are dropped; where two files of a folder share questio
 stops the run.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata
@@ -22,7 +20,7 @@ from pathlib import Path
 from irpo_utils import UserError
 from irpo_utils.tasks import answers, arc_challenge, gsm8k, numbers
 from irpo_utils.tasks.base import SPLITS
-from irpo_utils.tasks.files import FileTask, need, question_hash, read_jsonl, without
+from irpo_utils.tasks.files import FileTask, need, question_hash, without
 
 PATTERNS = answers.read_patterns("texts")
 
@@ -69,7 +67,7 @@ class JSONL(FileTask):
     def row(self, raw: dict, index: int) -> dict:
         """The row with text in every field, and a letter if there are choices."""
         question, answer = raw["question"], raw["answer"]
-        solution, choices = raw.get("solution"), raw.get("choices")
+        solution, choices, given_id = raw.get("solution"), raw.get("choices"), raw.get("id")
         need(isinstance(question, str) and question.strip(), "`question` is empty or not text")
         need(solution is None or isinstance(solution, str), "`solution` is not text")
         is_number = isinstance(answer, (int, float, Decimal)) and not isinstance(answer, bool)
@@ -83,28 +81,23 @@ class JSONL(FileTask):
             answer = arc_challenge.letter(answer, choices)
             need(answer, "`answer` is none of the choices")
         row = {"question": question, "answer": answer, "solution": solution, "choices": choices}
-        return row if raw.get("id") is None else row | {"id": str(raw["id"])}
+        row["id"] = None if given_id is None else str(given_id)
+        return {name: value for name, value in row.items() if value is not None}
 
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
-        """The three files of a folder, or one file split 80/10/10; no empty columns."""
+        """The three files of a folder, or one file split 80/10/10."""
         if path is None:
             raise UserError(
                 "The task jsonl needs questions: --data FILE, a JSONL file with one object per "
                 f"line that has {self.expected}."
             )
         if path.is_dir():
-            parts = {name: self.read(path, name) for name in SPLITS}
-        else:
-            parts = {name: [] for name in SPLITS}
-            for row in read_jsonl(path, self, path.stem):
-                tenth = int(question_hash(row), 16) % 10  # of ten parts the last two are held out
-                parts["test" if tenth == 9 else "validation" if tenth == 8 else "train"].append(row)
-        rows = [row for part in parts.values() for row in part]
-        empty = {key for key in ("solution", "choices") if not any(row[key] for row in rows)}
-        return {
-            name: [{k: v for k, v in row.items() if k not in empty} for row in without(part)]
-            for name, part in parts.items()
-        }
+            return {name: without(self.read(path, name)) for name in SPLITS}
+        parts = {name: [] for name in SPLITS}
+        for row in without(self.read_file(path, path.stem)):
+            tenth = int(question_hash(row), 16) % 10  # of ten parts the last two are held out
+            parts["test" if tenth == 9 else "validation" if tenth == 8 else "train"].append(row)
+        return parts
 
 
 TASK = JSONL()

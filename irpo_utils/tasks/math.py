@@ -19,8 +19,6 @@ formula copied from the question is no answer, and no operation may be left to d
 answer does not have. Only then math-verify decides (`verifier`).
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

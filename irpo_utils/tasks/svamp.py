@@ -10,8 +10,6 @@ seed and split 700/100/200: accuracies on these 200 are not results on "the SVAM
 prompt.
 """
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 
