@@ -7,16 +7,13 @@ One raw row (files test.jsonl, train.jsonl or train_8k.jsonl, and math500.jsonl 
 
 (train_8k has `question` and `answer` instead, no solutions, and two rows with an empty answer,
 which are left out.) Splits: `test` (5,000), `math500` (500 of them), and train less what is in
-either, 15 % of it for validation. Prompt of the paper (appendix B.1) with four worked examples from
-train, in the column `examples` of every row; they are in no split. The paper does not print its
-four, and train_8k has no solutions: questions and answers are taken from the data at load time, the
-solutions in math_examples.json are our own, so that the prompt is the same from every source.
+either, 15 % of it for validation. Prompt of the paper (appendix B.1) with four worked examples,
+which the paper does not print: training questions, in no split, with our own solutions.
 
 A completion's answer is read after the last "Final answer:", without one from the last \boxed.
-Equality of value is not equality of answer: where the gold answer is a number, the answer must be a
-number too (3^5 is not accepted for 243), units may be left out but other words may not be added, a
-formula copied from the question is no answer, and no operation may be left to do that the gold
-answer does not have. Only then math-verify decides (`verifier`).
+Equality of value is not equality of answer: for a number the answer must also be a number (3^5 is
+not accepted for 243), a formula copied from the question is no answer, and no operation may be left
+to do that the gold answer does not have. Only then math-verify decides (`verifier`).
 """
 
 import functools
@@ -48,7 +45,6 @@ FORMULA, BOX, NUMBER, APPROXIMATE, OPTION, SIGN = (
     PATTERNS[name][0][0] for name in ("formula", "box", "number", "approximate", "option", "sign")
 )
 CONTENT = answers.PATTERNS["content"][0][0]
-FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 
 @functools.lru_cache(maxsize=10_000)  # a gold answer is compared with many completions
@@ -62,7 +58,7 @@ def canonical(text: str) -> str:
     values = [_number(part) for part in text.split(", ")]
     if all(values):  # "1/2 or 0.5" is one answer
         return ", ".join(dict.fromkeys(values))
-    return _interval(text) or text
+    return answers.replace(PATTERNS["interval"], text)
 
 
 def _tidy(text: str) -> str:
@@ -76,11 +72,10 @@ def _exact(text: str) -> str:
     match = APPROXIMATE.fullmatch(text)
     if not match or not re.search(r"\\(?!text|mbox)|[π√/]", match[1]):
         return text
-    value, decimal = numbers.parse(match[1]), numbers.parse(match[2])
-    if value is None:
-        return match[1]
-    is_close = decimal is not None and abs(abs(value) - decimal) <= abs(value) / 100
-    return match[1] if is_close else text
+    value, decimal = map(numbers.parse, match.groups())
+    if value is not None and (decimal is None or abs(abs(value) - decimal) > abs(value) / 100):
+        return text
+    return match[1]
 
 
 def _number(text: str) -> str | None:
@@ -89,28 +84,6 @@ def _number(text: str) -> str | None:
     if value is None or (value.denominator == 1 and re.search(r"/|frac", text)):
         return None  # 6/2 still has a division to do
     return numbers.show(value)
-
-
-def _interval(text: str) -> str | None:
-    r"""Inequalities in one variable as intervals, and with "or" as a union of intervals."""
-    pieces = []
-    for part in text.split("\\cup"):
-        sides = [side.strip() for side in re.split(r"(<|>|\\[lg]e(?![a-z]))", part)]
-        if ">" in sides or "\\ge" in sides:  # x > 2 is 2 < x
-            sides = [FLIPPED.get(side, side) for side in reversed(sides)]
-        if len(sides) == 3 and sides[0].isalpha():
-            sides = ["-\\infty", "<", *sides]
-        elif len(sides) == 3:
-            sides += ["<", "\\infty"]
-        names = [place for place, side in enumerate(sides) if re.fullmatch("[a-z]", side)]
-        if len(sides) != 5 or names != [2] or not all(sides):
-            return None
-        low, first, _, last, high = sides
-        if {first, last} - {"<", "\\le"}:
-            return None
-        begin, end = "[" if first == "\\le" else "(", "]" if last == "\\le" else ")"
-        pieces.append(f"{begin}{low}, {high}{end}")
-    return "\\cup".join(pieces)
 
 
 def last_boxed(text: str) -> str | None:
@@ -233,16 +206,15 @@ def equal(gold: str, answer: str) -> bool:
 def _comparable(gold: str, answer: str) -> bool:
     """Whether the library reads both texts as a reader does, in bounded time."""
     for text in (gold, answer):
-        is_deep = any(bracket in _outside(text[:MAX_LENGTH]) for bracket in "({[")
-        if is_deep or not 0 < len(text) <= MAX_LENGTH or answers.found(PATTERNS["complex"], text):
+        is_deep = re.search(r"[({\[]", _outside(text[:MAX_LENGTH]))
+        if is_deep or len(text) > MAX_LENGTH or answers.found(PATTERNS["complex"], text):
             return False
     if _ends(gold) != _ends(answer) or answers.found(PATTERNS["unclear"], answer):
         return False
-    if "\\approx" in gold or ("_" in gold and "_" in answer):
+    if "_" in gold and "_" in answer:
         return False
-    if "=" in gold:  # to the library all false equations without a variable are equal
-        return re.search("[a-z]", gold) is not None
-    return "=" not in answer  # an equation to be solved is no value
+    # To the library all false equations without a variable are equal; one to solve is no value.
+    return bool(re.search("[a-z]", gold)) if "=" in gold else "=" not in answer
 
 
 @functools.lru_cache(maxsize=100_000)  # an error is not remembered: there may be time the next time
@@ -309,38 +281,29 @@ class MATH(FileTask):
             return [("HuggingFaceH4/MATH-500", None, "test")]
         return [(self.hub, subject, name) for subject in SUBJECTS]
 
-    def read(self, path: Path | None, name: str, optional: bool = False) -> list[dict]:
-        """As for every task; the training file may be train_8k.jsonl."""
-        if path and name == "train" and (path / "train_8k.jsonl").exists():
-            name = "train_8k"
-        return super().read(path, name, optional)
-
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
         """Test and MATH-500; train without these and the examples, 15 % of it for validation."""
         test, math500 = self.read(path, "test"), self.read(path, "math500", optional=True)
-        train = [row for row in self.read(path, "train") if row["answer"].strip()]
-        examples, train = _take_examples(without(train, test, math500))
+        name = "train_8k" if path and (path / "train_8k.jsonl").exists() else "train"
+        answered = [row for row in self.read(path, name) if row["answer"].strip()]
+        examples, train = _take_examples(without(answered, test, math500))
         train, validation = hold_out(train)
-        for row in (*train, *validation, *test, *math500):
-            row["examples"] = examples
-        return {"train": train, "validation": validation, "test": test, "math500": math500}
+        parts = {"train": train, "validation": validation, "test": test, "math500": math500}
+        return {name: [row | {"examples": examples} for row in parts[name]] for name in parts}
 
 
 def _take_examples(train: list[dict]) -> tuple[str, list[dict]]:
     """(text of the worked examples, the other rows)."""
-    hashed = [(question_hash(row)[:16], row) for row in train]
-    found = {key: row for key, row in hashed if key in EXAMPLES}
-    if len(found) < len(EXAMPLES):
+    rows = {question_hash(row)[:16]: row for row in train}
+    if missing := [key for key in EXAMPLES if key not in rows]:
         raise UserError(
-            f"{len(EXAMPLES) - len(found)} of the four examples of the prompt of MATH are not in "
-            "its training file; use the whole file, or --task jsonl for other questions."
+            f"{len(missing)} of the four examples of the prompt of MATH are not in its training "
+            "file; use the whole file, or --task jsonl for other questions."
         )
     shown = [
-        f"Question: {found[key]['question']}\nSolution: {solution}\nFinal answer: "
-        f"${found[key]['answer']}$\n"
-        for key, solution in EXAMPLES.items()
+        f"Question: {rows.pop(key)['question']}\nSolution: {EXAMPLES[key]}\n" for key in EXAMPLES
     ]
-    return "".join(shown), [row for key, row in hashed if key not in EXAMPLES]
+    return "".join(shown), [*rows.values()]
 
 
 TASK = MATH()

@@ -3,11 +3,9 @@ r"""math-verify in a child process, so that no comparison takes unbounded time o
 The child is ended after `TIME_LIMIT` seconds of processor time (not wall-clock time: a busy
 machine must not make a correct answer wrong) or at `MEMORY_LIMIT` bytes, whatever thread the caller
 is in. No text is evaluated as code: only the LaTeX grammar is used, not the library's `parse_expr`.
+The child ends when its input does, that is with the process that started it.
 """
 
-from __future__ import annotations
-
-import atexit
 import contextlib
 import functools
 import json
@@ -33,19 +31,17 @@ PRODUCT = re.compile(r"(?:(?<=\))|(?<=\\pi)|(?<=\d)(?<![\^_]\d))\s*(?=\()|(?<=\)
 class Verifier:
     """One question per line to the child, which is killed when it takes too long."""
 
-    def __init__(self) -> None:
-        self.lock, self.process, self.owner = threading.Lock(), None, os.getpid()
-        atexit.register(self.stop)
+    def __init__(self):
+        self.lock, self.process = threading.Lock(), None
 
     def equal(self, gold: str, answer: str) -> bool:
         """The library's verdict; `TimeoutError` if there is none in time. Thread-safe."""
-        question = json.dumps([gold, answer, TIME_LIMIT]) + "\n"
         with self.lock:
             for _ in range(2):  # once more if the child was lost before this question
                 if self.process is None:
                     self._start()
                 started = time.monotonic()
-                reply = self._exchange(question, PATIENCE * TIME_LIMIT)
+                reply = self._ask([gold, answer, TIME_LIMIT], PATIENCE * TIME_LIMIT)
                 if reply or time.monotonic() - started >= TIME_LIMIT:
                     break
         if not reply:
@@ -53,38 +49,33 @@ class Verifier:
         return reply == "1"
 
     def _start(self) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command = [sys.executable, "-m", "irpo_utils.tasks.verifier"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         root = Path(__file__).parents[2]  # where `-m` finds the package
         self.process = subprocess.Popen(command, cwd=root, text=True, encoding="utf-8", **pipes)
-        if not self._exchange("", START_LIMIT):
+        if not self._ask(["x+1", "1+x", 0], START_LIMIT):  # imports all that later questions need
             raise UserError(
                 "The grader of the task math did not start. It needs the library math-verify: pip "
                 "install math-verify. To see the error, run `python -m irpo_utils.tasks.verifier`."
             )
 
-    def _exchange(self, line: str, limit: float) -> str:
-        """Write a line, read a line; the child is killed if there is no reply within the limit."""
-        reply, timer = "", threading.Timer(limit, self.process.kill)
+    def _ask(self, question: list, limit: float) -> str:
+        """The reply to one question; "" if it takes longer than the limit, and the child ends."""
+        reply, process = "", self.process
+        timer = threading.Timer(limit, process.kill)
         timer.start()
         try:
             with contextlib.suppress(OSError):  # the child is gone
-                self.process.stdin.write(line)
-                self.process.stdin.flush()
-                reply = self.process.stdout.readline().strip()
+                print(json.dumps(question), file=process.stdin, flush=True)
+                reply = process.stdout.readline().strip()
         finally:  # also after Ctrl-C: an unread reply would be taken for the next question's
             timer.cancel()
             if not reply:
-                self.stop()
+                process.kill()
+                with contextlib.suppress(OSError):  # what could not be written to it
+                    process.communicate()
+                self.process = None
         return reply
-
-    def stop(self) -> None:
-        """Kill the child, if this process started it."""
-        process, self.process = self.process, None
-        if process is not None and self.owner == os.getpid():
-            process.kill()
-            with contextlib.suppress(OSError):  # what could not be written to it
-                process.communicate()
 
 
 @functools.lru_cache(maxsize=1)
@@ -105,8 +96,7 @@ def _near(gold, answer) -> bool:
 
 def _limit_time(seconds: float) -> None:
     """The kernel ends this process after so much processor time, even in C code; 0 for never."""
-    if hasattr(signal, "SIGPROF"):  # not on Windows: there the clock alone decides
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    if hasattr(signal, "setitimer"):  # not on Windows: there the clock alone decides
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
@@ -137,8 +127,6 @@ def serve() -> None:
         except Exception:  # the library raises errors of many classes for what it cannot read
             return False
 
-    same("x+1", "1+x")  # imports the rest of the library outside the time of a question
-    print("ready", file=replies, flush=True)
     for line in sys.stdin:
         gold, answer, seconds = json.loads(line)
         _limit_time(seconds)
