@@ -60,24 +60,22 @@ def _clean(text: str, phrases: bool = False) -> str:
 
 
 @functools.lru_cache(maxsize=10_000)
-def _key(text: str, fold: bool = True) -> str:
-    """What is compared of an option's text; "Rr" and "RR" are different options in genetics."""
-    text = answers.replace(PATTERNS["key"], text)
-    return text.casefold() if fold else text
-
-
-def _by_text(text: str, letters: str, options: list[str]) -> str | None:
-    """The option with this text, with the same capitals if there are two."""
-    for fold in (False, True):
-        keys = [_key(option, fold) for option in options]
-        if _key(text, fold) in keys:
-            alone = keys.count(_key(text, fold)) == 1
-            return letters[keys.index(_key(text, fold))] if alone else ""
-    return None
+def _key(text: str) -> str:
+    """What is compared of an option's text, capitals apart."""
+    return answers.replace(PATTERNS["key"], text)
 
 
 def _by_long_text(text: str, letters: str, options: list[str]) -> str | None:
     return _by_text(text, letters, options) if len(_key(text)) > 2 else None
+
+
+def _by_text(text: str, letters: str, options: list[str]) -> str | None:
+    """The option with this text, with the same capitals if there are two ("Rr" and "RR")."""
+    for form in (str, str.casefold):
+        keys, key = [form(_key(option)) for option in options], form(_key(text))
+        if key in keys:
+            return letters[keys.index(key)] if keys.count(key) == 1 else ""
+    return None
 
 
 def _by_letter(text: str, letters: str, options: list[str]) -> str | None:
@@ -98,7 +96,7 @@ def _by_letter(text: str, letters: str, options: list[str]) -> str | None:
             return ""
         quoted = ""
     rest = rest[len(quoted) :].strip(" .,:;()[]")
-    if not rest or _key(rest) == _key(own):
+    if not rest or _key(rest).casefold() == _key(own).casefold():
         return name
     others = {other.upper() for other in OTHER.findall(rest)}
     if is_place:  # "1, 2 and 4"
@@ -123,7 +121,8 @@ def _by_letter_behind(text: str, letters: str, options: list[str]) -> str | None
     match = BEHIND.fullmatch(text)
     name = (match[2] or match[3] or match[4]).upper() if match else ""
     named = dict(zip(letters, options, strict=False)).get(name)
-    return name if named is not None and _key(match[1]) == _key(named) else None
+    is_own = named is not None and _key(match[1]).casefold() == _key(named).casefold()
+    return name if is_own else None
 
 
 def _by_place(text: str, letters: str, options: list[str]) -> str | None:

@@ -41,8 +41,8 @@ SUBJECTS += ("number_theory", "prealgebra", "precalculus")
 # --- reading ----------------------------------------------------------------------------------
 
 PATTERNS = answers.read_patterns("math", flags=re.NOFLAG)
-FORMULA, BOX, NUMBER, APPROXIMATE, OPTION, SIGN = (
-    PATTERNS[name][0][0] for name in ("formula", "box", "number", "approximate", "option", "sign")
+FORMULA, BOX, NUMBER, APPROXIMATE, SIGN = (
+    PATTERNS[name][0][0] for name in ("formula", "box", "number", "approximate", "sign")
 )
 CONTENT = answers.PATTERNS["content"][0][0]
 
@@ -186,14 +186,13 @@ def equal(gold: str, answer: str) -> bool:
     if not answers.found(PATTERNS["word"], answer):
         gold = canonical(answers.replace(PATTERNS["qualifier"], gold))
     if re.fullmatch("[A-Z]", gold):  # an option with what it says: (C) 5
-        option = OPTION.fullmatch(answer)
-        return option is not None and option[1] == gold
+        return answers.replace(PATTERNS["option"], answer) == gold
     without_unit = answers.replace(PATTERNS["short"], answer)
     ratios = (answers.replace(PATTERNS["ratio"], text) for text in (gold, without_unit))
     gold_number, number = map(_number, ratios)
     if gold_number:
         return gold_number == number
-    if any(rule.fullmatch(text) for rule, _ in PATTERNS["words"] for text in (gold, answer)):
+    if answers.found(PATTERNS["words"], gold) or answers.found(PATTERNS["words"], answer):
         return gold.casefold() == answer.casefold()  # to the library "cat" is "act"
     if not _comparable(gold, answer) or unfinished(gold, answer):
         return False
