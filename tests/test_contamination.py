@@ -106,7 +106,7 @@ def test_refusal_names_count_examples_and_the_way_out():
 def test_math_train_8k_overlaps_the_test_set_and_not_math500(real_data):
     math = tasks.get("math")
     train, test, math500 = (
-        math.read(real_data / "math", name) for name in ("train", "test", "math500")
+        math.read(real_data / "math", name) for name in ("train_8k", "test", "math500")
     )
     squeezed = {"".join(row["question"].split()) for row in test}
     assert (

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
 
+import psutil
 import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
@@ -588,13 +590,33 @@ def test_a_time_out_is_not_remembered_and_a_verdict_is(monkeypatch, child):
 def test_a_child_without_a_reply_gives_no_verdict_and_the_next_question_gets_a_new_one(
     monkeypatch, child
 ):
-    monkeypatch.setattr(child, "_exchange", lambda line, limit: "")
+    monkeypatch.setattr(child, "_ask", lambda question, limit: "")
     with pytest.raises(TimeoutError):
         child.equal("x", "y")
     assert not math.equal("9x+1", "9x+2-1")
     monkeypatch.undo()
     child.process.kill()
     assert child.equal("x", "x")
+
+
+def test_the_child_ends_with_the_process_that_started_it():
+    code = (
+        "import os; from irpo_utils.tasks import verifier; child = verifier.verifier(os.getpid());"
+        "assert child.equal('x', 'x'); print(child.process.pid)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    deadline = time.monotonic() + 30
+    while is_running(int(done.stdout)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize(

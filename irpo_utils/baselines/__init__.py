@@ -89,30 +89,28 @@ def dpo_nll_per_token(pairs, alpha: float, beta: float):
 
 
 LOSSES["dpo_nll_per_token"] = dpo_nll_per_token
-METHODS.update(
-    shuffled=Method("Random labels", "control", reward=at_random),
-    few_shot=Method(
-        "M0 with four examples",
-        "Wei et al. 2022, arXiv 2201.11903",
-        {"iterations": 0},
-        task=with_four_examples,
-    ),
-    self_consistency=Method(
-        "Majority as reward", "after Prasad et al. 2024, arXiv 2411.04109", reward=by_majority
-    ),
-    self_rewarding=Method(
-        "Own likelihood as reward",
-        "after Yuan et al. 2024, arXiv 2401.10020",
-        reward=by_own_likelihood,
-    ),
-    # Without the paper's own loss: `alpha` adds an NLL term that SPIN does not have.
-    spin=Method(
-        "Gold vs. sampled (SPIN-style)",
-        "after Chen et al. 2024, arXiv 2401.01335",
-        {"gold": True},
-        reward=never,
-    ),
-    grpo=Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo),
-    irpo_lucky=Method("Iterative RPO, lucky chosen", "control", reward=by_luck),
-    star_lucky=Method("Rejection-sampling SFT, lucky chosen", "control", SFT, reward=by_luck),
+METHODS["shuffled"] = Method("Random labels", "control", reward=at_random)
+METHODS["few_shot"] = Method(
+    "M0 with four examples",
+    "Wei et al. 2022, arXiv 2201.11903",
+    {"iterations": 0},
+    task=with_four_examples,
+)
+METHODS["self_consistency"] = Method(
+    "Majority as reward", "after Prasad et al. 2024, arXiv 2411.04109", reward=by_majority
+)
+METHODS["self_rewarding"] = Method(
+    "Own likelihood as reward", "after Yuan et al. 2024, arXiv 2401.10020", reward=by_own_likelihood
+)
+# Without the paper's own loss: `alpha` adds an NLL term that SPIN does not have.
+METHODS["spin"] = Method(
+    "Gold vs. sampled (SPIN-style)",
+    "after Chen et al. 2024, arXiv 2401.01335",
+    {"gold": True},
+    reward=never,
+)
+METHODS["grpo"] = Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo)
+METHODS["irpo_lucky"] = Method("Iterative RPO, lucky chosen", "control", reward=by_luck)
+METHODS["star_lucky"] = Method(
+    "Rejection-sampling SFT, lucky chosen", "control", SFT, reward=by_luck
 )

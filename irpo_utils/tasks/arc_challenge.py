@@ -6,10 +6,9 @@ One raw row (files train.jsonl, test.jsonl, and validation.jsonl if there):
      "choices": {"text": ["a leg muscle relaxing ...", "a bacterial population ...", ...],
                  "label": ["A", "B", "C", "D"]}, "answerKey": "B"}
 
-Options are lettered by their place, also where the original labels are 1 to 4. Prompt of the paper
-(appendix B.1), zero-shot. The paper trains on ARC-Easy as well; here it is ARC-Challenge alone. Of
-the training questions those whose text is also a test question ("Which is a chemical change?", with
-other options) are left out.
+Options are lettered by their place, also where the original labels are 1 to 4. The prompt is the
+zero-shot prompt of the paper (appendix B.1). The paper also trains on ARC-Easy. Training questions
+whose text is also a test question ("Which is a chemical change?") are left out.
 """
 
 import functools

@@ -5,9 +5,8 @@ One raw row (files test.jsonl, and train.jsonl if there):
     {"ID": "chal-777", "Body": "There are 87 oranges and 290 bananas in Philip's collection. ...",
      "Question": "How big is each group of bananas?", "Answer": 145.0, ...}
 
-SVAMP was made as a test set and has no training split. All 1,000 rows are shuffled with a fixed
-seed and split 700/100/200: accuracies on these 200 are not results on "the SVAMP test". GSM8K's
-prompt.
+SVAMP is a test set without a training split. All rows are shuffled with a fixed seed and split
+700/100/200: an accuracy on these 200 is no result on "the SVAMP test". The prompt is GSM8K's.
 """
 
 import random
