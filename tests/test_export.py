@@ -122,7 +122,7 @@ def test_a_description_counts_weights_that_are_packed():
 def test_the_packaged_smollm2_ends_its_turns_with_every_version_of_the_library():
     """transformers 5.17 reads <|im_start|> as the end of a turn, and no pad token, from the file."""
     if not (models.CACHE / "smollm2-135m" / "config.json").is_file():
-        pytest.skip("SmolLM2-135M is not on this computer (python -m irpo_utils.ops.smollm2)")
+        pytest.skip("SmolLM2-135M is not on this computer (python scripts/smollm2.py)")
     tokenizer = models.load_tokenizer(models.find("smollm2-135m"))
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert tokenizer.pad_token == "<|im_end|>"

