@@ -56,6 +56,10 @@ class Engine:
         """The class that trains this model, or None for `training.IterativeRPOTrainer`."""
         return None
 
+    def state_dict(self, model) -> dict | None:
+        """The adapter's full weights where the model is split; None: the model has them."""
+        return None
+
 
 def part_of(request: sampling.Request, rows: list[int]) -> sampling.Request:
     """The request for these of its prompts alone."""

@@ -1,4 +1,4 @@
-"""Folders with a list of checksums, written last, which shows whether they are whole."""
+"""Folders with a list of checksums, written last, and a record of what they were made from."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def read(folder: Path) -> dict | None:
         return None
 
 
+def fault(folder: Path, inputs: dict[str, str]) -> str | None:
+    """Why an artefact is not what would be made from `inputs` now; None if it is."""
+    if not folder.exists():
+        return "is missing"
+    if (record := read(folder)) is None:
+        return "is damaged (its checksums do not match)"
+    if (made_from := record.get("inputs")) is None:
+        return "does not say what it was made from"
+    names = sorted({*inputs, *made_from})
+    other = [name for name in names if made_from.get(name) != inputs.get(name)]
+    return f"was made from other {', '.join(other)}" if other else None
+
+
 def digest(folder: Path) -> str:
     """One number for the data of a folder with checksums; "" for any other.
 
@@ -42,6 +55,12 @@ def digest(folder: Path) -> str:
         return of_text(json.dumps(data, sort_keys=True))
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def of_questions(questions, ordered: bool = False) -> str:
+    """One number for the questions and all that belongs to them, in this order or in any."""
+    rows = [json.dumps(row, sort_keys=True) for row in questions]
+    return of_text(json.dumps(rows if ordered else sorted(rows)))
 
 
 def of_text(text: str) -> str:

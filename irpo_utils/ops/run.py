@@ -15,10 +15,9 @@ from transformers.training_args import OptimizerNames
 from irpo_utils import UserError, baselines, evaluation, iteration, methods, tasks, training
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub, statistics, trial
-from irpo_utils.ops.provenance import digest, inputs
 from irpo_utils.ops.run_directory import RunDirectory, is_whole
 from irpo_utils.ops.seeds import accuracy_per_question, collect
-from irpo_utils.ops.storage import Folder, check_path, read_profile
+from irpo_utils.ops.storage import Folder, check_path, read_inputs, read_profile
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
@@ -187,13 +186,16 @@ class _Evaluation(Folder):
     def __init__(self, out: str | Path, p: Profile, table_path: Path):
         super().__init__(out)
         self.p, self.table_path, self.rows, self.greedy = p, table_path, [], {}
-        self.known = inputs(self.out)
+        self.known = read_inputs(self.out)
         self.start = self.folder(0) / "adapter" if p.start else None
         self.revision = export.commit_of(self.known.get("model"))
 
     def check(self, stages: iteration.Stages) -> None:
         learnt, allowed = tasks.get(self.p.task).load("train", self.p.data), stages.p.allow_overlap
-        if self.known.get("training questions") not in (None, digest(learnt)) and not allowed:
+        if (
+            self.known.get("training questions") not in (None, checksums.of_questions(learnt))
+            and not allowed
+        ):
             raise UserError(
                 f"The training questions of {self.out} have changed since it was trained, so they "
                 "cannot be compared with these. Restore the data, or add --allow-overlap true."

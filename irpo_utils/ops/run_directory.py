@@ -8,7 +8,6 @@ is not computed again. Sampling and evaluation keep blocks, training keeps check
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import shutil
@@ -18,7 +17,6 @@ from pathlib import Path
 import pandas
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError, iteration
@@ -33,8 +31,7 @@ from irpo_utils.ops import (
     trial,
 )
 from irpo_utils.ops import warnings as signs
-from irpo_utils.ops.provenance import digest, inputs, is_there
-from irpo_utils.ops.storage import read_profile
+from irpo_utils.ops.storage import read_inputs
 from irpo_utils.scale import processes
 
 BLOCK = 2400  # completions stored at a time: a kill costs one block at most
@@ -60,18 +57,15 @@ MAY_CHANGE = (
 
 
 class RunDirectory(storage.Folder):
-    """`storage.Folder` for long runs; several processes may share it, and the first one writes."""
+    """`storage.Folder` for long runs; several processes may share it."""
 
-    def __init__(self, out: str | Path):
-        super().__init__(out)
-        with disk_errors(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
+    may_change = MAY_CHANGE
 
     def lock(self):
         """A context in which no other run uses the directory; a killed process releases it."""
         if not processes.is_first():
             return contextlib.nullcontext()
-        with disk_errors(self.out):
+        with storage.disk_errors(self.out):
             try:
                 return FileLock(self.out / ".lock").acquire(timeout=0)
             except Timeout as error:  # an OSError, but not of the disk
@@ -82,36 +76,27 @@ class RunDirectory(storage.Folder):
     # Settings and inputs
 
     def check(self, stages: iteration.Stages) -> None:
-        """Write profile.json, or compare it with the settings of this run; find the start."""
-        self.p, path = stages.p, self.out / "profile.json"
-        new = dataclasses.asdict(self.p)
-        if any(self.out.glob("iteration_*/*")):
-            old = dataclasses.asdict(read_profile(self.out))
-            differing = sorted(k for k in new if old[k] != new[k] and k not in MAY_CHANGE)
-            if differing:
-                listed = ", ".join(f"{k} ({old[k]!r} there, {new[k]!r} now)" for k in differing)
-                raise UserError(
-                    f"{self.out} was made with other settings: {listed}. Choose another --out, or "
-                    "give the same settings to resume it."
-                )
-        self.write_json(path, new)
-        self.start = self.folder(0) / "adapter" if self.p.start else None
-        if self.p.start and checksums.read(self.start) is None:
-            source = export.find_start(self.p)  # a mistake is found before the model is loaded
-            self.put(self.start, functools.partial(export.copy_adapter, source))
-        self.revision = export.commit_of(inputs(self.out).get("model"))
+        """As `Folder.check`; also copy the adapter that the run starts from."""
+        super().check(stages)
+        self.p = stages.p
+        if self.start:
+            self.start = self.folder(0) / "adapter"
+            if checksums.read(self.start) is None:
+                source = export.find_start(self.p)  # a mistake is found before a model is loaded
+                self.put(self.start, functools.partial(export.copy_adapter, source))
+        self.revision = export.commit_of(read_inputs(self.out).get("model"))
 
     def begin(self, stages: iteration.Stages) -> None:
         """Compare model and questions with those of the run; find prompts that are too long now."""
         train, evaluation = stages.train_questions, stages.eval_questions
         new = {
             "model": export.fingerprint(stages.model),
-            "training questions": digest(train),
-            "evaluation questions": digest(evaluation),
-            "order of training questions": digest(train, ordered=True),
-            "order of evaluation questions": digest(evaluation, ordered=True),
+            "training questions": checksums.of_questions(train),
+            "evaluation questions": checksums.of_questions(evaluation),
+            "order of training questions": checksums.of_questions(train, ordered=True),
+            "order of evaluation questions": checksums.of_questions(evaluation, ordered=True),
         }
-        old = inputs(self.out)
+        old = read_inputs(self.out)
         if processes.from_first(lambda: not old):  # else it passed when the run was started
             trial.check(stages.model, stages.tokenizer, stages.p, stages.engine)
         for name, value in new.items():
@@ -151,22 +136,30 @@ class RunDirectory(storage.Folder):
             fields["k"] = self.p.eval_samples_ends if ends else self.p.eval_samples
         return record | {SETTINGS: checksums.of_text(json.dumps(fields, sort_keys=True))}
 
-    def unfinished(self, t: int, name: str) -> Path:
+    def is_there(self, place: Path, record: dict[str, str]) -> bool:
+        """Whether an artefact was made from `record`; the first process decides for all."""
+        fault = processes.from_first(lambda: checksums.fault(place, record))
+        if fault and place.exists() and processes.is_first():
+            tqdm.write(f"{place} {fault}: it is made again.")
+        return fault is None
+
+    def unfinished(self, place: Path, record: dict[str, str]) -> Path:
         """Where a stage keeps what it has so far, until its artefact is complete."""
-        made_from = checksums.of_text(json.dumps(self.record(t, name), sort_keys=True))[:8]
-        return self.folder(t) / f".{name}.{made_from}.unfinished"
+        made_from = checksums.of_text(json.dumps(record, sort_keys=True))[:8]
+        return place.with_name(f".{place.name}.{made_from}.unfinished")
 
     def dataset(self, t: int, name: str, make, over: Dataset | None = None):
         """As `Folder.dataset`; with `over`, blocks of questions are stored one by one."""
-        place, record, kept = self.folder(t) / name, self.record(t, name), self.unfinished(t, name)
-        if not is_there(place, record):
+        place, record = self.folder(t) / name, self.record(t, name)
+        if not self.is_there(place, record):
+            kept = self.unfinished(place, record)
             started = time.perf_counter() - seconds_spent(kept)
             if over is None:
                 content = make()
             else:
                 blocks = self.blocks(kept, over)
                 for block, questions in blocks.items():
-                    if not is_there(block, {}):
+                    if not self.is_there(block, {}):
                         begun = time.perf_counter()
                         rows = make(questions)
                         about = notes("block", rows, begun, {})
@@ -177,7 +170,7 @@ class RunDirectory(storage.Folder):
                 tqdm.write(f"     {unread}")
             about = notes(name, content, started, record)
             self.put(place, functools.partial(storage.save, content), about)
-        self.clear(t, name)
+        self.clear(place)
         return storage.load(place)
 
     def blocks(self, kept: Path, questions: Dataset) -> dict[Path, Dataset]:
@@ -189,51 +182,25 @@ class RunDirectory(storage.Folder):
     def train(self, t: int, make, stages: iteration.Stages) -> None:
         """As `Folder.train`, with checkpoints, warnings and probes."""
         place, record = self.folder(t) / "adapter", self.record(t, "adapter")
-        if not is_there(place, record):
-            kept, options = self.unfinished(t, "adapter"), {}
+        if not self.is_there(place, record):
+            kept, options = self.unfinished(place, record), {}
             started = time.perf_counter() - seconds_spent(kept)
             if not stages.method.train:
                 warn = functools.partial(self.warn, t, "training")
                 options = trainer.options(stages, kept, warn)
-            log, weights = make(**options), None
-            if hasattr(stages.engine, "state_dict"):  # all processes put a split model together
-                weights = stages.engine.state_dict(stages.model)
-            save = functools.partial(storage.save_adapter, stages.model, log, weights=weights)
-            self.put(place, save, notes("adapter", log, started, record))
-        self.clear(t, "adapter")
+            log = make(**options)
+            write = storage.adapter_writer(stages, log)
+            self.put(place, write, notes("adapter", log, started, record))
+        self.clear(place)
         log = place / "training_log.jsonl"
         if log.exists():
             self.write(self.folder(t) / log.name, log.read_text())
 
-    def clear(self, t: int, name: str) -> None:
+    def clear(self, place: Path) -> None:
         """Remove what a stage has kept, now that its artefact is complete."""
         if processes.is_first():
-            for folder in self.folder(t).glob(f".{name}.*unfinished"):
+            for folder in place.parent.glob(f".{place.name}.*unfinished"):
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def put(self, place: Path, write, about: dict | None = None) -> None:
-        """As `Folder.put`, with checksums and what is known `about` the artefact."""
-
-        def write_checked(folder: Path) -> None:
-            write(folder)
-            checksums.write(folder, about or {})
-
-        processes.wait()  # others may still read what the stage has kept
-        if processes.is_first():
-            with disk_errors(place):
-                shutil.rmtree(place, ignore_errors=True)
-                super().put(place, write_checked)
-        processes.wait()
-
-    def write(self, path: Path, text: str) -> None:
-        """As `Folder.write`, in the first process, unless the file has this text already."""
-        if processes.is_first() and not (path.exists() and path.read_bytes() == text.encode()):
-            with disk_errors(path):
-                super().write(path, text)
-
-    def write_json(self, path: Path, content) -> None:
-        """`write`, as JSON."""
-        self.write(path, json.dumps(content, indent=1) + "\n")
 
     # Tables and messages
 
@@ -320,16 +287,3 @@ def seconds_spent(unfinished: Path) -> float:
     blocks = sum(value for name, value in spent.items() if name.startswith("block"))
     checkpoints = [value for name, value in spent.items() if name.startswith("checkpoint")]
     return blocks + max(checkpoints, default=0.0)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path):
-    """Turn a full or read-only disk into a `UserError`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot write to {path}: {reason}. Choose another --out or free some space, then run "
-            "the same command to resume."
-        ) from error

@@ -12,9 +12,8 @@ from datasets import load_from_disk
 
 from irpo_utils import UserError, evaluation
 from irpo_utils.ops import statistics
-from irpo_utils.ops.provenance import inputs
 from irpo_utils.ops.run_directory import is_whole
-from irpo_utils.ops.storage import read_profile
+from irpo_utils.ops.storage import read_inputs, read_profile
 from irpo_utils.profiles import Profile
 
 
@@ -48,7 +47,7 @@ def collect(runs: list[str | Path]):
 def _check_comparable(run, p: Profile, other, first: Profile) -> None:
     if dataclasses.replace(p, seed=0) != dataclasses.replace(first, seed=0):
         raise UserError(f"{run} and {other} differ in more than their seed.")
-    own, known = inputs(Path(run)), inputs(Path(other))
+    own, known = read_inputs(run), read_inputs(other)
     for name in ("model", "evaluation questions"):
         if own.get(name) and known.get(name) and own[name] != known[name]:
             raise UserError(f"{run} and {other} have different {name}.")

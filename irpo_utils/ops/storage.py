@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import pandas
 from datasets import Dataset, load_from_disk
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError
 from irpo_utils.iteration import Stages
+from irpo_utils.ops import checksums
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
@@ -22,6 +27,7 @@ class Folder:
     """The storage of a run: one folder per artefact, which is not made again when it is there."""
 
     revision: str | None = None  # commit of a hub model
+    may_change: Collection[str] = ()  # settings that a directory may be resumed without
 
     def __init__(self, out: str | Path):
         check_path(out, "out")
@@ -29,11 +35,18 @@ class Folder:
 
     def check(self, stages: Stages) -> None:
         """Called before the model is loaded: refuse a directory made with other settings."""
+        new = dataclasses.asdict(stages.p)
+        if any(self.out.glob("iteration_*/*")):
+            old = dataclasses.asdict(read_profile(self.out))
+            differing = sorted(k for k in new if old[k] != new[k] and k not in self.may_change)
+            if differing:
+                listed = ", ".join(f"{k} ({old[k]!r} there, {new[k]!r} now)" for k in differing)
+                raise UserError(
+                    f"{self.out} was made with other settings: {listed}. Choose another --out, or "
+                    "give the same settings to resume it."
+                )
+        self.write_json(self.out / "profile.json", new)
         self.start = Path(stages.p.start) if stages.p.start else None
-        text, path = json.dumps(dataclasses.asdict(stages.p), indent=1), self.out / "profile.json"
-        if path.exists() and path.read_text() != text:
-            raise UserError(f"{self.out} was made with other settings. Choose another --out.")
-        self.write(path, text)
 
     def begin(self, stages: Stages) -> None:
         """Called when the model is loaded."""
@@ -54,37 +67,53 @@ class Folder:
         place = self.folder(t) / name
         if not place.exists():
             content = make() if over is None else make(over)
-            self.put(place, lambda folder: save(content, folder))
+            self.put(place, functools.partial(save, content))
         return load(place)
 
     def train(self, t: int, make, stages: Stages) -> None:
         """Make the adapter of M_t with `make()`, which returns the training log."""
         if not self.adapter(t).exists():
-            log = make()
-            self.put(self.adapter(t), lambda folder: save_adapter(stages.model, log, folder))
+            self.put(self.adapter(t), adapter_writer(stages, make()))
 
-    def put(self, place: Path, write) -> None:
-        """Write a folder under another name, then move it: it is there as a whole or not at all."""
+    def put(self, place: Path, write, about: dict | None = None) -> None:
+        """Write a folder under another name, then move it: it is there as a whole or not at all.
+
+        It gets a list of checksums, with what is known `about` it. Of several processes the first
+        one writes.
+        """
         partial = place.with_name(f".{place.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            write(partial)
-            os.replace(partial, place)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        processes.wait()  # others may still read what is there
+        if processes.is_first():
+            try:
+                with disk_errors(place):
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                    write(partial)
+                    checksums.write(partial, about or {})
+                    shutil.rmtree(place, ignore_errors=True)
+                    os.replace(partial, place)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        processes.wait()
 
     def write(self, path: Path, text: str) -> None:
-        """Write a small file as a whole or not at all."""
+        """Write a small file as a whole or not at all, unless it has this text already."""
+        if not processes.is_first() or (path.exists() and path.read_bytes() == text.encode()):
+            return
         partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text)
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        with disk_errors(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_text(text)
+                os.replace(partial, path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
+
+    def write_json(self, path: Path, content) -> None:
+        """`write`, as JSON."""
+        self.write(path, json.dumps(content, indent=1) + "\n")
 
     def evaluated(self, t: int, stages: Stages, answers) -> list[dict]:
         """Called after each evaluation; returns further rows for the metrics."""
@@ -137,6 +166,18 @@ def read_profile(run: str | Path) -> Profile:
         ) from error
 
 
+def read_inputs(run: str | Path) -> dict[str, str | None]:
+    """Identifies the model and the questions of this run among others of the same name."""
+    path = Path(run) / "inputs.json"
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged, so it is unknown whether model and questions are still the same. "
+            "Restore it, remove it if you are sure, or choose another --out."
+        ) from error
+
+
 def profile_from(settings: dict) -> Profile:
     """The profile with these settings, which may have the names of version 0.1."""
     if "dpo_weight" in settings:
@@ -164,13 +205,34 @@ def load(place: Path):
     return (data, json.loads(counts.read_text())) if counts.exists() else data
 
 
-def save_adapter(model, log: Dataset, folder: Path, weights: dict | None = None) -> None:
-    """The adapter in PEFT's format, with the training log; weights: if not the model's."""
-    # Without the last argument PEFT looks for the base on the hub.
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # an empty model card
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])  # a set without an order
-    path.write_text(json.dumps(config, indent=1) + "\n")
-    log.to_json(folder / "training_log.jsonl")
+def adapter_writer(stages: Stages, log: Dataset):
+    """A function that writes the adapter in PEFT's format, with the training log, into a folder.
+
+    All processes must call this: they put the weights of a split model together.
+    """
+    model, weights = stages.model, stages.engine.state_dict(stages.model)
+
+    def write(folder: Path) -> None:
+        # Without the last argument PEFT looks for the base on the hub.
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text())
+        config["target_modules"] = sorted(config["target_modules"])  # a set without an order
+        path.write_text(json.dumps(config, indent=1) + "\n")
+        log.to_json(folder / "training_log.jsonl")
+
+    return write
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path):
+    """Turn a full or read-only disk into a `UserError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write to {path}: {reason}. Choose another --out or free some space, then run "
+            "the same command to resume."
+        ) from error

@@ -108,5 +108,5 @@ class SharedEngine:
         return trainer.distributed(self.inner.trainer(model))
 
     def state_dict(self, model) -> dict | None:
-        """The adapter's full weights if the model is split, for saving. All processes call it."""
-        return self.inner.state_dict(model) if hasattr(self.inner, "state_dict") else None
+        """As the inner engine. All processes must call it."""
+        return self.inner.state_dict(model)
