@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         if processes.speaks_last():
             resumes = "the same command resumes it" if command == "run" else "run it again"
             print(f"\nStopped. What was finished is kept: {resumes}.", file=sys.stderr)
-        return 143 if isinstance(interrupt, Terminated) else 130
+        return 128 + _signal_of(interrupt)
     finally:
         signal.signal(signal.SIGTERM, before)
         sys.unraisablehook = hook
@@ -73,20 +73,20 @@ def _report(command, arguments: list[str]) -> int:
     return 0
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, treated as Ctrl-C."""
+def _terminate(number, frame):
+    """SIGTERM is treated as Ctrl-C, and its number is kept."""
+    raise KeyboardInterrupt(number)
 
 
-def _terminate(*_):
-    raise Terminated
+def _signal_of(interrupt: KeyboardInterrupt) -> int:
+    return interrupt.args[0] if interrupt.args else signal.SIGINT
 
 
 def _raise_again(lost) -> None:
     """Repeat an interrupt during the deletion of an object, which Python would drop."""
     if not isinstance(lost.exc_value, KeyboardInterrupt):
         return sys.__unraisablehook__(lost)
-    terminated = isinstance(lost.exc_value, Terminated)
-    number = signal.SIGTERM if terminated else signal.SIGINT
+    number = _signal_of(lost.exc_value)
     threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 
 
@@ -147,27 +147,23 @@ def plan(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """Evaluate a finished run again: another task, more samples, another split."""
+    from transformers.hf_argparser import string_to_bool
+
     parser = _parser("evaluate", evaluate)
     parser.add_argument("run", help="run directory")
     parser.add_argument("--task", help="another task than the run's")
     parser.add_argument("--data", help="local folder or file of that task")
     parser.add_argument("--split", help="validation or test (default: the run's)")
-    parser.add_argument(
-        "--iterations", type=int, nargs="+", help="which M_t (default: the first and the last)"
-    )
+    which = "which M_t (default: the first and the last)"
+    parser.add_argument("--iterations", type=int, nargs="+", help=which)
     parser.add_argument("--k", type=int, default=32, help="completions per question (default: 32)")
     parser.add_argument("--out", help="folder for the table (default: RUN/evaluations)")
-    parser.add_argument(
-        "--allow-overlap",
-        choices=("true", "false"),
-        default="false",
-        help="continue although these questions are among the training questions",
-    )
+    allow = "continue although these questions are among the training questions"
+    parser.add_argument("--allow-overlap", type=string_to_bool, nargs="?", const=True, help=allow)
     options = vars(parser.parse_args(arguments))
     quiet_libraries()
     from irpo_utils.ops import run as runs
 
-    options["allow_overlap"] = options["allow_overlap"] == "true"
     text = runs.evaluate_run(**options)
     if processes.is_first():
         print(text)

@@ -210,9 +210,10 @@ def test_a_method_that_starts_from_another_one_needs_its_model(tiny, tmp_path, n
 
 def test_pairs_of_all_iterations_are_trained_on_with_keep_pairs(finished, profile, tmp_path):
     out, rows = finished
-    ignore = shutil.ignore_patterns("iteration_2", "profile.json")
-    shutil.copytree(out, tmp_path / "run", ignore=ignore)
-    run(profiles.get("smoke", **{**vars(profile), "keep_pairs": True}), tmp_path / "run")
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("iteration_2"))
+    settings = vars(profile) | {"keep_pairs": True}
+    (tmp_path / "run" / "profile.json").write_text(json.dumps(settings))
+    run(profiles.get("smoke", **settings), tmp_path / "run")
     pairs = [value(rows, "pairs_pairs", t) for t in (0, 1)]
     assert len(log(tmp_path / "run", 2)) == math.ceil(sum(pairs) / profile.batch_size)
     assert len(log(out, 2)) == math.ceil(pairs[1] / profile.batch_size)
