@@ -122,7 +122,7 @@ def test_further_metrics_of_completions_made_by_hand():
     )
     kinds = (("a", 2, False), ("b", 3, True), ("c", 3, False), ("d", 3, True))
     questions = [{"id": i, "steps": steps, "new_skeleton": new} for i, steps, new in kinds]
-    rows = by_name(statistics.further_rows(greedy, sampled, 4, questions))
+    rows = by_name(statistics.further_rows({"greedy": greedy, "sampled": sampled}, questions))
     expected = {
         ("greedy_mean_tokens", 1): (10 + 20 + 10 + 80) / 4,
         ("greedy_truncated_rate", 1): 1 / 4,
@@ -135,7 +135,9 @@ def test_further_metrics_of_completions_made_by_hand():
     assert {key: row["value"] for key, row in rows.items()} == pytest.approx(expected)
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows.values())
     assert rows["greedy_steps_3", 1]["n"] == 3
-    plain = by_name(statistics.further_rows(greedy, sampled, 4, [{"id": i} for i in "abcd"]))
+    plain = by_name(
+        statistics.further_rows({"greedy": greedy, "sampled": sampled}, [{"id": i} for i in "abcd"])
+    )
     assert set(plain) == {key for key in expected if "steps" not in key[0] and "skel" not in key[0]}
     again = evaluation.score(greedy, sampled, 4)
     assert not set(rows) & set(by_name(again))  # no number has two rows
@@ -145,7 +147,7 @@ def test_votes_are_also_counted_at_8_so_that_runs_with_another_k_compare():
     """20 samples: two blocks of 8 (one correct by 8:0, one incorrect by 5:3), and 4 left over."""
     sampled = graded(("a", [RIGHT] * 8 + [WRONG] * 5 + [RIGHT] * 3 + [WRONG] * 4))
     greedy = graded(("a", [RIGHT]))
-    rows = by_name(statistics.further_rows(greedy, sampled, 20, [{"id": "a"}]))
+    rows = by_name(statistics.further_rows({"greedy": greedy, "sampled": sampled}, [{"id": "a"}]))
     assert rows["majority", 8]["value"] == 0.5 and ("majority", 20) not in rows
     assert rows["distinct_answers", 8]["value"] == 1.5
     assert rows["distinct_answers", 20]["value"] == 2

@@ -15,7 +15,6 @@ import torch
 
 from irpo_utils import UserError, iteration, models, profiles, sampling, tasks
 from irpo_utils.engines import vllm
-from irpo_utils.scale import vllm_server
 
 ROOT = Path(__file__).parent.parent
 BASE = "the-base"
@@ -162,10 +161,10 @@ def test_samples_of_a_question_differ_and_are_the_same_again(engine):
 
 def test_a_server_with_another_model_is_refused_once_per_adapter(engine, adapter, monkeypatch):
     """The same tokenizer with other weights: only the log-probabilities show it."""
-    read, engine, *parts = vllm_server.Server._read, *engine
+    read, engine, *parts = vllm.Server._read, *engine
     complete(parts, engine)
     monkeypatch.setattr(
-        vllm_server.Server,
+        vllm.Server,
         "_read",
         lambda *arguments: (*(found := read(*arguments))[:2], found[2] - len(found[0])),
     )
@@ -182,7 +181,7 @@ def request(prompts=((5, 6), (7,)), seed=0):
 
 def test_the_seed_follows_the_seed_of_the_request_and_the_question(served):
     stand_in, url = served
-    server, seen = vllm_server.Server(url), len(stand_in.asked)
+    server, seen = vllm.Server(url), len(stand_in.asked)
     for seed in (1, 1, 2):
         list(server.complete(request(seed=seed)))
     pairs = {(str(content["prompt"]), content["seed"]) for _, content in stand_in.asked[seen:]}
@@ -192,8 +191,8 @@ def test_the_seed_follows_the_seed_of_the_request_and_the_question(served):
 def test_what_a_user_sees_when_the_server_cannot_be_used(served):
     stand_in, url = served
     with pytest.raises(UserError, match="no vLLM server at http://127.0.0.1:9 .*vllm serve"):
-        vllm_server.Server("http://127.0.0.1:9")
-    server, short = vllm_server.Server(url), request([(5,)])
+        vllm.Server("http://127.0.0.1:9")
+    server, short = vllm.Server(url), request([(5,)])
     stand_in.token_ids = False
     with pytest.raises(UserError, match="no token ids.*0.10.2"):
         list(server.complete(short))
@@ -204,12 +203,12 @@ def test_what_a_user_sees_when_the_server_cannot_be_used(served):
 
 
 def test_a_server_that_does_not_answer_is_given_up(monkeypatch):
-    monkeypatch.setattr(vllm_server.Server._ask, "__defaults__", (None, 0.5))
+    monkeypatch.setattr(vllm.Server._ask, "__defaults__", (None, 0.5))
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises(UserError, match="did not answer /v1/models within 0.5 seconds"),
     ):
-        vllm_server.Server(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        vllm.Server(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
 def test_pairs_share_their_prompt_in_training(engine):

@@ -206,9 +206,7 @@ class RunDirectory(storage.Folder):
 
     def evaluated(self, t: int, stages: iteration.Stages, answers) -> list[dict]:
         """Further metrics of the evaluation, and how far M_t moved from M_{t-1}."""
-        greedy, sampled = answers["greedy"], answers["sampled"]
-        k = len(sampled) // len(greedy)
-        rows = statistics.further_rows(greedy, sampled, k, stages.eval_questions)
+        rows = statistics.further_rows(answers, stages.eval_questions)
         if t > 0:
             rows += drift.rows(self.dataset(t, "drift", lambda: drift.measure(t, stages)))
         return rows

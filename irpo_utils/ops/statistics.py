@@ -83,12 +83,14 @@ def mcnemar(correct_a, correct_b) -> dict:
 COMMON_K = 8  # majority votes are also counted at this k, so that runs with another k compare
 
 
-def further_rows(greedy, sampled, k: int, questions) -> list[dict]:
+def further_rows(answers, questions) -> list[dict]:
     """Metrics that `evaluation.score` leaves out: lengths of greedy completions, votes at 8, kinds.
 
-    `questions` give greedy accuracy by `steps` and by `new_skeleton` if they have these columns.
+    answers: the tables `greedy` and `sampled` of `evaluation.graded`. `questions` give greedy
+    accuracy by `steps` and by `new_skeleton` if they have these columns.
     """
-    first, many = group(greedy), list(group(sampled).values())
+    first, many = group(answers["greedy"]), list(group(answers["sampled"]).values())
+    k = len(many[0])
     rows = [
         bootstrap_row("greedy_mean_tokens", per_question(first, lambda row: row["n_tokens"])),
         proportion_row("greedy_truncated_rate", [not r[0]["finished"] for r in first.values()]),

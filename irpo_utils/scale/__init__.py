@@ -1,1 +1,1 @@
-"""More than one process: `torchrun`, split models, a vLLM server."""
+"""More than one process: `torchrun` and split models."""
