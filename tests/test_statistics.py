@@ -65,7 +65,7 @@ def test_the_interval_if_only_questions_differ_is_the_normal_one(n_seeds):
 
 @pytest.mark.parametrize("seed_spread, question_spread", [(0.10, 0.0), (0.02, 0.35)])
 def test_the_interval_covers_the_mean_over_all_runs(monkeypatch, seed_spread, question_spread):
-    monkeypatch.setattr(statistics, "RESAMPLES", 250)
+    monkeypatch.setattr(evaluation, "RESAMPLES", 250)
     rng, hits = np.random.default_rng(5), []
     for i in range(250):
         of_seeds = seed_spread * rng.standard_normal((5, 1))

@@ -28,23 +28,31 @@ def _limit(request) -> None:
     request.extensions["timeout"] = dict.fromkeys(kinds, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
-@contextlib.contextmanager
 def explained(name: str):
     """Turn errors of the libraries while a model is loaded into a `UserError` with the fix."""
+    gpu = re.compile("CUDA|out of memory|driver")  # a problem of the GPU, not of the model
+    return explained_by(lambda text: _explain(models.find(name), text), unless=gpu.search)
+
+
+@contextlib.contextmanager
+def explained_by(explain, unless):
+    """Turn an error of the libraries into a `UserError` with the text `explain(its text)`.
+
+    A `RuntimeError` stays as it is if memory ran out, or if `unless(its text)` is true.
+    """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # what the libraries raise depends on the file that they fail on
-        text = str(error)
-        gpu = should_reduce_batch_size(error) or re.search("CUDA|out of memory|driver", text)
-        if isinstance(error, RuntimeError) and gpu:
-            raise  # a problem of the GPU, not of the model
-        raise UserError(_explain(models.find(name), text or type(error).__name__)) from error
+    except Exception as error:  # what the libraries raise depends on the model
+        text = str(error).strip() or type(error).__name__
+        if isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or unless(text)):
+            raise
+        raise UserError(explain(text)) from error
 
 
 def _explain(path: str, text: str) -> str:
-    first = text.strip().splitlines()[0][:300]
+    first = text.splitlines()[0][:300]
     if re.search(r"gated|\b40[13]\b", text):  # as a word: ports have such digits as well
         return (
             f"The model {path} is gated: accept its licence on its hub page, make a read token "

@@ -6,17 +6,8 @@ import math
 
 import numpy as np
 
-from irpo_utils import UserError
-from irpo_utils.evaluation import (
-    RESAMPLES,
-    Z,
-    bootstrap_row,
-    majority,
-    per_question,
-    proportion_row,
-    wilson_interval,
-)
-from irpo_utils.evaluation import share_row as one_share_row
+from irpo_utils import UserError, evaluation
+from irpo_utils.evaluation import bootstrap_row, per_question, proportion_row
 from irpo_utils.grading import group
 from irpo_utils.ops.student import t_quantile
 
@@ -36,10 +27,10 @@ def seed_and_question_interval(matrix, seed: int = 0) -> tuple[float, float, flo
         # A bootstrap over few seeds is too narrow (five that differ much: 87 % instead of 95 %). So
         # the distances of the seeds from their mean are stretched to what Student's t asks for.
         effects = matrix.mean(1, keepdims=True) - matrix.mean()
-        stretch = t_quantile(n_seeds - 1) / Z * math.sqrt(n_seeds / (n_seeds - 1))
+        stretch = t_quantile(n_seeds - 1) / evaluation.Z * math.sqrt(n_seeds / (n_seeds - 1))
         spread = matrix + effects * (stretch - 1)
     rng, means = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
+    for _ in range(evaluation.RESAMPLES):
         of_questions = spread[rng.integers(n_seeds, size=n_seeds)].mean(0)
         means.append(of_questions[rng.integers(n_questions, size=n_questions)].mean())
     low, high = np.clip(np.percentile(means, (2.5, 97.5)), matrix.min(), matrix.max())
@@ -57,7 +48,9 @@ def share_row(metric: str, matrix, k: int = 1) -> dict:
     """`row`; if all shares are 0 or all are 1, Wilson's interval instead of a point."""
     made = row(metric, matrix, k)
     if made["low"] == made["high"] and made["value"] in (0, 1):
-        made["low"], made["high"] = wilson_interval(round(made["value"] * made["n"]), made["n"])
+        made["low"], made["high"] = evaluation.wilson_interval(
+            round(made["value"] * made["n"]), made["n"]
+        )
     return made
 
 
@@ -99,8 +92,8 @@ def further_rows(answers, questions) -> list[dict]:
         distinct = [_in_blocks(_distinct, rows_, size) for rows_ in many]
         rows.append(bootstrap_row("distinct_answers", distinct, size))
         if size < k:  # `score` has the vote over all k
-            votes = [_in_blocks(majority, rows_, size) for rows_ in many]
-            rows.append(one_share_row("majority", votes, size))
+            votes = [_in_blocks(evaluation.majority, rows_, size) for rows_ in many]
+            rows.append(evaluation.share_row("majority", votes, size))
     kinds: dict[str, list[bool]] = {}
     for question in questions:
         correct = first[question["id"]][0]["correct"]

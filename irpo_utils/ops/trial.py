@@ -12,11 +12,11 @@ import types
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from irpo_utils import UserError, logprobs, methods, models, sampling, training
+from irpo_utils.ops import hub
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
@@ -143,19 +143,13 @@ def compare(here: float, alone: float, dtype: torch.dtype) -> None:
         )
 
 
-@contextlib.contextmanager
 def explained(sentence: str, advice: str):
     """Turn an error of the libraries into a `UserError`: the sentence, the error, the advice."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # what the libraries raise depends on the model
-        lost = isinstance(error, RuntimeError) and processes.count() > 1
-        if lost or should_reduce_batch_size(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
-        raise UserError(f"{sentence}: {reason}. {advice}.") from error
+
+    def explain(text: str) -> str:
+        return f"{sentence}: {text.splitlines()[0][:300].rstrip('.')}. {advice}."
+
+    return hub.explained_by(explain, unless=lambda text: processes.count() > 1)  # one was lost
 
 
 @contextlib.contextmanager
