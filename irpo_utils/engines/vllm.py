@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import requests
 
 from irpo_utils import UserError, logprobs, sampling
 from irpo_utils.engines import shared_prompt
@@ -154,26 +152,23 @@ class Server:
 
     def _ask(self, path: str, content: dict | None = None, seconds: float = REPLY):
         """GET, or POST of JSON; the reply as JSON, or as text if it is none."""
-        data = None if content is None else json.dumps(content).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, data, headers)
+        method = "GET" if content is None else "POST"
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as reply:
-                text = reply.read().decode()
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:300]
-            raise UserError(
-                f"The vLLM server at {self.url} refused {path} ({error.code}: {said}). Adapters "
-                "need --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and the run's disk."
-            ) from error
-        except TimeoutError as error:
+            reply = requests.request(method, self.url + path, json=content, timeout=seconds)
+        except requests.Timeout as error:
             raise UserError(
                 f"The vLLM server at {self.url} did not answer {path} within {seconds:g} seconds. "
                 "See its log, then run the same command to resume."
             ) from error
-        except OSError as error:
+        except requests.RequestException as error:
             raise UserError(
-                f"There is no vLLM server at {self.url} ({getattr(error, 'reason', error)}). Start "
-                "it with `vllm serve MODEL --enable-lora`, and set VLLM_URL to its address."
+                f"There is no vLLM server at {self.url} ({error}). Start it with `vllm serve MODEL "
+                "--enable-lora`, and set VLLM_URL to its address."
             ) from error
-        return json.loads(text) if text.startswith("{") else text
+        if not reply.ok:
+            raise UserError(
+                f"The vLLM server at {self.url} refused {path} ({reply.status_code}: "
+                f"{reply.text[:300]}). Adapters need --enable-lora, "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and the run's disk."
+            )
+        return reply.json() if reply.content.startswith(b"{") else reply.text
