@@ -44,17 +44,13 @@ def record(path: Path, model, continues: bool) -> dict:
     `dtype` is what the base of `model` was loaded in, which a machine may not have as asked.
     """
     now = environment() | {"dtype": str(model.dtype).removeprefix("torch.")}
-    if not path.exists():
-        return now
     try:
-        made = dict(json.loads(path.read_text()))
+        made = dict(json.loads(path.read_text())) if path.exists() else now
     except (ValueError, TypeError):
         made = {**now, "note": "the first record was lost; the run was resumed here"}
     machines = [made, *made.get("resumed_on", [])]
-    known = [one for one in machines if all(one.get(n, now[n]) == now[n] for n in MACHINE)]
-    if known:
-        known[0].setdefault("dtype", now["dtype"])  # a record of an older version has none
-    elif continues:
+    known = any(all(one.get(n, now[n]) == now[n] for n in MACHINE) for one in machines)
+    if continues and not known:
         made["resumed_on"] = [*machines[1:], now]
     return made
 

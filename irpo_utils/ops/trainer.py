@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
 
 from irpo_utils import UserError, iteration, training
-from irpo_utils.ops import checksums, warnings
+from irpo_utils.ops import checksums, trial, warnings
 from irpo_utils.ops.drift import PAIRS, Probe
 from irpo_utils.scale import processes
 
@@ -147,16 +147,11 @@ def referring_to_start(base: type[training.IterativeRPOTrainer], stages: iterati
         starts_from_reference = False
 
         def _precompute_ref_logps(self, *args):
-            model = stages.model
-            lora = [p for n, p in model.named_parameters() if "lora_" in n and ".default" in n]
-            now = [parameter.clone() for parameter in lora]
-            stages.engine.use(model, stages.keep.adapter(0))
-            if "ref" in model.peft_config:  # TRL's copy of M_t
-                model.delete_adapter("ref")
-            scored = super()._precompute_ref_logps(*args)
-            for parameter, value in zip(lora, now, strict=True):
-                parameter.data.copy_(value)
-            return scored
+            with trial.unchanged(stages.model):
+                stages.engine.use(stages.model, stages.keep.adapter(0))
+                if "ref" in stages.model.peft_config:  # TRL's copy of M_t
+                    stages.model.delete_adapter("ref")
+                return super()._precompute_ref_logps(*args)
 
     return ReferringToStart
 

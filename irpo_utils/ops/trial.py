@@ -155,12 +155,12 @@ def explained(sentence: str, advice: str):
 @contextlib.contextmanager
 def unchanged(model):
     """Afterwards the adapter and the random numbers are as before."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    values = [weight.detach().clone() for weight in trained]
+    weights = [p for n, p in model.named_parameters() if "lora_" in n and ".default" in n]
+    values = [weight.detach().clone() for weight in weights]
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         yield
     random.setstate(python)
     np.random.set_state(numpy)
-    for weight, value in zip(trained, values, strict=True):
+    for weight, value in zip(weights, values, strict=True):
         weight.data.copy_(value)

@@ -85,12 +85,12 @@ class SharedEngine:
     def __init__(self, inner):
         self.inner = inner
 
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)  # what is not defined here
+
     def load(self, p, revision: str | None = None, **options):
         wait()  # connects the processes
         return self.inner.load(p, revision, **options)
-
-    def use(self, model, adapter) -> None:
-        self.inner.use(model, adapter)
 
     def decode(self, model, request, batch_size: int):
         """All completions of all processes in every process, in the order of the prompts."""
@@ -106,7 +106,3 @@ class SharedEngine:
         from irpo_utils.scale import trainer
 
         return trainer.distributed(self.inner.trainer(model))
-
-    def state_dict(self, model) -> dict | None:
-        """As the inner engine. All processes must call it."""
-        return self.inner.state_dict(model)
