@@ -20,7 +20,7 @@ from irpo_utils.ops import checksums, contamination, export, hub, statistics, tr
 from irpo_utils.ops.run_directory import RunDirectory, is_whole
 from irpo_utils.ops.storage import Folder, check_path, read_inputs, read_profile
 from irpo_utils.profiles import Profile
-from irpo_utils.scale import processes
+from irpo_utils.scale import fsdp, processes
 
 
 def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
@@ -90,10 +90,8 @@ def engine_of(p: Profile) -> Engine:
     """The engine of the profile, for the processes of this run; its errors name cause and fix."""
     engine = iteration.plugin(f"engines.{p.engine}").Engine()
     engine.load = hub.explained(p.model)(engine.load)
+    fsdp.check(p)
     if p.shard:
-        from irpo_utils.scale import fsdp
-
-        fsdp.check(p)
         engine = fsdp.ShardedEngine(engine)
     return processes.SharedEngine(engine) if processes.count() > 1 else engine
 
