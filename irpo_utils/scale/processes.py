@@ -47,16 +47,12 @@ def _state():
 
 def share(items: list) -> list:
     """This process's part of `items`: consecutive ones, in order."""
-    if count() == 1:
-        return items
     with _state().split_between_processes(items) as part:
         return list(part)
 
 
 def gather(part: list) -> list:
     """The parts of all processes, one after the other. All processes must call it."""
-    if count() == 1:
-        return part
     from accelerate.utils import gather_object
 
     _state()
@@ -65,8 +61,6 @@ def gather(part: list) -> list:
 
 def from_first(decide: Callable):
     """The result of `decide()` in the first process, given to all, so that all do the same."""
-    if count() == 1:
-        return decide()
     from accelerate.utils import broadcast_object_list
 
     _state()
@@ -75,8 +69,7 @@ def from_first(decide: Callable):
 
 def wait() -> None:
     """Wait until all processes are here."""
-    if count() > 1:
-        _state().wait_for_everyone()
+    _state().wait_for_everyone()
 
 
 class SharedEngine:
