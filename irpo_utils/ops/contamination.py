@@ -11,6 +11,7 @@ No such check can find what a model saw before it came here. Notebook 07 shows h
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass, field
 
 from irpo_utils import UserError
@@ -58,9 +59,9 @@ def check(train, evaluation, allow: bool = False) -> Overlap:
     """`find`; the same question on both sides is a `UserError` with examples, unless `allow`."""
     overlap = find(train, evaluation)
     if overlap.normalised and not allow:
-        shown = overlap.examples[:SHOWN]
         examples = "; ".join(
-            f"{e['train']} is {e['evaluation']}, {_short(e['question'])}" for e in shown
+            f'{e["train"]} is {e["evaluation"]}, "{textwrap.shorten(e["question"], 80)}"'
+            for e in overlap.examples[:SHOWN]
         )
         raise UserError(
             f"{overlap.normalised} of {overlap.questions} evaluation questions are also training "
@@ -89,8 +90,3 @@ def n_grams(question: str, n: int = N_GRAM) -> list[tuple[str, ...]]:
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return f'"{text[:80]}..."' if len(text) > 80 else f'"{text}"'
