@@ -6,7 +6,7 @@ import pandas as pd
 from checks_common import call
 
 
-def shares(function) -> str:
+def time_shares(function) -> str:
     """Exercise 0.2: `function(timing)` gives the share of all seconds by stage."""
     timing = pd.DataFrame(
         {
@@ -49,9 +49,12 @@ def shares(function) -> str:
         .set_index("stage")
         .seconds.pipe(lambda s: s / s.sum()),
         "You divided by the mean of the stages instead of their sum.": seconds / seconds.mean(),
+        "You counted rows of the table. Add up the seconds of each stage.": timing.stage.value_counts(
+            normalize=True
+        ),
     }
     if all(_same(value[stage], share) for stage, share in (seconds / seconds.sum()).items()):
-        return "Right: the shares add up to 1. Ask it about the real `timing`, and compare with the seconds in the table."
+        return "Right: the shares add up to 1. Call it with the real `timing`, and compare with the seconds in the table."
     for message, wrong in mistakes.items():
         if set(wrong.index) == set(value) and all(
             _same(value[stage], x) for stage, x in wrong.items()
@@ -75,10 +78,9 @@ def sampling_hours(function) -> str:
         "That is in minutes: divide by another 60 to get hours.": 60 * right,
         "That is in days: the exercise asks for hours.": right / 24,
         "That is one iteration only: multiply by `iterations`.": right / iterations,
-        "You counted one sample a question: every question is answered `samples` times.": right
+        "You counted one completion per question: every question gets `n` completions.": right
         / samples,
-        "You counted samples, not tokens: multiply by `tokens`, the length of a sample.": right
-        / tokens,
+        "You counted completions, not tokens: multiply by `mean_tokens`.": right / tokens,
         "You left out the number of questions.": right / questions,
         "You multiplied by `tokens_per_second`. A faster machine takes less time: divide by it.": right
         * rate
@@ -86,7 +88,7 @@ def sampling_hours(function) -> str:
         "That is the number of tokens. Divide by `tokens_per_second`, then turn seconds into hours.": right
         * rate
         * 3600,
-        "You turned the ratio round: hours are tokens divided by tokens per second, not the reverse.": 1
+        "You inverted the ratio: divide the tokens by the tokens per second.": 1
         / (right * 3600)
         / 3600,
     }
@@ -94,18 +96,18 @@ def sampling_hours(function) -> str:
         other, message = call(function, 10, 2, 36, 1, 1)
         if message or not _same(other, 0.2):
             return (
-                f"It fits one case, but 10 questions with 2 samples of 36 tokens at 1 token per second take 0.2 hours and you "
+                f"It fits one case, but 10 questions with 2 completions of 36 tokens at 1 token per second take 0.2 hours and you "
                 f"get {other}. Are there numbers in your function that should be arguments?"
             )
         return (
-            f"Right: with {questions:,} questions, {samples} samples of {tokens} tokens, {iterations} iterations and {rate:,} tokens per "
+            f"Right: with {questions:,} questions, {samples} completions of {tokens} tokens, {iterations} iterations and {rate:,} tokens per "
             f"second it is {right:.0f} hours."
         )
     for message, wrong in mistakes.items():
         if _same(value, wrong):
             return message
     return (
-        f"For {questions} questions, {samples} samples, {tokens} tokens, {iterations} iterations and {rate} tokens per second it is "
+        f"For {questions} questions, {samples} completions, {tokens} tokens, {iterations} iterations and {rate} tokens per second it is "
         f"{right:.2f} hours; your function gives {value!r}. Count the tokens of one question first."
     )
 
@@ -131,12 +133,16 @@ def iterative_rpo(function) -> str:
     value, message = call(function, "M_0", ["q1", "q2"], 3, sample, grade, pair, train)
     if message:
         return message
-    return (
-        _wrong_part(sampled, trained)
-        or _wrong_result(value, trained)
-        or (
-            "Right: M_t samples, M_t is the reference, training starts from M_t, and the pairs are M_t's own."
-        )
+    wrong = _wrong_part(sampled, trained) or _wrong_result(value, trained)
+    if not wrong:
+        sampled, trained = [], []
+        value, message = call(function, "M_0", ["q1"], 1, sample, grade, pair, train)
+        if message or value not in (["M_0", "M_1"], ("M_0", "M_1")):
+            return (
+                "Almost: for 1 iteration the result should be M_0 and M_1. Do you use `iterations`?"
+            )
+    return wrong or (
+        "Right: M_t samples, M_t is the reference, training starts from M_t, and the pairs are M_t's own."
     )
 
 
@@ -158,20 +164,20 @@ def _wrong_part(sampled: list, trained: list) -> str | None:
             )
         if start != now:
             return f"In iteration {t} training started from {start!r}. It starts from a copy of the newest model, M_{t}."
+        if "pairs from" in str(reference):
+            return "The reference was a set of pairs: the order of the arguments is train(model, pairs, reference)."
         if reference != now:
             return (
-                f"In iteration {t} the reference was {reference!r}. In this paper it is the model before, M_{t}, not M_0: the step "
-                "is measured from where it starts."
+                f"In iteration {t} the reference was {reference!r}. In this paper it is the model that training starts from, "
+                f"M_{t}."
             )
         if isinstance(pairs, str) and pairs == f"pairs from samples of {now}":
-            return (
-                "You made pairs from samples that nobody graded: `pair` needs what `grade` returns."
-            )
+            return "You made pairs from samples without grades: `pair` needs what `grade` returns."
         if pairs != f"pairs from graded samples of {now}":
             if now != "M_0" and "M_0" in str(pairs) or str(pairs).count("pairs from") > 1:
                 return (
                     f"In iteration {t} training also got pairs of earlier models. The paper trains on the pairs of M_t alone and "
-                    "throws the others away."
+                    "discards the others."
                 )
             return f"In iteration {t} training got {pairs!r} as its pairs. It needs `pair(grade(sample(M_{t}, questions)))` as it is."
     return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from numbers import Rational
 
-from checks_common import NO_RETURN, UNSOLVED
+from checks_common import NO_RETURN, UNSOLVED, unsolved
 from helpers_02 import equations, is_true
 
 from irpo_utils import tasks
@@ -106,8 +107,18 @@ def extract_number(function) -> str:
             "Final answer: 12,13",
             None,
             {
-                1213: "That comma stands between two numbers: only one that three digits follow stands between thousands."
+                1213: "This comma separates two numbers. A thousands separator is followed by exactly three digits."
             },
+        ),
+        (
+            "Final answer: 1/3",
+            Fraction(1, 3),
+            {None: "1/3 is one number, a fraction.", 1: "You read only the numerator."},
+        ),
+        (
+            "Final answer:\n24",
+            24,
+            {None: "Here the first line of text after the marker is the next line."},
         ),
     ]
     results = []
@@ -117,9 +128,9 @@ def extract_number(function) -> str:
             return message
         results.append((completion, expected, wrong, value))
     if all(value is ... for *_, value in results):
-        return UNSOLVED
+        return unsolved(function)
     if all(value is None for *_, value in results):
-        return f'{NO_RETURN} If it is there: does it find "Final answer:" in any case of letters?'
+        return f'{NO_RETURN} If it is there: does it find "Final answer:" in upper and lower case?'
     for completion, expected, wrong, value in results:
         if isinstance(value, str):
             return f'You return text, {value!r}. "24" and "24.00" are different texts and the same number: return a Fraction.'
@@ -128,6 +139,11 @@ def extract_number(function) -> str:
                 if _same(value, result):
                     return f"{completion!r} gives {_show(value)}, not {_show(expected)}. {message}"
             return f"{completion!r} gives {_show(value)}; it should give {_show(expected)}."
+    other = next(
+        (value for *_, value in results if not isinstance(value, (Rational, type(None)))), None
+    )
+    if other is not None:
+        return f"The numbers agree, but you return a {type(other).__name__}. Return a Fraction, which is exact."
     return "Right: the last line counts, one number is an answer, and two different ones are none."
 
 
@@ -143,7 +159,7 @@ def fooled(completion, naive) -> str:
         return f"The naive grader raised {type(error).__name__}: {error}. Leave it as it was."
     if value != "42":
         return (
-            f"The naive grader is not fooled: it reads {value}, not 42, and gives no reward. What stands first after the "
+            f"The naive grader is not fooled: it reads {value}, not 42, and gives no reward. What follows directly after the "
             'word "answer"?'
         )
     extracted = tasks.get("gsm8k").extract(completion)
@@ -214,7 +230,7 @@ def lucky_pairs(function) -> str:
         "That is a sum over questions. Divide by the number of questions that give a pair.": lambda qs: (
             sum(of(q) for q in usable(qs))
         ),
-        "These are per cent. Return a share between 0 and 1.": lambda qs: 100 * solution(qs),
+        "These are percentages. Return a share between 0 and 1.": lambda qs: 100 * solution(qs),
     }
     s, l, i = "solved", "lucky", "incorrect"
     cases = [
@@ -231,7 +247,7 @@ def lucky_pairs(function) -> str:
                 )
             return message
         if value is ...:
-            return UNSOLVED
+            return unsolved(function)
         if value is None:
             return NO_RETURN
         values.append(value)
@@ -298,11 +314,11 @@ def sound(function) -> str:
         "You compare texts. 1.50 and 1.5 are one number: make a `Fraction` of the extracted answer.": judge(
             result=lambda shown, x: str(shown[-1][3]) == x
         ),
-        "Your verdicts are the wrong way round: True means sound.": lambda *case: (
-            not solution(*case)
-        ),
+        "You inverted the result: True means sound.": lambda *case: not solution(*case),
         "You return True for every completion.": lambda *_: True,
-        "You return False for every completion. Which part is never true?": lambda *_: False,
+        "You return False for every completion. A `Fraction` never equals a text: compare with `Fraction(extracted)`.": lambda *_: (
+            False
+        ),
     }
     values = []
     for completion, extracted in cases:
@@ -313,17 +329,20 @@ def sound(function) -> str:
             return message
         values.append(value)
     if all(value is ... for value in values):
-        return UNSOLVED
+        return unsolved(function)
     if all(value is None for value in values):
         return NO_RETURN
     verdicts = [bool(value) for value in values]
     if verdicts == [solution(*case) for case in cases]:
         for case, value in zip(cases, values):
             if value is None:
-                return f"The verdicts agree, but for {case[0]!r} your function returns None. Return False there."
+                return f"The results agree, but for {case[0]!r} your function returns None. Return False there."
             if not isinstance(value, bool):
-                return f"The verdicts agree, but for {case[0]!r} you return {_show(value)}. Return True or False."
-        return "Right: no equation, a false one, or one that leads elsewhere is not sound."
+                return f"The results agree, but for {case[0]!r} you return {_show(value)}. Return True or False."
+        return (
+            "Right: a completion without an equation, with a false one, or whose last equation gives another number is not "
+            "sound."
+        )
     for message, wrong in mistakes.items():
         if verdicts == [bool(wrong(*case)) for case in cases]:
             return message

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dis
+
 UNSOLVED = "Not solved yet: fill in the cell above and run it again."
+PLACEHOLDER = "Your code ran, but the last line still returns `...`: return your result there."
 NO_RETURN = "Your function returned None: is a `return` missing?"
 
 
@@ -23,7 +26,15 @@ def call(function, *arguments):
         return None, f"Your function raised {type(error).__name__}: {error}"
     if value is None:
         return None, NO_RETURN
-    return (None, UNSOLVED) if value is ... else (value, None)
+    return (None, unsolved(function)) if value is ... else (value, None)
+
+
+def unsolved(function) -> str:
+    """What to say if the function returns `...`: is that all it does?"""
+    code = getattr(function, "__code__", None)
+    steps = {step.opname for step in dis.get_instructions(code)} if code else set()
+    stub = {"RESUME", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE"}
+    return UNSOLVED if steps <= stub else PLACEHOLDER
 
 
 def number(function, *arguments):

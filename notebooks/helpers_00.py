@@ -17,6 +17,7 @@ from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
+STAGES = {"samples": "sampling", "graded": "grading", "pairs": "pairing", "adapter": "training"}
 
 
 def finished_run(name: str) -> Path:
@@ -39,10 +40,11 @@ def show(completion: str) -> str:
 # ------------------------------------------------------------------------------ figures
 
 
-def loop_diagram(question: str, n_correct: int, n_samples: int, n_pairs: int):
-    """The six steps as boxes, with the numbers of one question below each."""
-    figure, axes = plots.new_figure(9, 3.4)
-    axes.set(xlim=(0, 100), ylim=(0, 40))
+def loop_diagram(question: str, completions: list[dict], n_pairs: int):
+    """The six steps as boxes, with the numbers and the first pair of one question below."""
+    n_samples, n_correct = len(completions), sum(row["correct"] for row in completions)
+    figure, axes = plots.new_figure(9, 4)
+    axes.set(xlim=(0, 100), ylim=(-9, 40))
     axes.axis("off")
     boxes = [
         ("1 sample", f"{n_samples} completions\nfrom $M_t$"),
@@ -63,11 +65,18 @@ def loop_diagram(question: str, n_correct: int, n_samples: int, n_pairs: int):
             axes.add_patch(_arrow((left - 4.2, 20.5), (left - 0.9, 20.5)))
     axes.add_patch(_arrow((88.5, 26), (8.5, 26), "arc3,rad=0.12"))
     axes.text(48, 36.5, "6 repeat: $M_{t+1}$ becomes $M_t$", ha="center", fontsize=10, color=INK)
-    axes.text(1, 1, f"the question: {question}", fontsize=8, color=GREY, wrap=True)
+    good, bad = (
+        next(show(row["completion"]) for row in completions if row["correct"] is correct)
+        for correct in (True, False)
+    )
+    axes.text(1, 1, f"the question: {question}", fontsize=8, color=INK, wrap=True)
+    axes.text(1, -4, f"first pair, chosen:   {good}", fontsize=8, color=BLUE)
+    axes.text(1, -8, f"first pair, rejected: {bad}", fontsize=8, color=ORANGE)
     figure.alt_text = (
         f"The loop of Iterative RPO for one question: {n_samples} completions are sampled, "
         f"{n_correct} are correct and {n_samples - n_correct} incorrect, they give {n_pairs} pairs, "
-        "training makes M_(t+1), which is evaluated on other questions and samples next."
+        "training makes M_(t+1), which is evaluated on other questions and samples next. "
+        f"In the first pair the chosen completion is {good}, and the rejected one is {bad}."
     )
     return figure
 
@@ -100,6 +109,7 @@ def lines_by_verdict(graded):
 def twenty_steps(log):
     """The log-probabilities of chosen and rejected completions over the steps."""
     table = log.to_pandas()
+    assert table.loss_dpo.iloc[0] > table.loss_dpo.iloc[-1]
     figure, axes = plots.new_figure(6.5, 3)
     lines = [
         plots.draw_line(axes, table.step, table[f"logps/{side}"], side, colour)
@@ -119,7 +129,9 @@ def toy(shares: list[float], accuracies: list[float], ceiling: float):
         for label, values, colour in (("careful", shares, GREEN), ("accuracy", accuracies, BLUE))
     ]
     axes.axhline(100 * ceiling, color=GREY, linestyle=":")
-    axes.set(xlabel="iteration", ylabel="%", ylim=(0, 104), xticks=list(steps))
+    axes.text(0, 100 * ceiling - 1, f"ceiling {100 * ceiling:.0f} %", va="top", color=GREY)
+    axes.set(xlabel="iteration", ylabel="careful completions,\naccuracy (%)", ylim=(0, 104))
+    axes.set_xticks(list(steps))
     return plots.finish(figure, f"Toy model, ceiling {100 * ceiling:.0f} %", {"percent": lines})
 
 

@@ -24,7 +24,7 @@ STUDY = FIGURES / "lenient_grader.csv"
 BEHAVIOURS = ("no working", "partial working", "full working")
 GRADERS = {"strict": BLUE, "within 20 %": GREEN, "partial credit": ORANGE}
 MEASURES = {
-    "correct": "accuracy (%)",
+    "correct": "sampled accuracy (%)",
     "no_working": "without working (%)",
     "partial": "partial working (%)",
 }
@@ -118,7 +118,7 @@ def differences(iteration: int, against: str = "strict") -> pd.DataFrame:
     rows = {}
     for grader in [name for name in GRADERS if name != against]:
         rows[grader] = {}
-        for name, label in (MEASURES | {"within": "within 20 % (%)"}).items():
+        for name, label in (MEASURES | {"within": "at most 20 % off (%)"}).items():
             share = records.assign(share=100 * records[name] / records.samples)
             mine, other = (
                 share[share.grader == which].pivot(index="seed", columns="id", values="share")
@@ -139,7 +139,7 @@ def front_end(completion: str) -> plots.TextFigure:
     value = numbers.parse(unwrapped or "")
     stages = [
         ("completion", completion),
-        ("1 marker and block", block),
+        ("1 marker, block", block),
         ("2 without wrapping", unwrapped),
         ("3 number", numbers.show(value) if value is not None else None),
     ]
@@ -179,8 +179,10 @@ def front_end(completion: str) -> plots.TextFigure:
 def reasons(counts: dict[str, int]) -> plots.TextFigure:
     """How many completions got each reason."""
     figure, axes = plots.new_figure(7, 2.2)
+    labels = {"ok": "correct", "wrong": "incorrect", "no_answer": "no readable answer"}
+    counts = {labels.get(name, name): count for name, count in counts.items()}
     names, total = list(counts)[::-1], sum(counts.values())
-    colours = {"ok": BLUE, "wrong": ORANGE}
+    colours = {"correct": BLUE, "incorrect": ORANGE}
     axes.barh(names, [counts[name] for name in names], color=[colours.get(n, GREY) for n in names])
     for i, name in enumerate(names):
         axes.text(counts[name], i, f" {counts[name]} ({counts[name] / total:.1%})", va="center")
@@ -191,8 +193,8 @@ def reasons(counts: dict[str, int]) -> plots.TextFigure:
     return figure
 
 
-def grader_errors(errors: pd.DataFrame) -> plots.TextFigure:
-    """False positives and false negatives of some graders; index: grader."""
+def grader_errors(errors: pd.DataFrame, correct: pd.Series) -> plots.TextFigure:
+    """False positives and false negatives of some graders (index), and the numbers of labels."""
     figure, axes = plots.new_figure(7, 2.8)
     places, height = np.arange(len(errors))[::-1], 0.38
     for shift, name, colour in (
@@ -203,9 +205,10 @@ def grader_errors(errors: pd.DataFrame) -> plots.TextFigure:
         for place, count in zip(places, errors[name], strict=True):
             axes.text(count, place + shift, f" {count}", va="center")
     axes.set_yticks(places, errors.index)
-    axes.set(xlabel="labelled completions")
+    labels = f"{correct.sum()} correct and {(~correct).sum()} incorrect"
+    axes.set(xlabel=f"errors on {labels} labelled completions")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
-    figure.alt_text = "Errors: " + "; ".join(
+    figure.alt_text = f"Errors on {labels} labelled completions: " + "; ".join(
         f"{grader}: " + ", ".join(f"{row[name]} {name}" for name in errors.columns)
         for grader, row in errors.iterrows()
     )
@@ -225,8 +228,8 @@ def behaviours(table: pd.DataFrame) -> plots.TextFigure:
         axes.barh(names, widths, left=left, color=colour, label=label)
         left += widths
     for i, name in enumerate(names):
-        right, wrong = counts.loc[name, True], counts.loc[name, False]
-        axes.text(left[i], i, f" {right} correct of {right + wrong}", va="center")
+        correct, incorrect = counts.loc[name, True], counts.loc[name, False]
+        axes.text(left[i], i, f" {correct} correct of {correct + incorrect}", va="center")
     axes.set(xlabel="completions of $M_0$", xlim=(0, 1.35 * left.max()))
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
     figure.alt_text = "Completions by behaviour: " + "; ".join(
@@ -278,7 +281,7 @@ def what_graders_teach(study: pd.DataFrame) -> plots.TextFigure:
             lines[label].append(line)
         ticks = sorted(study.iteration.unique())
         axes.set_xticks(ticks, [f"$M_{t}$" for t in ticks])
-        axes.set(ylabel=label, ylim=(0, None))
+        axes.set(ylabel=label, ylim=(0, 72))
     panels[0].legend(frameon=False, loc="upper left")
     figure.alt_text = "What graders teach, per iteration. " + " ".join(
         f"{label}: " + "; ".join(f"{line.label}: {line.numbers}" for line in group) + "."

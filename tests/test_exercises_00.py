@@ -14,7 +14,7 @@ def solution(name: str, solved: bool = True):
     return exercises.defined("00_start_here", name, solved)
 
 
-EXERCISES = ("shares", "sampling_hours", "iterative_rpo")
+EXERCISES = ("time_shares", "sampling_hours", "iterative_rpo")
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -60,17 +60,18 @@ def test_checks_never_raise(name):
             lambda t: t.groupby("stage").seconds.sum() / t.groupby("stage").seconds.sum().max(),
             "longest stage",
         ),
+        (lambda t: t.stage.value_counts(normalize=True), "counted rows"),
         (lambda t: t.seconds / t.seconds.sum(), "The stages of this table are"),
         (lambda t: dict.fromkeys(set(t.stage), 1 / 3), "should be adapter 0.3"),
     ],
 )
-def test_shares_names_the_mistake(wrong, words):
-    assert words in checks.shares(wrong)
+def test_time_shares_names_the_mistake(wrong, words):
+    assert words in checks.time_shares(wrong)
 
 
-def test_shares_may_be_a_dict():
+def test_time_shares_may_be_a_dict():
     total = lambda t: t.seconds.sum()  # noqa: E731
-    assert checks.shares(
+    assert checks.time_shares(
         lambda t: {s: g.seconds.sum() / total(t) for s, g in t.groupby("stage")}
     ).startswith("Right")
 
@@ -80,9 +81,9 @@ def test_shares_may_be_a_dict():
     [
         (lambda q, s, t, i, rate: q * s * t * i / rate, "in seconds"),
         (lambda q, s, t, i, rate: q * s * t * i / rate / 60, "in minutes"),
-        (lambda q, s, t, i, rate: q * t * i / rate / 3600, "one sample a question"),
+        (lambda q, s, t, i, rate: q * t * i / rate / 3600, "one completion per question"),
         (lambda q, s, t, i, rate: q * s * t / rate / 3600, "one iteration only"),
-        (lambda q, s, t, i, rate: q * s * i / rate / 3600, "samples, not tokens"),
+        (lambda q, s, t, i, rate: q * s * i / rate / 3600, "completions, not tokens"),
         (lambda q, s, t, i, rate: q * s * t * i * rate / 3600, "divide by it"),
         (lambda q, s, t, i, rate: q * s * t * i, "number of tokens"),
         (lambda q, s, t, i, rate: 7500 * 30 * t * i / rate / 3600, "should be arguments"),
@@ -133,7 +134,7 @@ def loop(
         (dict(data="list"), "as it is"),
         (dict(rounds=1), "you trained 4 times"),
         (dict(rounds=-1), "you trained 2 times"),
-        (dict(grading=False), "nobody graded"),
+        (dict(grading=False), "without grades"),
         (dict(result="last"), "the last model only"),
         (dict(result="trained"), "M_0 is missing"),
     ],
@@ -146,10 +147,38 @@ def test_a_correct_loop_of_another_shape_is_right():
     assert checks.iterative_rpo(loop()).startswith("Right")
 
 
-def test_the_check_of_shares_leaves_the_students_table_alone():
+def test_the_check_of_time_shares_leaves_the_students_table_alone():
     def spoil(timing: pd.DataFrame):
         value = timing.groupby("stage").seconds.sum() / timing.seconds.sum()
         timing["seconds"] = 0
         return value
 
-    assert not checks.shares(spoil).startswith("Your function raised")
+    assert not checks.time_shares(spoil).startswith("Your function raised")
+
+
+def test_a_placeholder_after_working_code_is_named():
+    def loop_without_result(model, questions, iterations, sample, grade, pair, train):
+        models = [model]
+        for _ in range(iterations):
+            now = models[-1]
+            models.append(train(now, pair(grade(sample(now, questions))), now))
+        return ...
+
+    assert "still returns `...`" in checks.iterative_rpo(loop_without_result)
+    assert checks.iterative_rpo(lambda *arguments: ...).startswith("Not solved yet")
+
+
+def test_swapped_arguments_and_a_fixed_number_of_iterations_are_named():
+    def run(swapped, rounds):
+        def function(model, questions, iterations, sample, grade, pair, train):
+            models = [model]
+            for _ in range(rounds):
+                now = models[-1]
+                pairs = pair(grade(sample(now, questions)))
+                models.append(train(now, now, pairs) if swapped else train(now, pairs, now))
+            return models
+
+        return checks.iterative_rpo(function)
+
+    assert "order of the arguments" in run(swapped=True, rounds=3)
+    assert "Do you use `iterations`?" in run(swapped=False, rounds=3)

@@ -97,7 +97,7 @@ def one(found):
             ),
             "the last one counts",
         ),
-        (lambda text: one(set(number(last_line(text, 0)))), "in any case of letters"),
+        (lambda text: one(set(number(last_line(text, 0)))), "in upper and lower case"),
         (
             lambda text: one(set(number(last_line(text.replace("Final", "final"), 0)))),
             "Small and capital letters",
@@ -126,7 +126,7 @@ def one(found):
                     for n in re.findall(r"-?[\d,]*\d(?:\.\d+)?", last_line(text))
                 }
             ),
-            "three digits follow",
+            "exactly three digits",
         ),
         (
             lambda text: (
@@ -144,10 +144,24 @@ def test_wrong_extractors(attempt, words):
     assert words in checks_02.extract_number(attempt)
 
 
-def test_a_float_will_do():
-    assert checks_02.extract_number(
+def test_a_float_is_no_fraction():
+    message = checks_02.extract_number(
         lambda text: (n := SOLVED["extract_number"](text)) and float(n)
-    ).startswith("Right")
+    )
+    assert "Return a Fraction" in message and not message.startswith("Right")
+
+
+def test_an_extractor_that_stops_at_the_line_of_the_marker_or_at_a_slash_is_named():
+    def same_line(text):
+        found = re.split(r"final answer:", text, flags=re.IGNORECASE)[1:]
+        return (
+            SOLVED["extract_number"]("Final answer: " + found[-1].split("\n")[0]) if found else None
+        )
+
+    assert "the next line" in checks_02.extract_number(same_line)
+    assert "1/3 is one number" in checks_02.extract_number(
+        lambda text: None if "/3" in text else SOLVED["extract_number"](text)
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,7 +239,7 @@ def pooled(questions):
         (lambda qs: 1 - mean([share(q) for q in usable(qs)]), "*solved*"),
         (lambda qs: mean(["lucky" in q for q in usable(qs)]), "have any lucky"),
         (lambda qs: sum(map(share, usable(qs))), "is a sum"),
-        (lambda qs: 100 * mean([share(q) for q in usable(qs)]), "per cent"),
+        (lambda qs: 100 * mean([share(q) for q in usable(qs)]), "percentages"),
         (lambda qs: 0.3, "should give"),
         (lambda qs: "half", "should give"),
         (lambda qs, k: 0, "raised TypeError"),
@@ -270,7 +284,7 @@ def true(e):
             ),
             "*first* equation",
         ),
-        (lambda text, x: not SOLVED["sound"](text, x), "wrong way round"),
+        (lambda text, x: not SOLVED["sound"](text, x), "inverted the result"),
         (lambda text, x: True, "True for every"),
         (lambda text, x: False, "False for every"),
         (lambda text, x: SOLVED["sound"](text, x) or None, "Return False there"),

@@ -16,9 +16,8 @@
 # **What you will be able to do**
 #
 # - describe the six steps of Iterative Reasoning Preference Optimization (Iterative RPO), and the model that each step uses;
-# - carry one question through a whole iteration, until the model answers it differently;
-# - explain why a reward for the final answer alone can change how a model reasons;
-# - read the plot at the end of this course, and say what it does not show.
+# - carry one question through an iteration;
+# - explain why a reward for the final answer can change how a model reasons.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
@@ -26,13 +25,13 @@
 #
 # **Needs**: the packages of this repository. The model and its questions come with it.
 #
-# **Before this**: you should know what a softmax and a gradient are. You need no reinforcement learning.
-# The [glossary](../docs/glossary.md) explains the terms that link to it.
+# **Before this**: you should know what a softmax and a gradient are. The [glossary](../docs/glossary.md) explains the terms
+# that link to it.
 
 # %%
 import os, sys
-sys.path[:0] = [".", ".."]                          # helpers_00.py and checks_00.py are next to the notebooks
-PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
+sys.path[:0] = [".", ".."]                          # for helpers_00.py and checks_00.py
+PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # "cpu", "smoke", or a GPU profile
 
 # %% tags=["nbval-ignore-output"]
 import json
@@ -53,12 +52,16 @@ print("profile", PROFILE, "· device", models.default_device(), "· seed", profi
 # %% [markdown]
 # ## 1 One question, asked several times
 #
-# A language model can often solve a problem that it usually gets wrong. If you ask it thirty times, some completions
-# are correct. Can a model learn from its own correct completions?
+# If you ask a language model a difficult question thirty times, some completions are correct. Can the model learn from
+# its own correct completions?
 #
-# In the `cpu` profile $M_0$ is a [seed model](../docs/glossary.md#seed-model) with about a million parameters. It can
-# show its working, but we [trained it](../docs/model_card_seed.md) to skip it most of the time. Draw $N$ completions for each of 16 questions, and
-# [grade](../docs/glossary.md#reward) them: the reward is 1 if the final answer equals the known one, else 0.
+# A *profile* is a set of settings. In the `cpu` profile the first model, $M_0$, is a
+# [seed model](../docs/glossary.md#seed-model) with about a million parameters. It can show its working, that is, its
+# reasoning steps, but we [trained it](../docs/model_card_seed.md) to skip them most of the time.
+#
+# Draw $N$ completions for each of 16 questions, and [grade](../docs/glossary.md#reward) them: the reward is 1 if the final
+# answer equals the known one, else 0. [Greedy decoding](../docs/glossary.md#greedy-decoding) takes the most probable token
+# each time.
 
 # %% tags=["nbval-ignore-output"]
 task = tasks.get(profile.task)
@@ -66,17 +69,16 @@ questions = task.load("validation", profile.data).select(range(16))
 model, tokenizer = runs.load_model(profile)
 
 def draw(questions, n=1, temperature=0.0):
-    return sampling.sample(model, tokenizer, questions, task, n=n, temperature=temperature, seed=profile.seed,
+    return sampling.sample(model, tokenizer, questions, task, n, temperature, seed=profile.seed,
                            max_new_tokens=profile.max_new_tokens, progress=False)
 
-greedy = grading.grade(draw(questions), task)               # the most probable token each time
+greedy = grading.grade(draw(questions), task)
 graded = grading.grade(draw(questions, profile.n_samples, profile.temperature_of(0)), task)
 print(f"{len(graded)} sampled completions: {sum(graded['correct'])} are correct")
 
 # %% [markdown]
-# Take one question to follow through the course: the first one whose greedy completion is incorrect and whose sampled
-# completions are partly correct. [Greedy decoding](../docs/glossary.md#greedy-decoding) takes the most probable token
-# each time.
+# We follow one question through the course: the first one whose greedy completion is incorrect and whose sampled
+# completions are partly correct.
 
 # %% tags=["nbval-ignore-output"]
 def completions_of(question):
@@ -99,19 +101,23 @@ for row in one:
 helpers_00.lines_by_verdict(graded)
 
 # %% [markdown]
-# With the seed model, a completion of one line is a bare answer, and it is rarely correct. Completions that show their
-# equations are correct more often. The reward does not look at the reasoning, yet it prefers one *way* of answering.
+# <details><summary>Answer</summary>
+#
+# Longer, with the seed model. Completions of one or two lines skip steps and are almost never correct.
+# Most of those with three or four lines are correct.
+#
+# </details>
+#
+# The reward does not look at the reasoning, yet it prefers one *way* of answering.
 
 # %% [markdown]
 # ## 2 The algorithm
 #
 # Iterative RPO ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)) turns this preference into training. It needs
-# questions with known final answers, but no worked solutions and no human ranking. The figure shows the six steps with
-# the numbers of our question.
+# questions with known final answers, but no worked solutions. The figure shows the six steps for our question.
 
 # %% tags=["nbval-ignore-output"]
-n_correct = sum(row["correct"] for row in one)
-helpers_00.loop_diagram(question["question"], n_correct, len(one), profile.k_pairs)
+helpers_00.loop_diagram(question["question"], one, profile.k_pairs)
 
 # %% [markdown]
 # 1. **Sample.** The model $M_t$ writes $N$ completions for every training question: a
@@ -121,17 +127,16 @@ helpers_00.loop_diagram(question["question"], n_correct, len(one), profile.k_pai
 #    form $K$ [preference pairs](../docs/glossary.md#preference-pair). A question with only one kind gives no pairs.
 # 4. **Train.** A copy of $M_t$ learns to prefer chosen over rejected completions, compared with $M_t$.
 # 5. **Evaluate.** The trained model $M_{t+1}$ answers questions that training never uses.
-# 6. **Repeat** with $M_{t+1}$. The paper does this three or four times ([section 3](https://arxiv.org/html/2404.19733v3#S3)).
+# 6. **Repeat** with $M_{t+1}$ and new pairs. The paper does this three or four times
+#    ([section 3](https://arxiv.org/html/2404.19733v3#S3)).
 #
-# One model has three roles. Confusing them is the most common mistake.
+# One model has three roles:
 #
 # | role in iteration $t$ | model | changes in training? |
 # |---|---|---|
 # | writes the completions | $M_t$ | no |
 # | is the [reference](../docs/glossary.md#reference-model) | $M_t$, **not** $M_0$ | no |
 # | is trained | starts as a copy of $M_t$, ends as $M_{t+1}$ | yes |
-#
-# The pairs come from $M_t$ alone. The method discards the pairs of earlier iterations.
 
 # %% [markdown]
 # ## 3 Grade and pair by hand
@@ -141,23 +146,30 @@ helpers_00.loop_diagram(question["question"], n_correct, len(one), profile.k_pai
 # **Predict**: the third completion below has the correct number in its working. Does it get the reward?
 
 # %%
-texts = ["57*2=114\n114-2=112\nFinal answer: 112", "Final answer: 134", "57*2=114\n114-2=112\nFinal answer: 11"]
+texts = ["57*2=114\n114-2=112\nFinal answer: 112", "Final answer: 134",
+         "57*2=114\n114-2=112\nFinal answer: 11"]
 by_hand = [text.split("Final answer:")[-1].strip() == "112" for text in texts]
 word_problems = tasks.get("word_problems")
 assert by_hand == [word_problems.is_correct(word_problems.extract(text), "112") for text in texts]
 print(by_hand)
 
 # %% [markdown]
-# It does not. Good working with a wrong last line is rejected, and a lucky guess is chosen. Notebook
-# [02](02_grading.ipynb) measures how often each happens.
+# <details><summary>Answer</summary>
 #
-# Pairing walks through both lists in parallel. When the shorter list ends, it starts again. After $K$ pairs it stops.
-# This is a zip with wrap-around, not a random draw ([section 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2).
+# No: the third completion gets no reward. Its working is correct, but its last line is not.
+#
+# </details>
+#
+# In the same way a lucky guess may be chosen ([02](02_grading.ipynb)).
+#
+# Pairing walks through both lists in parallel. A list that ends starts again. After $K$ pairs the walk stops. This is a zip
+# with wrap-around, not a random draw ([section 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2).
 
 # %% tags=["nbval-ignore-output"]
 chosen = [row["sample"] for row in one if row["correct"]]
 rejected = [row["sample"] for row in one if not row["correct"]]
-by_hand = [(chosen[i % len(chosen)], rejected[i % len(rejected)]) for i in range(profile.k_pairs)]
+by_hand = [(chosen[i % len(chosen)], rejected[i % len(rejected)])
+           for i in range(profile.k_pairs)]
 
 preferences, counts = pairs.build_pairs(one, k=profile.k_pairs, deduplicate=False)
 print("chosen", chosen, "· rejected", rejected, "· pairs", by_hand)
@@ -166,57 +178,69 @@ assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_s
 # %% [markdown]
 # ## 4 Train: the model changes its answer
 #
-# Training should do two things. First, it should make the chosen completion $w$ more probable than the rejected one
-# $l$, *compared with $M_t$*. This is [DPO](../docs/glossary.md#dpo). Second, it should keep $w$ probable at all. This
-# is the [NLL term](../docs/glossary.md#nll-term). The loss of one pair for a question $x$ is Eq. 1 of the paper
-# (version 3):
+# Training should make the chosen completion $w$ more probable than the rejected one $l$, *compared with $M_t$*. This is
+# [DPO](../docs/glossary.md#dpo). Also, the probability of $w$ itself should not fall. This is the
+# [NLL term](../docs/glossary.md#nll-term). The loss of one pair for a question $x$ is Eq. 1 of the paper:
 #
 # $$L = \underbrace{-\log\sigma\Big(\beta\log\frac{M_\theta(w|x)}{M_t(w|x)} - \beta\log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{\text{DPO}}
 # \;\underbrace{-\;\alpha\,\frac{\log M_\theta(w|x)}{|w|}}_{\text{NLL}}$$
 #
-# $M_\theta(w|x)$ is the probability that the model in training gives to the whole completion $w$. It is a product over
-# tokens, so its logarithm is a sum. Only the NLL term is divided by the length $|w|$. Notebook
-# [04](04_dpo_nll_training.ipynb) derives both terms.
+# - $M_\theta(w|x)$ is the probability of the whole completion $w$ under the model in training. It is a product over
+#   tokens, so its logarithm is a sum, in [nats](../docs/glossary.md#nat).
+# - $\sigma(z) = 1/(1+e^{-z})$, and $\beta = 0.1$ scales the difference.
+# - $\alpha = 1$ weighs the NLL term. Only this term is divided by the length $|w|$.
+#
+# Notebook [04](04_dpo_nll_training.ipynb) derives both terms.
 #
 # **Predict**: before the first step the model in training equals the reference. What is the DPO term?
 
 # %% tags=["nbval-ignore-output"]
 pair = preferences[0]
-logp_w, logp_l = logprobs.score(model, tokenizer, [pair["prompt_ids"]] * 2, [pair["chosen_ids"], pair["rejected_ids"]])
-margin = profile.beta * (logp_w - logp_w) - profile.beta * (logp_l - logp_l)      # both models are M_0
+texts = [pair["prompt_ids"]] * 2, [pair["chosen_ids"], pair["rejected_ids"]]
+reference, _ = runs.load_model(profile)                       # M_t, here M_0
+logp_w, logp_l = logprobs.score(model, tokenizer, *texts)
+ref_w, ref_l = logprobs.score(reference, tokenizer, *texts)
+margin = profile.beta * (logp_w - ref_w) - profile.beta * (logp_l - ref_l)
 print(f"log-probability of chosen {logp_w:.2f}, of rejected {logp_l:.2f} nats")
-print(f"DPO term {-math.log(1 / (1 + math.exp(-margin))):.4f}, NLL term {-logp_w / len(pair['chosen_ids']):.4f}")
+print(f"DPO term {-math.log(1 / (1 + math.exp(-margin))):.4f},",
+      f"NLL term {-logp_w / len(pair['chosen_ids']):.4f}")
 
 # %% [markdown]
-# The DPO term is $-\log\sigma(0) = \ln 2 \approx 0.6931$ for every model and every pair. Use this as a free test. If
-# the first DPO term of a training run is another number, the reference is wrong. If it *stays* at 0.6931, nothing is
-# training.
+# <details><summary>Answer</summary>
 #
-# Now take twenty gradient steps on these pairs. The learning rate is larger than in a real run, because twenty steps
-# are few.
+# The DPO term is $-\log\sigma(0) = \ln 2 \approx 0.6931$, for every model and every pair.
+#
+# </details>
+#
+# Use this as a free test. If the first DPO term of a run differs from 0.6931 by more than rounding, the reference is not
+# the model that training starts from. If it *stays* at 0.6931, nothing is training.
+#
+# Now take twenty gradient steps on these pairs. The learning rate is larger than in section 6, because twenty steps are
+# few. Training changes `model` itself: to start again, run the notebook from the top.
 
 # %% tags=["nbval-ignore-output"]
 before = draw(Dataset.from_list([question]))[0]["completion"]
-log = training.train(model, tokenizer, preferences, profile.alpha, profile.beta, learning_rate=3e-4,
-                     batch_size=len(preferences), num_train_epochs=20, seed=profile.seed, disable_tqdm=True)
+log = training.train(model, tokenizer, preferences, profile.alpha, profile.beta,
+                     learning_rate=3e-4, batch_size=len(preferences), num_train_epochs=20,
+                     seed=profile.seed, disable_tqdm=True)
 after = draw(Dataset.from_list([question]))[0]["completion"]
 print("known answer: ", question["answer"])
 print("greedy before:", helpers_00.show(before))
 print("greedy after: ", helpers_00.show(after))
-assert log[0]["loss_dpo"] > log[-1]["loss_dpo"]
 
 # %% [markdown]
-# This is the course in one cell: the model learned from its own completions, without a solution.
+# This is the course in one cell: the model learned from its own completions, without a solution. The figure shows means
+# over the pairs. The [learning rate](../docs/glossary.md#learning-rate) of the first step is 0 (warm-up).
 
 # %% tags=["nbval-ignore-output"]
 helpers_00.twenty_steps(log)
 
 # %% [markdown]
 # The rejected completions lose most of their probability, and the chosen ones gain. This proves nothing about other
-# questions. That is why step 5 evaluates on questions that training never uses.
+# questions, because the model saw this question in all twenty steps.
 
 # %% [markdown]
-# ## 5 Why should accuracy rise on other questions?
+# ## 5 Why can a reward for the answer change the reasoning?
 #
 # Consider a toy model that can answer in two ways. A **careful** completion shows its working and is correct 19 times
 # out of 20. A **hasty** one is a bare number and is correct 3 times out of 20. At first 3 completions in 10 are
@@ -225,44 +249,49 @@ helpers_00.twenty_steps(log)
 # **Predict**: what share of the *correct* completions is careful? More than half?
 
 # %%
-careful, right_if = 0.30, {"careful": 0.95, "hasty": 0.15}
-correct_and_careful = careful * right_if["careful"]
-correct_and_hasty = (1 - careful) * right_if["hasty"]
-print(f"careful among the correct ones: {correct_and_careful / (correct_and_careful + correct_and_hasty):.2f}")
+careful, accuracy_of = 0.30, {"careful": 0.95, "hasty": 0.15}
+correct_and_careful = careful * accuracy_of["careful"]
+correct_and_hasty = (1 - careful) * accuracy_of["hasty"]
+correct = correct_and_careful + correct_and_hasty
+print(f"careful among the correct ones: {correct_and_careful / correct:.2f}")
 
 # %% [markdown]
-# Nearly three quarters. Let $M_{t+1}$ answer as the correct completions of $M_t$ did, and repeat.
+# <details><summary>Answer</summary>
+#
+# Yes: nearly three quarters.
+#
+# </details>
+#
+# Let $M_{t+1}$ answer as the correct completions of $M_t$ did, and repeat.
 
 # %%
 shares, accuracies = [careful], []
 for t in range(5):
-    accuracies.append(shares[t] * right_if["careful"] + (1 - shares[t]) * right_if["hasty"])
-    shares.append(shares[t] * right_if["careful"] / accuracies[t])
+    accuracies.append(shares[t] * accuracy_of["careful"] + (1 - shares[t]) * accuracy_of["hasty"])
+    shares.append(shares[t] * accuracy_of["careful"] / accuracies[t])
 print("careful ", [round(share, 2) for share in shares[:5]])
 print("accuracy", [round(accuracy, 2) for accuracy in accuracies])
 
 # %%
-helpers_00.toy(shares[:5], accuracies, right_if["careful"])
+helpers_00.toy(shares[:5], accuracies, accuracy_of["careful"])
 
 # %% [markdown]
 # The dotted line is the ceiling. The toy model never gets better *at* careful working. It only does it more often. This
-# is called [elicitation](../docs/glossary.md#elicitation). Do real models gain more?
-# [Yue et al. 2025](https://arxiv.org/abs/2504.13837) argue that reinforcement learning mostly makes likely what the
-# base model could already do. Notebook [01](01_sampling.ipynb) introduces their measure, pass@k.
+# is called [elicitation](../docs/glossary.md#elicitation). The toy only imitates correct completions, while DPO also
+# lowers the rejected ones. Notebook [01](01_sampling.ipynb) asks whether training adds more than that.
 
 # %% [markdown]
 # ### Exercise 0.1: Iterative RPO in a few lines
 #
 # **Goal**: say in code which model samples, which is the reference, and which is trained. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# The exercise gives you the stages as functions. `sample(model, questions)` returns samples, `grade(samples)` grades
-# them, `pair(graded)` makes pairs, and `train(model, pairs, reference)` returns a new model that started as `model`.
-# Return the list of all models, $M_0$ first.
+# You get the stages as functions. `sample(model, questions)` returns samples, `grade(samples)` grades
+# them, `pair(graded)` makes pairs, and `train(model, pairs, reference)` returns a new model that started as a copy of
+# `model`. Return the list of all models, $M_0$ first.
 #
 # <details><summary>Hint</summary>
 #
-# Keep a list `models = [model]`. In every iteration `models[-1]` is $M_t$. How many of the three roles in section 2 does
-# it have?
+# Keep a list `models = [model]`. In every iteration `models[-1]` is $M_t$. How many of the three roles does it have?
 #
 # </details>
 
@@ -276,7 +305,6 @@ def iterative_rpo(model, questions, iterations, sample, grade, pair, train):
         models.append(train(current, preferences, reference=current))
     return models
     # STUB
-    # models = [model]
     # return ...      # your turn: a loop over the iterations
     # END
 
@@ -284,8 +312,8 @@ def iterative_rpo(model, questions, iterations, sample, grade, pair, train):
 print(checks_00.iterative_rpo(iterative_rpo))
 
 # %% [markdown]
-# The worked solution is in [solutions/00_start_here.ipynb](solutions/00_start_here.ipynb). The real loop is
-# [`irpo_utils/iteration.py`](../irpo_utils/iteration.py). It also stores every result, so that a stopped run can resume.
+# [Worked solution](solutions/00_start_here.ipynb). The real loop is
+# [`irpo_utils/iteration.py`](../irpo_utils/iteration.py). It also stores every result.
 
 # %% [markdown]
 # ## 6 Where the course ends
@@ -297,56 +325,72 @@ figure, table = helpers_00.two_learning_rates()
 figure
 
 # %% [markdown]
-# Both lines are Iterative RPO from the same $M_0$, with five seeds each. Only the learning rate differs. The bands are
+# <details><summary>Answer</summary>
+#
+# At 1e-4 the first iteration gains most. At 2e-5 the first two gain about the same.
+#
+# </details>
+#
+# Both lines are Iterative RPO from the same $M_0$. Only the learning rate differs. The table has means over five seeds with
 # 95 % [intervals](../docs/glossary.md#confidence-interval).
 
 # %%
 table
 
 # %% [markdown]
-# Three facts about this figure.
+# - **The learning rate decides its shape.** At 1e-4 one iteration does most of the work. The README's figure uses 2e-5. We
+#   chose it on validation questions: among the learning rates at which each iteration gains more than one point, it ends
+#   highest ([log](../figures/LOG.md)).
+# - **At 1e-4 the last mean falls**, because one of five seeds falls to 74 % ([data](../figures/comparison.csv)). Notebook
+#   [05](05_iterations.ipynb) says when to stop.
+# - **You will meet several $M_1$.** They differ in learning rate or in the number of training questions, and accuracy is
+#   greedy (here) or sampled. Compare only numbers of the same table.
+# - **The rise is elicitation.** Training restores the working. Notebook [06](06_baselines_and_ablations.ipynb) compares
+#   other methods, also on a model that always shows its working and makes mistakes in it.
 #
-# - **The learning rate decides its shape.** At 1e-4 one iteration does most of the work. The headline figure of the
-#   README uses 2e-5, because at that learning rate all four iterations gain. We selected it for that reason.
-# - **You will meet several $M_1$ in this course.** They come from the same $M_0$ and differ in their learning rate, so
-#   their accuracies differ. Each notebook states its learning rate.
-# - **The rise is elicitation.** $M_0$ was trained to skip its working, and training restores it. Notebook
-#   [06](06_baselines_and_ablations.ipynb) compares Iterative RPO with other methods, also on a second model that
-#   always shows its working and makes mistakes in it.
-#
-# Here is one test question that $M_0$ answers incorrectly and the last model of a finished run answers correctly.
+# Here is a test question that $M_0$ answers incorrectly and the last model correctly. The models come from a finished run at
+# 2e-5: yours, or the one that comes with the notebooks.
 
 # %% tags=["nbval-ignore-output"]
 run = helpers_00.finished_run(PROFILE)
 settings = runs.read_profile(run)
 asked = tasks.get(settings.task).load(settings.eval_split, settings.data)
-answers = [load_from_disk(str(run / f"iteration_{t}/evaluation/greedy")) for t in range(settings.iterations + 1)]
-learned = [i for i, row in enumerate(answers[0]) if not row["correct"] and answers[-1][i]["correct"]]
+answers = [load_from_disk(str(run / f"iteration_{t}/evaluation/greedy"))
+           for t in range(settings.iterations + 1)]
+learned = [i for i, (first, last) in enumerate(zip(answers[0], answers[-1]))
+           if not first["correct"] and last["correct"]]
 shown = learned[0] if learned else 0                # a very small run may have none
 print(next(row["question"] for row in asked if row["id"] == answers[0][shown]["id"]), "\n")
 for t, answer in enumerate(answers):
-    print(f"M_{t}", "correct  " if answer[shown]["correct"] else "incorrect", helpers_00.show(answer[shown]["completion"]))
+    print(f"M_{t}", "correct  " if answer[shown]["correct"] else "incorrect",
+          helpers_00.show(answer[shown]["completion"]))
 
 # %% [markdown]
-# We selected this example. The figure is the evidence; notebook [05](05_iterations.ipynb) looks at all questions.
+# We selected this example. The figure above is the evidence.
 
 # %% [markdown]
 # ## 7 Time and cost
 #
-# **Predict**: which stage of a run takes longest: sampling, grading, pairing, training (`adapter`) or evaluation?
+# **Predict**: which stage of a run takes longest: sampling, grading, pairing, training or evaluation?
 
 # %% tags=["nbval-ignore-output"]
 timing = pd.read_csv(run / "timing.csv")
-stages = timing.groupby("stage")[["seconds", "tokens"]].sum().sort_values("seconds", ascending=False)
+stages = timing.groupby("stage")[["seconds", "tokens"]].sum()
+stages = stages.sort_values("seconds", ascending=False).rename(helpers_00.STAGES)
 stages["tokens per second"] = (stages.tokens / stages.seconds).where(stages.tokens > 0).round(0)
 machine = json.loads((run / "environment.json").read_text())
-print(f"{run.name}: {timing.seconds.sum() / 60:.1f} minutes for {settings.iterations} iterations on "
-      f"{machine['processor']}, GPUs: {machine['gpus'] or 'none'}")
+print(f"{run.name}: {timing.seconds.sum() / 60:.1f} minutes, {settings.iterations} iterations,",
+      machine["processor"], "· GPUs:", machine["gpus"] or "none")
 stages.round(1)
 
 # %% [markdown]
-# A *profile* is a set of settings: the model, the task, $N$, $K$ and the rest. Use `cpu` first, also on a machine with a
-# GPU, because a small model makes its mistakes in minutes. For a real model,
+# <details><summary>Answer</summary>
+#
+# In the shipped run training takes longest, and evaluation nearly as long. Grading and pairing take seconds.
+#
+# </details>
+#
+# Use the profile `cpu` first, also with a GPU: you find mistakes in your setup within minutes. For a real model,
 # `python -m irpo_utils plan --profile NAME` estimates memory, hours and cost.
 
 # %% [markdown]
@@ -354,18 +398,17 @@ stages.round(1)
 #
 # **Goal**: turn seconds into shares. **Difficulty**: 1 of 3. **Time**: 5 minutes.
 #
-# Write `shares(timing)`. It takes a table with the columns `iteration`, `stage`, `seconds`, `tokens`. It returns the
-# share of all seconds for each stage, as a pandas Series or a dict of numbers between 0 and 1.
+# `time_shares(timing)` takes a table with the columns `iteration`, `stage`, `seconds`, `tokens`. It returns the share of
+# all seconds for each stage, as a pandas Series or a dict of numbers between 0 and 1.
 #
 # <details><summary>Hint</summary>
 #
-# `timing.groupby("stage").seconds.sum()` gives the seconds of each stage. What do you divide them by, so that the
-# shares add up to 1?
+# `timing.groupby("stage").seconds.sum()` gives the seconds of each stage. By what do you divide them?
 #
 # </details>
 
 # %%
-def shares(timing):
+def time_shares(timing):
     # SOLUTION
     return timing.groupby("stage").seconds.sum() / timing.seconds.sum()
     # STUB
@@ -373,31 +416,29 @@ def shares(timing):
     # END
 
 # %%
-print(checks_00.shares(shares))
+print(checks_00.time_shares(time_shares))
 
 # %% [markdown]
-# The worked solution is in [solutions/00_start_here.ipynb](solutions/00_start_here.ipynb).
+# [Worked solution](solutions/00_start_here.ipynb).
 
 # %% [markdown]
-# ### Exercise 0.3: how long would the paper's sampling take on your machine?
+# ### Exercise 0.3: how long does sampling take?
 #
 # **Goal**: estimate a stage before you pay for it. **Difficulty**: 2 of 3. **Time**: 10 minutes.
 #
-# Write `sampling_hours`. Its arguments are the number of questions, the samples per question, the mean length of a
-# sample in tokens, the number of iterations, and the tokens per second that your machine draws. It returns the hours of
-# all iterations together.
+# `sampling_hours` takes the number of questions, the completions per question, the mean length of a completion in tokens,
+# the number of iterations, and the tokens per second of your machine. It returns the hours of all iterations together.
 #
 # <details><summary>Hint</summary>
 #
-# Count tokens first: every question gets `samples` completions in every iteration. Then convert tokens to seconds, and
-# seconds to hours.
+# Count tokens first: every question gets `n` completions in every iteration.
 #
 # </details>
 
 # %%
-def sampling_hours(questions, samples, tokens, iterations, tokens_per_second):
+def sampling_hours(questions, n, mean_tokens, iterations, tokens_per_second):
     # SOLUTION
-    all_tokens = questions * samples * tokens * iterations
+    all_tokens = questions * n * mean_tokens * iterations
     return all_tokens / tokens_per_second / 3600
     # STUB
     # return ...      # your turn
@@ -407,9 +448,10 @@ def sampling_hours(questions, samples, tokens, iterations, tokens_per_second):
 print(checks_00.sampling_hours(sampling_hours))
 
 # %% [markdown]
-# The worked solution is in [solutions/00_start_here.ipynb](solutions/00_start_here.ipynb). Try your function with the
-# `tokens per second` of `samples` above and the paper's numbers: about 7,500 questions and $N = 30$
-# ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)).
+# [Worked solution](solutions/00_start_here.ipynb). Try your function with the
+# `tokens per second` of `sampling` above, the paper's 7,500 questions and $N = 30$
+# ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)), four iterations and, as a guess, 200 tokens. This is the time
+# of the *seed model*. A model with billions of parameters is far slower.
 
 # %% [markdown]
 # ## What you have learnt
@@ -419,23 +461,29 @@ print(checks_00.sampling_hours(sampling_hours))
 # - Before the first step the DPO term is $\ln 2$.
 # - The shape of the accuracy curve depends on the learning rate.
 #
-# **What to try.** Set `right_if["hasty"]` in section 5 to 0.95, and then higher than `right_if["careful"]`. Run
+# **What to try.** Set `accuracy_of["hasty"]` in section 5 to 0.95, and then higher than `accuracy_of["careful"]`. Run
 # `make run` in the root folder of the repository. Section 7 then shows your own run.
+#
+# <details><summary>Typical misunderstandings</summary>
+#
+# - *The reference is $M_0$.* It is $M_t$, the model that wrote the completions.
+# - *The DPO term is $\ln 2$ because the model knows nothing yet.* It is $\ln 2$ because the model *is* its reference.
+# - *The model learned arithmetic.* It learned to show its working, which it could do before.
+#
+# </details>
 #
 # **Recall** without scrolling up, then open the answers.
 #
 # 1. Which model is the reference in iteration 3?
 # 2. What happens to a question whose $N$ completions are all correct?
 # 3. Your first DPO term is 0.52. What is wrong?
-# 4. Why is the ceiling of the toy model below 1?
 #
 # <details><summary>Answers</summary>
 #
 # 1. $M_3$, the model that iteration 3 starts from. It is not $M_0$.
 # 2. It gives no pairs, because there is no rejected completion.
 # 3. The reference is not the model that training starts from: $-\log\sigma(0)$ is 0.6931.
-# 4. Careful completions are correct in 95 % of cases, and training only makes them more frequent.
 #
 # </details>
 #
-# **Next**: [01 · Sampling](01_sampling.ipynb): how a completion is drawn token by token, and which settings leave something to learn from.
+# **Next**: [01 · Sampling](01_sampling.ipynb): how a program draws a completion, token by token.

@@ -30,7 +30,7 @@
 # %%
 import os, sys
 sys.path[:0] = [".", ".."]                          # helpers_01.py and checks_01.py are next to the notebooks
-PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
+PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # "cpu", "smoke", or a GPU profile
 
 # %% tags=["nbval-ignore-output"]
 import torch

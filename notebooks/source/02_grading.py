@@ -18,22 +18,22 @@
 # - read the final answer of a completion and compare it with the gold answer;
 # - measure a grader: [false positives](../docs/glossary.md#false-positive) and
 #   [false negatives](../docs/glossary.md#false-negative);
-# - say what a model learns from a grader that is too lenient, with numbers.
+# - say with numbers what a model learns from a lenient grader.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
 # | time for this notebook, on two cores | 20 seconds | 20 seconds | as `cpu` |
 #
-# **Needs**: the packages of this repository. The completions come from your own run (`make run`), otherwise from the
-# finished run that comes with the notebooks.
+# **Needs**: the packages of this repository. The completions come from your own run (`make run`) or from the finished run
+# that comes with the notebooks.
 #
 # **Before this**: [01 · Sampling](01_sampling.ipynb).
 
 # %%
 import os, sys
-sys.path[:0] = [".", ".."]                          # helpers_02.py and checks_02.py are next to the notebooks
+sys.path[:0] = [".", ".."]                          # for helpers_02.py and checks_02.py
 sys.path += ["../scripts", "../../scripts"]         # the package `studies`
-PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
+PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # "cpu", "smoke", or a GPU profile
 
 # %% tags=["nbval-ignore-output"]
 import re
@@ -66,24 +66,30 @@ completions = ["5+43=48\n48/2=24\nFinal answer: 24",
                "48 eggs are halved, and 48/2 is not 24"]
 
 # %% [markdown]
-# The shortest grader takes the last number of the text, as the filter `flexible-extract` of the
-# [LM Evaluation Harness](https://github.com/EleutherAI/lm-evaluation-harness/blob/main/lm_eval/tasks/gsm8k/gsm8k.yaml)
-# does.
+# The shortest grader takes the last number of the text, as
+# [evaluation libraries](https://github.com/EleutherAI/lm-evaluation-harness/blob/main/lm_eval/tasks/gsm8k/gsm8k.yaml) can do.
 #
 # **Predict**: completions 1 to 3 are correct, and the last one is not. For which of them does this grader err?
 
 # %%
 for completion in completions:
     last = re.findall(r"\d+", completion)[-1]
-    print(f"{last:>3}  {'correct' if last == '24' else 'incorrect':9}   {completion.splitlines()[-1]}")
+    verdict = "correct" if last == "24" else "incorrect"
+    print(f"{last:>3}  {verdict:9}   {completion.splitlines()[-1]}")
 
 # %% [markdown]
-# For all but the first. These are two kinds of error:
+# <details><summary>Answer</summary>
+#
+# It errs for all completions but the first.
+#
+# </details>
+#
+# These are two kinds of error:
 #
 # - a [false negative](../docs/glossary.md#false-negative): correct, but not rewarded (the second and the third);
 # - a [false positive](../docs/glossary.md#false-positive): incorrect, but rewarded (the last).
 #
-# A grader *extracts* the answer and *compares* it. We improve each step separately.
+# A grader *extracts* the answer and *compares* it.
 
 # %% [markdown]
 # ## 2 Extract: where is the answer?
@@ -101,24 +107,24 @@ def after_marker(completion):
 [after_marker(completion) for completion in completions]
 
 # %% [markdown]
-# Real models also write `**Final answer**:` and `\boxed{24}`. All tasks of the package therefore share one front end,
-# [`answers.py`](../irpo_utils/tasks/answers.py), with three steps:
+# Real models also write `**Final answer**:` and `\boxed{24}`. All tasks of the package therefore share one answer
+# extractor, [`answers.py`](../irpo_utils/tasks/answers.py):
 #
-# 1. **Marker**: find the last "Final answer", in bold, in a heading or in any letter case.
-# 2. **Block**: take the rest of the line. While a brace, a formula or a code fence is open, take the next line also.
-# 3. **Wrapping**: remove boxes, math delimiters, bold type, quotes, and phrases such as "The answer is".
-#
-# Then the task parses the text: a number here, a letter on ARC.
+# 1. **Marker and block**: find the last "Final answer", also in bold or in a heading, and take the rest of the line. While a
+#    brace, a formula or a code fence is open, take the next line also.
+# 2. **Wrapping**: remove boxes, math delimiters, bold type, quotes, and phrases such as "The answer is".
+# 3. **Number**: the task parses the text. On multiple choice it reads a letter.
 
 # %%
 helpers_02.front_end("57*2=114\n114-2=112\n**Final answer**:\n$\\boxed{112}$ shells.")
 
 # %%
-for text in ("Final answer: **24**", "final answer: The answer is $24$.", "### Final answer\n24", "The answer is 24."):
+for text in ("Final answer: **24**", "final answer: The answer is $24$.", "### Final answer\n24",
+             "The answer is 24."):
     print(f"{text!r:40} -> {answers.read(text)!r}")
 
 # %% [markdown]
-# The last text has no marker, so it gets no reward. Such a reward also teaches the format.
+# The last text has no marker, so it gets no reward. Because of this rule the model also learns the format.
 
 # %% [markdown]
 # ## 3 Compare: when are two texts the same number?
@@ -136,24 +142,33 @@ for text in ("$24.00", "1,080.50 euros", "1/3", "0.33", "-5", "12 or 13"):
     print(f"{text:16}", *numbers_in(text))
 
 # %% [markdown]
-# **Predict**: the gold answer is 12, and a model writes "Final answer: 12 or 13". Your grader accepts the first number.
-# What does the model learn over four iterations?
-
-# %% [markdown]
-# It learns to name two answers ([hedging](../docs/glossary.md#hedging)). So `numbers.parse` accepts *one* number with its
-# unit, and the right-hand side of an equation. Otherwise it returns None.
+# **Predict**: the gold answer is 12, and some completions say "Final answer: 12 or 13". Your grader accepts the first
+# number. What could the model learn over four iterations?
+#
+# <details><summary>Answer</summary>
+#
+# It could learn to name two answers ([hedging](../docs/glossary.md#hedging)): such completions are rewarded more often than
+# those with one answer.
+#
+# </details>
+#
+# `numbers.parse` accepts *one* number with its unit, and the right-hand side of an equation. Otherwise it returns None.
 
 # %%
-for text in ("1,080.50 euros", "3 * 8 = 24 eggs", "½", "12 or 13", "24 eggs, 12 in each of 2 boxes", "about a dozen"):
+for text in ("1,080.50 euros", "3 * 8 = 24 eggs", "½", "12 or 13", "24 eggs, 12 in each of 2 boxes",
+             "about a dozen"):
     print(f"{text:32}", numbers.parse(text))
+
+# %% [markdown]
+# The package also rejects completion 2 of section 1, which is correct. This false negative is the price of refusing hedges.
 
 # %% [markdown]
 # ### Exercise 2.1: write the extractor
 #
 # **Goal**: text in, number out. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# Write `extract_number(completion)`. It returns the number after the *last* "Final answer:" (any letter case), on the same
-# line, as a `Fraction`. It returns None if there is no marker, no number, or two *different* numbers.
+# Write `extract_number(completion)`. It reads the first line of text after the *last* "Final answer:" (any letter case) and
+# returns its number as a `Fraction`. It returns None if there is no marker, no number, or two *different* numbers.
 #
 # <details><summary>Hint</summary>
 #
@@ -190,16 +205,23 @@ for length in range(len(whole) - 4, len(whole) + 1):
     print(repr(whole[:length][-16:]), "->", word_problems.extract(whole[:length]))
 
 # %% [markdown]
-# First none, then 1, 11 and 112. If the gold answer were 11, one of the cuts would be a false positive. So
-# [truncated](../docs/glossary.md#truncated-completion) completions are never rewarded here. The column `finished` is
-# True only if the model itself ended the text.
+# <details><summary>Answer</summary>
+#
+# It reads none twice, then 1, 11 and 112.
+#
+# </details>
+#
+# If the gold answer were 11, one of the cuts would be a false positive. So the package never rewards a
+# [truncated](../docs/glossary.md#truncated-completion) completion. `finished` is True if the model itself ended the text.
 
 # %%
-for completion, finished in ((whole, True), (whole, False), (whole[:-1], True), ("57*2=114\n114-2=112", True)):
-    print(grading.grade_one({"completion": completion, "answer": "112", "finished": finished}, word_problems))
+for completion, finished in ((whole, True), (whole, False), (whole[:-1], True),
+                             ("57*2=114\n114-2=112", True)):
+    row = {"completion": completion, "answer": "112", "finished": finished}
+    print(grading.grade_one(row, word_problems))
 
 # %% [markdown]
-# How often does each reason occur among real completions of $M_0$?
+# How often does each reason occur among the completions of $M_0$? None is truncated here: they are shorter than the limit.
 
 # %% tags=["nbval-ignore-output"]
 graded = helpers_02.graded_completions(PROFILE, profile)
@@ -207,25 +229,27 @@ helpers_02.reasons(grading.count_reasons(graded))
 
 # %% tags=["nbval-ignore-output"]
 count, endings = grading.unread(graded)
-print(f"{count} without a readable answer; their commonest last lines (# is a number):", endings)
+print(f"{count} without a readable answer; their most frequent last lines (# is a number):")
+print(endings)
 
 # %% [markdown]
-# Read these before you train. If many are equal, the format is the problem.
+# Read these before you train. Here most of them repeat the marker, but they are less than 1 % of all completions.
 
 # %% [markdown]
 # ## 5 Grade the grader
 #
-# How often does a grader err? `data/graded_forms.jsonl` has completions in the forms that models use, for four tasks.
-# Each has a verdict by *reading*: would a teacher say that the answer is correct?
+# How often does a grader err? We labelled completions in many forms, for four tasks, by *reading*
+# ([file](data/graded_forms.jsonl)): would a teacher say that the answer is correct?
 
 # %%
 forms = helpers_02.labelled_forms()
 for row in forms[forms.id.isin(["buns-09", "film-04", "shape-03"])].itertuples():
-    print(f"{row.verdict}, because: {row.reason}\n    {row.question}\n    {row.completion.splitlines()[-1]}\n")
+    print(f"{row.verdict}, because: {row.reason}\n    {row.question}")
+    print(f"    {row.completion.splitlines()[-1]}\n")
 
 # %% [markdown]
-# Three graders take the test. `exact` wants exactly the gold answer after the marker. `contains` accepts it anywhere in
-# the last line. The third is the grader of the package.
+# Three graders take the test. `exact` accepts only the gold answer after the marker. `contains` accepts it anywhere in the
+# last line. The third is the grader of the package.
 #
 # **Predict**: which of the three has the most false positives, and which the most false negatives?
 
@@ -239,27 +263,34 @@ graders = {
 for name, grader in graders.items():
     forms[name] = [grader(row) for row in rows]
 errors = pd.DataFrame({name: {"false positives": (forms[name] & ~correct).sum(),
-                              "false negatives": (~forms[name] & correct).sum()} for name in graders}).T
-helpers_02.grader_errors(errors)
+                              "false negatives": (~forms[name] & correct).sum()}
+                       for name in graders}).T
+helpers_02.grader_errors(errors, correct)
 
 # %% [markdown]
-# These are not error *rates*: every form occurs about once in the file. Which false positives does the package have?
+# <details><summary>Answer</summary>
+#
+# `contains` has the most false positives, and `exact` the most false negatives.
+#
+# </details>
+#
+# These are not error *rates*: each form occurs about once in the file. Which false positives does the package have?
 
 # %%
 for row in forms[forms.package & ~correct].itertuples():
-    print(f"{row.task}, gold answer {row.answer}: {row.completion.splitlines()[-1]}\n    {row.reason}")
+    print(f"{row.task}, gold answer {row.answer}: {row.completion.splitlines()[-1]}")
+    print("   ", row.reason)
 
 # %% [markdown]
 # Which kind of error does more harm in training?
 #
-# - A *false negative* rejects a correct completion. Other samples with the same answer are rewarded, so the model mostly
-#   learns to avoid an unusual form.
-# - A *false positive* chooses an incorrect completion. No other sample contradicts it.
+# - A *false negative* rejects a correct completion. The model learns to avoid an unusual form.
+# - A *false positive* chooses an incorrect completion. The next model makes more of them, and they are rewarded again.
 #
-# So the package is strict when in doubt. Graders for *evaluation* are often lenient, because no model learns from them.
+# We expect false positives to do more harm, so the package is strict when in doubt. Section 8 measures false positives only.
 #
-# The next table has a second collection, from public bug reports. The graders were improved with it, so expect more errors
-# on new forms.
+# The next table has a second collection, from public bug reports. *Debatable*: readers may disagree about the label. We
+# improved the graders with it, so expect more errors on new completions.
 
 # %%
 helpers_02.grading_cases()
@@ -274,7 +305,7 @@ helpers_02.grading_cases()
 #
 # <details><summary>Hint</summary>
 #
-# `\D*` skips everything that is not a digit. `\d+` stops at the first character that is not a digit. What could follow?
+# `\d+` stops at the first character that is not a digit. What could follow?
 #
 # </details>
 
@@ -309,7 +340,7 @@ for equation in equations("57*2=104\n104 - 2 = $102\nFinal answer: 102"):
 # $M_0$ has three behaviours:
 #
 # - **no working**: it answers at once;
-# - **partial working**: it shows fewer equations than the gold solution, and guesses the rest;
+# - **partial working**: it shows fewer equations than the gold solution;
 # - **full working**: it shows at least as many equations as the gold solution.
 #
 # **Predict**: which behaviour is most frequent, and which one gets most of the rewards?
@@ -317,32 +348,38 @@ for equation in equations("57*2=104\n104 - 2 = $102\nFinal answer: 102"):
 # %% tags=["nbval-ignore-output"]
 def behaviour(row):
     shown = len(equations(row.completion))
-    return "no working" if shown == 0 else "partial working" if shown < row.gold_steps else "full working"
+    if shown == 0:
+        return "no working"
+    return "partial working" if shown < row.gold_steps else "full working"
 
 samples = helpers_02.with_questions(graded)
 samples["behaviour"] = [behaviour(row) for row in samples.itertuples()]
 helpers_02.behaviours(samples)
 
 # %% tags=["nbval-ignore-output"]
-wrong = samples[~samples.correct & (samples.behaviour != "no working")]
-partial = wrong[wrong.behaviour == "partial working"]
-print(f"{len(partial)} of {len(wrong)} incorrect completions with equations stop before the last step, for example:")
-print(partial.question.iloc[0], "\n" + partial.completion.iloc[0], "\n(the gold answer is", partial.answer.iloc[0] + ")")
+incorrect = samples[~samples.correct & (samples.behaviour != "no working")]
+partial = incorrect[incorrect.behaviour == "partial working"]
+print(f"{len(partial)} of {len(incorrect)} incorrect completions with equations stop too early:")
+example = partial.iloc[0]
+print(example.question, "\n" + example.completion, f"\n(the gold answer is {example.answer})")
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# No working is most frequent, and full working gets most of the rewards.
+#
+# </details>
+#
 # Answers without working are almost never correct, because many numbers are possible. So most chosen completions have
-# full working, although the grader never looks at it. A few odd ones get through.
+# full working, with a few exceptions.
 
 # %% tags=["nbval-ignore-output"]
 samples["false"] = [not all(map(is_true, equations(text))) for text in samples.completion]
 odd = samples[samples.correct & (samples.false | (samples.behaviour == "no working"))]
-print(f"{len(odd)} of {samples.correct.sum()} chosen completions have no working or a false equation:")
-for row in odd.sort_values("false").iloc[[0, -1]].itertuples():
-    print(f"\n{row.question}\n  ->", " ; ".join(row.completion.splitlines()))
-
-# %% [markdown]
-# On GSM8K, a reward for the outcome gives about as many correct answers as a reward for each step, but fewer correct
-# *steps* ([Uesato et al. 2022](https://arxiv.org/abs/2211.14275)).
+print(len(odd), "of", samples.correct.sum(), "chosen completions have no working or a false equation:")
+for row in odd.sort_values(["false", "gold_steps"]).iloc[[0, -1]].itertuples():
+    print(f"\n{row.question} (gold answer {row.answer})")
+    print("  ->", " ; ".join(row.completion.splitlines()))
 
 # %% [markdown]
 # ### Exercise 2.3: a stricter reward
@@ -373,21 +410,22 @@ def sound(completion, extracted):
 print(checks_02.sound(sound))
 
 # %% [markdown]
-# [Worked solution](solutions/02_grading.ipynb). The next cell applies your reward to the chosen completions.
+# [Worked solution](solutions/02_grading.ipynb). The next cell applies your solution.
 
 # %% tags=["nbval-ignore-output"]
 chosen = samples[samples.correct]
-kept = sum(sound(row.completion, row.extracted) is True for row in chosen.itertuples())
-print(f"{kept} of {len(chosen)} chosen completions pass your reward")
+passed = [sound(row.completion, row.extracted) for row in chosen.itertuples()]
+print("Solve exercise 2.3 first." if ... in passed else
+      f"{passed.count(True)} of {len(chosen)} chosen completions pass your reward")
 
 # %% [markdown]
 # ## 7 Luck on multiple choice
 #
-# With four options a guess is often correct. The paper notes that lucky chains of thought are chosen on ARC
-# ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). How many are there? The task
-# [`word_choices`](../scripts/studies/word_choices.py) has the same questions with four options, and the nearest option
-# counts as the letter of the model. So we grade the *same* completions again. A completion is **lucky** if its letter is
-# correct and its number is not.
+# With four options a guess is often correct. The paper notes this for the multiple-choice task ARC
+# ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The task
+# [`word_choices`](../scripts/studies/word_choices.py) gives each question four options. The
+# model still writes a number, and the grader takes the nearest option as its letter. So we can grade the *same* completions
+# again. A completion is **lucky** if its letter is correct and its number is not.
 #
 # **Predict**: is the lucky share of the rewarded completions below 25 %, about 25 %, or above?
 
@@ -395,28 +433,33 @@ print(f"{kept} of {len(chosen)} chosen completions pass your reward")
 choices = word_choices.TASK
 by_letter = grading.grade(graded.map(word_choices.options), choices)
 letters = by_letter.to_pandas()
-letters["lucky"] = [row["correct"] and not choices.solved(row["completion"], row) for row in by_letter]
+letters["lucky"] = [row["correct"] and not choices.solved(row["completion"], row)
+                    for row in by_letter]
 chosen_of = pairs.build_pairs(by_letter, profile.k_pairs)[0].to_pandas()[["id", "chosen_sample"]]
 in_pairs = chosen_of.merge(letters, left_on=["id", "chosen_sample"], right_on=["id", "sample"])
 helpers_02.luck({"rewarded": letters[letters.correct], "chosen, in pairs": in_pairs})
 
 # %% [markdown]
-# With the small model it is above: $M_0$ guesses more often than it works a question out. Prefer open answers, or more
-# options. [Schumann and Riezler 2025](https://arxiv.org/abs/2509.25941) find spurious chains of thought in real models.
+# <details><summary>Answer</summary>
+#
+# With the small model it is above 50 %: $M_0$ guesses more often than it shows full working.
+#
+# </details>
+#
+# [Schumann and Riezler 2025](https://arxiv.org/abs/2509.25941) find spurious chains of thought in real models.
 
 # %% [markdown]
 # ### Exercise 2.4: the share of lucky pairs
 #
-# **Goal**: compute the lower bar from verdicts. **Difficulty**: 2 of 3. **Time**: 10 minutes.
+# **Goal**: compute an approximation of the lower bar. **Difficulty**: 2 of 3. **Time**: 10 minutes.
 #
-# Write `lucky_pairs(questions)`. Each question is a list of verdicts: `"solved"`, `"lucky"` (both are rewarded) or
+# Write `lucky_pairs(questions)`. Each question is a list of labels: `"solved"`, `"lucky"` (both are rewarded) or
 # `"incorrect"`. A question with a rewarded and an incorrect completion gives one pair. Its chosen completion is drawn at
 # random from the rewarded ones. Return the expected share of pairs whose chosen completion is lucky.
 #
 # <details><summary>Hint</summary>
 #
 # Skip the questions that give no pair. For each other question compute the lucky share of the rewarded completions.
-# Then take the mean over questions.
 #
 # </details>
 
@@ -424,9 +467,9 @@ helpers_02.luck({"rewarded": letters[letters.correct], "chosen, in pairs": in_pa
 def lucky_pairs(questions):
     # SOLUTION
     shares = []
-    for verdicts in questions:
-        lucky, solved = verdicts.count("lucky"), verdicts.count("solved")
-        if 0 < lucky + solved < len(verdicts):
+    for labels in questions:
+        lucky, solved = labels.count("lucky"), labels.count("solved")
+        if 0 < lucky + solved < len(labels):
             shares.append(lucky / (lucky + solved))
     return sum(shares) / len(shares)
     # STUB
@@ -442,26 +485,31 @@ print(checks_02.lucky_pairs(lucky_pairs))
 # %% [markdown]
 # ## 8 What does a lenient grader teach?
 #
-# The study [`lenient_grader.py`](../scripts/studies/lenient_grader.py) trains $M_0$ on the *same* completions with three
-# graders:
+# The study [`lenient_grader.py`](../scripts/studies/lenient_grader.py) grades the *same* completions of $M_0$ with three
+# graders. Each of them gives an $M_1$, which samples for itself and gives an $M_2$ (300 questions, at most 500 pairs, learning
+# rate 1e-4).
+#
 #
 # - **strict**: the grader of this notebook;
 # - **within 20 %**: also accepts a number that is at most 20 % off;
-# - **partial credit**: also accepts working without a false equation, whatever the final answer.
+# - **partial credit**: also accepts working without a false equation.
 #
 # What does each of them reward among the completions above?
 
 # %% tags=["nbval-ignore-output"]
 def within(row):
-    return row.extracted is not None and abs(Fraction(row.extracted) / Fraction(row.answer) - 1) <= Fraction(1, 5)
+    if row.extracted is None:
+        return False
+    return abs(Fraction(row.extracted) / Fraction(row.answer) - 1) <= Fraction(1, 5)
 
 rewards = {"strict": samples.correct,
            "within 20 %": pd.Series([within(row) for row in samples.itertuples()]),
-           "partial credit": samples.correct | ((samples.behaviour != "no working") & ~samples.false)}
+           "partial credit": samples.correct
+                             | ((samples.behaviour != "no working") & ~samples.false)}
 pd.DataFrame({name: samples[reward].behaviour.value_counts() for name, reward in rewards.items()}).T
 
 # %% [markdown]
-# **Predict**: which grader gives the model with the lowest accuracy? Which behaviour grows under which grader?
+# **Predict**: does a lenient grader cost accuracy? Which behaviour remains or grows under which grader?
 
 # %%
 study = helpers_02.grader_study()
@@ -471,10 +519,16 @@ helpers_02.what_graders_teach(study)
 helpers_02.differences(iteration=2)
 
 # %% [markdown]
-# Each model does more of what its grader accepts. Under *within 20 %* many completions still have no working. Under
-# *partial credit* partial working grows, while it shrinks under *strict*. The table shows $M_2$ minus the strict $M_2$, in
-# points with 95 % intervals over three seeds and 200 validation questions. Both models are behind in accuracy, and also
-# in the last column, the answers that are at most 20 % off.
+# <details><summary>Answer</summary>
+#
+# Both lenient graders cost more than 20 points of sampled accuracy. Which of the two costs more is not resolved. Under
+# *within 20 %* many completions still have no working. Under *partial credit* partial working grows.
+#
+# </details>
+#
+# The table shows $M_2$ minus the strict $M_2$, in points with 95 % intervals over three seeds and 200 validation questions.
+# Accuracy is *sampled* at $T = 1$, and therefore lower than the greedy accuracy of notebook 00. *Within 20 %* does not even
+# reach its own goal: fewer completions are at most 20 % off than under *strict*.
 
 # %% [markdown]
 # ## What you have learnt
@@ -482,26 +536,31 @@ helpers_02.differences(iteration=2)
 # - A grader extracts and compares. Both steps have [false positives](../docs/glossary.md#false-positive) and
 #   [false negatives](../docs/glossary.md#false-negative), and labelled completions count them.
 # - Where many answers are possible, correct answers mostly come with full working. On multiple choice many are luck.
-# - A model learns what its grader accepts, so a grader for training is strict when in doubt.
+# - A lenient grader keeps the behaviour that it rewards, and costs accuracy.
 #
 # **What to try.** Add ten completions of your model to the labelled forms, and run section 5 again. Add a lenient grader
 # to the study of section 8, and run it with `--seeds 1`.
+#
+# <details><summary>Typical misunderstandings</summary>
+#
+# - *A good grader has few errors.* The kind of error matters, because the next model learns from it.
+# - *A lenient grader only adds noise.* It rewards a behaviour, such as partial working, and the next model shows more of it.
+#
+# </details>
 #
 # **Recall** without scrolling up, then open the answers.
 #
 # 1. Why does the *last* "Final answer:" count?
 # 2. A completion ends in "Final answer: 36" and was cut off at the token limit. What is its reward, and why?
-# 3. Which does more harm in training, a false positive or a false negative?
-# 4. Why is a lucky answer rare on open questions and frequent on multiple choice?
-# 5. What does a model learn from partial credit?
+# 3. Why is a lucky answer rare on open questions and frequent on multiple choice?
+# 4. What does a model learn from partial credit?
 #
 # <details><summary>Answers</summary>
 #
 # 1. A model may correct itself. The last one is the answer that it commits to.
 # 2. 0. The text may be the beginning of 360.
-# 3. A false positive: no other sample contradicts it, and the next model makes more of it.
-# 4. A guess is rarely correct among hundreds of numbers, and one time in four among four letters.
-# 5. To show some true steps and to stop before the last one.
+# 3. A guess is rarely correct among hundreds of numbers, and one time in four among four letters.
+# 4. To show true steps and to stop before the last one more often than under a strict grader.
 #
 # </details>
 #
