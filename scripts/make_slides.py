@@ -247,7 +247,9 @@ def read_sections(notebook: nbformat.NotebookNode) -> list[Section]:
             if sections and not in_exercise:
                 sections[-1].items += outputs(cell)
             continue
-        source = re.sub(r"<details>.*?</details>", "", cell.source, flags=re.S)
+        answers = r"<details><summary>Answer</summary>(.*?)</details>"  # shown after the output
+        source = re.sub(answers, r"\1", cell.source, flags=re.S)
+        source = re.sub(r"<details>.*?</details>", "", source, flags=re.S)
         for kind, text in blocks(source):
             if kind == "heading":
                 level, title = re.match(r"(#+) +(.*)", text).groups()

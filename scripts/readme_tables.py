@@ -292,7 +292,9 @@ def findings() -> str:
             known = (name, t) in greedy.index
             cells.append(_interval(greedy.loc[name, t]) if known else "")
             differences.append(_difference(greedy.loc[name, t]) if known else "")
-        row = " | ".join([api.method_title(name), f"{rates[name]:g}", *cells, *differences])
+        rate = f"{rates[name]:.0e}".replace("e-0", "e-")
+        differences = [cell.replace("*-0.0 (", "*0.0 (") for cell in differences]
+        row = " | ".join([api.method_title(name), rate, *cells, *differences])
         lines.append(f"| {row} |")
     n, seeds = int(means.n.iloc[0]), int(means[means.method == "irpo"].seeds.max())
     lines += [
@@ -300,8 +302,8 @@ def findings() -> str:
         f"Greedy accuracy in % on {n} test questions with the miniature model, mean over {seeds} "
         "seeds with 95 % intervals over seeds and questions. *Difference*: points above or below "
         "Iterative RPO on the same seeds and questions; in italics where the interval includes 0. "
-        "*Learning rate*: the best of three on validation after two iterations. SFT on gold "
-        "solutions has one iteration.",
+        "*Learning rate*: we trained each method at three learning rates for two iterations and kept "
+        "the one with the highest validation accuracy. SFT on gold solutions has one iteration.",
     ]
     return "\n".join(lines)
 

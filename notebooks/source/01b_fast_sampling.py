@@ -103,7 +103,6 @@ def nucleus(probabilities, top_p):
         mass += probabilities[i]
     return [p / mass if i in kept else 0.0 for i, p in enumerate(probabilities)]
     # STUB
-    # order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
     # return ...      # your turn
     # END
 
