@@ -79,7 +79,7 @@ def nucleus(function) -> str:
             "for those that are cut."
         )
     mistakes = {
-        "You kept the right tokens, but they add up to 0.9: divide each by the sum of the kept ones.": [
+        "You kept the correct tokens, but they add up to 0.9: divide each by the sum of the kept ones.": [
             0.2,
             0.4,
             0,
@@ -98,7 +98,7 @@ def nucleus(function) -> str:
             0.3,
         ],
         "Nothing was cut. Go through the tokens from the most probable one down, not in the order given, nor from the smallest up.": p,
-        "The numbers are right but in the order of their size. Put each back in the place of its token.": [
+        "The numbers are correct but in the order of their size. Put each back in the place of its token.": [
             4 / 9,
             3 / 9,
             2 / 9,
@@ -122,7 +122,7 @@ def nucleus(function) -> str:
             0,
             0,
         ],
-        "You kept only the most probable token: that is greedy. Go on until the kept ones together reach top_p.": [
+        "You kept only the most probable token: that is greedy. Continue until the kept ones together reach top_p.": [
             0,
             1,
             0,

@@ -215,7 +215,9 @@ def test_slides_of_a_small_notebook():
             "## 1 First\n\nA [term](../docs/glossary.md#dpo), $x < y$. See:\n\n**Predict**: how many?"
         ),
         code("42\n"),
-        text("Forty-two.\n\n### Exercise 1.1: count\n\nDo it. <details>hidden</details>"),
+        text(
+            "<details><summary>Answer</summary>\n\nForty-two.\n\n</details>\n\n### Exercise 1.1: count\n\nDo it. <details>hidden</details>"
+        ),
         code("not on a slide"),
         text("[Solution](solutions/title.ipynb)\n\nAfterwards."),
         text("## What you have learnt\n\n- counting\n\n1. How many?"),
