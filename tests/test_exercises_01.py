@@ -207,3 +207,15 @@ def test_pass_at_k_by_enumeration_is_right():
 )
 def test_choose_names_the_mistake(wrong, words):
     assert words in checks.choose(wrong)
+
+
+def test_a_fixed_dimension_and_the_n_of_the_notebook_are_named():
+    def last_of_two(z, t):
+        return torch.softmax(z / t, min(1, z.dim() - 1))
+
+    assert "*last* dimension" in checks.with_temperature(last_of_two)
+
+    def with_n_8(counts, n):
+        return max(counts, key=lambda t: sum(0 < c < 8 for c in counts[t]))
+
+    assert "its own argument `n`" in checks.choose(with_n_8)
