@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dis
 from itertools import cycle, islice, product
 
 UNSOLVED = "Not solved yet: fill in the cell above and run it again."
 NO_RETURN = "Your function returned None: is a `return` missing?"
+PLACEHOLDER = "Your code runs, but it returns `...`: replace the `return ...` of the exercise."
 
 
 def wrap_around(function) -> str:
-    """Exercise 3.1: K pairs of sample numbers."""
+    """Exercise 3.1: K pairs of completion numbers."""
 
     def walk(chosen, rejected, k):
         return (
@@ -35,7 +37,7 @@ def wrap_around(function) -> str:
         "Your pairs are (rejected, chosen). The chosen one comes first.": lambda w, l, k: [
             (b, a) for a, b in walk(w, l, k)
         ],
-        "These are indices into the two lists. Return the sample numbers, chosen[...] and rejected[...].": lambda w, l, k: (
+        "These are indices into the two lists. Return the completion numbers, chosen[...] and rejected[...].": lambda w, l, k: (
             walk(range(len(w)), range(len(l)), k)
         ),
         "You stay at the last element of the shorter list. Start it again at its first.": lambda w, l, k: [
@@ -58,9 +60,11 @@ def wrap_around(function) -> str:
             return message
         values.append(value)
     if all(value is ... for value in values):
-        return UNSOLVED
+        return _unsolved(function)
     if all(value is None for value in values):
         return NO_RETURN
+    if any(hasattr(value, "__next__") for value in values):
+        return "You return an iterator. Return a list: `list(...)`."
     got = []
     for case, value in zip(cases, values):
         try:
@@ -72,7 +76,7 @@ def wrap_around(function) -> str:
         for case in (([], [0, 1], 3), ([4], [], 2)):
             value, message = _call(function, *case)
             if message or not _is_empty(value):
-                return f"The walk is right. {message or ''} {EMPTY}".replace("  ", " ")
+                return f"Your pairs are correct. {message or ''} {EMPTY}".replace("  ", " ")
         return "Right: both lists are walked in parallel, and each starts again at its own end."
     for message, wrong in mistakes.items():
         if got == [wrong(*case) for case in cases]:
@@ -90,7 +94,7 @@ def wrap_around(function) -> str:
         (i for i, (a, b) in enumerate(zip(mine, right)) if a != b), min(len(mine), len(right))
     )
     return (
-        f"For {_arguments(case)} pair {place} is {mine[place] if place < len(mine) else 'missing'}; it should be "
+        f"For {_arguments(case)} element {place} of your list is {mine[place] if place < len(mine) else 'missing'}; it should be "
         f"{right[place] if place < len(right) else 'none, there are k pairs already'}.{hint}"
     )
 
@@ -135,7 +139,7 @@ def n_shared(function) -> str:
             return message
         values.append(value)
     if values[0] is ...:
-        return UNSOLVED
+        return _unsolved(function)
     if all(_same(value, solution(*case)) for value, case in zip(values, cases + ends)):
         return "Right: the tokens before the first difference. DPO compares those after it."
     whole = all(_same(value, solution(*case)) for value, case in zip(values, cases))
@@ -145,7 +149,7 @@ def n_shared(function) -> str:
         )
         if value is None:
             return NO_RETURN
-        return f"Right where the lists differ. For {_arguments(case)}, where one ends first, return {solution(*case)}; yours returns {value!r}."
+        return f"Your function is correct where the lists differ. For {_arguments(case)}, where one ends first, return {solution(*case)}. Yours returns {value!r}."
     if all(value is None for value in values):
         return NO_RETURN
     for message, wrong in mistakes.items():
@@ -164,14 +168,14 @@ def lost(function) -> str:
 
     mean = sum(chances) / len(chances)
     mistakes = {
-        "The two are the wrong way round: first those that are all incorrect, then those that are all correct.": lambda n: (
+        "The order is reversed: return first the number that is all incorrect, then the number that is all correct.": lambda n: (
             solution(n)[::-1]
         ),
         "You raise to the power of n only once: (1 - p)**n is the chance that *all* are incorrect, not 1 - p**n.": lambda n: (
             sum(1 - p**n for p in chances),
             solution(n)[1],
         ),
-        "These are the questions with at least one correct and with at least one incorrect sample. The lost ones are the others.": lambda n: (
+        "These are the questions with at least one correct and with at least one incorrect completion. The lost ones are the others.": lambda n: (
             tuple(len(chances) - x for x in solution(n))
         ),
         "You took the average chance first. The power of an average is not the average of the powers: sum over the questions.": lambda n: (
@@ -181,11 +185,11 @@ def lost(function) -> str:
         "These are shares. The exercise asks for numbers of questions: take the sum, not the mean.": lambda n: (
             tuple(x / len(chances) for x in solution(n))
         ),
-        "You multiply where a power is needed: n samples that are all correct have probability p**n.": lambda n: (
+        "You multiply where a power is needed: n completions that are all correct have probability p**n.": lambda n: (
             sum(n * (1 - p) for p in chances),
             sum(n * p for p in chances),
         ),
-        "These are the chances of one single sample. All n of them must be incorrect (or correct): p**n.": lambda n: (
+        "These are the probabilities for a single completion. All n of them must be incorrect (or correct): p**n.": lambda n: (
             sum(1 - p for p in chances),
             sum(chances),
         ),
@@ -198,7 +202,7 @@ def lost(function) -> str:
     for n in (4, 16):
         value, message = _call(function, list(chances), n)
         if message or value is None or value is ...:
-            return message or (NO_RETURN if value is None else UNSOLVED)
+            return message or (NO_RETURN if value is None else _unsolved(function))
         if _number(value) is not None:
             if _same(value, sum(solution(n))):
                 return (
@@ -249,6 +253,13 @@ def _call(function, *arguments):
             None,
             f"Your function raised {type(error).__name__}: {error} for {_arguments(arguments)}.",
         )
+
+
+def _unsolved(function) -> str:
+    """What is said of a function that returns `...`: a stub has no other instructions."""
+    if hasattr(function, "__code__") and len(list(dis.get_instructions(function))) > 4:
+        return PLACEHOLDER
+    return UNSOLVED
 
 
 def _arguments(arguments) -> str:

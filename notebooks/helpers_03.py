@@ -17,11 +17,18 @@ from IPython.display import HTML
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from irpo_utils import plots
+from irpo_utils import pairs, plots
 from irpo_utils.ops import run as runs
-from irpo_utils.plots import BLUE, GREY, ORANGE
+from irpo_utils.plots import BLUE, GREEN, GREY, ORANGE
 
 LEFT = 'style="text-align:left; white-space:pre-wrap"'
+# What the rejected completion does where a pair diverges, and the colour of its bars.
+KINDS = {
+    "answers before the working is complete": ORANGE,
+    "writes another equation": BLUE,
+    "gives another answer after the same working": GREEN,
+    "writes an equation too many": GREY,
+}
 FATES = {"gives pairs": BLUE, "all incorrect": ORANGE, "all correct": GREY}
 
 
@@ -37,7 +44,25 @@ def counts_per_iteration(run, counts: dict) -> pd.DataFrame:
     """The counts of `build_pairs` for every iteration of a run; without a run, these counts."""
     files = sorted(run.glob("iteration_*/pairs/counts.json")) if run else []
     rows = [json.loads(file.read_text()) for file in files] or [counts]
-    return pd.DataFrame(rows).rename(index="M_{}".format)
+    return pd.DataFrame(rows).rename(index="$M_{}$".format)
+
+
+def walk_table(chosen: list, rejected: list, k: int) -> str:
+    """The k pairs of `pairs.walk` as a table: a column per pair, counted from 1."""
+    walked = pairs.walk(len(chosen), len(rejected), k)
+    rows = {
+        "pair": range(1, k + 1),
+        "chosen": [chosen[i] for i, _ in walked],
+        "rejected": [rejected[j] for _, j in walked],
+    }
+    return "\n".join(f"{name:10}" + "".join(f"{x:4}" for x in row) for name, row in rows.items())
+
+
+def numbers(result, *names: str) -> str:
+    """The numbers of an exercise's result, each with its name; a note while it is not solved."""
+    if result is ... or result is None:
+        return "solve the exercise first"
+    return ", ".join(f"{value:.0f} {name}" for value, name in zip(result, names, strict=True))
 
 
 # ------------------------------------------------------------------------------ two texts
@@ -47,6 +72,40 @@ def divergence(chosen: str, rejected: str) -> int | None:
     """Number of the first line in which the two differ; None if they are equal."""
     lines = enumerate(zip_longest(chosen.split("\n"), rejected.split("\n")))
     return next((i for i, (ours, theirs) in lines if ours != theirs), None)
+
+
+def _is_answer(text: str, line: int) -> bool:
+    lines = text.split("\n")
+    return line < len(lines) and "final answer" in lines[line].lower()
+
+
+def kind_of_divergence(chosen: str, rejected: str, line: int) -> str:
+    """What the rejected completion does at the line where the two diverge, an entry of KINDS."""
+    answers = _is_answer(chosen, line), _is_answer(rejected, line)
+    kinds = {(False, True): 0, (False, False): 1, (True, True): 2, (True, False): 3}
+    return list(KINDS)[kinds[answers]]
+
+
+def with_divergence(preferences) -> pd.DataFrame:
+    """The pairs with `line`, counted from 0, where they diverge, and the `kind` of divergence."""
+    frame = preferences.to_pandas()
+    texts = list(zip(frame.chosen, frame.rejected, strict=True))
+    frame["line"] = [divergence(*two) for two in texts]
+    frame["kind"] = [kind_of_divergence(*two, i) for two, i in zip(texts, frame.line, strict=True)]
+    return frame
+
+
+def latest(frame: pd.DataFrame, kind: str) -> pd.Series:
+    """The first of the pairs that diverge last, of this kind if there are any."""
+    of_kind = frame[frame.kind == kind]
+    return frame.loc[(of_kind if len(of_kind) else frame).line.idxmax()]
+
+
+def kinds_of_divergence(frame: pd.DataFrame) -> str:
+    """A table: kinds of divergence, in the first line and later."""
+    where = frame.line.gt(0).map({False: "first line", True: "later"})
+    table = pd.crosstab(frame.kind, where, margins=True, margins_name="all")
+    return table.reindex([*KINDS, "all"], fill_value=0).rename_axis(None, axis=1).to_string()
 
 
 def n_shared(chosen_ids, rejected_ids) -> int:
@@ -73,7 +132,7 @@ def table_of(chosen: str, rejected: str) -> str:
         if i == differs:
             style = "text-align:left; border-left:4px solid #D55E00"
             mark = f'<td style="{style}"><b>&#9664; they diverge here</b></td>'
-        rows.append(f"<tr><td>{i}</td>{cells}{mark}</tr>")
+        rows.append(f"<tr><td>{i + 1}</td>{cells}{mark}</tr>")
     head = f"<tr><th>line</th><th {LEFT}>chosen</th><th {LEFT}>rejected</th><th></th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
@@ -86,22 +145,22 @@ def side_by_side(chosen: str, rejected: str) -> HTML:
 
 
 def heat_map(graded, n_questions: int = 60):
-    """A row per question, a column per sample, blue where correct; sorted by correct samples."""
+    """A row per question, a column per completion, blue where correct; sorted, at equal distances."""
     table = graded.to_pandas().pivot(index="id", columns="sample", values="correct")
-    table = table.iloc[:n_questions].astype(int)
-    table = table.loc[table.sum(axis=1).sort_values(kind="stable").index]
+    table = table.astype(int).loc[table.sum(axis=1).sort_values(kind="stable").index]
+    table = table.iloc[:: max(1, len(table) // n_questions)]
     figure, axes = plots.new_figure(5, 6)
     axes.imshow(table, aspect="auto", cmap=ListedColormap([ORANGE, BLUE]), vmin=0, vmax=1)
     axes.grid(False)
     n, rights = table.shape[1], table.sum(axis=1)
     for row in ((rights == 0).sum(), (rights < n).sum()):
         axes.axhline(row - 0.5, color="white", linewidth=4)
-    axes.set(xlabel="sample", ylabel="question (sorted)", xticks=range(n))
+    axes.set(xlabel="completion", ylabel="question (sorted)", xticks=range(n))
     handles = [Patch(color=BLUE, label="correct"), Patch(color=ORANGE, label="incorrect")]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncol=2, frameon=False)
     figure.alt_text = (
-        f"{len(table)} questions by {n} samples: {(rights == 0).sum()} questions have no correct "
-        f"sample, {(rights == n).sum()} have only correct ones, and "
+        f"{len(table)} questions by {n} completions: {(rights == 0).sum()} questions have no correct "
+        f"one, {(rights == n).sum()} have only correct ones, and "
         f"{((rights > 0) & (rights < n)).sum()} have both and give pairs."
     )
     return figure
@@ -134,41 +193,38 @@ def fates(counts: pd.DataFrame, xlabel: str):
 def lost_questions(measured: dict[int, float]):
     """(1-p)^N + p^N over N for four p, and the measured share of questions without a pair."""
     figure, axes = plots.new_figure(7, 3.6)
-    samples, lines = np.array([1, 2, 4, 8, 16, 30]), []
+    samples, lines = np.arange(1, 31), []
     for p, colour in zip((0.02, 0.1, 0.5, 0.95), plots.COLOURS[2:6], strict=True):
         lost = 100 * ((1 - p) ** samples + p**samples)
         lines.append(plots.draw_line(axes, samples, lost, f"p = {p}", colour))
     x, y = list(measured), [100 * share for share in measured.values()]
-    points = axes.plot(x, y, "o", color=ORANGE, markersize=8, label="all questions of this run")
-    axes.legend(handles=points, frameon=False)
-    axes.set(xlabel="samples per question N", ylabel="questions without a pair (%)", ylim=(0, 102))
-    figure = plots.finish(figure, "Questions without a pair", {"percent": lines})
+    axes.plot(x, y, "o", color=ORANGE, markersize=8, label="all questions of this run")
+    axes.set(xlabel="completions per question N", ylabel="questions without a pair (%)")
+    axes.set_ylim(0, 102)
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    formulas = "; ".join(f"{line.label}: {line.y[0]:.0f} to {line.y[-1]:.0f}" for line in lines)
     measurements = ", ".join(f"{b:.0f} at N = {a}" for a, b in zip(x, y, strict=True))
-    figure.alt_text += f" Measured: {measurements}."
+    figure.alt_text = (
+        f"Questions without a pair (%), N = 1 to 30. {formulas}. Measured: {measurements}."
+    )
     return figure
 
 
 def where_they_diverge(frame: pd.DataFrame):
     """Pairs by the line at which they diverge; colours: what the rejected completion does there."""
-
-    def what(text: str, line: int) -> str:
-        lines = text.split("\n")
-        if line >= len(lines):
-            return "ends"
-        return "gives the answer" if "final answer" in lines[line].lower() else "goes on working"
-
-    line = frame.line.clip(upper=5)
-    kind = [what(text, i) for text, i in zip(frame.rejected, frame.line, strict=True)]
-    counts = pd.crosstab(line, pd.Series(kind, index=frame.index))
-    figure, axes = plots.new_figure(6.5, 3.2)
+    line = frame.line.clip(upper=5) + 1
+    counts = pd.crosstab(line, frame.kind).reindex(columns=list(KINDS), fill_value=0)
+    figure, axes = plots.new_figure(7, 3.6)
     bottom = np.zeros(len(counts))
-    for name, colour in zip(counts.columns, (ORANGE, BLUE, GREY), strict=False):
+    for name, colour in KINDS.items():
         axes.bar(counts.index, counts[name], bottom=bottom, color=colour, label=name)
         bottom += counts[name].to_numpy()
-    axes.set(xlabel="line at which the pair diverges", ylabel="pairs", xticks=counts.index)
-    axes.legend(title="the rejected completion", frameon=False)
+    names = [f"{i} or later" if i == 6 else str(i) for i in counts.index]
+    axes.set(xlabel="line at which the pair diverges", ylabel="pairs")
+    axes.set_xticks(counts.index, names)
+    axes.legend(title="the rejected completion", frameon=False, fontsize=9)
     figure.alt_text = "Pairs by the line at which they diverge: " + "; ".join(
-        f"line {i}: " + ", ".join(f"{row[name]} where it {name}" for name in counts.columns)
-        for i, row in counts.iterrows()
+        f"line {names[n]}: " + ", ".join(f"{row[name]} {name}" for name in KINDS)
+        for n, (_, row) in enumerate(counts.iterrows())
     )
     return figure

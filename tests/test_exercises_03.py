@@ -42,6 +42,29 @@ def test_solved_and_unsolved(name):
     assert "your function itself" in check(7)
 
 
+def test_a_placeholder_left_below_working_code_is_named():
+    def attempt(chosen, rejected, *k):
+        for ours, theirs in zip(chosen, rejected):
+            if ours != theirs:
+                break
+        return ...
+
+    for check in (checks_03.wrap_around, checks_03.n_shared):
+        assert "it returns `...`" in check(attempt)
+
+
+def test_kinds_of_divergence():
+    kind = helpers_03.kind_of_divergence
+    answer = "Final answer: 1"
+    assert [
+        kind("1+1=2", answer, 0),
+        kind("1+1=2", "1+1=3", 0),
+        kind(answer, "Final answer: 2", 0),
+        kind(answer, "1+1=2", 0),
+        kind("1", "1\n2", 1),
+    ] == [list(helpers_03.KINDS)[i] for i in (0, 1, 2, 3, 1)]
+
+
 def walk(w, l, k):
     return [(w[i % len(w)], l[i % len(l)]) for i in range(k)]
 
@@ -60,7 +83,7 @@ def guarded(function):
         (guarded(lambda w, l, k: [(b, a) for a, b in walk(w, l, k)]), "The chosen one comes first"),
         (
             guarded(lambda w, l, k: walk(range(len(w)), range(len(l)), k)),
-            "Return the sample numbers",
+            "Return the completion numbers",
         ),
         (
             guarded(lambda w, l, k: [(random.choice(w), random.choice(l)) for _ in range(k)]),
@@ -71,11 +94,12 @@ def guarded(function):
         (lambda w, l, k: walk(w, l, k) if w and l else None, "a list can be empty"),
         (lambda w, l, k: list(islice(zip(cycle(w), cycle(l)), k)) or 5, "a list can be empty"),
         (lambda w, l, k: 5, "Return a list of tuples"),
+        (lambda w, l, k: islice(zip(cycle(w), cycle(l)), k), "You return an iterator"),
     ],
 )
 def test_wrong_walks(attempt, words):
     message = checks_03.wrap_around(attempt)
-    assert words in message and not message.startswith("Right:")
+    assert words in message and not message.startswith("Right")
 
 
 def test_cycle_is_right_too():
@@ -106,7 +130,7 @@ def test_cycle_is_right_too():
 )
 def test_wrong_points_of_divergence(attempt, words):
     message = checks_03.n_shared(attempt)
-    assert words in message and not message.startswith("Right:")
+    assert words in message and not message.startswith("Right")
 
 
 def right(p, n):
@@ -120,7 +144,7 @@ def wrong(p, n):
 @pytest.mark.parametrize(
     "attempt, words",
     [
-        (lambda p, n: (right(p, n), wrong(p, n)), "wrong way round"),
+        (lambda p, n: (right(p, n), wrong(p, n)), "order is reversed"),
         (lambda p, n: (sum(1 - x**n for x in p), right(p, n)), "not 1 - p**n"),
         (lambda p, n: (len(p) - wrong(p, n), len(p) - right(p, n)), "The lost ones are the others"),
         (lambda p, n: wrong(p, n) + right(p, n), "Return its two parts"),

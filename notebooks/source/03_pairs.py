@@ -34,8 +34,6 @@ sys.path[:0] = [".", ".."]                          # helpers_03.py and checks_0
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
 
 # %% tags=["nbval-ignore-output"]
-from itertools import cycle, islice
-
 import pandas as pd
 from datasets import Dataset
 
@@ -57,15 +55,14 @@ print("profile", PROFILE, "· device", models.default_device(), "· seed", profi
 # %% tags=["nbval-ignore-output"]
 run, profile, graded = helpers_03.graded_completions(PROFILE, profile)
 preferences, counts = pairs.build_pairs(graded, profile.k_pairs, deduplicate=profile.deduplicate)
-frame = preferences.to_pandas()
-frame["line"] = [helpers_03.divergence(a, b) for a, b in zip(frame.chosen, frame.rejected)]
-late = frame.loc[frame.line.idxmax()]
+frame = helpers_03.with_divergence(preferences)
+late = helpers_03.latest(frame, "writes another equation")
 print(late.prompt)
 helpers_03.side_by_side(late.chosen, late.rejected)
 
 # %% [markdown]
-# The two completions agree at first. Then they diverge, and only one reaches the correct answer. The pair tells the
-# model: at this point, prefer the left continuation. This notebook shows which completions meet in a pair, which
+# The two completions start with the same lines. Then they diverge, and only one reaches the correct answer. The pair tells
+# the model: at this point, prefer the chosen continuation. This notebook shows which completions meet in a pair, which
 # questions give no pairs, and what most pairs teach.
 
 # %% [markdown]
@@ -76,29 +73,23 @@ helpers_03.side_by_side(late.chosen, late.rejected)
 # that list again, and only that list ([section 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2). We call this
 # [wrap-around pairing](../docs/glossary.md#wrap-around-pairing).
 #
-# **Predict**: samples 0 and 2 are correct, samples 1, 3 and 4 are not, and $K = 5$. What are pairs 3 and 4 (the first is
-# pair 1)?
+# **Predict**: completions 0 and 2 are correct, completions 1, 3 and 4 are not, and $K = 5$. Which completions are in pairs
+# 3 and 4?
 
 # %%
-chosen, rejected = [0, 2], [1, 3, 4]
-by_hand = list(islice(zip(cycle(chosen), cycle(rejected)), 5))
-print(by_hand)
+print(helpers_03.walk_table(chosen=[0, 2], rejected=[1, 3, 4], k=5))
 
 # %% [markdown]
-# In the third pair the chosen list starts again, while the rejected list still has sample 4. In the fourth pair the
-# rejected list starts again. With indices it is one line: pair $i$ joins chosen number $i \bmod |G^w|$ with rejected
-# number $i \bmod |G^l|$. The package calls it `pairs.walk`.
-
-# %%
-walked = pairs.walk(len(chosen), len(rejected), 5)
-assert [(chosen[i], rejected[j]) for i, j in walked] == by_hand
-print(walked)
-
-# %% [markdown]
-# The walk is not random, and it does not need to be: the samples are independent, so their order is random already.
-# Compared with random draws it uses all completions of a list equally often. The number of *different* pairs is the
-# smaller of $K$ and the least common multiple of the two sizes, because after that many pairs both lists start again
-# together. One chosen and two rejected completions give two different pairs, for any $K$.
+# <details><summary>Answer</summary>
+#
+# Pair 3 joins 0 and 4: the chosen list starts again, while the rejected list still has completion 4. Pair 4 joins 2 and 1:
+# now the rejected list starts again.
+#
+# </details>
+#
+# The walk is not random. It does not need to be, because the completions were drawn independently. It uses the completions
+# of each list as evenly as $K$ allows: their counts differ by at most one. The number of *different* pairs is the smaller
+# of $K$ and the least common multiple of the two sizes, because after that many pairs both lists start again together.
 
 # %%
 for sizes in ((2, 3), (4, 6), (1, 2)):
@@ -109,13 +100,13 @@ for sizes in ((2, 3), (4, 6), (1, 2)):
 #
 # **Goal**: the pairing of the paper. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# Write `wrap_around(chosen, rejected, k)`. It takes two lists of sample numbers. It returns a list of `k` tuples
-# `(chosen, rejected)`, or an empty list if either list is empty. Do it without `cycle`.
+# Write `wrap_around(chosen, rejected, k)`. It takes two lists of completion numbers. It returns a list of `k` tuples
+# `(chosen, rejected)`, or an empty list if either list is empty.
 #
 # <details><summary>Hint</summary>
 #
-# `i % len(chosen)` counts 0, 1, ..., and starts again at 0. It is an index. The sample number is
-# `chosen[i % len(chosen)]`.
+# `i % len(chosen)` counts 0, 1, ..., and starts again at 0. It is an index. The completion number
+# is `chosen[i % len(chosen)]`.
 #
 # </details>
 
@@ -138,26 +129,30 @@ print(checks_03.wrap_around(wrap_around))
 # %% [markdown]
 # ## 3 Which questions give pairs?
 #
-# A question needs both kinds of completion. The heat map shows some training questions of $M_0$. Each row is a question,
-# and each column is a sample. The rows are sorted.
+# A question needs both kinds of completion. The heat map sorts the training questions of $M_0$ and shows 60 of them at
+# equal distances. Each row is a question, and each column is a completion.
 #
-# **Predict**: the small $M_0$ answers most samples incorrectly. What share of the questions gives pairs?
+# **Predict**: most completions of $M_0$ are incorrect. What share of the questions gives pairs?
 
 # %% tags=["nbval-ignore-output"]
 helpers_03.heat_map(graded)
 
 # %% tags=["nbval-ignore-output"]
-print(f"correct samples: {sum(graded['correct']) / len(graded):.0%} of {len(graded)}")
+print(f"correct completions: {sum(graded['correct']) / len(graded):.0%} of {len(graded)}")
 print(f"questions that give pairs: {counts['used'] / counts['questions']:.0%} of {counts['questions']}")
-print(f"without a correct sample: {counts['all_wrong']}, without an incorrect one: {counts['all_right']}")
-assert counts["used"] + counts["all_wrong"] + counts["all_right"] <= counts["questions"]
+print(f"without a correct completion: {counts['all_wrong']}, without an incorrect one: {counts['all_right']}")
 
 # %% [markdown]
-# One correct sample among $N$ is enough. The top block of the figure gives nothing: without a correct sample there is
-# nothing to prefer. A question with only correct samples gives nothing either. Iterative RPO trains on what the model
-# solves *sometimes*.
+# <details><summary>Answer</summary>
 #
-# Which questions are left out? Sort them into quarters by the length of the prompt.
+# A much larger share than that of the correct completions: one correct completion among $N$ is enough.
+#
+# </details>
+#
+# The top block of the figure gives nothing: without a correct completion there is nothing to prefer. A question with only
+# correct completions gives nothing either. Iterative RPO trains on questions that the model answers *sometimes*.
+#
+# Which questions are left out? Sort all questions into quarters by the length of the prompt.
 #
 # **Predict**: which quarter loses most questions, and why?
 
@@ -172,8 +167,14 @@ by_quarter["used"] = by_quarter.questions - by_quarter.all_wrong - by_quarter.al
 helpers_03.fates(by_quarter, "prompts by length")
 
 # %% [markdown]
-# Long prompts mostly ask for more steps, and $M_0$ solves them less often. So the first training set contains too many
-# short questions. This filter changes as the model improves: hard questions start to give pairs, and easy ones stop.
+# <details><summary>Answer</summary>
+#
+# The longest prompts. They mostly ask for more steps, and $M_0$ answers them correctly less often.
+#
+# </details>
+#
+# Short questions are therefore over-represented in the first training set. This filter changes as the model improves: hard
+# questions start to give pairs, and easy ones stop.
 
 # %% tags=["nbval-ignore-output"]
 history = helpers_03.counts_per_iteration(run, counts)
@@ -183,21 +184,24 @@ helpers_03.fates(history, "iteration")
 history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated", "pairs"]]
 
 # %% [markdown]
-# First the training data grow, then more and more questions have only correct samples. On ARC the paper has about 20,000
+# `all_wrong` and `all_right` count questions with only incorrect and only correct completions, `duplicates` counts equal
+# completions, and `repeated` counts pairs that occur again.
+#
+# At first more questions give pairs. Later more and more questions have only correct completions. On ARC the paper has about 20,000
 # pairs in the first iteration, 11,000 in the second and 5,000 in the third
-# ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The authors see in the fixed set of questions one reason
+# ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The authors name the fixed set of questions as one reason
 # why the gains shrink ([appendix A](https://arxiv.org/html/2404.19733v3#A1)).
 #
 # Two details change what a question contributes.
 #
-# - **Gold solutions.** On GSM8K the paper adds the worked solution of the data set to the chosen completions
-#   ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). Then every question has a chosen completion. The price:
-#   a person wrote it, so $M_t$ may find it improbable.
-# - **Duplicates.** Samples can be equal word for word. By default `build_pairs` uses each text of a question once. The
+# - **Gold solutions.** On GSM8K the paper adds the worked solution of the dataset to the chosen completions
+#   ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). Then every question has a chosen completion. The
+#   disadvantage is that a person wrote it: $M_t$ may give it a low probability.
+# - **Duplicates.** Completions can be identical. By default `build_pairs` uses each text of a question once. The
 #   paper describes no such step, and without it a text that was sampled five times gets five times the weight.
 
 # %% [markdown]
-# **Predict**: below, `easy` has only correct samples and `hard` only incorrect ones. Which of them does a gold solution
+# **Predict**: below, `easy` has only correct completions and `hard` only incorrect ones. Which of them does a gold solution
 # rescue?
 
 # %%
@@ -208,22 +212,26 @@ toy = Dataset.from_list([
     for i, correct in enumerate(verdicts)])
 gold = [{"id": question, "completion": "gold", "completion_ids": [99, 3]} for question in ("easy", "hard")]
 for row in pairs.build_pairs(toy, k=3, gold=gold)[0]:
-    print(row["id"], "· chosen sample", row["chosen_sample"], "· rejected sample", row["rejected_sample"])
+    print(row["id"], "· chosen", row["chosen_sample"], "· rejected", row["rejected_sample"])
 
 # %% [markdown]
-# Only `hard`. Its chosen completion is the gold solution (sample -1) in every pair. `easy` still lacks a rejected
-# completion.
-
-# %% [markdown]
-# ## 4 How many samples?
+# <details><summary>Answer</summary>
 #
-# Suppose each sample of a question is correct with probability $p$. The question gives no pair if all $N$ samples are
-# incorrect, or all are correct:
+# It rescues only `hard`. The gold solution, with number -1, is chosen in every pair. `easy` still lacks a rejected
+# completion.
+#
+# </details>
+
+# %% [markdown]
+# ## 4 How many completions?
+#
+# Suppose each completion of a question is correct with probability $p$. The question gives no pair if all $N$ completions
+# are incorrect, or all are correct:
 #
 # $$P(\text{no pair}) = (1-p)^N + p^N$$
 #
-# The lines below show this for four values of $p$. The points are measured: they use the first $n$ samples of each real
-# question.
+# The lines below show this for four values of $p$. The points are measured: they use the first $N$ completions of each
+# real question. With one completion no question gives a pair.
 
 # %% tags=["nbval-ignore-output"]
 measured = {}
@@ -233,8 +241,8 @@ for n in [n for n in (1, 2, 4, 8, 16, 30) if n <= profile.n_samples]:
 helpers_03.lost_questions(measured)
 
 # %% [markdown]
-# Questions near one half need few samples. Questions with a small or a large $p$ need many, and real questions are a
-# mixture of all kinds. That is why the points fall more slowly than the line of $p = 0.5$.
+# Questions with $p$ near 0.5 need few completions. Questions with $p$ near 0 or 1 need many. The dataset has all of these,
+# so the points fall more slowly than the line of $p = 0.5$.
 
 # %% [markdown]
 # ### Exercise 3.2: how many questions are lost at N = 4, and at N = 16?
@@ -242,12 +250,12 @@ helpers_03.lost_questions(measured)
 # **Goal**: choose $N$ before you pay for it. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
 # Write `lost(chances, n)`. `chances` is a list with the probability $p$ of each question. Return a tuple: the expected
-# number of questions whose samples are all incorrect, and the expected number whose samples are all correct.
+# number of questions whose completions are all incorrect, and the expected number whose completions are all correct.
 #
 # <details><summary>Hint</summary>
 #
-# The expected number of lost questions is the sum of the probabilities of losing each. Keep the two kinds apart. The
-# first power in the formula belongs to one kind, the second to the other.
+# The expected number of lost questions is the sum of the probabilities of losing each question. The first power in the
+# formula belongs to one kind, the second to the other. Return two sums.
 #
 # </details>
 
@@ -265,12 +273,17 @@ def lost(chances, n):
 print(checks_03.lost(lost))
 
 # %% [markdown]
-# The worked solution is in [solutions/03_pairs.ipynb](solutions/03_pairs.ipynb).
+# The worked solution is in [solutions/03_pairs.ipynb](solutions/03_pairs.ipynb). Apply your function to this run, with the
+# share of correct completions of each question as $p$.
+
+# %% tags=["nbval-ignore-output"]
+for n in (4, 16):
+    print(f"N = {n}:", helpers_03.numbers(lost(list(questions.share), n), "all incorrect", "all correct"))
 
 # %% [markdown]
 # ## 5 What does a pair teach?
 #
-# The pair in section 1 diverged late: both completions started with the same working. Is that typical?
+# The pair in section 1 starts with the same lines on both sides. Is that typical?
 #
 # **Predict**: at which line do most pairs diverge, and what does the rejected completion do there?
 
@@ -278,16 +291,25 @@ print(checks_03.lost(lost))
 helpers_03.where_they_diverge(frame)
 
 # %% tags=["nbval-ignore-output"]
+print(helpers_03.kinds_of_divergence(frame))
 early = frame.loc[frame.line.idxmin()]
 helpers_03.side_by_side(early.chosen, early.rejected)
 
 # %% [markdown]
-# With the seed model most pairs diverge at the first line: the chosen completion starts to work, and the rejected one
-# answers at once. Together these pairs say *show your working*. Only the pairs that diverge later say *calculate
-# correctly*.
+# <details><summary>Answer</summary>
+#
+# With the seed model most pairs diverge at the first line. The chosen completion writes an equation, and the rejected one
+# gives its answer at once.
+#
+# </details>
+#
+# Pairs that diverge later mostly show the same contrast: the rejected completion gives its answer before the working is
+# complete. All these pairs say *show your working*, by which we mean all reasoning steps. Only the pairs with another
+# equation, or with another answer after the same working, can say *calculate correctly*: 108 and 100 of the
+# 1,396 pairs of the finished run that comes with the notebooks.
 #
 # The point of divergence matters for the loss. [DPO](../docs/glossary.md#dpo) uses the difference of two sums of
-# log-ratios, one over the chosen and one over the rejected completion (notebook [04](04_dpo_nll_training.ipynb)). Suppose
+# [log-ratios](../docs/glossary.md#log-ratio), one over the chosen and one over the rejected completion (notebook [04](04_dpo_nll_training.ipynb)). Suppose
 # both start with the same three tokens.
 #
 # **Predict**: which terms remain in the difference?
@@ -299,7 +321,13 @@ difference = sum(shared + chosen_rest) - sum(shared + rejected_rest)
 print(f"all tokens: {difference:.2f}, only after the divergence: {sum(chosen_rest) - sum(rejected_rest):.2f}")
 
 # %% [markdown]
-# Only the tokens after the point of divergence remain. The NLL term is different: it averages over the *whole* chosen
+# <details><summary>Answer</summary>
+#
+# Only those of the tokens after the point of divergence.
+#
+# </details>
+#
+# The NLL term is different: it averages over the *whole* chosen
 # completion, so it is the only term that acts on the shared tokens. The next exercise measures how many there are.
 
 # %% [markdown]
@@ -340,18 +368,19 @@ shared = [helpers_03.n_shared(a, b) / len(a) for a, b in zip(frame.chosen_ids, f
 print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen completion come before the divergence, on average")
 
 # %% [markdown]
-# Researchers disagree about the consequence. [Step-DPO](https://arxiv.org/abs/2406.18629) builds pairs that differ in one
-# step only. [Smaug](https://arxiv.org/abs/2402.13228) shows that on pairs with few different tokens DPO can lower the
-# probability of the chosen completion. [Razin et al.](https://arxiv.org/abs/2410.08847) prefer to filter such pairs. The
+# What follows from shared tokens? Researchers disagree. [Step-DPO](https://arxiv.org/abs/2406.18629) builds pairs that differ in one
+# step only. [Smaug](https://arxiv.org/abs/2402.13228) shows that DPO can lower the probability of the chosen
+# completion if a pair differs in few tokens. Most of our pairs differ in many. [Razin et al.](https://arxiv.org/abs/2410.08847) prefer to filter such pairs. The
 # paper adds the NLL term, and notebook [04](04_dpo_nll_training.ipynb) measures its effect.
 
 # %% [markdown]
 # ## What you have learnt
 #
 # - Pairing walks through chosen and rejected completions in parallel. Each list starts again at its own end.
-# - A question gives pairs only if the model solves it sometimes. More samples rescue questions of both kinds; gold
-#   solutions rescue the hard ones.
+# - A question gives pairs only if the model answers it correctly sometimes. More completions rescue questions of both
+#   kinds. Gold solutions rescue the hard ones.
 # - For DPO only the tokens after the point of divergence count.
+# - With the seed model most pairs teach the model to show its working.
 #
 # **What to try.** Call `build_pairs` with `pairing="random"` and look at `repeated`. Take `k=20`: how many of the pairs
 # are new?
@@ -366,8 +395,8 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # <details><summary>Answers</summary>
 #
 # 1. The chosen one with rejected 1, 2, 3, 4, 1, 2: four different pairs.
-# 2. Those without a correct sample, not those without an incorrect one.
-# 3. Probably not: all 30 are incorrect with probability $0.98^{30} \approx 0.55$.
+# 2. It rescues a question without correct completions. It cannot rescue one without incorrect completions.
+# 3. Probably not: all 30 completions are incorrect with probability $0.98^{30} \approx 0.55$.
 # 4. The NLL term.
 #
 # </details>
