@@ -3,6 +3,7 @@ or names the mistake."""
 
 from __future__ import annotations
 
+import dis
 import math
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 UNSOLVED = "Not solved yet: fill in the cell above and run it again."
 NO_RETURN = "Your function returned None: is a `return` missing?"
+PLACEHOLDER = "Your code runs, but it returns `...`: replace the `return ...` of the exercise."
 ALPHA, BETA = 0.7, 0.3
 
 
@@ -34,11 +36,20 @@ def loss(function) -> str:
     if message := _wrong_shape(value, right, mean_of=right):
         return message
     if _close(value, right):
-        return (
+        return _loss_trains(function, case) or (
             "Right: sums in the DPO term, and in the NLL term every chosen completion is divided "
             "by its own length."
         )
     whole = [
+        (
+            "In the NLL term: you used the log-probability of the reference. It has no gradient. "
+            "Use that of the model in training.",
+            dpo - ALPHA * rw / n,
+        ),
+        (
+            "In the NLL term: you took the mean over the pairs. Return one loss for each pair.",
+            dpo + ALPHA * nll.mean(),
+        ),
         (
             "α is on the DPO term. That was the paper's first version; in Eq. 1 of version 3 it is "
             "on the NLL term.",
@@ -54,6 +65,28 @@ def loss(function) -> str:
     wrong = [_dpo_term(function, case), _nll_term(function, case)]
     found = [message for message in wrong if message]
     return " ".join(found) if found else _compare(value, right)
+
+
+def _loss_trains(function, case) -> str | None:
+    """What is wrong with a loss of the correct value: no gradient, or inf at a large negative delta."""
+    w, l, rw, rl, n = case
+    chosen, rejected = w.clone().requires_grad_(), l.clone().requires_grad_()
+    value, message = _call(function, chosen, rejected, rw, rl, n, ALPHA, BETA)
+    if message:
+        return message
+    if not torch.is_tensor(value) or not value.requires_grad:
+        return (
+            "The values are correct, but they have no gradient, so nothing could be trained. Use "
+            "tensors throughout, without `.item()`, `.detach()` or `torch.no_grad()`."
+        )
+    far = torch.full_like(w, -2_000.0).float()
+    value, message = _call(function, far, 0 * far, 0 * far, 0 * far, n, 0.0, BETA)
+    if message or torch.isfinite(torch.as_tensor(value)).all():
+        return message
+    return (
+        "Right, with one flaw: where δ is very negative, the sigmoid is rounded to 0 and its "
+        "logarithm is infinite. `torch.nn.functional.logsigmoid` avoids this."
+    )
 
 
 OVER_BATCH = (
@@ -148,11 +181,26 @@ def _nll_term(function, case) -> str | None:
 
 def response_logps(function) -> str:
     """Exercise 4.2: `function(logits, input_ids, response_mask)` -> (rows,)."""
-    generator = torch.Generator().manual_seed(0)
-    rows, prompt, width, vocabulary = 3, 4, 5, 11
+    first = _response_logps(
+        function, prompt=4, mask=[[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
+    )
+    if not first.startswith("Right"):
+        return first
+    second = _response_logps(function, prompt=6, mask=[[1, 0, 0], [1, 1, 1]])
+    if not second.startswith("Right"):
+        return (
+            "Your function is correct for P = 4 and R = 5, but not for P = 6 and R = 3. Take P and R "
+            "from the shapes of the arguments."
+        )
+    return first
+
+
+def _response_logps(function, prompt: int, mask: list) -> str:
+    """The verdict for a batch with `prompt` columns before the completions."""
+    generator, mask = torch.Generator().manual_seed(0), torch.tensor(mask)
+    rows, width, vocabulary = *mask.shape, 11
     logits = torch.randn(rows, prompt + width, vocabulary, generator=generator, dtype=torch.float64)
     ids = torch.randint(vocabulary, (rows, prompt + width), generator=generator)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
     value, message = _call(function, logits, ids, mask)
     if message:
         return message
@@ -167,7 +215,7 @@ def response_logps(function) -> str:
     if _same_shape(value, per_token):
         both = _close(value, per_token * mask)
         return "You returned one number per token" + (
-            ", and they are right: only the sum over each row is missing."
+            ", and they are correct: only the sum over each row is missing."
             if both
             else ". Return one sum per row."
         )
@@ -193,9 +241,9 @@ def response_logps(function) -> str:
             (picked(logits, prompt - 1) * mask).sum(-1),
         ),
         ("You summed probabilities. Sum their logarithms.", (per_token.exp() * mask).sum(-1)),
-        ("The prompt was counted as well. Only completion tokens are scored.", whole.sum(-1)),
+        ("You also counted the prompt. Only completion tokens are scored.", whole.sum(-1)),
         (
-            "The prompt was counted as well. Only completion tokens are scored.",
+            "You also counted the prompt. Only completion tokens are scored.",
             whole[:, : prompt - 1].sum(-1) + right,
         ),
         ("The sign is wrong: these are log-probabilities, not losses.", -right),
@@ -219,17 +267,27 @@ class _Four(torch.nn.Module):
         return self.chosen, self.rejected
 
 
+class _CountedSGD(torch.optim.SGD):
+    """Plain gradient descent that counts its steps."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
 STEP = 2.0  # learning rate of the plain gradient steps of the check
 
 
 def train_step(function) -> str:
     """Exercise 4.3: `function(score, optimizer, reference, n_tokens, alpha, beta)` -> loss.
 
-    Two steps of plain gradient descent on four pairs are compared with the right ones.
+    Two steps of plain gradient descent on four pairs are compared with the correct ones.
     """
     w, l, rw, rl, n = _case()
     reference, model = (rw, rl), _Four()
-    optimizer = torch.optim.SGD(model.parameters(), STEP)
+    optimizer = _CountedSGD(model.parameters(), STEP)
     start, after = _state(model), []
     values = []
     for _ in range(2):
@@ -241,17 +299,22 @@ def train_step(function) -> str:
         values.append(value)
         after.append(_state(model))
     if _equal(after[0], start):
+        if optimizer.steps:
+            return (
+                "`optimizer.step()` ran, but without gradients: call `zero_grad()`, then `backward()` "
+                "on the loss, then `step()`."
+            )
         return "Nothing was trained: call `backward()` on the loss and then `optimizer.step()`."
     expected, losses = _right_steps(start, reference, n)
     if _equal(after[0], expected[0]) and _equal(after[1], expected[1]):
         return _returned(values[0], losses[0], start, after[0], reference)
     if _equal(after[0], expected[0]):
         return (
-            "The first step is right and the second is not: gradients add up unless you call "
+            "The first step is correct and the second is not: gradients add up unless you call "
             "`optimizer.zero_grad()`."
         )
     first = {
-        "The loss grows: check the signs. This step lowers the margin.": (-1.0, "mean", ALPHA),
+        "The loss grows: check the signs. This step lowers δ.": (-1.0, "mean", ALPHA),
         "You summed the loss over the pairs. Take the mean, or the step grows with the batch.": (
             1.0,
             "sum",
@@ -267,9 +330,9 @@ def train_step(function) -> str:
         return "The two references are swapped: `reference` is (chosen, rejected)."
     rises = _margin(after[0], reference) > _margin(start, reference)
     return "The parameters are not those of one step on the mean loss of Eq. 1. " + (
-        "The margin rises, but by another amount."
+        "δ rises, but by another amount."
         if rises
-        else "The margin does not rise. Check the signs and the order of the arguments."
+        else "δ does not rise. Check the signs and the order of the arguments."
     )
 
 
@@ -291,11 +354,11 @@ def _returned(value, right, start, after, reference) -> str:
     """What is said of the returned loss when the steps are right."""
     if not _close(value, right):
         return (
-            "The step is right, but the returned number is not the loss before the step: "
+            "The step is correct, but the returned number is not the loss before the step: "
             f"expected {right:.4f}, got {_text(value)}."
         )
     margins = [_margin(state, reference).item() for state in (start, after)]
-    return f"Right: the mean margin δ rises from {margins[0]:.2f} to {margins[1]:.2f} nats."
+    return f"Right: the mean of δ rises from {margins[0]:.2f} to {margins[1]:.2f} nats."
 
 
 def _margin(state, reference):
@@ -378,7 +441,7 @@ def lora_parameters(function) -> str:
             "That is the size of the frozen weights. LoRA trains A and B next to them.",
             count(lambda a, b: a * b),
         ),
-        ("You counted the frozen weights as well. Only A and B are trained.", both),
+        ("You also counted the frozen weights. Only A and B are trained.", both),
         (
             "That is r times the weight itself. A and B are thin: (r, in) and (out, r).",
             count(lambda a, b: r * a * b),
@@ -439,7 +502,14 @@ def _call(function, *arguments):
         return None, f"Your function raised {type(error).__name__}: {error}"
     if value is None:
         return None, NO_RETURN
-    return (None, UNSOLVED) if value is ... else (value, None)
+    return (None, _unsolved(function)) if value is ... else (value, None)
+
+
+def _unsolved(function) -> str:
+    """What is said of a function that returns `...`: a stub has no other instructions."""
+    if hasattr(function, "__code__") and len(list(dis.get_instructions(function))) > 4:
+        return PLACEHOLDER
+    return UNSOLVED
 
 
 def _name(value) -> str:
@@ -490,7 +560,7 @@ def _verdict(value, right: torch.Tensor, mistakes, praise: str) -> str:
 
 
 def _compare(value, right) -> str:
-    return f"expected {_text(right)}, got {_text(value)}. Compare the two with the formula above."
+    return f"expected {_text(right)}, got {_text(value)}. Check each part of the formula."
 
 
 def _close(a, b) -> bool:

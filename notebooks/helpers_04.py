@@ -72,6 +72,20 @@ def changes(records, method: str, learning_rate: float, side: str, at: int = -1)
     return np.array([np.subtract(values[at], values[0]) for values in chosen])
 
 
+def interval(values) -> str:
+    """Mean over seeds and pairs, its 95 % interval, and whether the values rise or fall."""
+    mean, low, high = seed_and_question_interval(values)
+    verdict = "rises" if low > 0 else "falls" if high < 0 else "not resolved"
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f}) {verdict}"
+
+
+def claim(text: str, values, expected: str) -> None:
+    """Print a claim, the change (seeds, pairs) that it is about, and whether the data agree."""
+    change, verdict = interval(values).split(") ")
+    agrees = {expected: "yes", "not resolved": "not resolved"}.get(verdict, f"no, it {verdict}")
+    print(f"  {text:48} {change + ')':26} {agrees}")
+
+
 # ------------------------------------------------------------------------------ figures of 04
 
 
@@ -95,7 +109,7 @@ def loss_and_slope(betas=(0.05, 0.1, 0.5)) -> plots.TextFigure:
 
 
 def gradient_arrows(beta: float, deltas=(-20.0, 0.0, 20.0)) -> plots.TextFigure:
-    """How hard one pair pushes its chosen completion up and its rejected one down."""
+    """How far one pair raises its chosen and lowers its rejected log-probability."""
     figure, axes = plots.new_figure(6.6, 3.4)
     sizes = []
     for i, delta in enumerate(deltas):
@@ -108,15 +122,15 @@ def gradient_arrows(beta: float, deltas=(-20.0, 0.0, 20.0)) -> plots.TextFigure:
         plots.annotate(axes, f"{size:.3f}", (i - 0.13, size / 2), offset=-38)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set(xlim=(-0.6, len(deltas) - 0.4), ylim=(-1.1 * beta, 1.1 * beta))
-    order = {-1: "ordered wrongly", 0: "not separated", 1: "separated"}
-    names = [f"δ = {delta:.0f}\n{order[int(np.sign(delta))]}" for delta in deltas]
+    order = {-1: "in reverse order", 0: "equal", 1: "in the correct order"}
+    names = [f"δ = {x:.0f}\nimplied rewards\n{order[int(np.sign(x))]}" for x in deltas]
     axes.set_xticks(range(len(deltas)), names)
-    axes.set_ylabel("Push on the log-probability")
+    axes.set_ylabel("Minus the gradient (per nat)")
     handles = [Patch(color=BLUE, label="chosen"), Patch(color=ORANGE, label="rejected")]
     axes.legend(handles=handles, frameon=False, fontsize=9, loc="lower right")
     figure.alt_text = (
-        "Arrows: a pair pushes its chosen completion up and its rejected one down with equal "
-        f"force, β σ(−βδ): {', '.join(sizes)}."
+        "Arrows: a pair raises its chosen and lowers its rejected log-probability with equal "
+        f"size, β σ(−βδ): {', '.join(sizes)}."
     )
     return figure
 
@@ -176,23 +190,35 @@ def padding_grid(batch: dict, words: list[str], pad: str = "·") -> plots.TextFi
     return figure
 
 
-def loss_curve(log) -> plots.TextFigure:
-    """Both terms of the loss over optimiser steps."""
-    figure, (left, right) = plots.new_figure(9.6, 3.4, panels=2)
-    smooth = log.rolling(max(1, len(log) // 12), min_periods=1, center=True).mean()
-    for axes, column, colour in ((left, "loss_dpo", BLUE), (right, "loss_nll", GREEN)):
-        axes.plot(log["step"], log[column], color=colour, linewidth=0.6, alpha=0.3)
-    dpo = plots.draw_line(left, log["step"], smooth["loss_dpo"], "DPO term", BLUE)
-    nll = plots.draw_line(right, log["step"], smooth["loss_nll"], "NLL term", GREEN)
-    left.axhline(np.log(2), color=GREY, linestyle=":", linewidth=1.5)
-    plots.annotate(left, "ln 2", (log["step"].iloc[len(log) // 2], np.log(2)), va="bottom")
-    left.set(xlabel="Optimiser step", ylabel="DPO term per pair")
-    right.set(xlabel="Optimiser step", ylabel="NLL term (nats per token)")
-    lines = {
-        "DPO term": [dpo._replace(numbers=f"{dpo.y[0]:.3f} to {dpo.y[-1]:.3f}")],
-        "NLL term": [nll._replace(numbers=f"{nll.y[0]:.3f} to {nll.y[-1]:.3f}")],
+def batches_and_probe(log, probed, beta: float) -> plots.TextFigure:
+    """Left: the terms of every training batch. Right: the same pairs throughout, change and margin."""
+    figure, (left, middle, right) = plots.new_figure(12, 3.6, panels=3)
+    batches = [
+        plots.draw_line(left, log["step"], log[column], name, colour)
+        for column, name, colour in (
+            ("loss_dpo", "DPO term", BLUE),
+            ("loss_nll", "NLL term", GREEN),
+        )
+    ]
+    batches = [line._replace(numbers=f"{line.y[0]:.2f} to {line.y[-1]:.2f}") for line in batches]
+    changes = {
+        side: probed[f"logps/{side}"] - probed[f"logps/{side}"].iloc[0]
+        for side in ("chosen", "rejected")
     }
-    return plots.finish(figure, "The two terms of the loss in training, first and last", lines)
+    sides = [
+        plots.draw_line(middle, probed["step"], changes[side], side, colour)
+        for side, colour in (("chosen", BLUE), ("rejected", ORANGE))
+    ]
+    h = beta * (changes["chosen"] - changes["rejected"])
+    margin = plots.draw_line(right, probed["step"], h, "margin", INK)
+    middle.axhline(0, color=GREY, linewidth=0.8)
+    left.set(title="Training batches", ylabel="Loss per pair", ylim=(0, None))
+    middle.set(title="Probe", ylabel="Change of log-probability (nats)")
+    right.set(title="Probe", ylabel="Mean reward margin βδ")
+    for axes in figure.axes:
+        axes.set_xlabel("Optimiser step")
+    panels = {"Training batches": batches, "Change on the probe": sides, "Margin": [margin]}
+    return plots.finish(figure, "A training run, first and last", panels)
 
 
 def chosen_with_band(records, rates) -> plots.TextFigure:
@@ -221,9 +247,9 @@ def chosen_with_band(records, rates) -> plots.TextFigure:
     return plots.finish(figure, title, panels)
 
 
-def change_histogram(records, rate: float, methods=("DPO", "DPO + NLL")) -> plots.TextFigure:
+def change_histogram(records, rate: float, methods=tuple(STYLES)) -> plots.TextFigure:
     """The change of every chosen completion, with counts on a log axis; mean and median marked."""
-    figure, axes = plots.new_figure(9.6, 3.6, panels=len(methods))
+    figure, axes = plots.new_figure(3.8 * len(methods), 3.6, panels=len(methods))
     sentences = []
     everything = np.concatenate([changes(records, m, rate, "chosen").ravel() for m in methods])
     bins = np.linspace(np.floor(everything.min()), np.ceil(everything.max()), 41)
@@ -236,13 +262,13 @@ def change_histogram(records, rate: float, methods=("DPO", "DPO + NLL")) -> plot
             median, color=INK, linewidth=1.5, linestyle=":", label=f"median {median:+.2f}"
         )
         panel.legend(frameon=False, fontsize=9, loc="upper left")
-        panel.set(title=method, xlabel="Change of a chosen completion (nats)")
+        panel.set(title=f"{method}, {rate:.0e}", xlabel="Change of a chosen completion (nats)")
         panel.sharey(axes[0])
         sentences.append(
             f"{method}: mean {mean:.2f}, median {median:.2f}, smallest {values.min():.1f}, "
             f"largest {values.max():.1f}, {100 * (values > 0).mean():.0f} % rise."
         )
-    axes[0].set_ylabel("Completions (log scale)")
+    axes[0].set_ylabel("Completions × seeds (log scale)")
     figure.alt_text = f"Change per chosen completion (nats). {' '.join(sentences)}"
     return figure
 

@@ -1,6 +1,7 @@
 """The checks of notebooks 04 and 04b accept the solution, and tell a typical wrong answer what is wrong with it."""
 
 import exercises
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
@@ -123,6 +124,22 @@ def dpo(w, l, rw, rl, n, alpha, beta):
         (dpo, ["NLL term is missing"]),
         (lambda w, l, rw, rl, n, a, b: -a * w / n, ["DPO term is missing"]),
         (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, 5 * a, b), ["cancelled expected"]),
+        (
+            lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b) - a * rw / n,
+            ["In the NLL term", "log-probability of the reference"],
+        ),
+        (
+            lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b) - a * (w / n).mean(),
+            ["In the NLL term", "mean over the pairs"],
+        ),
+        (lambda *a: eq1(*a).detach(), ["no gradient"]),
+        (lambda *a: eq1(*a).tolist(), ["no gradient"]),
+        (
+            lambda w, l, rw, rl, n, a, b: (
+                -torch.log(torch.sigmoid(b * ((w - rw) - (l - rl)))) - a * w / n
+            ),
+            ["Right, with one flaw", "logsigmoid"],
+        ),
         (lambda *a: eq1(*a).mean(), ["the mean over the pairs"]),
         (lambda *a: eq1(*a).sum(), ["the sum over the pairs"]),
     ],
@@ -157,12 +174,54 @@ def picked(logits, ids, mask, first, log=True):
             lambda x, ids, m: (
                 torch.log_softmax(x, -1)[:, :-1].gather(-1, ids[:, 1:, None]).sum((1, 2))
             ),
-            "The prompt was counted",
+            "You also counted the prompt",
         ),
     ],
 )
 def test_response_logps_names_the_mistake(wrong, words):
     assert words in checks.response_logps(wrong)
+
+
+def test_response_logps_with_fixed_sizes_is_named():
+    def fixed(logits, ids, mask):
+        logps = torch.log_softmax(logits[:, 3:8], -1).gather(-1, ids[:, 4:9, None]).squeeze(-1)
+        return (logps * mask[:, : logps.shape[1]]).sum(-1)
+
+    assert "Take P and R from the shapes" in checks.response_logps(fixed)
+
+
+def test_a_placeholder_left_below_working_code_is_named():
+    def my_loss(*arguments):
+        loss = eq1(*arguments)
+        assert loss.shape == arguments[0].shape
+        return ...
+
+    def train_step(*arguments):
+        step()(*arguments)
+        return ...
+
+    assert "it returns `...`" in checks.loss(my_loss)
+    assert "it returns `...`" in checks.train_step(train_step)
+
+
+def test_gradients_that_are_cleared_before_the_step_are_named():
+    def train_step(score, optimizer, reference, n_tokens, alpha, beta):
+        terms = training.dpo_nll_loss(*score(), *reference, n_tokens, alpha=alpha, beta=beta)
+        loss = (terms[0] + alpha * terms[1]).mean()
+        loss.backward()
+        optimizer.zero_grad()
+        optimizer.step()
+        return loss.detach()
+
+    assert "ran, but without gradients" in checks.train_step(train_step)
+
+
+def test_dpo_alone_ends_at_the_third_completion_of_the_toy_and_the_nll_term_at_the_chosen():
+    toy_training = exercises.defined(
+        "04_dpo_nll_training", "toy_training", begins="def toy_training(", torch=torch
+    )
+    ends = [toy_training(alpha)[-1].argmax() for alpha in (0.0, 1.0)]
+    assert ends == [2, 0]
 
 
 def step(zero=True, how=torch.mean, sign=1, use=lambda alpha: alpha, act=True, swap=False):
@@ -188,7 +247,7 @@ def step(zero=True, how=torch.mean, sign=1, use=lambda alpha: alpha, act=True, s
         ({}, "Right"),
         ({"zero": False}, "zero_grad"),
         ({"how": torch.sum}, "Take the mean"),
-        ({"sign": -1}, "lowers the margin"),
+        ({"sign": -1}, "lowers δ"),
         ({"use": lambda alpha: 0}, "DPO alone"),
         ({"use": lambda alpha: 1}, "α is missing"),
         ({"act": False}, "Nothing was trained"),
@@ -266,6 +325,24 @@ def test_lora_count_names_the_mistake(wrong, words):
 
 
 # The study of section 6
+
+
+@pytest.mark.parametrize(
+    "value, expected, verdict",
+    [
+        (1.0, "rises", "yes"),
+        (1.0, "falls", "no, it rises"),
+        (-1.0, "falls", "yes"),
+        (-1.0, "rises", "no, it falls"),
+        (0.0, "falls", "not resolved"),
+    ],
+)
+def test_a_claim_shows_the_change_itself_and_whether_it_agrees(value, expected, verdict, capsys):
+    around = value + np.array([[-0.1, 0.1], [0.1, -0.1]])
+    helpers_04.claim("some claim", around, expected)
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith("some claim") and printed.endswith(verdict)
+    assert f"{value:+.2f} (" in printed
 
 
 def test_the_study_starts_from_m0_in_every_run():

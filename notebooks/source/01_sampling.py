@@ -500,7 +500,7 @@ rows = [{"temperature": t, **evaluation.bootstrap_row(name, values)}
         for t in temperatures for name, values in shares_of(counts[t]).items()]
 best = max(temperatures, key=lambda t: shares_of(counts[t])["both kinds"].mean())
 print("most questions with pairs at T =", best)
-plots.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
+figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
 
 # %% [markdown]
 # At low temperatures the $N$ completions often agree, and at high ones hardly any is correct. Between $T = 0.6$ and 1.3 the
@@ -521,7 +521,7 @@ rows = [{"temperature": t, **evaluation.bootstrap_row(name, shares_of(by_t[t])["
 for name, by_t in by_model.items():
     best = max(temperatures, key=lambda t: shares_of(by_t[t])["both kinds"].mean())
     print(f"{name}: most questions with pairs at T =", best)
-plots.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questions with pairs (%)")
+figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questions with pairs (%)")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
