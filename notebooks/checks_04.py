@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 UNSOLVED = "Not solved yet: fill in the cell above and run it again."
 NO_RETURN = "Your function returned None: is a `return` missing?"
-PLACEHOLDER = "Your code runs, but it returns `...`: replace the `return ...` of the exercise."
+PLACEHOLDER = "Your code ran, but the last line still returns `...`: return your result there."
 ALPHA, BETA = 0.7, 0.3
 
 

@@ -50,7 +50,7 @@ def test_a_placeholder_left_below_working_code_is_named():
         return ...
 
     for check in (checks_03.wrap_around, checks_03.n_shared):
-        assert "it returns `...`" in check(attempt)
+        assert "still returns `...`" in check(attempt)
 
 
 def test_kinds_of_divergence():

@@ -197,8 +197,9 @@ history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated"
 # - **Gold solutions.** On GSM8K the paper adds the worked solution of the dataset to the chosen completions
 #   ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). Then every question has a chosen completion. The
 #   disadvantage is that a person wrote it: $M_t$ may give it a low probability.
-# - **Duplicates.** Completions can be identical. By default `build_pairs` uses each text of a question once. The
-#   paper describes no such step, and without it a text that was sampled five times gets five times the weight.
+# - **Duplicates.** Completions can be identical. By default `build_pairs` uses each text of a question once (notebook
+#   00 does not). The paper describes no such step. Without it a text that was sampled five times gets five times the
+#   weight.
 
 # %% [markdown]
 # **Predict**: below, `easy` has only correct completions and `hard` only incorrect ones. Which of them does a gold solution
@@ -223,7 +224,7 @@ for row in pairs.build_pairs(toy, k=3, gold=gold)[0]:
 # </details>
 
 # %% [markdown]
-# ## 4 How many completions?
+# ## 4 How many samples?
 #
 # Suppose each completion of a question is correct with probability $p$. The question gives no pair if all $N$ completions
 # are incorrect, or all are correct:
