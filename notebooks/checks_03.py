@@ -231,7 +231,7 @@ def lost(function) -> str:
     side = 0 if not _same(values[4][0], solution(4)[0]) else 1
     return (
         f"For chances {chances} and n = 4 you expect {values[4][side]:.4g} questions that are all {('incorrect', 'correct')[side]}; it "
-        f"should be {solution(4)[side]:.4g}. The other number is {'right' if _same(values[4][1 - side], solution(4)[1 - side]) else 'not right either'}."
+        f"should be {solution(4)[side]:.4g}. The other number is {'correct' if _same(values[4][1 - side], solution(4)[1 - side]) else 'also incorrect'}."
     )
 
 
