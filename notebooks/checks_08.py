@@ -27,21 +27,21 @@ def share(function) -> str:
                 return f"Your function returned a {type(value).__name__}. Return a list: the items of this process."
     strategies = [
         (
-            "Right: nothing is lost, nothing is done twice, and put one after the other the parts are in order.",
+            "Right: each item is in one part, and the joined parts are in order.",
             _share,
         ),
         (
-            "You deal the items out like cards. Put one part after the other, and they come out in another order: take consecutive ones.",
+            "You take every count-th item. The joined parts are then in another order. Take consecutive items.",
             lambda items, rank, count: items[rank::count],
         ),
         (
-            "What is left over after the division gets lost: of 7 items 3 processes take 6. Give one more to the first ones.",
+            "The items left over by the division are lost: 3 processes take 6 of 7 items. Give one more to each of the first processes.",
             lambda items, rank, count: items[
                 rank * (len(items) // count) : (rank + 1) * (len(items) // count)
             ],
         ),
         (
-            "The last process takes all that is left over. Then the others wait for it: give one more to each of the first ones.",
+            "The last process takes all items left over, and the others wait for it. Give one more to each of the first processes.",
             lambda items, rank, count: items[
                 rank * (len(items) // count) : None
                 if rank == count - 1
@@ -49,34 +49,34 @@ def share(function) -> str:
             ],
         ),
         (
-            "You rounded the length of a part up. Then the last process has too little, or nothing: parts may differ by one.",
+            "You rounded the length of a part up, so the last process has too few items, or none. Lengths may differ by one only.",
             lambda items, rank, count: items[
                 rank * -(-len(items) // count) : (rank + 1) * -(-len(items) // count)
             ],
         ),
         (
-            "The parts are fair, but the longer ones are the last. The first processes should have them, as in the module.",
+            "The lengths are correct, but the last processes have the longer parts. The first processes should have them.",
             lambda items, rank, count: items[
                 rank * len(items) // count : (rank + 1) * len(items) // count
             ],
         ),
         (
-            "The parts are fair, but the longer ones are the last. The first processes should have them, as in the module.",
+            "The lengths are correct, but the last processes have the longer parts. The first processes should have them.",
             lambda items, rank, count: _share(items[::-1], count - 1 - rank, count)[::-1],
         ),
         (
-            "The first processes have one more, but the parts of the others begin where they would without it: some items are done twice, "
-            "others never. Shift the beginning by `min(rank, left_over)`.",
+            "The first processes have one item more, but you did not move the start of the next parts: some items are done twice, "
+            "and others never. Add `min(rank, left_over)` to the start.",
             lambda items, rank, count: items[rank * (len(items) // count) :][
                 : len(items) // count + (rank < len(items) % count)
             ],
         ),
         (
-            "Every process takes all items, so that all of it is done several times.",
+            "Every process takes all items, so all work is done several times.",
             lambda items, rank, count: items,
         ),
         (
-            "Ranks begin at 0. You count them from 1.",
+            "Ranks start at 0. You count them from 1.",
             lambda items, rank, count: _share(items, rank - 1, count),
         ),
     ]
@@ -93,13 +93,13 @@ def share(function) -> str:
             return "You return the parts of all processes. Return the part of `rank` alone."
         flat = [item for part in got for item in part]
         if missing := [item for item in items if item not in flat]:
-            return f"Of {n} items for {count} processes nobody takes {missing[0]} (the items are q0, q1, ...). Yours gives {got}."
+            return f"Of {n} items for {count} processes no process takes {missing[0]} (the items are q0, q1, ...). Yours gives {got}."
         if len(flat) > n:
             return f"Of {n} items for {count} processes some are taken twice. Yours gives {got}."
         right = [_share(items, rank, count) for rank in range(count)]
         if got != right:
             return f"{n} items for {count} processes should be {right}. Yours gives {got}."
-    return "Something is left over."  # cannot come: one of the cases differs
+    return "Your results could not be compared."  # cannot happen: one of the cases differs
 
 
 def _share(items: list, rank: int, count: int) -> list:
@@ -136,32 +136,32 @@ def combine(function) -> str:
             return f"Your result has the shape {tuple(values[name].shape)}. It should be that of one gradient, here (2,)."
     strategies = [
         (
-            "Right: every item counts the same, whoever had it.",
+            "Right: every item has the same weight, on any process.",
             lambda g, n: _weighted(g, n, sum(n), nan=0.0),
         ),
         (
-            "nan times 0 is nan. Leave out processes without items.",
+            "nan times 0 is nan. Skip processes without items.",
             lambda g, n: _weighted(g, n, sum(n)),
         ),
         (
-            "You averaged over processes. With unequal parts an item of a small part then counts more: weigh each gradient by its count.",
+            "You averaged over processes. An item of a small part then has more weight. Multiply each gradient by its count.",
             lambda g, n: _weighted(g, [1] * len(n), len(n)),
         ),
         (
-            "You averaged over processes, and left out those without items. With unequal parts an item of a small part then counts more: weigh "
-            "each gradient by its count.",
+            "You averaged over the processes with items. An item of a small part then has more weight. "
+            "Multiply each gradient by its count.",
             lambda g, n: _weighted(g, [int(c > 0) for c in n], sum(c > 0 for c in n), nan=0.0),
         ),
         (
-            "You averaged over all processes. With unequal parts an item of a small part then counts more: weigh each gradient by its count.",
+            "You averaged over all processes. An item of a small part then has more weight. Multiply each gradient by its count.",
             lambda g, n: _weighted(g, [1] * len(n), len(n), nan=0.0),
         ),
         (
-            "You added the means. Each has to be weighed by its count, and the sum divided by all items.",
+            "You added the means. Multiply each by its count, and divide the sum by the number of all items.",
             lambda g, n: _weighted(g, [1] * len(n), 1),
         ),
         (
-            "You added the means. Each has to be weighed by its count, and the sum divided by all items.",
+            "You added the means. Multiply each by its count, and divide the sum by the number of all items.",
             lambda g, n: _weighted(g, [1] * len(n), 1, nan=0.0),
         ),
         (
@@ -169,7 +169,7 @@ def combine(function) -> str:
             lambda g, n: _weighted(g, n, 1, nan=0.0),
         ),
         (
-            "That is the sum over all items. Divide it by their number; and nan times 0 is nan: leave out processes without items.",
+            "That is the sum over all items. Divide it by their number. And nan times 0 is nan: skip processes without items.",
             lambda g, n: _weighted(g, n, 1),
         ),
         (
@@ -177,15 +177,15 @@ def combine(function) -> str:
             lambda g, n: _weighted(g, n, len(n), nan=0.0),
         ),
         (
-            "You divided the sum over all items by the number of processes. Divide it by the number of items; and nan times 0 is nan.",
+            "You divided the sum over all items by the number of processes. Divide it by the number of items. And nan times 0 is nan.",
             lambda g, n: _weighted(g, n, len(n)),
         ),
         (
-            "You divided by the total without weighing each mean by its own count first.",
+            "You divided by the number of all items, but did not multiply each mean by its count first.",
             lambda g, n: _weighted(g, [1] * len(n), sum(n), nan=0.0),
         ),
         (
-            "You divided by the total without weighing each mean by its own count first.",
+            "You divided by the number of all items, but did not multiply each mean by its count first.",
             lambda g, n: _weighted(g, [1] * len(n), sum(n)),
         ),
     ]
@@ -196,7 +196,7 @@ def combine(function) -> str:
         right = _weighted(gradients, counts, sum(counts), nan=0.0)
         if not _same(values[name], right):
             return f"For {name} it should be {_list(right)}; yours gives {_list(values[name])}."
-    return "Something is left over."
+    return "Your results could not be compared."  # cannot happen: one of the cases differs
 
 
 def _weighted(gradients, weights, divisor, nan=None) -> torch.Tensor:
@@ -213,17 +213,17 @@ def _list(tensor: torch.Tensor) -> list[float]:
     return [round(x, 4) for x in tensor.tolist()]
 
 
-# bytes of all layers, of what lies outside, of the gradients; cards, micro-batches of a step on one card
+# bytes of all layers, of what is outside them, of the gradients; GPUs; micro-batches of a step on a GPU
 SPLITS = {
-    "8 cards, 2 micro-batches": (4_000, 1_000, 200, 8, 2),
-    "2 cards, 1 micro-batch": (600, 90, 40, 2, 1),
-    "64 cards, 4 micro-batches": (6_400, 640, 64, 64, 4),
-    "one card": (4_000, 1_000, 200, 1, 2),
+    "8 GPUs, 2 micro-batches": (4_000, 1_000, 200, 8, 2),
+    "2 GPUs, 1 micro-batch": (600, 90, 40, 2, 1),
+    "64 GPUs, 4 micro-batches": (6_400, 640, 64, 64, 4),
+    "one GPU": (4_000, 1_000, 200, 1, 2),
 }
 
 
 def sent_when_split(function) -> str:
-    """Exercise 8.3: bytes that a card sends per optimiser step where layers are split."""
+    """Exercise 8.3: bytes that a GPU sends per optimiser step with split layers."""
     values = {}
     for name, case in SPLITS.items():
         values[name], message = number(function, *case)
@@ -231,60 +231,59 @@ def sent_when_split(function) -> str:
             return message
     strategies = [
         (
-            "Right: nearly all of it is the base, which goes round twice in each micro-batch, whatever is trained.",
+            "Right: most of the traffic is the base, which is gathered twice per micro-batch.",
             lambda w, o, g, p, m: m * (2 * w + o + g) * (p - 1) / p,
         ),
         (
-            "You gathered the layers once. They are given back after the forward pass and needed again in the backward pass.",
+            "You gathered the layers once. They are freed after the forward pass and gathered again for the backward pass.",
             lambda w, o, g, p, m: m * (w + o + g) * (p - 1) / p,
         ),
         (
-            "You gathered what lies outside of the layers twice. It is kept from the forward to the backward pass.",
+            "You gathered `outside` twice. It is kept from the forward to the backward pass.",
             lambda w, o, g, p, m: m * (2 * w + 2 * o + g) * (p - 1) / p,
         ),
         (
-            "You let the gradients go round twice, as in an all-reduce. Each card needs the sum for its own part alone: once.",
+            "You counted the gradients twice, as in an all-reduce. Each GPU needs the sum for its own part only: count them once.",
             lambda w, o, g, p, m: m * (2 * w + o + 2 * g) * (p - 1) / p,
         ),
         (
-            "The gradients are missing: they are summed in every micro-batch, too.",
+            "The gradients are missing: they are also summed in every micro-batch.",
             lambda w, o, g, p, m: m * (2 * w + o) * (p - 1) / p,
         ),
         (
-            "What lies outside of the layers is missing.",
+            "`outside` is missing.",
             lambda w, o, g, p, m: m * (2 * w + g) * (p - 1) / p,
         ),
         (
-            "You counted one micro-batch. Weights are gathered anew in each of them.",
+            "You counted one micro-batch. Weights are gathered again in each.",
             lambda w, o, g, p, m: (2 * w + o + g) * (p - 1) / p,
         ),
         (
-            "You summed the gradients once per step. With split layers every micro-batch ends with a reduce-scatter: a card has no room for "
-            "the whole gradient.",
+            "You counted the gradients once per step. With split layers every micro-batch ends with a reduce-scatter.",
             lambda w, o, g, p, m: (m * (2 * w + o) + g) * (p - 1) / p,
         ),
         (
-            "You gathered the weights once per step, and only the gradients in each micro-batch. The weights are given back every time.",
+            "You gathered the weights once per step. They are freed and gathered again in every micro-batch.",
             lambda w, o, g, p, m: (2 * w + o + m * g) * (p - 1) / p,
         ),
         (
-            "A card does not send all of it: in a ring each sends (cards - 1) / cards of what is gathered, and one card alone nothing.",
+            "A GPU does not send everything: in a ring it sends (gpus - 1) / gpus of what is gathered, and one GPU alone nothing.",
             lambda w, o, g, p, m: m * (2 * w + o + g),
         ),
         (
-            "That is what all cards together send. One of them sends (cards - 1) / cards of what is gathered.",
+            "That is the traffic of all GPUs together. One GPU sends (gpus - 1) / gpus of what is gathered.",
             lambda w, o, g, p, m: m * (2 * w + o + g) * (p - 1),
         ),
         (
-            "That is the part that a card has already. It sends (cards - 1) / cards.",
+            "You multiplied by 1 / gpus, the part that a GPU already has. It sends (gpus - 1) / gpus.",
             lambda w, o, g, p, m: m * (2 * w + o + g) / p,
         ),
         (
-            "You took the all-reduce of whole copies. Here weights travel as well.",
+            "That is the all-reduce of whole copies. Here weights are also sent.",
             lambda w, o, g, p, m: 2 * g * (p - 1) / p,
         ),
         (
-            "You took everything to go round twice. What lies outside of the layers is gathered once, and gradients go round once.",
+            "You counted everything twice. `outside` is gathered once, and gradients are sent once.",
             lambda w, o, g, p, m: 2 * m * (w + o + g) * (p - 1) / p,
         ),
         (
@@ -298,7 +297,70 @@ def sent_when_split(function) -> str:
     name = next(
         name for name, case in SPLITS.items() if not _close(values[name], strategies[0][1](*case))
     )
-    return f"For {name}, {SPLITS[name][:3]} bytes, it should be {strategies[0][1](*SPLITS[name]):,.0f}; yours gives {values[name]:,.0f}."
+    return f"For {name} and {SPLITS[name][:3]} bytes it should be {strategies[0][1](*SPLITS[name]):,.0f}; yours gives {values[name]:,.0f}."
+
+
+# bytes gathered per micro-batch, bytes per second of the link, weights, operations per second
+BREAK_EVENS = [(60e9, 300e9, 70e9, 200e12), (8e9, 12e9, 8e9, 150e12), (1e9, 25e9, 0.5e9, 60e12)]
+
+
+def hidden_from(function) -> str:
+    """Exercise 8.4: tokens per micro-batch at which computing takes as long as sending."""
+    values = []
+    for case in BREAK_EVENS:
+        value, message = number(function, *case)
+        if message:
+            return message
+        values.append(value)
+    strategies = [
+        (
+            "Right: from this number of tokens on, the traffic is hidden behind the computation.",
+            lambda g, link, w, flops: g / link * flops / (6 * w),
+        ),
+        (
+            "You counted one pass. Checkpointing needs three: forward, forward again, and backward.",
+            lambda g, link, w, flops: g / link * flops / (2 * w),
+        ),
+        (
+            "You counted two passes. Checkpointing needs three: forward, forward again, and backward.",
+            lambda g, link, w, flops: g / link * flops / (4 * w),
+        ),
+        (
+            "You counted one operation per weight. A multiplication and an addition are two.",
+            lambda g, link, w, flops: g / link * flops / (3 * w),
+        ),
+        (
+            "You counted one operation per weight and one pass. There are two operations and three passes.",
+            lambda g, link, w, flops: g / link * flops / w,
+        ),
+        (
+            "That is the inverse: divide the seconds of sending by the seconds of one token.",
+            lambda g, link, w, flops: 6 * w * link / (g * flops),
+        ),
+        (
+            "Those are the seconds of sending. Divide them by the seconds of computing one token.",
+            lambda g, link, w, flops: g / link,
+        ),
+        (
+            "Those are the seconds of computing one token. The seconds of sending are missing.",
+            lambda g, link, w, flops: 6 * w / flops,
+        ),
+        (
+            "A faster link takes *less* time: the seconds of sending are gathered / link.",
+            lambda g, link, w, flops: g * link * flops / (6 * w),
+        ),
+        (
+            "Sending takes gathered / link seconds, not link / gathered.",
+            lambda g, link, w, flops: link / g * flops / (6 * w),
+        ),
+    ]
+    for text, strategy in strategies:
+        if all(_close(v, strategy(*case)) for v, case in zip(values, BREAK_EVENS)):
+            return text
+    case, mine = next(
+        (c, v) for c, v in zip(BREAK_EVENS, values) if not _close(v, strategies[0][1](*c))
+    )
+    return f"For {case} it should be {strategies[0][1](*case):,.1f} tokens. Yours gives {mine:,.1f}."
 
 
 def _close(a, b) -> bool:

@@ -1,6 +1,8 @@
-"""The checks of notebook 08 accept the solution, and tell a typical wrong answer what is wrong with it."""
+"""The checks of notebook 08 accept the solution and name a typical mistake; its processes use the CPU."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import exercises
@@ -10,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 pytest.importorskip("jupytext")
 
 import checks_08 as checks  # noqa: E402
+import helpers_08  # noqa: E402
 
-EXERCISES = ("share", "combine", "sent_when_split")
+EXERCISES = ("share", "combine", "sent_when_split", "hidden_from")
 
 
 def solution(name: str, solved: bool = True):
@@ -51,7 +54,7 @@ def test_checks_never_raise(name):
         lambda *a: [1.0, 2.0],
     ):
         said = check(odd)
-        assert said and not said.startswith("Right") and not said.startswith("Something")
+        assert said and not said.startswith("Right") and "could not be compared" not in said
 
 
 def right_share(items, rank, count):
@@ -61,10 +64,10 @@ def right_share(items, rank, count):
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (lambda items, rank, count: items[rank::count], "like cards"),
+        (lambda items, rank, count: items[rank::count], "every count-th"),
         (
             lambda items, rank, count: items[rank * (len(items) // count) :][: len(items) // count],
-            "gets lost",
+            "are lost",
         ),
         (
             lambda items, rank, count: items[
@@ -84,7 +87,7 @@ def right_share(items, rank, count):
             lambda items, rank, count: items[
                 rank * len(items) // count : (rank + 1) * len(items) // count
             ],
-            "the longer ones are the last",
+            "the last processes have the longer",
         ),
         (
             lambda items, rank, count: items[rank * (len(items) // count) :][
@@ -92,14 +95,14 @@ def right_share(items, rank, count):
             ],
             "done twice",
         ),
-        (lambda items, rank, count: items, "all items"),
+        (lambda items, rank, count: items, "takes all items"),
         (
             lambda items, rank, count: [right_share(items, r, count) for r in range(count)],
             "part of `rank` alone",
         ),
         (lambda items, rank, count: right_share(items, rank - 1, count) if rank else [], "from 1"),
         (lambda items, rank, count: len(right_share(items, rank, count)), "Return a list"),
-        (lambda items, rank, count: right_share(items, rank, count)[:1], "nobody takes"),
+        (lambda items, rank, count: right_share(items, rank, count)[:1], "no process takes"),
         (lambda items, rank, count: right_share(items, rank, count) * 2, "taken twice"),
         (lambda items, rank, count: right_share(items, rank, count)[::-1], "should be"),
     ],
@@ -121,7 +124,7 @@ def test_another_type_of_sequence_is_accepted():
         (lambda g, n: sum(g) / len(g), "averaged over processes"),
         (
             lambda g, n: sum(x for x, c in zip(g, n) if c) / sum(c > 0 for c in n),
-            "left out those without items",
+            "over the processes with items",
         ),
         (lambda g, n: sum(x.nan_to_num() for x in g) / len(g), "averaged over all processes"),
         (lambda g, n: sum(x * c for x, c in zip(g, n)) / sum(n), "nan times 0"),
@@ -130,7 +133,7 @@ def test_another_type_of_sequence_is_accepted():
         (lambda g, n: sum(x * c for x, c in zip(g, n) if c), "Divide it by their number"),
         (lambda g, n: sum(x * c for x, c in zip(g, n)), "nan times 0"),
         (lambda g, n: sum(x * c for x, c in zip(g, n) if c) / len(n), "number of processes"),
-        (lambda g, n: sum(x for x, c in zip(g, n) if c) / sum(n), "without weighing"),
+        (lambda g, n: sum(x for x, c in zip(g, n) if c) / sum(n), "did not multiply"),
         (lambda g, n: g[0][0], "the shape ()"),
         (lambda g, n: "gradient", "Return one tensor"),
         (lambda g, n: g[0], "it should be"),
@@ -157,19 +160,19 @@ def test_other_ways_to_combine_are_accepted():
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (lambda w, o, g, p, m: m * (w + o + g) * (p - 1) / p, "needed again in the backward pass"),
+        (lambda w, o, g, p, m: m * (w + o + g) * (p - 1) / p, "again for the backward pass"),
         (lambda w, o, g, p, m: m * (2 * w + 2 * o + g) * (p - 1) / p, "kept from the forward"),
         (lambda w, o, g, p, m: m * (2 * w + o + 2 * g) * (p - 1) / p, "as in an all-reduce"),
         (lambda w, o, g, p, m: m * (2 * w + o) * (p - 1) / p, "gradients are missing"),
-        (lambda w, o, g, p, m: m * (2 * w + g) * (p - 1) / p, "outside of the layers is missing"),
+        (lambda w, o, g, p, m: m * (2 * w + g) * (p - 1) / p, "`outside` is missing"),
         (lambda w, o, g, p, m: (2 * w + o + g) * (p - 1) / p, "one micro-batch"),
-        (lambda w, o, g, p, m: (m * (2 * w + o) + g) * (p - 1) / p, "once per step"),
-        (lambda w, o, g, p, m: (2 * w + o + m * g) * (p - 1) / p, "given back every time"),
-        (lambda w, o, g, p, m: m * (2 * w + o + g), "does not send all of it"),
-        (lambda w, o, g, p, m: m * (2 * w + o + g) * (p - 1), "all cards together"),
-        (lambda w, o, g, p, m: m * (2 * w + o + g) / p, "has already"),
+        (lambda w, o, g, p, m: (m * (2 * w + o) + g) * (p - 1) / p, "gradients once per step"),
+        (lambda w, o, g, p, m: (2 * w + o + m * g) * (p - 1) / p, "weights once per step"),
+        (lambda w, o, g, p, m: m * (2 * w + o + g), "does not send everything"),
+        (lambda w, o, g, p, m: m * (2 * w + o + g) * (p - 1), "all GPUs together"),
+        (lambda w, o, g, p, m: m * (2 * w + o + g) / p, "already has"),
         (lambda w, o, g, p, m: 2 * g * (p - 1) / p, "all-reduce of whole copies"),
-        (lambda w, o, g, p, m: 2 * m * (w + o + g) * (p - 1) / p, "everything to go round twice"),
+        (lambda w, o, g, p, m: 2 * m * (w + o + g) * (p - 1) / p, "counted everything twice"),
         (lambda w, o, g, p, m: m * (2 * w + o + g) * (p - 1) / p / 1e9, "Return bytes"),
         (lambda w, o, g, p, m: 7, "it should be"),
         (lambda w, o, g, p, m: [w, o, g], "one number"),
@@ -178,3 +181,78 @@ def test_other_ways_to_combine_are_accepted():
 def test_bytes_of_split_layers_name_the_mistake(wrong, words):
     said = checks.sent_when_split(wrong)
     assert words in said, said
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (lambda g, link, w, f: g / link * f / (2 * w), "one pass"),
+        (lambda g, link, w, f: g / link * f / (4 * w), "two passes"),
+        (lambda g, link, w, f: g / link * f / (3 * w), "one operation per weight. A"),
+        (lambda g, link, w, f: g / link * f / w, "one operation per weight and one pass"),
+        (lambda g, link, w, f: 6 * w / f / (g / link), "inverse"),
+        (lambda g, link, w, f: g / link, "seconds of sending"),
+        (lambda g, link, w, f: 6 * w / f, "seconds of computing one token"),
+        (lambda g, link, w, f: g * link * f / (6 * w), "faster link"),
+        (lambda g, link, w, f: link / g * f / (6 * w), "not link / gathered"),
+        (lambda g, link, w, f: 7, "it should be"),
+        (lambda g, link, w, f: (g, link), "one number"),
+    ],
+)
+def test_break_even_names_the_mistake(wrong, words):
+    said = checks.hidden_from(wrong)
+    assert words in said, said
+
+
+# Processes
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 8])
+def test_processes_use_the_cpu_whatever_gpus_there_are(gpus, monkeypatch):
+    """Also with fewer GPUs than processes, and where a launcher or a hosted notebook left traces."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+    environment = helpers_08.environment()
+    assert environment["CUDA_VISIBLE_DEVICES"] == "" and environment["OMP_NUM_THREADS"] == "1"
+    if gpus == 1:
+        code = "import torch; from irpo_utils import models; print(torch.cuda.device_count(), models.default_device())"
+        environment |= {
+            "RANK": "1",
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+        }
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == ["0", "cpu"], done.stderr
+
+
+def test_the_notebook_starts_processes_and_loads_models_on_the_cpu():
+    source = (ROOT / "notebooks/source/08_past_one_gpu.py").read_text()
+    assert "subprocess" not in source and "Popen" not in source  # only through the helpers
+    assert source.count("models.load(") == source.count('models.load("seed", device="cpu")') == 1
+
+
+def test_a_process_that_fails_is_reported(tmp_path):
+    with pytest.raises(RuntimeError, match="No module named no_such_module"):
+        helpers_08._run([sys.executable, "-m", "no_such_module"])
+
+
+def test_traffic_of_split_layers_is_that_of_exercises_3_and_4():
+    """The numbers of section 7, from the solutions of the students' formulas."""
+    from irpo_utils import profiles
+    from irpo_utils.ops import machines
+
+    p, shape = profiles.get("paper"), machines.SHAPES["llama-2-70b-chat"]
+    for n, busy in ((8, 8), (64, 16)):
+        machine = machines.find_machine(f"{n}xA100-80GB")
+        layers = machines.NF4_BYTES * shape.linear + 4 * shape.lora(p.lora_r)
+        outside = 2 * (shape.parameters - shape.linear)
+        gathered = solution("sent_when_split")(layers, outside, 0, busy, 1)
+        link = machine.link if n == 8 else machine.between
+        weights = shape.linear + shape.head
+        found = helpers_08.traffic("paper", n)
+        expected = solution("hidden_from")(gathered, link, weights, machine.flops["bfloat16"])
+        assert found["hidden_from"] == pytest.approx(expected)
+        assert found["link"] == link
