@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import make_slides  # noqa: E402
 
 # The address of the repository, as https://github.com/OWNER/NAME. With it the pages have a button
-# "Open in Colab" and links to the source files; without it there is no such button, and the links
-# download the files from the book.
+# "Open in Colab" and links to the source files, and docs/colab.md has the address; without it there
+# is no such button, and the links download the files from the book.
 REPOSITORY = os.environ.get("BOOK_REPOSITORY", "").rstrip("/")
 BRANCH = os.environ.get("BOOK_BRANCH", "main")
 
@@ -116,10 +116,19 @@ def prepare_notebook(app, docname: str, source: list[str]) -> None:
         ]
         if texts:
             cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(texts)}}
+    first = notebook["cells"][0]
+    if REPOSITORY:
+        page = "../" * docname.count("/") + "docs/colab.md"
+        first["source"] += f"\n\n**In Colab** run the [set-up cell]({page}) first."
     if docname.startswith("notebooks/solutions/"):
-        first = notebook["cells"][0]
         first["source"] = re.sub(r"\A# (.+)", r"# \1: solutions", first["source"])
     source[0] = json.dumps(notebook)
+
+
+def fill_in_address(app, docname: str, source: list[str]) -> None:
+    """Put the repository's address into the set-up cell for Colab."""
+    if docname == "docs/colab" and REPOSITORY:
+        source[0] = source[0].replace("https://github.com/OWNER/NAME", REPOSITORY)
 
 
 # Slides: a page of reveal.js for each notebook, and the list of them
@@ -172,6 +181,7 @@ def is_link_to_file(node) -> bool:
 
 def setup(app) -> None:
     app.connect("source-read", prepare_notebook)
+    app.connect("source-read", fill_in_address)
     app.connect("source-read", list_slides)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", write_slides)

@@ -171,19 +171,34 @@ def test_pages_load_nothing_from_a_network(book):
 
 
 def test_buttons_need_the_address_of_the_repository(book, tmp_path):
-    """Download always, Colab and links to source files if the repository has an address."""
+    """Download always, Colab, its set-up cell and links to source files if there is an address."""
     name = "notebooks/00_start_here"
     links = parsed(book / f"{name}.html").links
-    assert f"../_sources/{name}.ipynb" in links and not any("colab" in link for link in links)
+    assert f"../_sources/{name}.ipynb" in links and not any(
+        "colab.research" in link for link in links
+    )
     download = book / "_sources" / f"{name}.ipynb"
     assert download.read_bytes() == (ROOT / f"{name}.ipynb").read_bytes()
 
-    options = ("-D", f"include_patterns={name}.ipynb", "-D", f"root_doc={name}")
+    assert "github.com/OWNER/NAME" in parsed(book / "docs" / "colab.html").text
+
+    options = ("-D", f"include_patterns={name}.ipynb,docs/colab.md", "-D", f"root_doc={name}")
     build(tmp_path, *options, BOOK_REPOSITORY="https://github.com/owner/name")
     links = parsed(tmp_path / f"{name}.html").links
+    assert "../docs/colab.html" in links
+    assert "git clone --quiet --depth 1 https://github.com/owner/name ~/irpo" in cell_of_colab(
+        tmp_path
+    )
     colab = "https://colab.research.google.com/github/owner/name/blob/main/"
     assert f"{colab}{name}.ipynb" in links
     assert "https://github.com/owner/name/blob/main/irpo_utils/iteration.py" in links
+
+
+def cell_of_colab(book: Path) -> str:
+    """The set-up cell as the page shows it."""
+    text = parsed(book / "docs" / "colab.html").text
+    [block] = re.findall(r"<pre>(.*?)</pre>", text, re.S)
+    return html.unescape(re.sub("<[^>]*>", "", block))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
