@@ -1,7 +1,8 @@
-"""The checks of notebook 07 accept the solution, and tell a typical wrong answer what is wrong with it; its questions are sound."""
+"""The checks of notebooks 07 and 07b accept the solution and name typical mistakes; their questions are sound."""
 
 import ast
 import json
+import math
 import operator
 import re
 from pathlib import Path
@@ -16,13 +17,19 @@ import checks_07 as checks  # noqa: E402
 
 from irpo_utils import grading, tasks  # noqa: E402
 
+COURSE, OPTIONAL = "07_real_models_on_one_gpu", "07b_what_the_data_must_be"
+EXERCISES = {
+    "minutes_lost": COURSE,
+    "kv_cache_bytes": COURSE,
+    "questions_needed": COURSE,
+    "shared_runs": OPTIONAL,
+    "renumbered_twins": OPTIONAL,
+}
+
 
 def solution(name: str, solved: bool = True):
     """The function of that name as the notebook's source defines it, solved or as a stub."""
-    return exercises.defined("07_real_models_on_one_gpu", name, solved, re=re)
-
-
-EXERCISES = ("kv_cache_bytes", "renumbered_twins", "minutes_lost")
+    return exercises.defined(EXERCISES[name], name, solved, re=re, math=math)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -61,18 +68,18 @@ def test_checks_never_raise(name):
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (lambda n, h, g, d, r, c, b=2: 2 * n * h * d * r * c * b, "share theirs"),
-        (lambda n, h, g, d, r, c, b=2: n * g * d * r * c * b, "values are stored, too"),
+        (lambda n, h, g, d, r, c, b=2: 2 * n * h * d * r * c * b, "only `kv_heads` are stored"),
+        (lambda n, h, g, d, r, c, b=2: n * g * d * r * c * b, "values are also stored"),
         (lambda n, h, g, d, r, c, b=2: n * h * d * r * c * b, "keys alone, and for every head"),
-        (lambda n, h, g, d, r, c, b=2: 2 * n * g * d * r * c, "number of numbers"),
-        (lambda n, h, g, d, r, c, b=2: 4 * n * g * d * r * c, "whatever `bytes_per_number` says"),
-        (lambda n, h, g, d, r, c, b=2: 16 * n * g * d * r * c * b, "in bits"),
-        (lambda n, h, g, d, r, c, b=2: 2 * g * d * r * c * b, "one block"),
+        (lambda n, h, g, d, r, c, b=2: 2 * n * g * d * r * c, "You counted the numbers"),
+        (lambda n, h, g, d, r, c, b=2: 4 * n * g * d * r * c, "Use `bytes_per_number`"),
+        (lambda n, h, g, d, r, c, b=2: 16 * n * g * d * r * c * b, "is in bits"),
+        (lambda n, h, g, d, r, c, b=2: 2 * g * d * r * c * b, "one layer"),
         (lambda n, h, g, d, r, c, b=2: 2 * n * g * d * c * b, "one completion"),
         (lambda n, h, g, d, r, c, b=2: 2 * n * g * d * r * b, "one position"),
         (lambda n, h, g, d, r, c, b=2: 2 * n * g * r * c * b, "`head_dim` is missing"),
         (lambda n, h, g, d, r, c, b=2: 2 * n * g * d * r * c * b / 1e9, "Return bytes"),
-        (lambda *case: 7, "it should be"),
+        (lambda *case: 7, "your function returned"),
     ],
 )
 def test_cache_names_the_mistake(wrong, words):
@@ -104,9 +111,10 @@ def numbers(text):
             "1,200 became two marks, and capitals",
         ),
         (twins(lambda text: re.sub(r"\d+(?:,\d+)*", "#", text)), "2.5 became two marks"),
-        (twins(numbers, fold=str), "Capitals or spacing still matter"),
-        (twins(numbers, fold=str.casefold), "Capitals or spacing still matter"),
-        (twins(str), "as they are"),
+        (twins(numbers, fold=str), "Capitals and spacing still matter"),
+        (twins(numbers, fold=str.casefold), "Spacing still matters"),
+        (twins(numbers, fold=lambda text: "".join(text.split())), "Capitals still matter"),
+        (twins(str), "with their numbers"),
         (twins(lambda text: re.sub(r"\d+(?:[.,]\d+)*", "", text)), "left no mark"),
         (twins(numbers, give="train"), "training rows"),
         (
@@ -119,21 +127,21 @@ def numbers(text):
         (lambda train, test: len(twins(numbers)(train, test)), "Return a list"),
         (
             lambda train, test: [row["id"] in twins(numbers)(train, test) for row in test],
-            "verdict for every test row",
+            "True or False for every test row",
         ),
         (
             lambda train, test: [row for row in test if row["id"] in twins(numbers)(train, test)],
-            "Return their `id`",
+            "Return each row's `id`",
         ),
-        (lambda train, test: twins(numbers)(train, test)[1:], "the worst"),
-        (lambda train, test: [row["id"] for row in test], "should not"),
+        (lambda train, test: twins(numbers)(train, test)[1:], "numbers included"),
+        (lambda train, test: [row["id"] for row in test], "more than a number is different"),
         (
             lambda train, test: twins(numbers)(train, test)[:1] + twins(numbers)(train, test)[3:],
-            "does not catch",
+            "does not find",
         ),
     ],
 )
-def test_fourth_net_names_the_mistake(wrong, words):
+def test_twins_name_the_mistake(wrong, words):
     assert words in checks.renumbered_twins(wrong)
 
 
@@ -141,6 +149,65 @@ def test_the_shorter_pattern_of_the_hint_is_accepted():
     assert checks.renumbered_twins(twins(lambda text: re.sub(r"\d[\d,.]*", "#", text))).startswith(
         "Right"
     )
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (lambda gain, half, n: math.ceil(n * half / gain), "square the ratio"),
+        (lambda gain, half, n: math.ceil(n * math.sqrt(half / gain)), "square root of the ratio"),
+        (lambda gain, half, n: math.ceil(n * (gain / half) ** 2), "upside down"),
+        (lambda gain, half, n: math.ceil(n * (2 * half / gain) ** 2), "doubled the half-width"),
+        (lambda gain, half, n: math.ceil(n * (half / gain) ** 2) - n, "are missing"),
+        (lambda gain, half, n: (half / gain) ** 2, "`n` is missing"),
+        (lambda gain, half, n: int(n * (half / gain) ** 2), "rounded down"),
+        (lambda gain, half, n: n * (half / gain) ** 2, "whole number"),
+        (lambda gain, half, n: 7, "your function returned 7"),
+    ],
+)
+def test_number_of_questions_names_the_mistake(wrong, words):
+    assert words in checks.questions_needed(wrong)
+
+
+def word_runs(words, last=1, more=0, fixed=None, give="id"):
+    def function(train, test, n):
+        n = fixed or n + more
+
+        def found(row):
+            listed = words(row["question"])
+            return {tuple(listed[i : i + n]) for i in range(len(listed) - n + last)}
+
+        known = {run for row in train for run in found(row)}
+        rows = [row for row in test if found(row) & known]
+        return [row["id"] for row in rows] if give == "id" else rows
+
+    return function
+
+
+def folded_words(text):
+    return re.findall(r"\w+", text.casefold())
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (word_runs(str.split), "Capitals or punctuation still matter"),
+        (word_runs(lambda text: re.findall(r"\w+", text)), "Capitals still matter"),
+        (word_runs(lambda text: text.casefold().split()), "Punctuation still matters"),
+        (word_runs(folded_words, more=-1), "one word too few"),
+        (word_runs(folded_words, more=1), "one word too many"),
+        (word_runs(folded_words, last=0), "skip the last run"),
+        (word_runs(folded_words, fixed=13), "You used n = 13"),
+        (word_runs(folded_words, give="rows"), "Return each row's `id`"),
+        (lambda train, test, n: [row["id"] for row in train], "ids of training rows"),
+        (lambda train, test, n: solution("shared_runs")(train, test, n)[::-1], "another order"),
+        (lambda train, test, n: set(solution("shared_runs")(train, test, n)), "returned a set"),
+        (lambda train, test, n: [row["id"] for row in test], "no 4 words in a row"),
+        (lambda train, test, n: ["the same", "short"], "does not find 'a run of four'"),
+    ],
+)
+def test_runs_of_words_name_the_mistake(wrong, words):
+    assert words in checks.shared_runs(wrong)
 
 
 def walk(stages, killed_at):
@@ -166,7 +233,7 @@ def boundary_lost(stages, killed_at):
     "wrong, words",
     [
         (lambda stages, at: at, "since the start of the run"),
-        (lambda stages, at: walk(stages, at)[0], "the time since then"),
+        (lambda stages, at: walk(stages, at)[0], "the minutes since then"),
         (lambda stages, at: at - walk(stages, at)[0], "After the end"),
         (lambda stages, at: walk(stages, at)[1], "whole length"),
         (
@@ -186,9 +253,9 @@ def boundary_lost(stages, killed_at):
                 ),
                 None,
             ),
-            "returns nothing",
+            "returns None",
         ),
-        (lambda stages, at: 3, "minutes are lost"),
+        (lambda stages, at: 3, "minutes are lost; your function"),
     ],
 )
 def test_interruption_names_the_mistake(wrong, words):

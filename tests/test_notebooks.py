@@ -31,14 +31,19 @@ NAMES = (
     "06_baselines_and_ablations",
     "06b_judges_luck_ablations",
     "07_real_models_on_one_gpu",
+    "07b_what_the_data_must_be",
     "08_past_one_gpu",
 )
 # Off the course: no other notebook needs them, and they have fewer exercises.
-OPTIONAL = ("01b_fast_sampling", "04b_qlora_by_hand", "06b_judges_luck_ablations")
+OPTIONAL = (
+    "01b_fast_sampling",
+    "04b_qlora_by_hand",
+    "06b_judges_luck_ablations",
+    "07b_what_the_data_must_be",
+)
 COURSE = tuple(name for name in NAMES if name not in OPTIONAL)
-DEFAULTS = dict.fromkeys(NAMES, "cpu") | {
-    "07_real_models_on_one_gpu": "smollm2-135m-cpu"
-}  # profiles
+REAL = ("07_real_models_on_one_gpu", "07b_what_the_data_must_be")  # need a real model
+DEFAULTS = dict.fromkeys(NAMES, "cpu") | dict.fromkeys(REAL, "smollm2-135m-cpu")  # profiles
 MACHINE = re.compile(
     r"(?<![\w.])/(?:home|root|Users|work|workspace|tmp|mnt|opt|srv|var|private)/|\b[A-Z]:\\"
 )

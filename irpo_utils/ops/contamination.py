@@ -5,7 +5,7 @@ whatever the case and punctuation; and a run of 13 words in common (Brown et al.
 appendix C). The first two are the same question. The third is a hint, because templates and
 standard phrases also share words.
 
-No such check can find what a model saw before it came here. Notebook 07 shows how to tell.
+No such check can find what a model saw before it came here. Notebook 07b shows how to tell.
 """
 
 from __future__ import annotations
