@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 REAL   := $(VENV)/.real_model
 CLUSTER := $(VENV)/cluster/.ready
 
-.PHONY: run test test-slow gpu-test test-matrix lab notebooks help bench study book
+.PHONY: run test test-slow gpu-test gpu-report test-matrix lab notebooks help bench study book
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -42,6 +42,9 @@ test-slow: $(REAL) $(CLUSTER)  ## the long tests: notebooks executed by nbval, k
 
 gpu-test: $(REAL)  ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
+
+gpu-report: $(REAL)  ## what this GPU can do: tests, speed, memory, a run, notebooks; eight minutes at most (OPTIONS="--data FOLDER")
+	$(BIN)/python scripts/gpu_report.py $(OPTIONS)
 
 test-matrix: $(READY)  ## all tests on every supported Python that is found, oldest and newest libraries; an hour or more
 	$(BIN)/python -m pip install --quiet uv

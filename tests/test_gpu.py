@@ -3,16 +3,8 @@
 `make gpu-test`; skipped without a GPU.
 """
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pandas
@@ -25,6 +17,7 @@ from irpo_utils.engines import cpu, shared_prompt
 from irpo_utils.ops import plan as planning
 from irpo_utils.ops import run as runs
 from irpo_utils.ops import trainer
+from studies import gpu_phases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -211,46 +204,13 @@ def test_two_gpus_take_the_same_steps_as_one(tmp_path, words):
 
 
 @pytest.fixture(scope="module")
-def vllm_url():
+def vllm_url(tmp_path_factory):
     """A vLLM server with SmolLM2-135M on this GPU; other tests keep what it leaves free."""
     if shutil.which("vllm") is None:
         pytest.skip("vLLM is not on the PATH (pip install vllm, in a separate environment)")
-    folder = models.find("smollm2-135m")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [
-            "vllm",
-            "serve",
-            folder,
-            "--port",
-            str(port),
-            "--dtype",
-            "bfloat16",
-            "--max-model-len",
-            "1024",
-            "--enable-lora",
-            "--max-lora-rank",
-            "16",
-            "--enable-prefix-caching",
-            "--gpu-memory-utilization",
-            "0.3",
-        ],
-        env={**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
-        start_new_session=True,
-    )
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            assert server.poll() is None, "the vLLM server has ended"
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    with gpu_phases.vllm_server(models.find("smollm2-135m"), log) as url:
+        yield url
 
 
 def test_vllm_completes_as_the_loaded_model_with_and_without_an_adapter(
@@ -283,12 +243,5 @@ def test_vllm_completes_as_the_loaded_model_with_and_without_an_adapter(
 @pytest.mark.parametrize(
     "notebook", sorted(path.name for path in (ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 )
-def test_the_notebooks_run_unchanged_on_the_gpu(notebook):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbval-lax", "-q", f"notebooks/solutions/{notebook}"],
-        cwd=ROOT,
-        env={**os.environ, "IRPO_PROFILE": "smoke"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_the_notebooks_run_unchanged_on_the_gpu(notebook, tmp_path):
+    gpu_phases.execute(ROOT / "notebooks" / "solutions" / notebook, tmp_path, seconds=900)

@@ -166,19 +166,24 @@ def run_once(
         tokens = sum(samples["n_tokens"])
     if what == "iteration":
         side.train(side.pairs(samples))
-    result = _timed(started, tokens)
+    result = timed(started, tokens)
     if what == "iteration":
         result["accuracy"] = side.accuracy(test.select(range(min(len(test), 5 * questions))))
     return result
 
 
-def _timed(started: float, tokens: int) -> dict:
+def timed(started: float, tokens: int) -> dict:
+    """Seconds since `started`, tokens per second, and peak memory."""
     seconds = time.perf_counter() - started
     speed = tokens / seconds
-    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": speed, "peak_mb": _peak_mb()}
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": speed, "peak_mb": peak_mb()}
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
+    """Peak memory of this process in MB: its tensors on the GPU, or on a CPU all that it has."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)  # bytes on macOS, kB on Linux
 
@@ -196,10 +201,10 @@ def _sample_random_weights(settings, task, questions: int, n: int, hidden: int) 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     side = Ours(settings, task, (model, models.load_tokenizer(models.find("seed"))))
-    rows, before = task.load("train").select(range(questions)), _peak_mb()
+    rows, before = task.load("train").select(range(questions)), peak_mb()
     started = time.perf_counter()
     samples = side.sample(rows, n=n)
-    result = _timed(started, sum(samples["n_tokens"]))
+    result = timed(started, sum(samples["n_tokens"]))
     return {
         "parameters": model.num_parameters(),
         "tokens": result["tokens"],
@@ -228,7 +233,7 @@ def _sample_llama_cpp(settings, task, rows) -> dict:
         for k in range(settings.n_samples):  # llama.cpp keeps the prompt's cache between calls
             done = llama.create_completion(ids, seed=settings.seed * 1000 + k, **options)
             tokens += done["usage"]["completion_tokens"]
-    return _timed(started, tokens)
+    return timed(started, tokens)
 
 
 class Ours:
@@ -265,13 +270,15 @@ class Ours:
 
         return pairs.build_pairs(grading.grade(samples, self.task), k=self.profile.k_pairs)[0]
 
-    def train(self, preferences) -> None:
+    def train(self, preferences):
+        """Train on pairs; returns the training log."""
         from irpo_utils import training
 
         names = ("alpha", "beta", "learning_rate", "batch_size", "seed")
+        names += ("micro_batch_size", "gradient_checkpointing")
         settings = {name: getattr(self.profile, name) for name in names}
         settings |= {"trainer": self.engine.trainer(self.model), "disable_tqdm": True}
-        training.train(self.model, self.tokenizer, preferences, **settings)
+        return training.train(self.model, self.tokenizer, preferences, **settings)
 
     def accuracy(self, rows) -> float:
         from irpo_utils import grading
@@ -296,17 +303,20 @@ class Plain(Ours):
 
         self.profile, self.task, self.batch = profile, task, batch
         torch.manual_seed(profile.seed)
-        path, dtype = models.find(profile.model), getattr(torch, profile.dtype or "float32")
-        nf4 = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        path, device = models.find(profile.model), models.default_device()
+        dtype = models.default_dtype(device, profile.dtype)
+        options = {"dtype": dtype, "device_map": device}
+        if profile.quantize:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
         load = AutoModelForCausalLM.from_pretrained
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = load(path, dtype=dtype, quantization_config=nf4)
-        self.trained = load(path, dtype=dtype, quantization_config=nf4) if trains else None
+        self.model = load(path, **options)
+        self.trained = load(path, **options) if trains else None
 
     def sample(self, rows, n=None, temperature=None):
         import torch
@@ -329,7 +339,7 @@ class Plain(Ours):
                 padding=True,
                 padding_side="left",
                 add_special_tokens=False,
-            )
+            ).to(self.model.device)
             with torch.inference_mode():
                 output = self.model.generate(**inputs, **options)  # (rows * n, tokens)
             completions = output[:, inputs["input_ids"].shape[1] :].tolist()
@@ -373,7 +383,7 @@ class Plain(Ours):
                 seed=profile.seed,
                 report_to="none",
                 disable_tqdm=True,
-                use_cpu=True,
+                use_cpu=self.trained.device.type == "cpu",
                 bf16=False,
                 gradient_checkpointing=False,
             )
