@@ -160,7 +160,7 @@ def test_named_phases_are_measured_again(report):
     made = report()
     before = len(report.calls())
     again = report(only=["training"])
-    assert report.calls()[before:] == ["before", "lost", "after"]
+    assert report.calls()[before:] == ["before", "lost", "after", "plan"]
     assert again.phases["tests"] == made.phases["tests"]
     with pytest.raises(UserError, match="no phase typing. The phases are tests, sampling"):
         report(only=["typing"])

@@ -49,7 +49,7 @@ class Sizes:
     run_tokens: int = 96
 
 
-TINY = Sizes((16,), 4, (4,), 8, 4, 12, 8, 6, 12)
+TINY = Sizes((16,), 4, (4,), 8, 4, 12, 8, 4, 12)
 
 
 def sizes(s: Settings) -> Sizes:
@@ -82,6 +82,7 @@ def tests(s: Settings, records: Records) -> None:
     """The tests marked `gpu`, except those that execute notebooks: these are a phase."""
     import pytest
 
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a plugin may lack packages that it needs
     files = [f for f in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in f.read_text()]
     words = ["-m", "gpu", "-k", "not notebooks", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
     words += [f"--deselect={name}" for name in records.finished()]
@@ -176,10 +177,10 @@ def profile_of(s: Settings, **changes):
 
 def model_folder(s: Settings) -> str:
     """The model that was given, or SmolLM2-135M, or random weights of its shape."""
-    from irpo_utils.ops import smollm2
-
     if s.model or s.tiny:
         return s.model or "seed"
+    from irpo_utils.ops import smollm2
+
     try:
         return str(smollm2.convert())
     except (ImportError, UserError):
@@ -276,8 +277,8 @@ def reset_memory() -> None:
     """Free what is not used, and measure peaks from here on."""
     import torch
 
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

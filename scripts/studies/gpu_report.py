@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-m", "studies.gpu_phases"]
 # In this order, with shares of the time. What a phase leaves over is shared by those after it, so
 # the phase that can use any amount of time is last.
-SHARES = {"tests": 130, "sampling": 110, "training": 70, "run": 60, "plan": 10, "notebooks": 100}
+SHARES = {"tests": 130, "sampling": 110, "training": 70, "run": 60, "plan": 25, "notebooks": 85}
+PLANNED = ("sampling", "training", "run")
 GRACE = 5.0  # seconds that a process gets to end by itself
 UNFINISHED = ("waiting", "started")
 PACKED = (".json", ".jsonl", ".csv", ".log")  # small files of a run: no weights, no data sets
@@ -188,11 +189,14 @@ def measure(
         environment = find_environment(settings)
         name = name or re.sub(r"\W+", "_", (environment["gpus"] or ["cpu"])[0].lower())
         report = Report(settings, Path(out), Path(runs), name, environment)
-        todo = [phase for phase in SHARES if phase in only or not (only or report.has(phase))]
+        todo = {phase for phase in SHARES if phase in only or not (only or report.has(phase))}
+        if todo & set(PLANNED):  # the plan is compared with what they measure
+            todo.add("plan")
+        todo = [phase for phase in SHARES if phase in todo]
         for i, phase in enumerate(todo):
             share = SHARES[phase] / sum(SHARES[other] for other in todo[i:])
             left = deadline - time.monotonic() - GRACE
-            report.measure(phase, max(0.0, left * share), again=phase in only)
+            report.measure(phase, max(0.0, left * share), again=phase in (*only, "plan"))
         return report
     finally:
         signal.signal(signal.SIGTERM, before)
