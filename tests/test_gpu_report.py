@@ -350,6 +350,7 @@ def test_a_notebook_fails_with_its_error_and_hangs_no_longer_than_its_limit(tmp_
 def test_the_command_measures_all_phases_on_a_cpu(tmp_path):
     command = [sys.executable, "scripts/gpu_report.py", "--device", "cpu", "--tiny"]
     command += ["--out", str(tmp_path / "figures"), "--runs", str(tmp_path / "runs")]
+    command += ["--seconds", "1800"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     phases = json.loads((tmp_path / "figures" / "gpu_cpu.json").read_text())["phases"]
