@@ -308,7 +308,23 @@ def findings() -> str:
     return "\n".join(lines)
 
 
-TABLES = (accuracy, smollm2, speed, growth, comparison, reliability, matrix, findings)
+def gpu() -> str:
+    """Each phase of the GPU reports that figures/ holds."""
+    lines = ["| GPU | phase | result | seconds | measured | failed or crashed | not measured |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for path in sorted(FIGURES.glob("gpu_*.json")):
+        report = json.loads(path.read_text())
+        for name, phase in report["phases"].items():
+            status = [record["status"] for record in phase["records"]]
+            n_failed = status.count("failed") + status.count("crashed")
+            n_rest = len(status) - status.count("done") - n_failed
+            cells = [", ".join(report["environment"]["gpus"]) or "no GPU", name, phase["status"]]
+            cells += [f"{phase['seconds']:.0f}", status.count("done"), n_failed, n_rest]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines if len(lines) > 2 else ["There is no report in `figures/` yet."])
+
+
+TABLES = (accuracy, smollm2, speed, growth, comparison, reliability, matrix, findings, gpu)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
 
 
