@@ -46,8 +46,7 @@ def sample(
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise UserError(
-            "n and max_new_tokens must be at least 1, temperature 0 (greedy) or more, and top_p "
-            "above 0 and at most 1."
+            "n and max_new_tokens must be at least 1, temperature 0 or more, and top_p in (0, 1]."
         )
     questions, rows = list(questions), [None] * (len(questions) * n)
     check_ids([row["id"] for row in questions], "questions")

@@ -100,25 +100,29 @@ def train(model, tokenizer, questions, task, p: Profile, seed: int) -> Dataset:
 def _config(model, p: Profile, seed: int, n_questions: int, folder: str) -> GRPOConfig:
     batch = min(p.batch_size, n_questions) * p.n_samples  # completions
     micro = math.gcd(batch, 2 * p.micro_batch_size) if p.micro_batch_size else batch
-    on_cpu = model.device.type == "cpu"
-    loss = {"num_generations": p.n_samples, "beta": 0.0, "loss_type": "dapo"}
-    completions = {"max_completion_length": p.max_new_tokens, "temperature": p.temperature_of(0)}
-    batches = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": batch // micro}
-    schedule = {"num_train_epochs": 1, "warmup_steps": p.warmup_ratio}
-    optimizer = {"optim": p.optimizer, "max_grad_norm": p.max_grad_norm}
-    # The base has its dtype, the adapter stays in fp32; fp16 scales the loss for small gradients.
-    precision = {"bf16": False, "fp16": model.dtype == torch.float16 and not on_cpu}
     return GRPOConfig(
         output_dir=folder,
-        scale_rewards="group",
         learning_rate=p.learning_rate,
+        num_train_epochs=1,
+        num_generations=p.n_samples,
+        beta=0.0,
+        loss_type="dapo",
+        scale_rewards="group",
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch // micro,
+        max_completion_length=p.max_new_tokens,
+        temperature=p.temperature_of(0),
+        warmup_steps=p.warmup_ratio,
         lr_scheduler_type=p.lr_scheduler,
+        max_grad_norm=p.max_grad_norm,
+        optim=p.optimizer,
         seed=seed,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=on_cpu,
+        bf16=False,  # the base has its dtype, and the adapter stays in fp32
+        fp16=model.dtype == torch.float16 and model.device.type != "cpu",  # loss scaling
+        use_cpu=model.device.type == "cpu",
         gradient_checkpointing=p.gradient_checkpointing,
         dataloader_pin_memory=False,
-        **(loss | completions | batches | schedule | optimizer | precision),
     )

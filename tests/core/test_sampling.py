@@ -225,9 +225,9 @@ def test_a_uniform_number_next_to_one_never_draws_an_impossible_token():
     "settings, message",
     [
         ({"n": 0}, "at least 1"),
-        ({"temperature": -1}, r"temperature 0 \(greedy\) or more"),
-        ({"top_p": 0}, "top_p above 0"),
-        ({"top_p": 1.5}, "at most 1"),
+        ({"temperature": -1}, "temperature 0 or more"),
+        ({"top_p": 0}, r"top_p in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p in \(0, 1\]"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_new_tokens": 5000}, "context of 1024"),
     ],

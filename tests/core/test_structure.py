@@ -56,7 +56,7 @@ def imports(path: Path):
 
 
 # The package is on the way to 6,500: lower these numbers, never raise them.
-CORE_LINES, PACKAGE_LINES = 2000, 7712
+CORE_LINES, PACKAGE_LINES = 2000, 7192
 
 
 def test_the_core_is_small():
