@@ -382,15 +382,16 @@ helpers_05.stability_table()
 # At 3e-4 without the NLL term. Its KL is the highest in both iterations. With the NLL term the mean of M_2 is close to
 # M_1; whether it is below is not resolved.
 #
-# Does the trainer notice? On the second miniature model, DPO alone fell from M_3 to M_4, and the same seed with the NLL
-# term did not ([runs](../figures/lesson_runs.jsonl)). **Predict**: which of the two has the higher reward accuracy?
+# Does the trainer notice? On the second miniature model, one of three seeds of DPO alone fell from M_3 to M_4. With the NLL
+# term the same seed did not ([runs](../figures/lesson_runs.jsonl)). **Predict**: which of the two has the higher reward
+# accuracy?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
 # The run that falls. A high reward accuracy says that DPO separates its pairs, not that the completions are good. KL
-# jumps in the iteration of the fall. This is one seed.
+# jumps in the iteration of the fall. The other two seeds of DPO alone do not fall.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
