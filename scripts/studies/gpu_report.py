@@ -203,7 +203,7 @@ def measure(
 
 
 def find_environment(settings: Settings) -> dict:
-    """Hardware, driver, versions and commit, from a process of its own; `UserError` without GPU."""
+    """Hardware, driver, versions and commit, from a separate process; `UserError` without a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         records, log = Records(Path(folder) / "environment.jsonl"), Path(folder) / "log"
         _run_phase("environment", dataclasses.replace(settings, work=folder), 120.0, log)
