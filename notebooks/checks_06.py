@@ -414,11 +414,11 @@ def _entry(entry) -> str | None:
     if entry != plain:
         differing = [
             name
-            for name in ("settings", "samples", "start", "pairs_factor", "examples", "train")
+            for name in ("settings", "samples", "start", "pairs_factor", "task", "train")
             if getattr(entry, name) != getattr(plain, name)
         ]
         return (
-            f"The reward is right. But the entry changes {' and '.join(differing)} as well; it is to be trained like Iterative RPO, so leave "
+            f"The reward is right. But the entry changes {' and '.join(differing)}. It must be trained like Iterative RPO: leave "
             "that out."
         )
     return None

@@ -313,19 +313,19 @@ def test_the_plan_is_compared_with_everything_that_was_measured(measured):
 
 
 def test_random_weights_have_the_shape_of_smollm2(tmp_path, monkeypatch):
-    from irpo_utils.ops import plan as planning
-    from irpo_utils.ops import smollm2
+    import smollm2
+    from irpo_utils.ops import machines
 
     def missing():
         raise UserError("not installed")
 
     monkeypatch.setattr(smollm2, "convert", missing)
     shape = dict(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16)
-    small = planning.Shape(**shape, vocabulary=1500)
-    monkeypatch.setitem(planning.SHAPES, "smollm2-135m", small)
+    small = machines.Shape(**shape, vocabulary=1500)
+    monkeypatch.setitem(machines.SHAPES, "smollm2-135m", small)
     folder = gpu_phases.model_folder(Settings.of(work=str(tmp_path)))
     assert folder == gpu_phases.model_folder(Settings.of(work=str(tmp_path)))
-    assert planning.find_shape(folder) == small
+    assert machines.find_shape(folder) == small
     assert gpu_phases.model_folder(Settings.of(model=folder)) == folder
 
 

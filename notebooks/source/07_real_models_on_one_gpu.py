@@ -86,7 +86,7 @@ assert models.default_device() in ("cpu", "cuda")
 # **Colab**: run this in a new notebook, then *Runtime > Restart session*, then open the notebooks in the new folder. Copy
 # `runs/` to your drive before the session ends.
 #
-# ```python
+# ```text
 # !git clone REPOSITORY irpo
 # %cd irpo
 # !pip install -q -r requirements.lock && pip install -q --no-deps -e .

@@ -179,7 +179,7 @@ def model_folder(s: Settings) -> str:
     """The model that was given, or SmolLM2-135M, or random weights of its shape."""
     if s.model or s.tiny:
         return s.model or "seed"
-    from irpo_utils.ops import smollm2
+    import smollm2
 
     try:
         return str(smollm2.convert())
@@ -193,11 +193,11 @@ def random_model(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from irpo_utils import models
-    from irpo_utils.ops import plan as planning
+    from irpo_utils.ops import machines
 
     if folder.exists():
         return folder
-    tokenizer, shape = models.load_tokenizer(models.find("seed")), planning.SHAPES["smollm2-135m"]
+    tokenizer, shape = models.load_tokenizer(models.find("seed")), machines.SHAPES["smollm2-135m"]
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -545,11 +545,12 @@ def plan_training(s: Settings, measured: dict, engine: str, **settings) -> dict:
 
 
 def _compared(profile, lengths, questions: int, stage: str, speed: float, measured: dict) -> dict:
+    from irpo_utils.ops import machines
     from irpo_utils.ops import plan as planning
 
     profile = dataclasses.replace(profile, iterations=1, n_questions=questions)
-    size = planning.TaskSize(*lengths, questions, questions, questions, "measured")
-    shape, machine = planning.find_shape(profile.model), planning.find_machine()
+    size = machines.TaskSize(*lengths, questions, questions, questions, "measured")
+    shape, machine = machines.find_shape(profile.model), machines.find_machine()
     estimate = planning.Estimate(profile, shape, machine, size)
     tokens, seconds = estimate.work(estimate.length, 1.0)[stage]
     return {

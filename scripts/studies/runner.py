@@ -117,7 +117,9 @@ class Study:
             settings = dataclasses.asdict(api.profile_from(kept["profile"]))
         except (TypeError, UserError):
             return False
-        return settings == trials.portable(profile, self.runs)
+        wanted = trials.portable(profile, self.runs)
+        rows = wanted["sampling_batch_size"]  # no result depends on it beyond rounding
+        return settings | {"sampling_batch_size": rows} == wanted
 
     def keep(self, path: Path, profile: Profile) -> None:
         """Add a finished run to the results and write the table anew."""
