@@ -552,9 +552,9 @@ def _compared(profile, lengths, questions: int, stage: str, speed: float, measur
     size = machines.TaskSize(*lengths, questions, questions, questions, "measured")
     shape, machine = machines.find_shape(profile.model), machines.find_machine()
     estimate = planning.Estimate(profile, shape, machine, size)
-    tokens, seconds = estimate.work(estimate.length, 1.0)[stage]
+    tokens, hours = estimate.work(estimate.length, 1.0)[stage]
     return {
-        "planned_tokens_per_second": tokens / seconds,
+        "planned_tokens_per_second": tokens / hours / 3600,
         "measured_tokens_per_second": speed,
         "planned_mb": estimate.memory()[stage] / 1e6,
         "measured_mb": measured.get("reserved_mb"),
