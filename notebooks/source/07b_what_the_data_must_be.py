@@ -17,11 +17,11 @@
 #
 # - bring your own questions, in three splits that do not mix;
 # - find test questions among training questions, word for word and in disguise;
-# - test whether a model has seen a benchmark before, with a control that makes the test mean something.
+# - test whether a model has seen a benchmark before, with a control that shows what the result means.
 #
 # | | `smoke` | `smollm2-135m-cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | 20 seconds on one core | 3 minutes on one core | as the CPU |
+# | time for this notebook | 20 seconds on one core | 3 minutes on one core | as on the CPU |
 #
 # **Needs**: the packages of this repository, and SmolLM2-135M-Instruct as in notebook 07. No other notebook needs this one.
 #
@@ -46,8 +46,8 @@ print("profile", PROFILE, "· device", models.default_device())
 # %% [markdown]
 # ## 1 Your own questions
 #
-# What does a run need? One JSON object with `question` and `answer` per line, and `--task jsonl --data FILE`. A `solution` is
-# optional and allows gold solutions. Here are 64 word problems that were written for this course.
+# What does a run need? A file with one JSON object per line, each with `question` and `answer`, and the options `--task jsonl
+# --data FILE`. A `solution` is optional: only gold solutions need it. Here are 64 word problems that were written for this course.
 
 # %%
 task = tasks.get("jsonl")
@@ -57,15 +57,15 @@ for name, text in splits["train"][4].items():
     print(f"{name}: {text}")
 
 # %% [markdown]
-# A hash of each question decides its split, so a question keeps its split when you add others. *train* is sampled from and
-# trained on, *validation* serves for choices, and *test* for one measurement at the end ([notebook 05](05_iterations.ipynb),
-# section 8).
+# A hash of each question decides its split, so a question keeps its split when you add others. The run samples and
+# trains on *train*. Use *validation* for choices, and *test* for one measurement at the end
+# ([notebook 05](05_iterations.ipynb), section 8).
 
 # %% [markdown]
 # ## 2 Is a test question in the training file?
 #
-# [Contamination](../docs/glossary.md#contamination) turns accuracy into a measure of memory. Before every run the package makes
-# three checks, from strict to loose. Here is one training question, and four questions that somebody wants to test with.
+# [Contamination](../docs/glossary.md#contamination) turns accuracy into a measure of memorisation. Before every run the
+# package makes three checks, from strict to loose. Here are one training question and four test questions.
 
 # %%
 train = [{"id": "t", "question": "Ann picks 12 apples and 15 pears. She gives 5 of them to Ben. How much fruit has she now?"}]
@@ -76,8 +76,8 @@ test = [
     {"id": "renumbered", "question": "Ann picks 31 apples and 24 pears. She gives 9 of them to Ben. How much fruit has she now?"}]
 
 # %% [markdown]
-# The first check compares texts without spaces. The second also ignores case and punctuation. The third asks for 13 words in
-# a row in common ([Brown et al. 2020](https://arxiv.org/abs/2005.14165), appendix C). You write the third.
+# The first check compares texts without spaces. The second also ignores case and punctuation. The third looks for 13 words
+# in a row in common ([Brown et al. 2020](https://arxiv.org/abs/2005.14165), appendix C). You write the third.
 
 # %% [markdown]
 # ### Exercise 7b.1: n words in a row
@@ -122,9 +122,9 @@ for row in test:
     print(f"{row['id']:11} same text {found.exact}, same words {found.normalised}, 13 words in a row {found.n_gram}")
 
 # %% [markdown]
-# The first two checks find *the same question*. The third is a hint: templates also share words, and a question with
-# twelve words can never be found. No check finds the twin with other numbers. What does a run do with the result? Here is a
-# folder whose test file begins with five training questions.
+# The first two checks find *the same question*. The third is only a hint: questions from one template also share words, and
+# it never finds a question of fewer than 13 words. No check finds `renumbered`. What does a run do with the result? Here is
+# a folder whose test file begins with five training questions.
 
 # %%
 folder = helpers_07.leaky_folder(splits)
@@ -188,9 +188,9 @@ print(checks_07.renumbered_twins(renumbered_twins))
 # - **Canary**: can it write the random [canary string](../docs/glossary.md#canary-string) of a benchmark? GSM8K has none.
 # - **Familiarity**: does it find the original text more probable than a changed one?
 #
-# The gain from M_0 to M_T suffers less than its level: both models read the same texts.
+# Contamination distorts the gain from M_0 to M_T less than the accuracy of M_T: both models have read the same texts.
 #
-# We make the last test. Replace every number by another one with as many digits, and compare the log-probabilities. The
+# We run the last test. Replace every number by another number with as many digits, and compare the log-probabilities. The
 # difference per digit is the [memory gap](../docs/glossary.md#memory-gap).
 
 # %%
@@ -221,8 +221,9 @@ def memory_gaps(texts, copies=2):
 assert memory_gaps(helpers_07.FACTS[:2]).shape == (2,)
 
 # %% [markdown]
-# A test needs controls at both ends. Facts that every model has read many times show whether the test works at all. The
-# questions of this course were read by no published model. GSM8K is in between, where its files are available.
+# A test needs a positive and a negative control. Facts that every model has read many times show whether the test works at
+# all. The questions of this course are new to the model: they were written later. GSM8K is in between. The cell leaves it out
+# if its files are not available.
 #
 # **Predict** the order of the gaps. Which two rows would you compare to find out whether the model saw GSM8K's *test*
 # questions?
@@ -238,11 +239,11 @@ assert "known facts" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# Facts are far above the rest, so the test works. But our own questions are also above 0, although nobody has read them:
-# sensible numbers are easier to guess than random ones. So a gap alone proves nothing.
+# Facts are far above the rest, so the test works. But our own questions are also above 0, although the model has not
+# read them: sensible numbers are easier to guess than random ones. So a gap alone proves nothing.
 #
-# GSM8K's test questions against ours is also a bad comparison: other authors use other numbers. The control must be of the
-# same kind. For GSM8K's test questions that is its *training* questions, on which everybody trains.
+# To compare GSM8K's test questions with ours is also misleading: other authors use other numbers. The control must be of the
+# same kind. For GSM8K's test questions, use its *training* questions: the same authors published them for training.
 
 # %% tags=["nbval-ignore-output"]
 def unpaired_difference(a, b, draws=2000):
@@ -257,16 +258,16 @@ print(f"{first} minus {second}: {difference:+.2f} nats per digit ({low:+.2f} to 
 assert low <= high
 
 # %% [markdown]
-# If you have GSM8K and the interval includes 0, the test has not shown that training questions are more familiar: the model
-# saw both, or neither, or too rarely to tell. Differences up to the upper end are not ruled out. Without GSM8K the cell
-# compares the two controls.
+# If the interval includes 0, the test does not show that the training questions are more familiar. The model may have seen
+# both sets, or neither, or too rarely to tell. A difference as large as the upper end is still possible. Without GSM8K the
+# cell compares the two controls.
 
 # %% [markdown]
 # ## What you have learnt
 #
-# - Three checks compare two files; a fourth finds twins with other numbers. A run refuses equal questions.
-# - What a model read before needs indirect tests, and a test is worth as much as its control.
-# - Believe a gain before you believe a level.
+# - Three checks compare two files. A fourth finds twins with other numbers. A run refuses equal questions.
+# - Only indirect tests can show what a model has read before. Each needs a control of the same kind.
+# - Trust a gain more than a level of accuracy.
 #
 # **Try**: your own questions (`--task jsonl --data FILE`). What do the four checks say?
 #

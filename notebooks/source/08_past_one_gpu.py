@@ -71,14 +71,15 @@ print("each GPU computes:", *(tuple(part.shape) for part in parts))
 print("their sum is the whole product:", torch.allclose(sum(parts), whole, atol=1e-4))
 
 # %% [markdown]
-# Only a sum, but twice in every block, and the next layer waits for it. This needs fast links.
+# Their results, to form one sum. But a block needs two such sums, one after attention and one after the feed-forward part, and
+# the next layer waits for them. This needs fast links.
 #
 # Sampling and evaluation only split the questions. (If the model does not fit on one GPU, a vLLM server with tensor
 # parallelism samples.) Training needs one gradient per step, so it uses whole copies or split layers.
 #
 # ## 2 Split the questions
 #
-# Each process takes consecutive questions, and in the end the parts are joined.
+# Each process takes consecutive questions. At the end the parts are joined.
 
 # %% [markdown]
 # ### Exercise 8.1: your share
@@ -127,8 +128,9 @@ for question in questions:
     print(question, alone[question], split[question], "same" if alone[question] == split[question] else "different")
 
 # %% [markdown]
-# It repeats the numbers of `q-17`. With a seed per rank, samples would depend on the number of processes. So the numbers
-# belong to the *question*: a [hash](../docs/glossary.md#hash) of the run's seed and the question's id starts their stream.
+# It repeats the numbers of `q-17`: two questions share their random numbers. With a seed per rank, samples would depend on
+# the number of processes. So the numbers belong to the *question*: a [hash](../docs/glossary.md#hash) of the run's seed and
+# the question's id starts their stream.
 
 # %%
 def numbers_of(seed, question, n, length):
@@ -142,7 +144,7 @@ assert np.array_equal(numbers_of(7, "q-4", 3, 5), request.uniforms(0))         #
 print(numbers_of(7, "q-4", 3, 5).round(2))
 
 # %% [markdown]
-# The test: the seed model completes four questions together, then two and two.
+# Does it work? The seed model completes four questions together, then in two parts of two questions.
 
 # %% tags=["nbval-ignore-output"]
 task = tasks.get("word_problems")
@@ -340,10 +342,11 @@ assert sum(found["shares"], []) == list(range(7)) and (differences < 1e-4).all(a
 differences.map("{:.0e}".format)
 
 # %% [markdown]
-# By rounding: sums were formed in another order. A wrong average, a pair that counts twice, or a badly gathered layer would
-# show here.
+# Only by rounding: the processes add in another order. A wrong average, a pair that counts twice, or a badly gathered layer
+# would show here.
 #
-# Both processes send through one interface, so we expect twice the formula. **Predict**: for which of the two ways does it hold?
+# Both processes send through one interface, so we expect twice the bytes of one GPU. **Predict**: for which of
+# the two ways does the formula hold?
 
 # %% tags=["nbval-ignore-output"]
 P, micro_batches = 2, 2
@@ -357,8 +360,8 @@ assert found["split"]["bytes"] <= 0 or missing > 0.9 * P * gradients
 helpers_08.counted_bytes(derived, found)
 
 # %% [markdown]
-# For whole copies. With split layers the gradients are sent twice, because gloo has no reduce-scatter and uses an
-# all-reduce. NCCL, on GPUs, has one. Losses do not show such a difference, so count the bytes once.
+# For whole copies, within a few percent. With split layers the gradients are sent twice, because gloo has no reduce-scatter and
+# uses an all-reduce. NCCL, on GPUs, has a reduce-scatter. The losses do not show such a difference, but the bytes do.
 
 # %% [markdown]
 # ## 6 One process dies
@@ -387,8 +390,8 @@ metrics = pd.read_csv(out / "metrics.csv")
 metrics[metrics.metric.isin(["greedy", "sampled"])][["iteration", "metric", "value", "low", "high", "n"]].round(2)
 
 # %% [markdown]
-# Yes. No result depends on the number of processes, so it is not a setting of the run. Only the unfinished stage is
-# repeated.
+# Yes: the finished stages are kept, and only the unfinished stage is repeated. The number of processes changes results only by
+# rounding (section 5), so it is not a setting of the run.
 #
 # ## 7 Whole copies or split layers?
 #
@@ -400,9 +403,10 @@ plans = helpers_08.plans(["smollm2-135m", "llama-3.1-8b", "paper"], [1, 8, 64])
 helpers_08.shares_of_time(plans)
 
 # %% [markdown]
-# No. A step has 16 pairs, and a process needs at least one, so 48 of 64 GPUs have no work. *The batch is the limit.*
+# No, at most twice. A step has 16 pairs, and a process needs at least one pair, so 48 of 64 GPUs have no work. *The batch
+# is the limit.*
 #
-# With split layers a GPU gathers the next layer while it computes the present one. If computing takes longer, the traffic
+# With split layers a GPU gathers the next layer while it computes the current one. If computing takes longer, the traffic
 # costs no time. A micro-batch of $n$ tokens needs $2Wn$ operations for each of three passes through the $W$ weights:
 # forward, forward again (checkpointing), and backward.
 
@@ -449,7 +453,8 @@ helpers_08.two_ways("paper", [8, 64]).round(1)
 helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 
 # %% [markdown]
-# On 64. Inside one machine they cost none by this estimate. But whole copies are as fast, and with the base in NF4 they fit.
+# On 64. Inside one machine, by this estimate, split layers cost no extra time. But whole copies are as fast, and with the base
+# in NF4 they fit.
 # The paper trains all weights, on [64 GPUs](https://arxiv.org/html/2404.19733v3#S3.SS1).
 
 # %% [markdown]
@@ -480,9 +485,9 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # ## What you have learnt
 #
 # - Random numbers belong to the question, so the samples do not depend on the processes.
-# - Means of equal parts may be averaged. Means over tokens of unequal parts may not.
+# - The average of means over equal parts is the mean over all. Over unequal numbers of tokens it is not.
 # - In a ring each GPU sends less than twice the gradient. With QLoRA that is little.
-# - A step of 16 pairs has work for 16 GPUs.
+# - A step of 16 pairs has work for at most 16 GPUs.
 #
 # **What to try.** Kill rank 0 in section 6. Which process reports it?
 #
