@@ -159,7 +159,7 @@ print(checks_07.minutes_lost(minutes_lost))
 # %% [markdown]
 # ## 2 Choose model and GPU
 #
-# Does it fit? Four things take memory: the base in 4 bits (its embeddings keep 16), the [adapter](../docs/glossary.md#adapter)
+# Does it fit? Four things take memory: the base in 4 bits (its embeddings in 16), the [adapter](../docs/glossary.md#adapter)
 # with its gradients and optimiser state, the [KV cache](../docs/glossary.md#kv-cache) in sampling or the
 # [activations](../docs/glossary.md#activation) in training, and the [logits](../docs/glossary.md#logit). The model's shape and
 # the profile determine all four.
@@ -301,8 +301,8 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # ```
 #
 # It prints accuracy after every iteration. `--report-to tensorboard` adds curves. The run of the next section needs no GPU. It
-# takes two commands: first `--profile smollm2-135m-sft --out runs/smollm2-135m-sft`, then `--profile smollm2-135m-cpu --out
-# runs/smollm2-135m-cpu`.
+# takes two commands: `python -m irpo_utils run` with `--profile smollm2-135m-sft --out runs/smollm2-135m-sft`, then with
+# `--profile smollm2-135m-cpu --out runs/smollm2-135m-cpu`.
 
 # %% [markdown]
 # ## 5 Read the curve

@@ -46,8 +46,9 @@ print("profile", PROFILE, "· device", models.default_device())
 # %% [markdown]
 # ## 1 Your own questions
 #
-# What does a run need? A file with one JSON object per line, each with `question` and `answer`, and the options `--task jsonl
-# --data FILE`. A `solution` is optional: only gold solutions need it. Here are 64 word problems that were written for this course.
+# What does a run need? A file with one JSON object per line, each with `question` and `answer`, and the options
+# `--task jsonl --data FILE`. A `solution` is optional: only gold solutions need it. Here are 64 word problems that were
+# written for this course.
 
 # %%
 task = tasks.get("jsonl")

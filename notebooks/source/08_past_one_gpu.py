@@ -342,7 +342,7 @@ assert sum(found["shares"], []) == list(range(7)) and (differences < 1e-4).all(a
 differences.map("{:.0e}".format)
 
 # %% [markdown]
-# Only by rounding: the processes add in another order. A wrong average, a pair that counts twice, or a badly gathered layer
+# Only by rounding: the processes add the numbers in another order. A wrong average, a pair that counts twice, or a badly gathered layer
 # would show here.
 #
 # Both processes send through one interface, so we expect twice the bytes of one GPU. **Predict**: for which of
