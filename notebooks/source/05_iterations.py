@@ -128,11 +128,12 @@ assert f"M_{T}" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# They shrink, because each iteration leaves less to gain. The paper's gains are 17.5, 4.9, 3.1 and 0.5 points
+# They shrink. One reason is that each iteration leaves less to gain. The paper's gains are 17.5, 4.9, 3.1 and 0.5 points
 # ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). The *majority* curve takes the most frequent answer of k
 # completions ([self-consistency](https://arxiv.org/abs/2203.11171)).
 #
-# Five seeds of the same profile ([data](../figures/accuracy_per_iteration.csv)); thin lines are single runs.
+# The next figure has five seeds of the same profile ([data](../figures/accuracy_per_iteration.csv)). Thin lines are single
+# runs.
 
 # %%
 five = pd.read_csv(helpers_05.FIGURES / "accuracy_per_iteration.csv")
@@ -149,8 +150,8 @@ assert "distinct answers" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# It shrinks: the model spends variety. At the end, further samples add less to the first one, and the curves approach
-# each other.
+# It shrinks: the model spends variety. At the end, further samples add less to the first one, so the pass@k curves
+# approach each other.
 
 # %% [markdown]
 # ## 3 Read: what changes in the completions?
@@ -168,9 +169,9 @@ by_steps.round(2)
 
 # %% [markdown]
 # Read the table by rows. Working becomes complete on short questions first, then on long ones. The model learns to show
-# its working where it answered without reasoning before: [elicitation](../docs/glossary.md#elicitation). How much of the
-# gain of real models is of this kind is [disputed](https://arxiv.org/abs/2504.13837). We selected this question because it
-# shows the change.
+# its working where it answered without reasoning before. This is [elicitation](../docs/glossary.md#elicitation). How much
+# of the gain of real models is elicitation is [disputed](https://arxiv.org/abs/2504.13837). The next cell prints one
+# question. We selected it because it shows the change.
 
 # %% tags=["nbval-ignore-output"]
 i = helpers_05.learned_question(evaluated, lines)
@@ -184,7 +185,7 @@ assert len(evaluated) == T + 1
 # ## 4 Doubt: is a gain more than luck?
 #
 # M_0 answers 140 of 500 questions correctly. With 500 *other* questions the number would differ. Wilson's interval contains
-# the accuracies that are compatible with it.
+# the accuracies that are compatible with 140 of 500.
 
 # %%
 low, high = evaluation.wilson_interval(140, 500)
@@ -245,8 +246,8 @@ def mcnemar_p(a, b):
 print(checks_05.mcnemar_p(mcnemar_p))
 
 # %% [markdown]
-# The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). Now each model of the run
-# against the previous one.
+# The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). Now compare each model of the
+# run with the previous one.
 
 # %% tags=["nbval-ignore-output"]
 def compared(t):
@@ -262,14 +263,14 @@ assert (steps_of_run.p <= 1).all()
 steps_of_run.round(4)
 
 # %% [markdown]
-# These intervals are narrower, because questions that are easy or hard for both models cancel. `solved` and `lost` show
-# what the average hides. All of this holds for one seed.
+# Pairing makes these intervals narrower: questions that are easy or hard for both models cancel. `solved` and `lost`
+# count the questions that M_t solves and the previous model does not, and the reverse. All of this holds for one seed.
 
 # %% [markdown]
 # ## 5 Doubt: why iterate at all?
 #
-# Perhaps we only need to train longer on M_0's samples. The control makes twice the pairs from them, for nearly as many
-# training steps as two iterations. Both use learning rate 1e-4 and the same five seeds
+# Perhaps we only need to train longer on M_0's samples. The control makes twice the pairs from them and trains once, for
+# nearly as many steps as two iterations. Both use learning rate 1e-4 and the same five seeds
 # ([runs](../figures/comparison_runs.jsonl)).
 #
 # **Predict**: which is better, M_2 or the control?
@@ -286,9 +287,10 @@ for name, matrix in (("M_2 against the control", twice - control), ("control aga
 helpers_05.control({"M_1": once, "twice the pairs\nof M_0": control, "M_2": twice})
 
 # %% [markdown]
-# M_2 is better: the interval excludes 0, with slightly more training steps. Whether the control differs from M_1 is not
-# resolved. So new samples make the difference; they show the errors of the *new* model. In the paper M_2 is 3.2 points
-# above this control. Here the gains of iterations 3 and 4 are not resolved ([claims](../figures/lesson_claims.csv)).
+# M_2 is better: the interval excludes 0. It had slightly more training steps. Whether the control differs from M_1 is not
+# resolved. So new samples were worth more than more pairs of old ones. A likely reason is that new samples show the errors
+# of the *new* model. In the paper M_2 is 3.2 points above this control. At this learning rate the gains of iterations 3
+# and 4 are not resolved ([claims](../figures/lesson_claims.csv)).
 
 # %% [markdown]
 # ## 6 How far did training move the model?
@@ -310,8 +312,8 @@ for n in (3, 10, 100, 1000):
     print(f"{n:4} samples: {estimates.mean():.3f} ± {estimates.std():.3f}, negative {(estimates < 0).mean():.0%}")
 
 # %% [markdown]
-# Yes, with few samples. On average it is correct, and its standard error says how far to trust it. The samples must come
-# from the *new* model at temperature 1. Log-probabilities are sums over the whole completion.
+# Yes, with few samples. The estimate is correct on average, and its standard error says how far to trust it. The samples
+# must come from the *new* model at temperature 1. Log-probabilities are sums over the whole completion.
 
 # %% [markdown]
 # ### Exercise 5.3: a KL divergence with its error
@@ -357,7 +359,7 @@ assert len(logp_now) == len(logp_before) == len(questions)
 # ## 7 What does a collapse look like?
 #
 # A run records two warning numbers: the KL to the previous model, and the log-probability per token of chosen
-# completions before and after training. First the run of section 2.
+# completions before and after training. We begin with the run of section 2.
 
 # %% tags=["nbval-ignore-output"]
 figure = figures.warning_numbers(metrics)
@@ -365,10 +367,10 @@ assert "nats" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# KL stays small, and training raises the chosen completions. Compare both curves at the same t, because each iteration
-# has other pairs.
+# KL stays small, and training raises the log-probability of chosen completions. Compare both curves at the same t,
+# because each iteration has other pairs.
 #
-# Now a learning rate that is too high: 3e-4 in place of 1e-4, with (α = 1) and without (α = 0) the NLL term
+# Now we compare 1e-4 with a learning rate that is too high, 3e-4, with (α = 1) and without (α = 0) the NLL term
 # ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which of the four
 # settings is M_2 far below 80 %?
 
@@ -379,19 +381,20 @@ helpers_05.stability()
 helpers_05.stability_table()
 
 # %% [markdown]
-# At 3e-4 without the NLL term. Its KL is the highest in both iterations. With the NLL term the mean of M_2 is close to
-# M_1; whether it is below is not resolved.
+# Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations. At 3e-4 with the NLL term the
+# intervals of M_1 and M_2 overlap: whether M_2 is below M_1 is not resolved.
 #
-# Does the trainer notice? On the second miniature model, one of three seeds of DPO alone fell from M_3 to M_4. With the NLL
-# term the same seed did not ([runs](../figures/lesson_runs.jsonl)). **Predict**: which of the two has the higher reward
-# accuracy?
+# Does the trainer notice? The second miniature model ([notebook 06](06_baselines_and_ablations.ipynb)) was trained at
+# β = 0.1. One of three seeds of DPO alone, without the NLL term, fell from M_3 to M_4. The same seed with the NLL term did
+# not ([runs](../figures/lesson_runs.jsonl)). **Predict**: which of the two has the higher reward accuracy?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
-# The run that falls. A high reward accuracy says that DPO separates its pairs, not that the completions are good. KL
-# jumps in the iteration of the fall. The other two seeds of DPO alone do not fall.
+# The run that falls, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
+# completions are good. KL jumps in the iteration of the fall. The other two seeds of DPO alone at β = 0.1 do not fall.
+# The fall is 4.7 points on 300 questions: the test of section 4 gives p = 0.07, so KL is the clearer sign here.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
@@ -431,8 +434,9 @@ def keep(rows):
 print(checks_05.keep(keep))
 
 # %% [markdown]
-# The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). Now score rules on
-# shipped runs. Most of these stored one split: half of its questions select, the other half measures.
+# The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). Now we score rules on the
+# shipped runs. Most of them stored one split. There, half of the questions select the model and the other half measures
+# its accuracy.
 #
 # **Predict**: is a limit on KL, or on a fall of the chosen completions, a better rule than patience 1?
 
@@ -474,9 +478,10 @@ assert (table >= 0).all().all()
 helpers_05.regrets(table)
 
 # %% [markdown]
-# Intervals are over runs. Patience 1 loses least. The two signs lose most as *automatic* rules: in section 7 a healthy
-# first iteration at 1e-4 moved by more than a nat, and chosen completions can fall while accuracy rises. Patience 1 keeps
-# M_0 mostly in `shuffled`, which trains on random labels and has no better model.
+# Intervals are over runs. Of these four rules, patience 1 loses least. The other two signs, KL and the chosen
+# log-probability, lose most as *automatic* rules. In section 7 a healthy first iteration at 1e-4 moved by more than a nat.
+# And the log-probability of chosen completions can fall while accuracy rises. Patience 1 keeps M_0 mostly in `shuffled`,
+# which trains on random labels and has no better model.
 #
 # So use KL and the chosen log-probability as signs to *look*. Read ten completions, check how many hit the token limit
 # (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by validation accuracy. Also stop when no pairs are
@@ -508,18 +513,19 @@ assert len(table) == len(shipped)
 # %% [markdown]
 # ## What you have learnt
 #
-# - The loop is four calls; gains shrink and variety is spent.
+# - The loop is four calls. Gains shrink, and the model spends variety.
 # - An average needs an interval, and two models need a paired test.
 # - New samples were worth more than more training on old ones.
-# - A training can fail while its reward accuracy looks good.
-# - Select by validation accuracy; KL and chosen log-probability tell you when to look.
+# - Accuracy can fall while the reward accuracy of the training looks good.
+# - Select by validation accuracy. KL and the chosen log-probability tell you when to look.
 #
 # **Try**: run `python -m irpo_utils run --eval-split validation --learning-rate 3e-4 --out runs/high` and apply `keep`.
 #
 # **Recall**
 #
 # 1. Which three roles does M_t have in iteration t?
-# 2. 430 questions both correct, 40 both incorrect, 12 only a, 18 only b. Which of these numbers enter McNemar's test?
+# 2. Both models answer 430 questions correctly and 40 incorrectly. Only a is correct on 12, only b on 18. Which of these
+#    numbers enter McNemar's test?
 # 3. What does the control of section 5 rule out?
 # 4. Your KL estimate is -0.02. Is something broken?
 # 5. Reward accuracy 0.97, margin rising, chosen log-probability falling. What do you do?
@@ -527,8 +533,8 @@ assert len(table) == len(shipped)
 # <details><summary>Answers</summary>
 #
 # 1. It samples, it is the reference, and training starts from it. 2. Only 12 and 18. 3. That more pairs of M_0 explain
-# the gain of M_2. 4. Not necessarily; look at the standard error. Many standard errors below 0 mean a bug. 5. Read
-# completions and look at validation accuracy before you trust the model.
+# the gain of M_2. 4. Not necessarily. Look at the standard error: an estimate many standard errors below 0 means a bug.
+# 5. Read completions and look at validation accuracy before you trust the model.
 #
 # </details>
 #
