@@ -18,7 +18,7 @@
 # - tune every method of a comparison, and say how firm the choice is;
 # - compare two methods with differences that are paired by seed and question;
 # - give each claim of a paper one of four verdicts;
-# - say when the NLL term matters in two miniature models, and when it does not.
+# - say where the NLL term matters in two miniature models, and where its effect is not resolved.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
@@ -71,8 +71,8 @@ pd.DataFrame({helpers_06.NAMES[name]: {"loss and settings": str(methods.get(name
 # %% [markdown]
 # ## 2 Was every method tuned?
 #
-# A baseline that was not tuned is not a baseline. Each method got the same search: three learning rates, one seed, two
-# iterations, validation questions.
+# A comparison needs tuned baselines. Each method got the same search: three learning rates, one seed, two iterations (SFT
+# on gold solutions has one), validation questions.
 #
 # **Predict**: which loss tolerates a higher learning rate, DPO without NLL or SFT?
 
@@ -89,7 +89,7 @@ assert "RFT" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# SFT tolerates it. At 3e-4 DPO without NLL ends far below where it started, and RFT is at its best.
+# SFT does. At 3e-4 DPO without NLL ends far below where it started, and both SFT methods are at their best.
 
 # %% [markdown]
 # ### Exercise 6.1: choose a learning rate
@@ -133,8 +133,8 @@ for name in shown:
           f" not told apart from: {', '.join(close) or 'none'}")
 
 # %% [markdown]
-# Two methods have their best learning rate at the edge, so they might do better still. The rates were chosen after two
-# iterations and are judged after four. N, K and β were chosen for Iterative RPO alone. Keep this in mind.
+# Two methods have their best learning rate at the edge, so a higher one might be better still. The learning rates were
+# chosen after at most two iterations and are judged after up to four. N, K and β were chosen for Iterative RPO alone.
 
 # %% [markdown]
 # ## 3 Which method is ahead?
@@ -151,15 +151,15 @@ print(f"M0 {100 * main[main.iteration == 0].value.iloc[0]:.1f} %, {main.n.max()}
 helpers_06.accuracy_dots(main, iterations=(1, 4))
 
 # %% [markdown]
-# Here SFT on gold solutions is first after one iteration. This M_0 can work out most questions, but it was then trained
-# to skip its working. The gold solutions show the working in the form that it once learnt, and anything that restores
-# it succeeds. All methods have five seeds. Methods with three seeds are in [06b](06b_judges_luck_ablations.ipynb).
+# Here SFT on gold solutions is first after one iteration. This M_0 first learnt to work out most questions, and was then
+# trained to skip its working. The gold solutions show the working in the form that it once learnt, and any training that
+# restores it succeeds. Methods with three seeds are in [06b](06b_judges_luck_ablations.ipynb).
 #
 # ### Which differences are real?
 #
-# The intervals above are too wide for that question. All methods answer the same questions, and a seed starts from the
-# same completions of M_0. So subtract question by question and seed by seed. The result is a matrix, one row per seed and
-# one column per question. New experiments would have other questions *and* other seeds, so the bootstrap draws both again.
+# The intervals above are too wide for that. All methods answer the same questions, and with the same seed they start from
+# the same completions of M_0. So subtract question by question and seed by seed. The result is a matrix, one row per seed
+# and one column per question. A new experiment would have other questions *and* other seeds, so the bootstrap draws both.
 #
 # A small case has two methods, three seeds and 40 questions. **Predict**: is b better?
 
@@ -176,8 +176,8 @@ print("paired, questions only:         {:+.3f} ({:+.3f} to {:+.3f})".format(*eva
 print("paired, seeds and questions:    {:+.3f} ({:+.3f} to {:+.3f})".format(*seed_and_question_interval(b - a)))
 
 # %% [markdown]
-# Unpaired, the hard questions hide the difference. Paired by question, b is ahead *for these three seeds*. One seed went
-# the other way, and with seeds drawn again the interval includes 0. The word is "not resolved", which does not mean equal.
+# Unpaired, the hard questions hide the difference. Paired by question, b is ahead *for these three seeds*. But in one
+# seed a is ahead, and with seeds drawn again the interval includes 0. The word is "not resolved", which does not mean equal.
 
 # %% [markdown]
 # ### Exercise 6.2: a paired difference
@@ -224,9 +224,9 @@ for name, rows in (("the NLL term", nll), ("Iterative RPO against RFT", rft)):
         print(f"{name:26} M{row.iteration}  {helpers_06.with_interval(row):26} above 0 in {row.seeds_above_zero} of {row.seeds} seeds")
 
 # %% [markdown]
-# The NLL term changes nothing at first. Its gain then grows with every iteration, and at M4 it is positive in every
-# seed. The interval ends at zero, so close that another bootstrap seed can move it across. Against RFT the order
-# reverses after the first iteration.
+# The mean gain of the NLL term is 0 at M1 and grows with every iteration. At M4 it is positive in every seed, but the
+# interval just includes 0: not resolved. Against RFT, Iterative RPO is better at M1 and worse at M2, where the interval
+# just excludes 0. M3 and M4 are not resolved.
 
 # %% [markdown]
 # ## 4 Which of the paper's claims hold?
@@ -250,7 +250,7 @@ for name, rows in (("the NLL term", nll), ("Iterative RPO against RFT", rft)):
 #
 # <details><summary>Hint</summary>
 #
-# If `paper` is negative, turn the question round: the interval becomes `(-high, -low)`.
+# If `paper` is negative, change the sign of everything: the interval becomes `(-high, -low)`.
 #
 # </details>
 
@@ -289,11 +289,11 @@ helpers_06.claims_table(judged)
 # %% [markdown]
 # The data agree with the main claims: the first two iterations gain, and a second iteration is worth more than twice the
 # pairs. The later iterations are not resolved. For the NLL term after one iteration the interval rules out a gain of the
-# paper's size. SFT on gold solutions disagrees, for the reason given in section 3.
+# paper's size. The comparison with SFT on gold solutions disagrees, probably for the reason given in section 3.
 #
-# **One claim depends on the setting.** Iterative RPO beats RFT with 600 questions, and loses to it with 150. Fewer
-# questions make fewer optimiser steps. RFT has the higher tuned learning rate, so it may simply get further in few steps.
-# That is a hypothesis: a run with equal steps would have to test it.
+# **One claim depends on the setting.** After one iteration Iterative RPO beats RFT with 600 questions, and loses to it with
+# 150. Fewer questions make fewer optimiser steps. RFT has the higher tuned learning rate, so it may simply get further in
+# few steps. A run with equal steps would have to test this hypothesis.
 
 # %%
 later = claims[claims.claim.str.startswith(("Iterative RPO gains from 1e-4", "M4 falls"))]
@@ -301,8 +301,8 @@ for row in later[later.seeds == 5].itertuples():
     print(f"{row.a:25} -> {row.b:25} {helpers_06.with_interval(row):24} {row.claim}")
 
 # %% [markdown]
-# **Falls at M4.** Iterative RPO falls in one of five seeds. Iterative RPO from RFT and DPO without NLL fall in four of
-# five. RFT falls in none.
+# **Falls at M4**, by 3 points or more. Iterative RPO falls in one of five seeds. Iterative RPO from RFT, DPO without NLL
+# and random labels fall in four of five. RFT falls in none.
 #
 # **The headline figure of the [README](../README.md)** uses 2e-5, chosen among the learning rates that gain in every iteration. The
 # comparison uses 1e-4, which is ahead in iterations 1 to 3. At M4 the difference is not resolved.
@@ -311,8 +311,8 @@ for row in later[later.seeds == 5].itertuples():
 # ## 5 When does the NLL term matter?
 #
 # In the paper it is worth 11 points. [Lanchantin et al.](https://arxiv.org/abs/2506.21495) find no benefit. So the
-# question is not *whether* but *when*. Two settings come to mind: α itself, and how far training goes, for which the
-# learning rate stands here.
+# question is not *whether* but *when*. Two settings may decide: α itself, and how far training moves the model. Here the
+# learning rate controls how far.
 #
 # **Predict**: in which corner of the map does training fail?
 
@@ -323,8 +323,8 @@ assert "α = 0 at 0.0003" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# Each cell shows its number of seeds. The columns with one seed show a tendency and no more. What does the term add at
-# each learning rate? And does the KL of the first step tell which runs fail?
+# Each cell shows its number of seeds. Columns with one seed show only a tendency. What does the term add at each learning
+# rate? And does the KL of the first iteration (`first step` below) tell which runs fail?
 
 # %%
 kl = helpers_06.read("stability").query("metric == 'kl_to_previous' and iteration == 1").groupby(["factor", "level"]).value.mean()
@@ -334,18 +334,18 @@ for row in stability[stability.factor == "alpha=1"].itertuples():
           f"KL of the first step {kl['alpha=1', row.level]:.2f} with, {kl['alpha=0', row.level]:.2f} nats without")
 
 # %% [markdown]
-# At 1e-4 and below the term makes no measurable difference after two iterations. At 3e-4 training without it collapses,
-# and RFT, which is what remains as α grows, never does. The KL of the first step shows the danger. Section 3 showed the
-# same over iterations at 1e-4: several steps of the right length can do what one long step does. The NLL term buys room in step size
-# and in number of iterations, not a higher peak.
+# At 1e-4 and below the effect is not resolved after two iterations. At 3e-4 training without the term collapses. RFT, the
+# limit of large α, never does. The KL of the first iteration shows the danger. Section 3 points the same way at 1e-4: the
+# mean gain grows with the iterations, but is not resolved. So here training with the NLL term tolerates a higher learning
+# rate, and perhaps more iterations. The term does not bring a higher peak.
 
 # %% [markdown]
 # ## 6 A second model, whose working errs
 #
-# The first M_0 makes the comparison too easy for some methods: any training that restores the working succeeds. In the
-# paper, chosen and rejected completions are both chains of thought. So there is a second miniature
-# ([model card](../docs/model_card_misconceptions.md)). It always shows its working, and errs as pupils do: it forgets
-# the carry, or subtracts the smaller digit from the larger one.
+# The first M_0 makes the comparison too easy: any training that restores the working succeeds. In the paper, chosen and
+# rejected completions are both chains of thought. So there is a second miniature
+# ([model card](../docs/model_card_misconceptions.md)). It always shows its working and errs as pupils do. For example,
+# it forgets the carry, or subtracts the smaller digit from the larger one.
 #
 # **Predict**: does DPO without NLL fall behind here?
 
@@ -362,8 +362,9 @@ results.index = [text.split("/", 1)[1] for text in results.index]
     seeds=results.seeds, chosen_iterations=results.chosen_iterations)
 
 # %% [markdown]
-# `last` is M4, and `chosen` is the iteration with the best validation accuracy. The intervals overlap, but they are not
-# paired. The paired verdicts say more:
+# `last` is M4, and `chosen` is the iteration with the best validation accuracy in each seed. These intervals overlap, but
+# they are not paired. The paired verdicts say more. Where `paper` is empty, the paper has no number, and the
+# verdict cannot be "rules out".
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
@@ -372,12 +373,13 @@ print(accuracy_claims.verdict.value_counts().to_string(), "\n")
 helpers_06.claims_table(accuracy_claims)
 
 # %% [markdown]
-# Accuracy rises in each of the first three iterations, as in the paper. At β = 1 DPO without NLL is level with Iterative RPO,
-# and a gain of the paper's size is ruled out. At β = 0.1 one of three seeds without the term falls at M4; the effect of
-# the term is not resolved. RFT is ahead of Iterative RPO in all three seeds and all iterations, by 2 to 3 points, but the
-# intervals include 0. At M1 they rule out a lead of Iterative RPO of the paper's size. So the paper's gap does not appear
-# here. A possible reason: in this model an incorrect step has *one* alternative, so raising the correct one already lowers
-# it. A model with several plausible alternatives would have to show this.
+# The first three iterations agree with the paper: accuracy rises. Does DPO without NLL fall behind? At M1 the interval
+# rules out a gain of the paper's size from the NLL term, at both β. At M4 the term's effect is not resolved. One M4 row
+# says "rules out", but against the paper's number for M1. At β = 0.1 one of three seeds without the term falls at M4.
+#
+# RFT is ahead of Iterative RPO in all seeds and iterations, by 2 to 3 points on average, but the intervals include 0. At M1
+# the interval rules out the paper's lead of Iterative RPO. A possible reason: here an incorrect step competes with *one*
+# alternative, so raising the correct one already lowers it. A model with several alternatives would have to show this.
 #
 # What does the rise consist of?
 
@@ -388,16 +390,16 @@ assert "forgets the carry" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# All five misconceptions become rarer, most of all in the first two iterations. Nothing told the model which line was
-# incorrect: the reward looks at the final answer alone.
+# All five misconceptions become rarer from M0 to M4, mostly in the first two iterations. Nothing told the model which line
+# was incorrect: the reward looks at the final answer alone.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?
 #
-# The paper explains its table with curves. SFT raises rejected completions as well (figure 2), and DPO without NLL lowers
+# The paper explains its table with curves. SFT also raises rejected completions (figure 2), and DPO without NLL lowers
 # *chosen* ones (figure 3). Here are both for the second model, on held-out pairs.
 #
-# **Predict** for RFT: rejected completions are never shown to it. Will their log-probability fall, stay or rise?
+# **Predict** for RFT, which never sees rejected completions: will their log-probability fall, stay or rise?
 
 # %% tags=["nbval-ignore-output"]
 figure = helpers_06.lesson_log_probabilities(helpers_06.read("lesson_log_probabilities"))
@@ -408,12 +410,12 @@ figure
 helpers_06.claims_table(verdicts[verdicts.claim.str.contains("nats")])
 
 # %% [markdown]
-# Chosen completions rise in the first iteration, with the NLL term and without it, at both β. That disagrees with the
-# paper's figure 3. At β = 0.1 without the term, seeds differ in the fourth iteration, and the band includes 0. With RFT
-# rejected completions *fall* in all three seeds, which disagrees with figure 2. Correct and incorrect result share one
-# token's probability, so raising one lowers the other.
+# Chosen completions rise in the first iteration, with the NLL term and without it, at both β. Without it, that disagrees
+# with the paper's figure 3. At M4 the bands at β = 1 and of DPO without NLL at β = 0.1 include 0. The last one is the
+# widest. With RFT rejected completions *fall* in all three seeds, which disagrees with figure 2. A possible reason: correct
+# and incorrect result share one token's probability, so raising one lowers the other.
 #
-# Now the first model during its first iteration, at the tuned learning rates. The curves are of one seed.
+# The next figure shows the first model during its first iteration, at the tuned learning rates and for one seed.
 
 # %% tags=["nbval-ignore-output"]
 probes = helpers_06.read("log_probabilities_from_m0")
@@ -423,13 +425,13 @@ assert probes.seed.nunique() == 1 and "rejected" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# Rejected completions fall with every method in this model as well, and RFT lowers them the least.
+# In this model rejected completions also fall with every method, and RFT lowers them the least.
 # [Notebook 04](04_dpo_nll_training.ipynb) shows the distribution behind such means.
 
 # %% [markdown]
 # ## What you have learnt
 #
-# - Tune every method with the same search, at the horizon that is judged, and look for choices at the edge.
+# - Tune every method with the same search, for as many iterations as you judge, and look for choices at the edge.
 # - Pair by seed and question. "Not resolved" is a result; "equal" is not.
 # - A claim gets one of four verdicts. "Rules out an effect of the paper's size" is stronger than "not resolved".
 # - An ablation at one learning rate is one column of a map.
@@ -449,7 +451,8 @@ figure
 #
 # 1. RFT has no rejected completions in its loss. STaR retrains from M_0 and shows answers of failed questions. 2. Sharing
 # removes one source of luck; each M_1 is another model and must sample for itself. 3. It rules out an effect of the
-# paper's size; with +2, not resolved. 4. Of the tuning alone. 5. It has three seeds at one learning rate, tuned for neither, and the intervals include 0.
+# paper's size; with +2, not resolved. 4. Of the tuning alone. 5. It has three seeds at one learning
+# rate that was tuned for neither method, and the intervals include 0.
 #
 # </details>
 #
