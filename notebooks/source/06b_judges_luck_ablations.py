@@ -15,7 +15,7 @@
 #
 # **What you will be able to do**
 #
-# - replace the gold answer by a vote or by the model's own likelihood, and measure what the reward gets wrong;
+# - replace the gold answer by a vote or by the model's own likelihood, and measure how often the reward errs;
 # - say when rejected completions teach something that chosen ones do not;
 # - read an ablation table without believing its lucky rows;
 # - add a method of your own as one entry, and run it.
@@ -67,7 +67,7 @@ table = eight.to_pandas()[["id", "completion", "extracted", "correct", "logprob"
 table.assign(per_token=(table.logprob / table.n_tokens).round(2))
 
 # %% [markdown]
-# **Predict** which completions are chosen (w) and which rejected (l), question by question, by three rewards:
+# **Predict** which completions each of three rewards chooses (w) and which it rejects (l), question by question:
 #
 # - *gold*: the final answer equals the gold answer;
 # - *majority vote*: the answer that most completions of the question give
@@ -87,8 +87,8 @@ for name in ("irpo", "self_consistency", "self_rewarding"):
 assert letters("self_consistency") == "wlwl lwlw"
 
 # %% [markdown]
-# In question a two incorrect answers agree and outvote the correct one. In question c no completion is correct, and the
-# vote chooses some anyway. The likelihood even chooses a completion that breaks off before its answer.
+# In question a two incorrect completions agree and outvote the correct one. In question c no completion is correct, and
+# the vote chooses two anyway. The likelihood even chooses a completion that breaks off before its answer.
 
 # %% [markdown]
 # ### Exercise 6b.1: majority vote as reward
@@ -154,10 +154,10 @@ assert len(plots.alt_text(figure)) > 40
 figure
 
 # %% [markdown]
-# With one voter the answer elects itself. The rest of the curve is signal without any gold answer: incorrect answers
+# With one voter the answer elects itself. With more voters the vote improves without any gold answer: incorrect answers
 # scatter, and correct ones agree.
 #
-# A model can also judge itself. How often does a correct completion get the better mark than an incorrect one of the
+# A model can also judge itself. How often does a correct completion get a better mark than an incorrect one of the
 # same question? Guessing gives 0.5.
 
 # %%
@@ -166,13 +166,15 @@ marks["0.5 excluded"] = np.where((marks.low > 0.5) | (marks.high < 0.5), "yes", 
 marks.drop(columns="run").round(2)
 
 # %% [markdown]
-# Asked in words, neither model can judge. The likelihood works for the seed model, and for SmolLM2-135M it is not
-# resolved. So "own likelihood as reward" lives on a property of this M_0.
+# Asked in words, neither model is told apart from guessing. The likelihood separates the completions of the seed model. For
+# SmolLM2-135M it is not resolved. So "own likelihood as reward" may depend on a property of this M_0.
 #
 # ### What do these rewards teach?
 #
-# These methods have three seeds, so they are compared with the same three seeds of Iterative RPO, and they do not enter the
-# ranking of notebook 06. *Gold vs. sampled (SPIN-style)* rejects every completion and chooses the gold solution.
+# These methods have three seeds. We compare them with the same three seeds of Iterative RPO, and leave them out of the
+# ranking of notebook 06. *Gold vs. sampled (SPIN-style)* rejects every completion and chooses the gold solution. *GRPO*
+# uses no pairs: it compares the reward of each completion with the mean reward of its question
+# ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)).
 
 # %% tags=["nbval-ignore-output"]
 means = helpers_06.read("comparison_mean").query("metric == 'greedy' and iteration == 4")
@@ -187,8 +189,9 @@ assert costed[costed.metric == "greedy"].groupby("method").seed.nunique().eq(3).
 helpers_06.accuracy_against_tokens(costed)
 
 # %% [markdown]
-# The majority vote starts slowly and comes close without a single gold answer. GRPO is level with Iterative RPO on these
-# seeds. The control decides what the reward is worth:
+# The majority vote starts slowly and comes close without a single gold answer. At M4 its difference from Iterative RPO is
+# not resolved, and neither is that of GRPO. The other two are worse. What is the reward worth? The control with random
+# labels shows it:
 
 # %%
 control = helpers_06.read("comparison_mean").query("metric == 'greedy' and method == 'shuffled'")
@@ -196,15 +199,15 @@ for row in control.itertuples():
     print(f"random labels, M{row.iteration}: {100 * row.value:.1f} % ({100 * row.low:.1f} to {100 * row.high:.1f}), {row.seeds} seeds")
 
 # %% [markdown]
-# With random labels accuracy falls in every iteration. So it is the reward that teaches, and not the training itself.
+# With random labels mean accuracy falls in every iteration. So the reward teaches, and not the training itself.
 
 # %% [markdown]
 # ## 2 When do rejected completions teach?
 #
 # RFT uses chosen completions alone. If it matches Iterative RPO, the rejected ones taught nothing more. The next study
 # tries cases in which they might: few samples, hot sampling (temperature 1.5), few questions, late iterations, and
-# *luck*. In "lucky" one incorrect answer in four counts as correct. In "choices" the question has four options and the
-# nearest one is ticked.
+# *luck*. In "lucky" one incorrect completion in four counts as correct. In "choices" the question has four options, and
+# the option nearest to the model's answer is ticked.
 #
 # **Predict**: in which of these cases do pairs beat RFT?
 
@@ -222,8 +225,8 @@ for row in regimes.itertuples():
     print(f"{row.factor:14} pairs − RFT {100 * row.difference:+6.1f} ({low:+.1f} to {high:+.1f})  {word}")
 
 # %% [markdown]
-# Only where chosen completions are lucky, and there by a wide margin. Why? Count completions without working on both sides
-# of such pairs.
+# Only in "lucky" and "choices", where incorrect completions are chosen by luck, and there by a wide margin. Why? Count
+# completions without working on both sides of such pairs.
 
 # %% tags=["nbval-ignore-output"]
 def pairs_of(reward):
@@ -239,15 +242,16 @@ for name in ("irpo", "irpo_lucky"):
 assert len(made)
 
 # %% [markdown]
-# Lucky completions are mostly answers without working. RFT copies them. In pairs such answers are common on *both*
-# sides, and more so among the rejected, so the difference still points to the working. Rejected completions show which
-# part of the chosen ones is not the reason for their reward. In the other cases pairs do not help, and with few samples
-# or questions RFT is ahead. It also has the higher tuned learning rate, and these cases have fewer steps.
+# With luck, about half of the chosen completions are answers without working. RFT copies them. In pairs such answers are
+# common on *both* sides, and more so among the rejected, so the difference still points to the working. Rejected
+# completions show which part of the chosen ones is not the reason for their reward. With few samples or few questions
+# pairs are worse than RFT. The other cases are not resolved. RFT also has the higher tuned learning rate, and cases with
+# less data have fewer steps.
 
 # %% [markdown]
 # ## 3 What happens after four iterations?
 #
-# The paper stops there, with a gain of half a point. **Predict**: does accuracy stay, rise or fall?
+# The paper stops after four iterations. Its last gain is half a point. **Predict**: does accuracy stay, rise or fall?
 
 # %% tags=["nbval-ignore-output"]
 eight_more = helpers_06.read("eight_iterations")
@@ -266,12 +270,12 @@ print("means over", *sorted(set(eight_more[eight_more.metric == "greedy"].groupb
 table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
 
 # %% [markdown]
-# Both methods with pairs fall, and RFT stays. The KL of a step grows with pairs and shrinks with RFT. The learning rates were
-# chosen after two iterations, and for pairs this one is too high for eight. `one_step_apart` is the share of pairs that
-# differ in one line. It grows with every method: early pairs set working against a bare answer, late ones one calculation
-# against another. On such pairs DPO can lower chosen and rejected completions together
-# ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)). Tune at the horizon that you need, and stop by the rule of
-# [notebook 05](05_iterations.ipynb).
+# Both methods with pairs fall after M4 or before, and RFT stays. The KL of an iteration first shrinks. Then it grows with
+# pairs and stays small with RFT. The learning rates were chosen after two iterations, and for pairs this one is too high
+# for eight. `one_step_apart` is the share of pairs that differ in one line. It rises with every method, mostly in the first
+# two iterations. Early pairs compare working with a bare answer, and later ones more often compare two calculations. On
+# such pairs DPO can lower chosen and rejected completions together ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)).
+# Tune for the number of iterations that you need, and stop by the rule of [notebook 05](05_iterations.ipynb).
 
 # %% [markdown]
 # ## 4 Which settings matter?
@@ -294,9 +298,9 @@ for row in clear.itertuples():
     print(f"{row.factor} {row.level}: {100 * row.difference:+.1f} ({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f})")
 
 # %% [markdown]
-# `k_pairs` = 1 has a quarter of the pairs and so a quarter of the steps: it shows how much was trained, not which pairs are good.
-# `keep_pairs` misses 0 by little, as luck alone may do among so many. The rest is not resolved. All settings come near the ceiling
-# after two iterations, so this table says little about the way there.
+# `k_pairs` = 1 has a quarter of the pairs and so a quarter of the steps. It shows how much was trained, not which pairs are
+# good. The interval of `keep_pairs` ends close to 0, as luck alone may cause among so many. The rest is not resolved. All
+# settings but `k_pairs` = 1 are near the ceiling after two iterations, so this table says little about the way there.
 
 # %% [markdown]
 # ## 5 A method of your own
@@ -323,22 +327,23 @@ for name in ("irpo", "shortest"):
 assert lost > 0
 
 # %% [markdown]
-# Chosen completions got shorter, and in this task short means without working. And correct completions are *rejected*: what a
-# reward does not choose, it rejects. Train on chosen ones alone (`settings=methods.SFT`) if you do not want that.
+# Chosen completions got slightly shorter. In this task the shortest completions have no working. And correct completions are
+# *rejected*: what a reward does not choose, it rejects. Train on chosen ones alone (`settings=methods.SFT`) if you do not
+# want that.
 
 # %% [markdown]
 # ### Exercise 6b.2: a clear majority
 #
 # **Goal**: a reward without gold answers that abstains rather than errs. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# Write `clear_majority(rows)`: the most frequent answer gets 1.0 if *more than half of all completions* give it, those
-# without an answer counted among all. Otherwise every row gets 0.0. Do not use `correct`. Then make the entry `CLEAR`, a
-# `methods.Method` with a title, a source and this reward, trained like Iterative RPO.
+# Write `clear_majority(rows)`: rows with the most frequent answer get 1.0 if *more than half of all completions* give it.
+# Completions without an answer count among all. Every other row gets 0.0. Do not use `correct`. Then make the entry
+# `CLEAR`, a `methods.Method` with a title, a source and this reward, trained like Iterative RPO.
 #
 # <details><summary>Hint</summary>
 #
-# More than half is always the most frequent answer, and ties cannot happen. `Method` takes from Iterative RPO what you
-# leave out.
+# An answer that more than half give is always the most frequent one, and ties cannot happen. `Method` takes from
+# Iterative RPO what you leave out.
 #
 # </details>
 
@@ -368,7 +373,7 @@ assert len(compared) >= 1
 compared.round(1)
 
 # %% [markdown]
-# A clear majority buys precision with questions, and keeps the easy ones.
+# A clear majority chooses fewer completions, and a larger share of them is correct. It keeps the easy questions.
 #
 # ### Open exercise: run it
 #
@@ -412,8 +417,8 @@ assert len(entries) >= 1
 #
 # - A reward decides what is chosen *and* what is rejected. Measure both before you train.
 # - A vote finds correct answers without gold ones if incorrect answers scatter.
-# - Rejected completions help most if chosen ones are rewarded for a reason that both sides share.
-# - Among twenty ablations one is clear by luck.
+# - Rejected completions helped where incorrect completions were chosen by luck.
+# - Among twenty ablations expect one interval that excludes 0 by luck.
 #
 # **Try**: the reward "longest correct completion". What does M_1 learn?
 #
@@ -425,7 +430,7 @@ assert len(entries) >= 1
 #
 # <details><summary>Answers</summary>
 #
-# 1. Nothing contradicts the vote; some answer is always the most frequent. 2. Questions with many correct completions
+# 1. Nothing contradicts the vote: some answer is always the most frequent. 2. Questions with many correct completions
 # get many chosen ones. 3. Run it again with other seeds.
 #
 # </details>
