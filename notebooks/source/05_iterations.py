@@ -384,9 +384,9 @@ helpers_05.stability_table()
 # Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations. At 3e-4 with the NLL term the
 # intervals of M_1 and M_2 overlap: whether M_2 is below M_1 is not resolved.
 #
-# Does the trainer notice? The second miniature model ([notebook 06](06_baselines_and_ablations.ipynb)) was trained at
-# β = 0.1. One of three seeds of DPO alone, without the NLL term, fell from M_3 to M_4. The same seed with the NLL term did
-# not ([runs](../figures/lesson_runs.jsonl)). **Predict**: which of the two has the higher reward accuracy?
+# Does the trainer notice? The next runs train the second miniature model ([notebook 06](06_baselines_and_ablations.ipynb))
+# at β = 0.1. One of three seeds of DPO alone, without the NLL term, fell from M_3 to M_4. The same seed with the NLL term
+# did not ([runs](../figures/lesson_runs.jsonl)). **Predict**: which of the two has the higher reward accuracy?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)

@@ -270,8 +270,8 @@ print("means over", *sorted(set(eight_more[eight_more.metric == "greedy"].groupb
 table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
 
 # %% [markdown]
-# Both methods with pairs fall after M4 or before, and RFT stays. The KL of an iteration first shrinks. Then it grows with
-# pairs and stays small with RFT. The learning rates were chosen after two iterations, and for pairs this one is too high
+# Both methods with pairs lose accuracy, DPO without NLL from M4 on and Iterative RPO from M5 on. RFT stays. The KL of an
+# iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were chosen after two iterations, and for pairs this one is too high
 # for eight. `one_step_apart` is the share of pairs that differ in one line. It rises with every method, mostly in the first
 # two iterations. Early pairs compare working with a bare answer, and later ones more often compare two calculations. On
 # such pairs DPO can lower chosen and rejected completions together ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)).
