@@ -374,8 +374,8 @@ helpers_06.claims_table(accuracy_claims)
 
 # %% [markdown]
 # The first three iterations agree with the paper: accuracy rises. Does DPO without NLL fall behind? At M1 the interval
-# rules out a gain of the paper's size from the NLL term, at both β. At M4 the term's effect is not resolved. One M4 row
-# says "rules out", but against the paper's number for M1. At β = 0.1 one of three seeds without the term falls at M4.
+# rules out a gain of the paper's size from the NLL term, at both β. At M4 the term's effect is not resolved, also
+# with ten times the weight. At β = 0.1 one of three seeds without the term falls at M4.
 #
 # RFT is ahead of Iterative RPO in all seeds and iterations, by 2 to 3 points on average, but the intervals include 0. At M1
 # the interval rules out the paper's lead of Iterative RPO. A possible reason: here an incorrect step competes with *one*
