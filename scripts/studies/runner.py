@@ -233,8 +233,8 @@ def share_stages(path: Path, profile: Profile, runs: Path) -> None:
             source = api.load_profile(other)
         except UserError:
             continue
-        has_examples = method.examples or methods.get(source.method).examples
-        if other == path or source.start or has_examples:
+        other_task = method.task or methods.get(source.method).task
+        if other == path or source.start or other_task:
             continue
         same_temperature = profile.temperature_of(0) == source.temperature_of(0)
         if sampled_from_m0 and same_temperature and _agree(profile, source, api.SAMPLING):
