@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from datasets import load_from_disk
+from helpers_common import finished_stages  # noqa: F401
 
 from irpo_utils import UserError, evaluation, models, plots, tasks
 from irpo_utils.ops import run as runs
@@ -55,13 +56,6 @@ def wait_for_stage(process: subprocess.Popen, stage: Path, seconds: float = 600)
         if time.monotonic() > end:
             raise TimeoutError(f"{stage.name} was not finished within {seconds:.0f} seconds")
         time.sleep(0.02)
-
-
-def finished_stages(out: Path) -> dict[str, float]:
-    """Stage -> the time at which it was stored."""
-    files = out.glob("iteration_*/*/checksums.json")
-    times = {str(file.parent.relative_to(out)): file.stat().st_mtime for file in files}
-    return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
 # ------------------------------------------------------------------------------ models and runs

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import psutil
 from datasets import Dataset, load_from_disk
+from helpers_common import finished_stages as finished  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from irpo_utils import models, plots, profiles, tasks, training
@@ -29,6 +30,9 @@ from irpo_utils.scale import fsdp, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 16  # of the LoRA matrices
+# How a process says that it ended because of another one: which of the two depends on whether it
+# or the launcher notices first.
+REPORTS = ("Another process of this run has ended", "Stopped. What was finished is kept")
 TINY_RUN = {
     "iterations": 1,
     "n_questions": 24,
@@ -97,14 +101,8 @@ def run_and_kill(out: Path, rank: int, after: str) -> tuple[int, list[str]]:
         os.kill(children[str(rank)].pid, signal.SIGKILL)
         group.wait(120)
     lines = messages.read_text().splitlines()
-    found = [line for line in lines if "Another process of this run has ended" in line]
+    found = [line for line in lines if any(report in line for report in REPORTS)]
     return group.returncode, [line.partition(" (")[0] for line in found]
-
-
-def finished(out: Path) -> dict[str, int]:
-    """Finished stages of a run, and the time in ns at which each was written."""
-    files = sorted(out.glob("iteration_*/*/checksums.json"))
-    return {str(file.parent.relative_to(out)): file.stat().st_mtime_ns for file in files}
 
 
 # ------------------------------------------------------------------------------ two processes train
@@ -262,12 +260,8 @@ def traffic(name: str, n: int) -> dict[str, float]:
     `link` is in bytes per second: that of a machine with 8 GPUs, or the slower one between machines.
     """
     made = plans([name], [n])[name, n]
-    shape, machine, p, size = (
-        made.shape,
-        made.machine,
-        made.profile,
-        machines.task_size(made.profile),
-    )
+    shape, machine, p = made.shape, made.machine, made.profile
+    size = machines.task_size(p)
     busy = min(n, p.batch_size)  # a process needs a pair
     link = machine.between if busy > 8 else machine.link
     outside = 2 * (shape.parameters - shape.linear)

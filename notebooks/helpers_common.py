@@ -1,4 +1,4 @@
-"""What the helpers of several notebooks share: a finished run to read, or completions drawn now."""
+"""What the helpers of several notebooks share: runs to read, or completions drawn now."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def new_completions(profile, n_questions: int):
         engine=runs.engine_of(profile),
     )
     return grading.grade(samples, task)
+
+
+def finished_stages(out: Path) -> dict[str, float]:
+    """The finished stages of a run, in order, and the time at which each was stored."""
+    files = out.glob("iteration_*/*/checksums.json")
+    times = {str(file.parent.relative_to(out)): file.stat().st_mtime for file in files}
+    return dict(sorted(times.items(), key=lambda item: item[1]))

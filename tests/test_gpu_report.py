@@ -310,6 +310,7 @@ def test_the_plan_is_compared_with_everything_that_was_measured(measured):
     speed = measured["sampling"][f"plain {kind} 16"]["values"]["tokens_per_second"]
     compared = found[f"sampling plain {kind} 16"]["values"]
     assert compared["measured_tokens_per_second"] == speed
+    assert 1 / 300 < compared["planned_tokens_per_second"] / speed < 300  # the same unit
 
 
 def test_random_weights_have_the_shape_of_smollm2(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ import torch
 sys.path[:0] = [".", ".."]                     # checks_04.py and helpers_04.py are next to the notebooks
 sys.path += ["../scripts", "../../scripts"]    # the package `studies`
 import checks_04, helpers_04
-from irpo_utils import logprobs, models, plots, profiles, training
+from irpo_utils import logprobs, models, profiles, training
 from irpo_utils.ops.cli import quiet_libraries
 from irpo_utils.ops.drift import Probe
 from studies import figures

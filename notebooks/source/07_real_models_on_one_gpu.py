@@ -69,9 +69,9 @@ assert models.default_device() in ("cpu", "cuda")
 # running `make`. The versions then differ from the pinned ones:
 #
 # ```bash
-# python3 -m venv .venv
-# .venv/bin/pip install "torch>=2.11" --index-url https://download.pytorch.org/whl/cu126
-# .venv/bin/pip install -e ".[notebooks,gguf]" && touch .venv/.ready
+# python3 -m venv .venv && source .venv/bin/activate
+# # here the command of https://pytorch.org/get-started/locally for CUDA 12
+# pip install -e ".[notebooks,gguf]" && touch .venv/.ready
 # ```
 #
 # **JupyterLab over ssh**: the first line runs on your computer, the others on the machine. Then open the printed address.

@@ -407,11 +407,8 @@ def training(s: Settings, records: Records) -> None:
     items = []
     for values in itertools.product(*axes.values()):
         settings = dict(zip(axes, values, strict=True))
-        words = [
-            settings["engine"],
-            precision(settings["quantize"]),
-            f"{settings['micro_batch_size']}",
-        ]
+        kind, micro = precision(settings["quantize"]), settings["micro_batch_size"]
+        words = [settings["engine"], kind, str(micro)]
         words += ["checkpointing"] if settings["gradient_checkpointing"] else []
         items.append((" ".join(words), functools.partial(train, sides, size, **settings), settings))
     records.measure(items)
@@ -571,10 +568,8 @@ def plan_run(s: Settings) -> dict[str, float]:
     record = Records(work / "run.jsonl").read().get("run", {})
     if record.get("status") != "done":
         raise UserError("The run is not finished, so there is nothing to compare")
-    made, times = (
-        planning.plan(run_profile(s), must_fit=False),
-        pandas.read_csv(work / "run" / "timing.csv"),
-    )
+    made = planning.plan(run_profile(s), must_fit=False)
+    times = pandas.read_csv(work / "run" / "timing.csv")
     values = {"planned_mb": made.total.memory / 1e6, "measured_mb": record["values"]["reserved_mb"]}
     folders = {"sampling": "samples", "training": "adapter", "evaluation": "evaluation"}
     for stage in made.stages:
