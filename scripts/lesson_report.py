@@ -98,7 +98,7 @@ def iterations_of(runs: dict[int, dict]) -> list[int]:
 
 def interval_row(matrix: dict[int, list[float]], metric: str, split: str) -> dict:
     """Mean and interval over seeds and questions (or pairs)."""
-    value, low, high = lesson.interval(list(matrix.values()))
+    value, low, high = statistics.seed_and_question_interval(list(matrix.values()))
     row = {"metric": metric, "split": split, "value": value, "low": low, "high": high}
     return row | {"seeds": len(matrix)}
 
@@ -339,7 +339,7 @@ def direction(runs, side: str, sign: int, claim: str, name: str) -> list[dict]:
     change = changes(runs, 1, side) if runs else {}
     if not change:
         return []
-    value, low, high = lesson.interval(list(change.values()))
+    value, low, high = statistics.seed_and_question_interval(list(change.values()))
     return [
         {
             "claim": claim,
@@ -401,8 +401,8 @@ def rules_table(records: dict[str, dict]) -> pd.DataFrame:
         kept = [rule(entries) for entries in runs]
         lost = [lesson.regret(entries, t) for entries, t in zip(runs, kept, strict=True)]
         last = [lesson.regret(entries, len(entries) - 1) for entries in runs]
-        value, low, high = lesson.interval([lost])
-        gain, gain_low, gain_high = lesson.interval(
+        value, low, high = statistics.seed_and_question_interval([lost])
+        gain, gain_low, gain_high = statistics.seed_and_question_interval(
             [[b - a for a, b in zip(lost, last, strict=True)]]
         )
         rows.append(

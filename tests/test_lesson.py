@@ -11,7 +11,7 @@ import lesson_report
 import lesson_study
 from irpo_utils import models, profiles, sampling, tasks
 from irpo_utils.engines import cpu
-from irpo_utils.ops import drift, statistics
+from irpo_utils.ops import drift
 from irpo_utils.tasks import word_problems
 from studies import lesson_statistics as lesson
 from studies import misconceptions
@@ -149,14 +149,6 @@ def test_pairing_uses_common_seeds_and_the_same_questions():
     assert 0 < gain["low"] < gain["points"] < gain["high"]
     # Unpaired, two accuracies of 300 questions differ by chance by about 8 points.
     assert gain["high"] - gain["low"] < 8
-
-
-def test_interval_agrees_with_the_one_of_the_package():
-    rng = random.Random(3)
-    matrix = [[float(rng.random() < 0.6 + 0.05 * seed) for _ in range(200)] for seed in range(3)]
-    for rows in (matrix, matrix[:1]):
-        slow = statistics.seed_and_question_interval(rows)
-        assert lesson.interval(rows) == pytest.approx(slow, abs=0.02)
 
 
 def test_digits_are_shares():

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy import stats
 
 from irpo_utils import UserError, evaluation
 from irpo_utils.evaluation import bootstrap_row, per_question, proportion_row
 from irpo_utils.grading import group
-from irpo_utils.ops.student import t_quantile
+
+
+def t_quantile(degrees: int) -> float:
+    """Two-sided 95 % point of Student's t."""
+    return float(stats.t.ppf(0.975, degrees))
 
 
 def seed_and_question_interval(matrix, seed: int = 0) -> tuple[float, float, float]:
@@ -67,10 +72,9 @@ def mcnemar(correct_a, correct_b) -> dict:
             "use `paired_difference`."
         )
     only_a, only_b, both = int((a > b).sum()), int((a < b).sum()), int((a * b).sum())
-    n = only_a + only_b
-    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
-    counts = {"only_a": only_a, "only_b": only_b, "both": both, "neither": len(a) - n - both}
-    return {"p": min(1.0, 2 * tail / 2**n), **counts}
+    neither, n = len(a) - only_a - only_b - both, only_a + only_b
+    p = float(stats.binomtest(only_a, n).pvalue) if n else 1.0
+    return {"p": p, "only_a": only_a, "only_b": only_b, "both": both, "neither": neither}
 
 
 COMMON_K = 8  # majority votes are also counted at this k, so that runs with another k compare

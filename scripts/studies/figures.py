@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.patches import Rectangle
 
 from irpo_utils import UserError, plots
-from irpo_utils.ops.student import t_quantile
+from irpo_utils.ops.statistics import t_quantile
 from irpo_utils.plots import BLUE, COLOURS, GREY, INK, ORANGE, PAPER, PERCENT, TextFigure
 
 CHOSEN, REJECTED = "logps/chosen", "logps/rejected"

@@ -6,13 +6,9 @@ Everything here works on plain lists and dicts; the records come from `figures/*
 
 from __future__ import annotations
 
-import functools
 import math
 
-import numpy as np
-
-from irpo_utils.evaluation import RESAMPLES, Z
-from irpo_utils.ops.statistics import t_quantile
+from irpo_utils.ops.statistics import seed_and_question_interval
 
 VERDICTS = ("agrees", "disagrees", "rules out an effect of the paper's size", "not resolved")
 SATURATED = 0.1  # a pair is past saturation when its DPO gradient has fallen below a tenth of beta
@@ -24,32 +20,6 @@ def per_question(digits: str, of: int = 1) -> list[float]:
     return [int(digit, 36) / of for digit in digits]
 
 
-def interval(matrix: list[list[float]]) -> tuple[float, float, float]:
-    """(mean, low, high) of `matrix[seed][question]`: 95 %, for the mean over all seeds and
-    questions.
-
-    The same bootstrap as `ops.statistics.seed_and_question_interval`, which draws one resample at a
-    time; here the draws are counts, and all resamples are two matrix products.
-    """
-    values = spread = np.array(matrix, dtype=float)
-    seeds, questions = values.shape
-    if seeds > 1:
-        # Few seeds bootstrap too narrowly: stretch their distances from the mean (Student's t).
-        effects = values.mean(1, keepdims=True) - values.mean()
-        stretch = t_quantile(seeds - 1) / Z * math.sqrt(seeds / (seeds - 1))
-        spread = values + effects * (stretch - 1)
-    of_seeds, of_questions = _weights(seeds), _weights(questions)
-    means = ((of_seeds @ spread) * of_questions).sum(1)
-    low, high = np.clip(np.percentile(means, (2.5, 97.5)), values.min(), values.max())
-    return float(values.mean()), float(low), float(high)
-
-
-@functools.lru_cache(maxsize=16)
-def _weights(n: int) -> np.ndarray:
-    """How often each of n cases is drawn, as a share: one row per resample."""
-    return np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
-
-
 def paired_interval(a: dict[int, list[float]], b: dict[int, list[float]]) -> dict:
     """What `b` gains over `a` in percentage points; both map a seed to one value per question.
 
@@ -58,7 +28,7 @@ def paired_interval(a: dict[int, list[float]], b: dict[int, list[float]]) -> dic
     """
     seeds = sorted(set(a) & set(b))
     gain = [[y - x for x, y in zip(a[seed], b[seed], strict=True)] for seed in seeds]
-    points, low, high = (100 * value for value in interval(gain))
+    points, low, high = (100 * value for value in seed_and_question_interval(gain))
     return {
         "points": points,
         "low": low,
