@@ -180,10 +180,11 @@ def mean_table(trials: dict[str, dict[int, dict]]) -> pd.DataFrame:
     return pd.DataFrame(rows)[[*columns, "value", "low", "high", "seeds"]]
 
 
-def results_table(trials: dict[str, dict[int, dict]]) -> pd.DataFrame:
+def results_table(records: dict[str, dict]) -> pd.DataFrame:
     """Test accuracy of the last iteration, and of the iteration that validation chooses for each
-    seed."""
-    rows = []
+    seed. `tuned`: whether these are the settings that the tuning of the method chose."""
+    trials, rows = by_trial(records), []
+    tuned = {trial_name(method, settings_of(method, records)) for method in TITLES}
     for trial, runs in sorted(trials.items()):
         last = {seed: record["iterations"][-1] for seed, record in runs.items()}
         best = {
@@ -192,7 +193,7 @@ def results_table(trials: dict[str, dict[int, dict]]) -> pd.DataFrame:
             )
             for seed, record in runs.items()
         }
-        row = {"trial": trial, "seeds": len(runs)}
+        row = {"trial": trial, "seeds": len(runs), "tuned": trial in tuned}
         for name, chosen in (("last", last), ("chosen", best)):
             matrix = {s: lesson.per_question(e["test"]["greedy"]) for s, e in chosen.items()}
             made = interval_row(matrix, name, "test")
@@ -241,7 +242,7 @@ def claims(records: dict[str, dict]) -> list[dict]:
 
     irpo = names.get("irpo")
     for t, gain in ((1, 17.5), (2, 4.9), (3, 3.1), (4, 0.5)):
-        add(f"iteration {t} of Iterative RPO improves", (irpo, t - 1), (irpo, t), gain)
+        add(f"Iterative RPO gains in iteration {t}", (irpo, t - 1), (irpo, t), gain)
     for t in (1, 2, 3, 4):
         add(
             f"Iterative RPO beats rejection-sampling SFT (M{t})",
@@ -317,20 +318,19 @@ def verdict_table(records: dict[str, dict], split: str = "test") -> pd.DataFrame
 def log_probability_verdicts(records: dict[str, dict]) -> list[dict]:
     """The paper's figures 2 and 3: directions of the log-probabilities after one iteration."""
     trials, rows = by_trial(records), []
-    for beta in (0.1, 1.0):
-        for method, side, sign in (
-            ("irpo", "chosen", 1),
-            ("dpo", "chosen", -1),
-            ("irpo", "rejected", -1),
-        ):
-            name = trial_name(method, {"beta": beta, "learning_rate": 3e-4})
+    for rate in (3e-4, 1e-3):
+        settings = [("rft", {"learning_rate": rate}, "chosen", 1)]
+        settings += [("rft", {"learning_rate": rate}, "rejected", 1)]
+        for beta in (0.1, 1.0):
+            at = {"beta": beta, "learning_rate": rate}
+            settings += [("irpo", at, "chosen", 1), ("dpo", at, "chosen", -1)]
+            settings += [("irpo", at, "rejected", -1)]
+        for method, at, side, sign in settings:
             word = "raises" if sign > 0 else "lowers"
-            claim = f"{TITLES[method]} {word} {side} completions (beta {beta:g}, M1, nats)"
+            where = ", ".join(f"{name.replace('_', ' ')} {at[name]:g}" for name in at)
+            claim = f"{TITLES[method]} {word} {side} completions ({where}, M1, nats)"
+            name = trial_name(method, at)
             rows += direction(trials.get(name), side, sign, claim, name)
-    rft = trial_name("rft", {"learning_rate": 3e-4})
-    for side in ("chosen", "rejected"):
-        claim = f"rejection-sampling SFT raises {side} completions (M1, nats)"
-        rows += direction(trials.get(rft), side, 1, claim, rft)
     return rows
 
 
@@ -648,7 +648,7 @@ def main() -> None:
     trials = by_trial(records)
     means = mean_table(trials)
     means.to_csv(args.out / "lesson_mean.csv", index=False, float_format="%.5g")
-    results = results_table(trials)
+    results = results_table(records)
     results.to_csv(args.out / "lesson_results.csv", index=False, float_format="%.4f")
     verdicts = verdict_table(records)
     verdicts.to_csv(args.out / "lesson_verdicts.csv", index=False, float_format="%.2f")

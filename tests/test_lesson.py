@@ -281,8 +281,11 @@ def test_tables_and_figures(records):
     for figure, data in made.values():
         assert len(figure.alt_text) > 50
         assert len(data)
-    results = lesson_report.results_table(trials)
+    results = lesson_report.results_table(records)
     assert (results.chosen >= results["last"]).all()
+    tuned = results[results.tuned]
+    assert sorted(name.split("/")[1] for name in tuned.trial) == sorted(lesson_study.METHODS)
+    assert "misconceptions/rft/learning_rate=0.003" in set(tuned.trial)
     rules = lesson_report.rules_table(records).set_index("rule")
     assert rules.regret["best validation accuracy"] == 0
     assert rules.stops["keep the last model"] == 0
