@@ -368,3 +368,11 @@ def test_a_small_study_from_the_runs_to_the_tables(small_study):
     means = lesson_report.mean_table(lesson_report.by_trial(records))
     assert set(means.method) == {record["method"] for record in records.values()}
     assert {"lesson_kl"} <= set(lesson_report.figures(records, means))
+
+
+def test_the_profile_of_the_second_seed_model_has_the_settings_of_the_study():
+    run = lesson_study.Run("irpo", 0, {"beta": 1.0, "learning_rate": 3e-4})
+    studied = lesson_study.profile_of(run, lesson_study.ITERATIONS, lesson_study.STEPS)
+    own = {"sampling_batch_size", "eval_split", "eval_samples", "eval_samples_ends"}
+    profile = profiles.get("misconceptions")
+    assert {name for name, value in vars(profile).items() if value != getattr(studied, name)} <= own
