@@ -1,4 +1,4 @@
-"""`python -m irpo_utils run | plan | evaluate | plot`; see `ops.cli`."""
+"""`python -m irpo_utils run | plan`; see `ops.cli`."""
 
 import sys
 

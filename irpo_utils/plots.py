@@ -46,29 +46,27 @@ class Line(NamedTuple):
     numbers: str
 
 
-def accuracy_per_iteration(metrics: pd.DataFrame, means=None) -> TextFigure:
-    """Greedy, majority and sampled accuracy of M_0 to M_T with 95 % intervals, seeds as thin lines.
+ACCURACY_LINES = [  # metric, k, label and colour, as `over_iterations` takes them
+    ("greedy", None, "greedy", BLUE),
+    ("majority", None, "majority of {k}", GREEN),
+    ("sampled", None, "sampled", ORANGE),
+]
 
-    `means`: for a table with several seeds, rows with `value`, `low` and `high` by `metric`, `k`
-    and `iteration`. A metric that is not among them has no interval.
-    """
+
+def accuracy_per_iteration(metrics: pd.DataFrame) -> TextFigure:
+    """Greedy, majority and sampled accuracy of M_0 to M_T with 95 % intervals."""
     questions = f"% of {metrics[metrics.metric == 'greedy'].n.max():.0f} questions"
-    lines = [
-        ("greedy", None, "greedy", BLUE),
-        ("majority", None, "majority of {k}", GREEN),
-        ("sampled", None, "sampled", ORANGE),
-    ]
-    panels = {"": (f"Accuracy ({questions})", PERCENT, lines)}
-    return over_iterations(metrics, f"Accuracy per iteration ({questions})", panels, means)
+    panels = {"": (f"Accuracy ({questions})", PERCENT, ACCURACY_LINES)}
+    return over_iterations(metrics, f"Accuracy per iteration ({questions})", panels)
 
 
-def over_iterations(metrics, title: str, panels: dict[str, tuple], means=None) -> TextFigure:
+def over_iterations(metrics: pd.DataFrame, title: str, panels: dict[str, tuple]) -> TextFigure:
     """A figure over iterations; raises `UserError` for a table without the first line of a panel.
 
     `panels`: title -> (y label, y limits, lines). A line is (metric, k, label, colour). With None
     for k it has the largest k that all iterations have; there may be none, except for the first
     line. With limits `PERCENT` values are fractions, and the axis ends at 100, or above the data if
-    these are all below `LOW_ACCURACY`. `means`: as of `accuracy_per_iteration`.
+    these are all below `LOW_ACCURACY`.
     """
     figure, _ = new_figure(3.6 + 3 * len(panels), 3.9, panels=len(panels))
     drawn = {}
@@ -78,10 +76,9 @@ def over_iterations(metrics, title: str, panels: dict[str, tuple], means=None) -
             if k is None and (ks := common_ks(metrics, metric, needed=not drawn[name])):
                 k = ks[-1]
             if k is not None:
-                tables = (metrics, metrics if means is None else means)
-                rows, mean = (table[(table.metric == metric) & (table.k == k)] for table in tables)
+                rows = metrics[(metrics.metric == metric) & (metrics.k == k)]
                 scale, label = 100 if ylim == PERCENT else 1, label.format(k=k)
-                drawn[name].append(_draw_metric(axes, rows, mean, scale, label, colour))
+                drawn[name].append(_draw_metric(axes, rows, scale, label, colour))
         axes.set(xlabel="Iteration t (model $M_t$)", ylabel=ylabel, ylim=ylim)
         axes.set_title(name[:1].upper() + name[1:], fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -90,26 +87,20 @@ def over_iterations(metrics, title: str, panels: dict[str, tuple], means=None) -
     return finish(figure, title, drawn)
 
 
-def _draw_metric(axes, rows, means, scale: float, label: str, colour) -> Line:
-    """The rows of one metric: mean over seeds, its interval as a band, seeds as thin lines."""
-    for column in {"method", "split"} & set(rows):
+def _draw_metric(axes, rows, scale: float, label: str, colour) -> Line:
+    """The rows of one metric, one for each iteration, with their intervals as a band."""
+    for column in [name for name in ("method", "split", "seed") if name in rows]:
         if rows[column].nunique() > 1:
-            found = ", ".join(sorted(set(rows[column])))
+            found = sorted(set(rows[column].tolist()))
             raise UserError(
-                f"This figure shows one {column}, but the table has {found}. Select the rows of "
-                f"one: metrics[metrics.{column} == {rows[column].iloc[0]!r}]."
+                f"This figure shows one {column}, but the table has {', '.join(map(str, found))}. "
+                f"Select the rows of one: metrics[metrics.{column} == {found[0]!r}]."
             )
-    thin = {"color": colour, "linewidth": 0.7, "alpha": 0.45}
-    for seed, run in rows.sort_values("iteration").groupby("seed") if "seed" in rows else ():
-        axes.plot(run.iteration, scale * run.value, label=f"_seed {seed}", **thin)
-    table = (means if len(means) else rows).astype({"low": float, "high": float})
-    groups = table.groupby("iteration")[["value", "low", "high"]]
-    means = groups.mean()
-    means.loc[groups.size() > 1, ["low", "high"]] = np.nan  # of the mean, there is no interval
-    band = scale * means["low"], scale * means["high"]
-    line = draw_points(axes, means.index, scale * means["value"], label, colour, band)
-    numbers = (f"M_{t} {number_with_interval(row, scale)}" for t, row in means.iterrows())
-    return line._replace(numbers=", ".join(numbers))
+    rows = rows.sort_values("iteration").astype({"low": float, "high": float})  # None is NaN
+    value, *band = (scale * rows[name] for name in ("value", "low", "high"))
+    line = draw_points(axes, rows.iteration, value, label, colour, band)
+    each = (f"M_{row.iteration} {number_with_interval(row, scale)}" for _, row in rows.iterrows())
+    return line._replace(numbers=", ".join(each))
 
 
 def common_ks(metrics: pd.DataFrame, metric: str, needed: bool = False) -> list[int]:

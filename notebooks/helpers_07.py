@@ -126,7 +126,10 @@ def _gains(run: Path, last: int) -> pd.DataFrame:
     steps = [(t - 1, t) for t in range(1, last + 1)] + ([(0, last)] if last > 1 else [])
     rows = []
     for metric in ("greedy", "sampled"):
-        correct = [runs.accuracy_per_question(run, t, metric) for t in range(last + 1)]
+        correct = []
+        for t in range(last + 1):
+            graded = load_from_disk(str(run / f"iteration_{t}" / "evaluation" / metric))
+            correct.append(list(evaluation.correct_per_question(graded).values()))
         for a, b in steps:
             rows.append(_gain(metric, a, b, evaluation.paired_difference(correct[a], correct[b])))
     return pd.DataFrame(rows)

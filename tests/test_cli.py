@@ -7,18 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas
 import pytest
 import torch
 
+import evaluate
+import plot
 from irpo_utils import UserError, models, tasks
 from irpo_utils.ops import cli
 
+ROOT = Path(__file__).parent.parent
 TINY = (
     "--profile smoke --quiet --iterations 1 --n-questions 16 --n-samples 4 --n-eval-questions 10 "
     "--eval-samples-ends 2"
 ).split()
+SCRIPTS = {"plot": plot.plot, "evaluate": evaluate.evaluate}
 STOPPED = "Stopped. What was finished is kept: the same command resumes it."
 
 
@@ -27,9 +32,17 @@ def irpo(*arguments):
     return subprocess.run(words, capture_output=True, text=True)
 
 
+def command(name, *arguments) -> int:
+    """The exit status of a command of the package or of a script for finished runs."""
+    words = [str(word) for word in arguments]
+    if name in SCRIPTS:
+        return cli.run_command(SCRIPTS[name], words)
+    return cli.main([name, *words])
+
+
 def refused(capsys, *arguments) -> str:
     """The message of a command that a user's mistake ends."""
-    assert cli.main([str(word) for word in arguments]) == 1
+    assert command(*arguments) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ") and len(message) > 60, message
     return message
@@ -73,19 +86,20 @@ def test_other_settings_in_the_same_directory(run, capsys):
 
 
 def test_plot_draws_from_run_directories(run, tmp_path, capsys):
-    assert cli.main(["plot", str(run[0]), "--out", str(tmp_path), "--name", "mine"]) == 0
+    assert command("plot", run[0], "--out", tmp_path, "--name", "mine") == 0
     assert "M_1" in capsys.readouterr().out
     assert set(pandas.read_csv(tmp_path / "mine.csv").iteration) == {0, 1}
     assert (tmp_path / "mine.svg").exists() and (tmp_path / "mine_mean.csv").exists()
-    assert "plot" in json.loads((tmp_path / "mine.json").read_text())["command"]
+    made_by = json.loads((tmp_path / "mine.json").read_text())["command"]
+    assert made_by == f"python scripts/plot.py {run[0]} --out {tmp_path} --name mine"
 
 
 def test_evaluate_again(run, tmp_path, capsys):
     rows = tasks.get("word_problems").load("validation").select(range(5))
     for split in ("train", "validation", "test"):
         write_jsonl(tmp_path / f"{split}.jsonl", [dict(row) for row in rows])
-    words = ["evaluate", str(run[0]), "--task", "jsonl", "--data", str(tmp_path), "--k", "2"]
-    assert cli.main([*words, "--iterations", "1", "--allow-overlap", "false"]) == 0
+    words = ["evaluate", run[0], "--task", "jsonl", "--data", tmp_path, "--k", 2]
+    assert command(*words, "--iterations", 1, "--allow-overlap", "false") == 0
     assert "greedy" in capsys.readouterr().out
     assert (run[0] / "evaluations" / "jsonl_test.csv").exists()
 
@@ -101,10 +115,10 @@ def test_accuracy_table_shows_intervals():
 
 def test_help_lists_every_command_and_every_option(capsys):
     text = irpo("--help").stdout
-    assert all(word in text for word in ("run", "plan", "evaluate", "plot"))
-    for command in ("run", "plan"):
+    assert all(word in text for word in ("run", "plan"))
+    for name in ("run", "plan"):
         with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
+            cli.main([name, "--help"])
         text = capsys.readouterr().out
         for option in ("--n-samples", "--k-pairs", "--alpha", "--learning-rate", "--config"):
             assert option in text
@@ -227,13 +241,12 @@ def test_options_that_agree_with_the_method_are_not_refused():
 
 
 @pytest.mark.parametrize("words", ["evaluate a::b", "evaluate s3://b/run", "plot a --out b::c"])
-def test_addresses_instead_of_paths_are_refused_by_the_other_commands(
+def test_addresses_instead_of_paths_are_refused_by_the_scripts(
     words, run, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run[0], "a")
-    command, where, *rest = words.split()
-    refused(capsys, command, where, *rest)
+    refused(capsys, *words.split())
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -287,8 +300,25 @@ def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
     assert "cannot write to" in message and "--out" in message
 
 
-def test_plot_of_something_that_is_no_run(tmp_path, capsys):
-    assert "not a run directory" in refused(capsys, "plot", tmp_path)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_something_that_is_no_run(name, tmp_path, capsys):
+    assert "not a run directory" in refused(capsys, name, tmp_path)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_runs_as_a_program_and_reports_a_mistake_in_one_line(name, tmp_path):
+    words = [sys.executable, f"scripts/{name}.py", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "not a run directory" in done.stderr.splitlines()[-1]
+
+
+def test_an_interrupted_script_is_to_be_run_again(capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    assert cli.run_command(interrupted, []) == 130
+    assert capsys.readouterr().err.endswith("kept: run it again.\n")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from irpo_utils import UserError, logprobs, models, profiles, sampling, tasks, t
 from irpo_utils.engines import Engine as PlainEngine
 from irpo_utils.engines import cpu
 from irpo_utils.ops import run, trial
+from studies import evaluate_again
 
 SEED = models.FOLDERS["seed"]
 SMALL = {
@@ -268,7 +269,7 @@ def test_a_refused_model_is_not_sampled_from(build, tmp_path, monkeypatch, comma
         if command == "run":
             run.run(p, out, progress=False)
         else:
-            run.evaluate_run(out, k=1)
+            evaluate_again.evaluate_run(out, k=1)
     assert command == "evaluate" or not list(out.glob("iteration_*"))
 
 

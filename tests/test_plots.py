@@ -162,12 +162,8 @@ def sweep_table() -> pd.DataFrame:
     )
 
 
-def accuracy(metrics) -> plots.TextFigure:
-    return plots.accuracy_per_iteration(metrics, figures.summarise(metrics))
-
-
 FIGURES = {
-    "accuracy_per_iteration": lambda: accuracy(run_metrics()),
+    "accuracy_per_iteration": lambda: figures.accuracy_of_seeds(run_metrics()),
     "accuracy_of_one_seed": lambda: plots.accuracy_per_iteration(run_metrics([7])),
     "warning_numbers": lambda: figures.warning_numbers(run_metrics()),
     "diversity": lambda: figures.diversity(run_metrics()),
@@ -264,7 +260,7 @@ def test_pyplot_stays_out_so_that_a_notebook_shows_a_figure_once():
 
 
 def test_accuracy_per_iteration_draws_means_seeds_and_intervals():
-    figure = accuracy(run_metrics())
+    figure = figures.accuracy_of_seeds(run_metrics())
     lines = drawn(figure.axes[0])
     assert set(lines) == {"greedy", "sampled", "majority of 8", "_seed 0", "_seed 1", "_seed 2"}
     assert lines["greedy"] == pytest.approx(np.column_stack([range(5), 100 * np.array(GREEDY)]))
@@ -288,13 +284,15 @@ def test_a_metric_of_several_seeds_has_an_interval_only_if_its_mean_is_given():
             for t, v in enumerate(GREEDY)
         ]
     )
-    text = plots.accuracy_per_iteration(run_metrics(), means).alt_text
+    text = figures.accuracy_of_seeds(run_metrics(), means).alt_text
     assert "M_1 43.0 (23.0 to 43.0)" in text and "sampled: M_0 13.0, M_1 20.0," in text
-    assert "sampled: M_0 13.0 (10.0 to 16.0)" in accuracy(run_metrics([7])).alt_text
+    assert (
+        "sampled: M_0 13.0 (10.0 to 16.0)" in figures.accuracy_of_seeds(run_metrics([7])).alt_text
+    )
 
 
 def test_the_legend_lists_lines_in_the_order_in_which_they_end():
-    [axes] = accuracy(run_metrics()).axes
+    [axes] = figures.accuracy_of_seeds(run_metrics()).axes
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == ["greedy", "majority of 8", "sampled"]
     left, right = figures.warning_numbers(run_metrics()).axes
@@ -317,6 +315,17 @@ def test_the_axis_of_accuracy_ends_above_what_is_drawn(highest, top):
     ]
     [axes] = plots.accuracy_per_iteration(pd.DataFrame(rows)).axes
     assert axes.get_ylim() == (0, pytest.approx(top))
+
+
+def test_the_axis_also_shows_a_seed_far_above_the_mean():
+    rows = [row(m, 0.3 * (i == 0), seed=i) for i in range(10) for m in ("greedy", "sampled")]
+    [axes] = figures.accuracy_of_seeds(pd.DataFrame(rows)).axes
+    assert 30 < axes.get_ylim()[1] < 40
+
+
+def test_a_figure_of_one_run_refuses_several_seeds():
+    with pytest.raises(UserError, match=r"one seed, but .* has 0, 1, 2\..*metrics.seed == 0\]"):
+        plots.accuracy_per_iteration(run_metrics())
 
 
 def test_figures_of_one_method_refuse_several():
@@ -529,7 +538,7 @@ def test_summarise_covers_what_new_seeds_and_questions_would_show():
 
 
 def test_save_writes_four_files_that_describe_themselves(tmp_path):
-    metrics = run_metrics()
+    metrics = run_metrics([7])
     figure = plots.accuracy_per_iteration(metrics)
     figure.alt_text += ' <"&>'
     plots.save(

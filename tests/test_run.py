@@ -19,6 +19,7 @@ from filelock import FileLock
 from irpo_utils import UserError, evaluation, logprobs, models, profiles, sampling, tasks
 from irpo_utils.ops import environment, run_directory, storage, warnings
 from irpo_utils.ops import run as runs
+from studies import evaluate_again, finished_runs
 
 SHIPPED = Path(__file__).parent.parent / "notebooks" / "shipped_run"
 STAGES = ("evaluation", "samples", "graded", "pairs")
@@ -464,7 +465,7 @@ def test_another_model_behind_the_same_name_is_refused(tmp_path):
         with pytest.raises(UserError, match="model of .* changed since the run was started"):
             run(settings, out)
         with pytest.raises(UserError, match="is no longer the one that .* was made with"):
-            runs.evaluate_run(out, k=1, split="validation")
+            evaluate_again.evaluate_run(out, k=1, split="validation")
         file.write_bytes(before)
     run(settings, out)
 
@@ -709,7 +710,7 @@ def test_a_start_from_sft_on_gold_solutions(unbroken, tmp_path):
     run(smoke(start=str(sft), iterations=1), out)
     shutil.rmtree(sft / "iteration_1" / "adapter")
     again = run(smoke(start=str(sft), iterations=1), out)
-    assert runs.is_whole(out)
+    assert run_directory.is_whole(out)
 
     def tokens(rows, t):
         [value] = [r["value"] for r in rows if (r["metric"], r["iteration"]) == ("mean_tokens", t)]
@@ -779,7 +780,7 @@ def with_seed(run: Path, out: Path, seed: int, **changes) -> Path:
 
 def test_collect_joins_seeds_and_refuses_other_settings(unbroken, tmp_path):
     one = with_seed(unbroken, tmp_path / "one", 1)
-    metrics, means, record = runs.collect([unbroken, one])
+    metrics, means, record = finished_runs.collect([unbroken, one])
     assert set(metrics.seed) == {0, 1} and record["seeds"] == [0, 1]
     assert set(means.iteration) == {0, 1, 2} and len(record["runs"]) == 2
     greedy = {
@@ -791,13 +792,19 @@ def test_collect_joins_seeds_and_refuses_other_settings(unbroken, tmp_path):
     assert mean.seeds == 2 and mean.n == 10
     [gain] = means[means.metric == "greedy_gain_over_M0"].itertuples()
     assert gain.iteration == 2 and gain.value == pytest.approx(greedy[2] - greedy[0])
+    votes, mean_votes = (table[table.metric == "majority"] for table in (metrics, means))
+    assert mean_votes.low.le(mean_votes.value).all() and mean_votes.high.ge(mean_votes.value).all()
+    by_model = ["iteration", "k"]
+    assert mean_votes.set_index(by_model).value.sort_index().to_dict() == pytest.approx(
+        votes.groupby(by_model).value.mean().to_dict()
+    )
     inputs = json.loads((one / "inputs.json").read_text())
     (one / "inputs.json").write_text(json.dumps(inputs | {"evaluation questions": "0" * 64}))
     with pytest.raises(UserError, match="have different evaluation questions"):
-        runs.collect([unbroken, one])
+        finished_runs.collect([unbroken, one])
     two = with_seed(unbroken, tmp_path / "two", 2, beta=0.2)
     with pytest.raises(UserError, match="differ in more than their seed"):
-        runs.collect([unbroken, two])
+        finished_runs.collect([unbroken, two])
 
 
 DAMAGES = [
@@ -815,11 +822,11 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_that_is_not_whole_is_not_collected(finished, damage):
-    assert runs.is_whole(finished)
+    assert run_directory.is_whole(finished)
     damage(finished)
-    assert not runs.is_whole(finished)
+    assert not run_directory.is_whole(finished)
     with pytest.raises(UserError, match="is not finished, or something in it is damaged"):
-        runs.collect([finished])
+        finished_runs.collect([finished])
 
 
 # ---- evaluate again
@@ -835,13 +842,13 @@ def others(tmp_path_factory):
 
 
 def test_evaluate_again_writes_a_table_and_compares_the_first_with_the_last(finished, others):
-    text = runs.evaluate_run(finished, "jsonl", others, k=4)
+    text = evaluate_again.evaluate_run(finished, "jsonl", others, k=4)
     table = pandas.read_csv(finished / "evaluations" / "jsonl_test.csv")
     assert set(table.iteration) == {0, 2} and set(table.n) >= {10} and set(table.split) == {"test"}
     assert not table.duplicated(["iteration", "metric", "k"]).any()
     assert "greedy" in text and "M_2 against M_0" in text and "p_mcnemar" in text
     with pytest.raises(UserError, match="--iterations from 0 to 2"):
-        runs.evaluate_run(finished, "jsonl", others, iterations=[3])
+        evaluate_again.evaluate_run(finished, "jsonl", others, iterations=[3])
 
 
 @pytest.mark.slow
@@ -849,7 +856,7 @@ def test_evaluate_again_asks_as_the_run_did(others, tmp_path):
     """With the worked examples of few_shot, and with the same random numbers."""
     settings = smoke(method="few_shot", task="jsonl", data=others, n_eval_questions=None)
     run(settings, tmp_path / "run")
-    text = runs.evaluate_run(tmp_path / "run", k=3)
+    text = evaluate_again.evaluate_run(tmp_path / "run", k=3)
     first, again = (
         pandas.read_csv(tmp_path / "run" / name).set_index(["metric", "k"]).value
         for name in ("metrics.csv", "evaluations/jsonl_test.csv")
@@ -862,7 +869,7 @@ def test_evaluate_again_asks_as_the_run_did(others, tmp_path):
 def test_evaluate_looks_for_all_adapters_first(finished, others):
     shutil.rmtree(finished / "iteration_2" / "adapter")
     with pytest.raises(UserError, match="iteration_2/adapter is missing or damaged"):
-        runs.evaluate_run(finished, "jsonl", others, k=1, iterations=[0, 2])
+        evaluate_again.evaluate_run(finished, "jsonl", others, k=1, iterations=[0, 2])
     assert not (finished / "evaluations").exists()
 
 
@@ -877,19 +884,21 @@ def test_evaluate_that_is_interrupted_leaves_what_it_has(unbroken, others, tmp_p
 
     monkeypatch.setattr(evaluation, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runs.evaluate_run(unbroken, "jsonl", others, k=1, out=tmp_path)
+        evaluate_again.evaluate_run(unbroken, "jsonl", others, k=1, out=tmp_path)
     assert set(pandas.read_csv(tmp_path / "jsonl_test.csv").iteration) == {0}
 
 
 def test_evaluating_on_training_questions_is_refused_unless_allowed(unbroken, tmp_path):
     with pytest.raises(UserError, match="2400 of 2400 evaluation questions are also training"):
-        runs.evaluate_run(unbroken, split="train")
+        evaluate_again.evaluate_run(unbroken, split="train")
     rows = stories("train", 3)
     memory = folder_of_splits(tmp_path / "memory", rows, rows, rows)
     with pytest.raises(UserError, match="are also training questions"):
-        runs.evaluate_run(unbroken, "jsonl", memory)
+        evaluate_again.evaluate_run(unbroken, "jsonl", memory)
     out = tmp_path / "out"
-    text = runs.evaluate_run(unbroken, "jsonl", memory, None, [0], 1, out, allow_overlap=True)
+    text = evaluate_again.evaluate_run(
+        unbroken, "jsonl", memory, None, [0], 1, out, allow_overlap=True
+    )
     assert "greedy" in text and (out / "jsonl_test.csv").is_file()
 
 
@@ -899,24 +908,28 @@ def test_evaluate_needs_the_training_questions_of_the_run(tmp_path):
     write_jsonl(file, rows)
     run(smoke(task="jsonl", data=str(file), iterations=0), out)
     write_jsonl(file, rows[::-1])  # in another order they are the same
-    assert "greedy" in runs.evaluate_run(out, k=1)
+    assert "greedy" in evaluate_again.evaluate_run(out, k=1)
     write_jsonl(file, rows[:80])
     with pytest.raises(UserError, match="training questions .* have changed.*--allow-overlap"):
-        runs.evaluate_run(out, k=1)
+        evaluate_again.evaluate_run(out, k=1)
 
 
 # ---- a run of version 0.1
 
 
 def test_a_run_of_version_0_1_can_be_read_collected_and_evaluated(others, tmp_path):
-    assert runs.is_whole(SHIPPED)
+    assert run_directory.is_whole(SHIPPED)
     p = storage.read_profile(SHIPPED)
     assert (p.loss, p.engine, p.iterations) == ("dpo_nll", "cpu", 4)
-    metrics, means, record = runs.collect([SHIPPED])
+    metrics, means, record = finished_runs.collect([SHIPPED])
     [last] = means[(means.metric == "greedy") & (means.iteration == 4)].value
     written = metrics[(metrics.metric == "greedy") & (metrics.iteration == 4)].value
     assert last == pytest.approx(written.iloc[0]) and record["seeds"] == [0]
-    runs.evaluate_run(SHIPPED, "jsonl", others, k=1, out=tmp_path)
+    votes = metrics[metrics.metric == "majority"][["iteration", "k", "value"]].to_numpy()
+    assert means[means.metric == "majority"][["iteration", "k", "value"]].to_numpy() == (
+        pytest.approx(votes)
+    )
+    evaluate_again.evaluate_run(SHIPPED, "jsonl", others, k=1, out=tmp_path)
     table = pandas.read_csv(tmp_path / "jsonl_test.csv")
     greedy = table[table.metric == "greedy"].set_index("iteration").value
     assert set(greedy.index) == {0, 4}

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from irpo_utils import UserError, evaluation
 from irpo_utils.ops import statistics
+from studies import finished_runs
 
 
 @pytest.mark.parametrize("only_a, only_b", [(0, 0), (1, 0), (0, 5), (3, 3), (1, 9), (4, 7), (5, 4)])
@@ -88,7 +89,7 @@ def test_the_interval_stays_in_range_and_refuses_ragged_input():
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_shares_that_are_all_equal_have_an_interval(value):
-    row = statistics.share_row("greedy", [[value] * 40] * 3)
+    row = finished_runs.share_row("greedy", [[value] * 40] * 3)
     assert (row["low"], row["high"]) == evaluation.wilson_interval(int(40 * value), 40)
 
 

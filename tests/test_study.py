@@ -18,7 +18,7 @@ import torch
 from datasets import load_from_disk
 
 from irpo_utils import UserError, methods, profiles, tasks
-from studies import api, check_reliability, report, runner, trials
+from studies import api, check_reliability, finished_runs, report, runner, trials
 
 ROOT = Path(__file__).parent.parent
 BEST = {"irpo": 1e-4, "iterative_dpo": 2e-5, "star": 3e-4}
@@ -218,7 +218,9 @@ def test_accuracies_are_kept_question_by_question(finished):
     kept = report.Records("comparison", out).runs["irpo", 0]
     for metric in ("greedy", "sampled"):
         for t in (0, 1, 2):
-            each = api.accuracy_per_question(out / "runs/comparison/irpo/seed_0", t, metric)
+            each = finished_runs.accuracy_per_question(
+                out / "runs/comparison/irpo/seed_0", t, metric
+            )
             assert report.accuracies(kept, t, metric) == pytest.approx(each)
 
 

@@ -20,21 +20,29 @@ NOT_WRITABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQU
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; a mistake that the user can fix becomes one paragraph and exit status 1."""
+    """Run `run` or `plan` with its options; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"run": run, "plan": plan, "evaluate": evaluate, "plot": plot}
+    commands = {"run": run, "plan": plan}
     parser = argparse.ArgumentParser(prog="python -m irpo_utils", description="Iterative RPO.")
     parser.add_argument("command", choices=commands, help="`COMMAND --help` lists its options")
     command = parser.parse_args(arguments[:1] or ["--help"]).command
+    again = "the same command resumes it" if command == "run" else "run it again"
+    return run_command(commands[command], arguments[1:], again)
+
+
+def run_command(command, arguments: list[str], again: str = "run it again") -> int:
+    """Exit status of `command(arguments)`; errors that a user can fix become one paragraph.
+
+    again: what the message after Ctrl-C or SIGTERM advises.
+    """
     before = signal.signal(signal.SIGTERM, _terminate)  # sent before a machine is taken away
     sys.unraisablehook, hook = _raise_again, sys.unraisablehook
     try:
-        return _report(commands[command], arguments[1:])
+        return _report(command, arguments)
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends more than one
         if processes.speaks_last():
-            resumes = "the same command resumes it" if command == "run" else "run it again"
-            print(f"\nStopped. What was finished is kept: {resumes}.", file=sys.stderr)
+            print(f"\nStopped. What was finished is kept: {again}.", file=sys.stderr)
         return 128 + _signal_of(interrupt)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -143,56 +151,6 @@ def plan(arguments: list[str]) -> None:
         raise UserError("--price needs a --profile: the table of all profiles shows hours only.")
     each = {n: parse_profile([*arguments, "--profile", n], "plan")[0] for n in profiles.names()}
     print(planning.overview(each, [options.gpus] if options.gpus else planning.OVERVIEW))
-
-
-def evaluate(arguments: list[str]) -> None:
-    """Evaluate a finished run again: another task, more samples, another split."""
-    from transformers.hf_argparser import string_to_bool
-
-    parser = _parser("evaluate", evaluate)
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("--task", help="another task than the run's")
-    parser.add_argument("--data", help="local folder or file of that task")
-    parser.add_argument("--split", help="validation or test (default: the run's)")
-    which = "which M_t (default: the first and the last)"
-    parser.add_argument("--iterations", type=int, nargs="+", help=which)
-    parser.add_argument("--k", type=int, default=32, help="completions per question (default: 32)")
-    parser.add_argument("--out", help="folder for the table (default: RUN/evaluations)")
-    allow = "continue although these questions are among the training questions"
-    parser.add_argument("--allow-overlap", type=string_to_bool, nargs="?", const=True, help=allow)
-    options = vars(parser.parse_args(arguments))
-    quiet_libraries()
-    from irpo_utils.ops import run as runs
-
-    text = runs.evaluate_run(**options)
-    if processes.is_first():
-        print(text)
-
-
-def plot(arguments: list[str]) -> None:
-    """Draw accuracy per iteration of one or several runs (seeds), with the table behind it."""
-    parser = _parser("plot", plot)
-    parser.add_argument("runs", nargs="+", help="run directories that differ in their seed")
-    parser.add_argument("--out", default="figures", help="folder (default: figures)")
-    name = "accuracy_per_iteration"
-    parser.add_argument("--name", default=name, help=f"name of the files (default: {name})")
-    options = parser.parse_args(arguments)
-    quiet_libraries()
-    from irpo_utils import plots
-    from irpo_utils.ops import run as runs
-
-    for name in ("out", "name"):
-        runs.check_path(getattr(options, name), name)
-    metrics, summary, record = runs.collect(options.runs)
-    figure = plots.accuracy_per_iteration(metrics, summary)
-    command = " ".join(["python -m irpo_utils plot", *arguments])
-    plots.save(figure, options.out, options.name, metrics, {"command": command, **record})
-    summary.to_csv(Path(options.out) / f"{options.name}_mean.csv", index=False)
-    print(f"{accuracy_table(summary)}\n\nFigure: {Path(options.out) / options.name}.png")
-
-
-def _parser(name: str, command) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"python -m irpo_utils {name}", description=command.__doc__)
 
 
 def accuracy_table(metrics) -> str:

@@ -42,23 +42,6 @@ def seed_and_question_interval(matrix, seed: int = 0) -> tuple[float, float, flo
     return float(matrix.mean()), float(low), float(high)
 
 
-def row(metric: str, matrix, k: int = 1) -> dict:
-    """One row of a metrics table."""
-    value, low, high = seed_and_question_interval(matrix)
-    n = len(matrix[0])
-    return {"metric": metric, "k": k, "value": value, "low": low, "high": high, "n": n}
-
-
-def share_row(metric: str, matrix, k: int = 1) -> dict:
-    """`row`; if all shares are 0 or all are 1, Wilson's interval instead of a point."""
-    made = row(metric, matrix, k)
-    if made["low"] == made["high"] and made["value"] in (0, 1):
-        made["low"], made["high"] = evaluation.wilson_interval(
-            round(made["value"] * made["n"]), made["n"]
-        )
-    return made
-
-
 def mcnemar(correct_a, correct_b) -> dict:
     """Exact two-sided McNemar test on the same questions: `p`, and the four counts.
 
@@ -93,10 +76,10 @@ def further_rows(answers, questions) -> list[dict]:
         proportion_row("greedy_truncated_rate", [not r[0]["finished"] for r in first.values()]),
     ]
     for size in sorted({min(COMMON_K, k), k}):
-        distinct = [_in_blocks(_distinct, rows_, size) for rows_ in many]
+        distinct = [mean_over_blocks(_distinct, rows_, size) for rows_ in many]
         rows.append(bootstrap_row("distinct_answers", distinct, size))
         if size < k:  # `score` has the vote over all k
-            votes = [_in_blocks(evaluation.majority, rows_, size) for rows_ in many]
+            votes = [mean_over_blocks(evaluation.majority, rows_, size) for rows_ in many]
             rows.append(evaluation.share_row("majority", votes, size))
     kinds: dict[str, list[bool]] = {}
     for question in questions:
@@ -113,7 +96,7 @@ def _distinct(rows: list[dict]) -> int:
     return len({row["extracted"] for row in rows} - {None})
 
 
-def _in_blocks(count, rows: list[dict], size: int) -> float:
+def mean_over_blocks(count, rows: list[dict], size: int) -> float:
     """The mean of `count` over disjoint blocks of `size` completions, without an incomplete one."""
     starts = range(0, len(rows) - size + 1, size)
     return float(np.mean([count(rows[start : start + size]) for start in starts]))

@@ -138,7 +138,7 @@ figure
 # %%
 five = pd.read_csv(helpers_05.FIGURES / "accuracy_per_iteration.csv")
 mean = pd.read_csv(helpers_05.FIGURES / "accuracy_per_iteration_mean.csv")
-plots.accuracy_per_iteration(five, mean)
+figures.accuracy_of_seeds(five, mean)
 
 # %% [markdown]
 # What does the model spend for these gains? [pass@k](../docs/glossary.md#passk) is the share of questions that at least

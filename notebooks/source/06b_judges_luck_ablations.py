@@ -259,7 +259,7 @@ first_four = runs_of_three[runs_of_three.method.isin(eight_more.method)]
 whole = pd.concat([first_four, eight_more[eight_more.iteration >= 4]])
 whole = whole.drop_duplicates(["method", "seed", "iteration", "metric", "k"]).sort_values("iteration", kind="stable")
 whole_irpo = whole[whole.method == "irpo"]
-figure = plots.accuracy_per_iteration(whole_irpo, figures.summarise(whole_irpo))
+figure = figures.accuracy_of_seeds(whole_irpo)
 assert "M_8" in plots.alt_text(figure)
 figure
 

@@ -334,7 +334,7 @@ gains.round(1)
 # %% [markdown]
 # For the stored run: the gain in sampled accuracy is resolved, the gain in greedy accuracy is not. M_1 is already at the level
 # of M_3, so this run does not show that later iterations help. It is one seed with 80 training questions. A claim needs
-# more seeds (`python -m irpo_utils plot RUN RUN ...`) and more test questions. How many more?
+# more seeds (`python scripts/plot.py RUN RUN ...`) and more test questions. How many more?
 
 # %% [markdown]
 # ### Exercise 7.3: how many test questions?
@@ -491,7 +491,7 @@ assert 0 <= same <= len(asked)
 # - Paired intervals show whether a gain is resolved. Without preference pairs a model learns nothing.
 # - $W + \Delta$ and $\hat W + \Delta$ are different models. Evaluate the one that you publish.
 #
-# **Try**: two seeds of your run, drawn with `python -m irpo_utils plot`. Is a gain resolved that was not before?
+# **Try**: two seeds of your run, drawn with `python scripts/plot.py`. Is a gain resolved that was not before?
 #
 # **Recall**
 #

@@ -11,7 +11,7 @@ from irpo_utils import baselines, methods, profiles
 from irpo_utils.ops import checksums, run_directory
 from irpo_utils.ops import environment as environments
 from irpo_utils.ops.cli import quiet_libraries
-from irpo_utils.ops.run import accuracy_per_question, engine_of, load_model, run
+from irpo_utils.ops.run import engine_of, load_model, run
 from irpo_utils.ops.run_directory import FIELDS, MAY_CHANGE, is_whole
 from irpo_utils.ops.statistics import seed_and_question_interval
 from irpo_utils.ops.storage import profile_from
@@ -23,7 +23,6 @@ __all__ = [
     "MAY_CHANGE",
     "SAMPLING",
     "Profile",
-    "accuracy_per_question",
     "baselines",
     "checksums",
     "engine_of",

@@ -50,6 +50,28 @@ def metric_keys(metrics: pd.DataFrame) -> list[str]:
     return [name for name in ("method", "iteration", "split", "metric", "k") if name in metrics]
 
 
+def accuracy_of_seeds(metrics: pd.DataFrame, means: pd.DataFrame | None = None) -> TextFigure:
+    """`plots.accuracy_per_iteration` of the means over seeds, with the seeds as thin lines.
+
+    `means`: rows as `finished_runs.collect` makes them; a metric that is not among them has no
+    interval. By default the means of `summarise`.
+    """
+    if means is None:
+        means = summarise(metrics)
+    others = metrics[~metrics.metric.isin(means.metric)].groupby(metric_keys(metrics))
+    table = pd.concat([means, others[["value", "n"]].mean().reset_index()])
+    figure = plots.accuracy_per_iteration(table)
+    [axes] = figure.axes
+    for metric, _, _, colour in plots.ACCURACY_LINES:
+        for k in plots.common_ks(table, metric)[-1:]:
+            rows = metrics[(metrics.metric == metric) & (metrics.k == k)].sort_values("iteration")
+            for seed, run in rows.groupby("seed"):
+                thin = {"color": colour, "linewidth": 0.7, "alpha": 0.45}
+                axes.plot(run.iteration, 100 * run.value, label=f"_seed {seed}", **thin)
+    axes.set_ylim(top=max(axes.get_ylim()[1], 1.02 * axes.dataLim.y1))
+    return figure
+
+
 def warning_numbers(metrics: pd.DataFrame) -> TextFigure:
     """Early signs of a collapse: KL(M_t || M_{t-1}) and log-probabilities of chosen completions."""
     chosen = [
@@ -61,7 +83,7 @@ def warning_numbers(metrics: pd.DataFrame) -> TextFigure:
         "KL to the previous model": ("Nats per completion", (0, None), kl),
         "log-probability of chosen": ("Nats per token", (None, None), chosen),
     }
-    return plots.over_iterations(metrics, "Warning numbers per iteration (nats)", panels)
+    return plots.over_iterations(summarise(metrics), "Warning numbers per iteration (nats)", panels)
 
 
 def diversity(metrics: pd.DataFrame) -> TextFigure:
