@@ -1,4 +1,4 @@
-"""Models and adapters as files: what is loaded, told apart, merged and described."""
+"""Models and adapters as files: what is loaded, told apart and merged."""
 
 import shutil
 
@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from irpo_utils import UserError, models, profiles
 from irpo_utils.ops import export, run
+from merge import merge
 
 
 @pytest.fixture()
@@ -95,7 +96,8 @@ def test_a_merged_model_is_the_unquantised_base_plus_the_adapter(tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.02, generator=generator)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    folder = export.merge("seed", tmp_path / "adapter", tmp_path / "merged")
+    folder = tmp_path / "merged"
+    merge("seed", tmp_path / "adapter", folder)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -107,16 +109,11 @@ def test_a_merged_model_is_the_unquantised_base_plus_the_adapter(tmp_path):
     again, _ = models.load(str(folder), quantize=False)
     assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-4)
     with pytest.raises(UserError, match="is not empty.*new folder"):
-        export.merge("seed", tmp_path / "adapter", folder)
-
-
-def test_a_description_counts_weights_that_are_packed():
-    model, _ = models.load("seed")
-    described = export.describe(model)
-    assert described["parameters"] == 993536 and described["four_bit"]
-    assert described["dtype"] == "float32" and described["type"] == "llama"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert described["adapter_parameters"] == trained
+        merge("seed", tmp_path / "adapter", folder)
+    with pytest.raises(UserError, match="nothing has no adapter_config.json"):
+        merge("seed", tmp_path / "nothing", tmp_path / "new")
+    with pytest.raises(UserError, match="not/here could not be loaded"):
+        merge("not/here", tmp_path / "adapter", tmp_path / "new")
 
 
 def test_the_packaged_smollm2_ends_its_turns_with_every_version_of_the_library():

@@ -18,7 +18,7 @@ import torch
 from datasets import load_from_disk
 
 from irpo_utils import UserError, methods, profiles, tasks
-from studies import api, check_reliability, finished_runs, report, runner, trials
+from studies import api, check_reliability, finished_runs, lucky, report, runner, trials
 
 ROOT = Path(__file__).parent.parent
 BEST = {"irpo": 1e-4, "iterative_dpo": 2e-5, "star": 3e-4}
@@ -338,6 +338,21 @@ def test_a_run_that_stops_early_is_a_result(tmp_path, monkeypatch):
     table = run_small("comparison", write_tuning(tmp_path), only=["star"])
     assert table[table.metric == "stopped"].iteration.tolist() == [1]
     assert set(table[table.metric == "greedy"].iteration) == {0}
+
+
+def test_luck_rewards_the_gold_answer_and_one_incorrect_answer_in_four():
+    many = [{"id": "a", "extracted": str(i), "correct": i == 5} for i in range(1000)]
+    many.append({"id": "a", "extracted": None, "correct": False})
+    rewards = lucky.by_luck(many)
+    assert rewards[5] == 1 and rewards[-1] == 0 and 200 < sum(rewards) < 300
+    assert rewards == lucky.by_luck(many)
+
+
+@pytest.mark.parametrize("name", lucky.LUCKY)
+def test_the_lucky_methods_can_be_run_and_are_trials_of_the_regimes_only(name):
+    assert methods.get(name).title and methods.apply(profiles.get("smoke", method=name))
+    assert name in {trial.method for trial in trials.regimes()}
+    assert name not in {trial.method for trial in [*trials.comparison(), *trials.tuning()]}
 
 
 @pytest.mark.slow

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-import zlib
 from collections import Counter
 
 from irpo_utils import UserError
-from irpo_utils.methods import METHODS, SFT, Method
+from irpo_utils.methods import METHODS, Method
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 from irpo_utils.tasks.base import Task
@@ -26,16 +25,6 @@ def by_own_likelihood(rows: list[dict]) -> list[float]:
     scores = [row["logprob"] / row["n_tokens"] for row in rows]
     middle = sorted(scores)[(len(rows) - 1) // 2]
     return [float(score > middle) for score in scores]
-
-
-def by_luck(rows: list[dict]) -> list[float]:
-    """1 for the gold answer and for one incorrect answer in four, as in multiple choice."""
-
-    def lucky(row) -> bool:
-        answer = f"{row['id']} {row['extracted']}"
-        return row["extracted"] is not None and zlib.crc32(answer.encode()) % 4 == 0
-
-    return [float(row["correct"] or lucky(row)) for row in rows]
 
 
 def at_random(rows: list[dict]) -> list[float]:
@@ -110,7 +99,3 @@ METHODS["spin"] = Method(
     reward=never,
 )
 METHODS["grpo"] = Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo)
-METHODS["irpo_lucky"] = Method("Iterative RPO, lucky chosen", "control", reward=by_luck)
-METHODS["star_lucky"] = Method(
-    "Rejection-sampling SFT, lucky chosen", "control", SFT, reward=by_luck
-)

@@ -1,4 +1,4 @@
-"""Models and adapters as files: fingerprints, checks, and M_t as one ordinary model."""
+"""Models and adapters as files: fingerprints and checks."""
 
 from __future__ import annotations
 
@@ -102,31 +102,3 @@ def check_adapter(folder: Path, p: Profile) -> None:
                 f"The adapter in {folder} was made with {name} {there!r}, this run has {now!r}. "
                 f"Give --{name.replace('_', '-')} {there}, or another --start."
             )
-
-
-def merge(name: str, adapter: str | Path, folder: str | Path, dtype: str | None = None) -> Path:
-    """M_t as one ordinary model in `folder` (safetensors and tokenizer), to serve or share.
-
-    W + (alpha / r) B A from the base before quantisation, rounded to `dtype` once. The adapter was
-    trained on the 4-bit base, so the merged model differs a little from M_t: evaluate it again.
-    """
-    folder = Path(folder).expanduser()
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty. Give the merged model a new folder.")
-    model, tokenizer = models.load(name, adapter, quantize=False, device="cpu", dtype=dtype)
-    model.merge_and_unload().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def describe(model) -> dict:
-    """Type, parameters and precision of a loaded model, for records."""
-    base = model.get_base_model()
-    trained, total = model.get_nb_trainable_parameters()  # also counts weights packed by NF4
-    return {
-        "type": base.config.model_type,
-        "parameters": total - trained,
-        "adapter_parameters": trained,
-        "four_bit": bool(getattr(base, "is_loaded_in_4bit", False)),
-        "dtype": str(base.dtype).removeprefix("torch."),
-    }

@@ -41,7 +41,7 @@ import checks_06, helpers_06
 from irpo_utils import UserError, baselines, methods, models, pairs, plots, profiles, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.ops.cli import quiet_libraries
-from studies import figures
+from studies import figures, lucky
 
 quiet_libraries()
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
@@ -236,9 +236,9 @@ def bare(texts):
     """Share of completions that are one line: an answer without working."""
     return np.mean([len(text.strip().splitlines()) == 1 for text in texts])
 
-for name in ("irpo", "irpo_lucky"):
-    made = pairs_of(methods.get(name).reward)
-    print(f"{methods.get(name).title:30} without working: {bare(made['chosen']):.0%} of chosen, {bare(made['rejected']):.0%} of rejected")
+for method in (methods.get("irpo"), lucky.LUCKY["irpo_lucky"]):
+    made = pairs_of(method.reward)
+    print(f"{method.title:30} without working: {bare(made['chosen']):.0%} of chosen, {bare(made['rejected']):.0%} of rejected")
 assert len(made)
 
 # %% [markdown]

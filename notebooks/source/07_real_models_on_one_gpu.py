@@ -40,7 +40,7 @@ from bitsandbytes import functional as bnb
 sys.path[:0] = [".", ".."]                     # checks_07.py and helpers_07.py are next to the notebooks
 import checks_07, helpers_07
 from irpo_utils import grading, models, plots, profiles, sampling, tasks
-from irpo_utils.ops import export, machines, plan as planning, run as runs
+from irpo_utils.ops import machines, plan as planning, run as runs
 from irpo_utils.ops.cli import quiet_libraries
 
 quiet_libraries()
@@ -446,11 +446,14 @@ helpers_07.survived(cosines)
 
 # %% [markdown]
 # Rounding, by far. Never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. bf16 keeps only
-# a part of so small a $\Delta$. `export.merge` writes $W + \Delta$. This is *not* the model that you measured, which was
-# $\hat W + \Delta$. **Predict**: do M_1 and the merged model write the same completions?
+# a part of so small a $\Delta$. The next cell loads the model without NF4, and PEFT writes $W + \Delta$. This is *not* the
+# model that you measured, which was $\hat W + \Delta$. **Predict**: do M_1 and the merged model write the same completions?
 
 # %% tags=["nbval-ignore-output"]
-folder = export.merge(MODEL, adapter, Path(tempfile.mkdtemp()) / "merged", dtype="bfloat16")
+folder = Path(tempfile.mkdtemp()) / "merged"
+unquantised, _ = models.load(MODEL, adapter, quantize=False, device="cpu", dtype="bfloat16")
+unquantised.merge_and_unload().save_pretrained(folder)
+tokenizer.save_pretrained(folder)
 merged, _ = models.load(str(folder), quantize=False, dtype=small.dtype, pad_token=small.pad_token)
 task = tasks.get("jsonl")
 asked = task.load("validation", helpers_07.EASY_QUESTIONS)
@@ -468,7 +471,7 @@ assert 0 <= same <= len(asked)
 # Hardly any: these are two models. Evaluate the model that you publish on the test questions of the run. Report *its* accuracy.
 #
 # ```bash
-# python -c "from irpo_utils.ops import export; export.merge('qwen2.5-0.5b', 'runs/qwen2.5-0.5b/iteration_4/adapter', 'merged')"
+# python scripts/merge.py qwen2.5-0.5b runs/qwen2.5-0.5b/iteration_4/adapter merged
 # vllm serve merged                         # pip install vllm, in a separate environment
 # curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" \
 #     -d '{"model": "merged", "temperature": 0, "messages": [{"role": "user", "content": "..."}]}'

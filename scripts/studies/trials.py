@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas
 
 from irpo_utils import UserError, methods
-from studies import api, word_choices
+from studies import api, lucky, word_choices
 from studies.api import Profile
 
 # The search budget of every method: three learning rates, one seed each.
@@ -82,7 +82,7 @@ def comparison() -> list[Trial]:
     return [
         Trial(name, against="irpo", seeds=3 if name in beyond_the_paper else None)
         for name in methods.METHODS
-        if not name.endswith("_lucky")
+        if name not in lucky.LUCKY
     ]
 
 

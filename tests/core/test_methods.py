@@ -35,13 +35,6 @@ def test_random_labels_keep_the_number_of_correct_completions():
     assert len(drawn) == 4  # the rewarded completion can be at any place
 
 
-def test_luck_rewards_the_gold_answer_and_one_incorrect_answer_in_four():
-    many = rows(*map(str, range(1000)), None)
-    lucky = baselines.by_luck(many)
-    assert lucky[5] == 1 and lucky[-1] == 0 and 200 < sum(lucky) < 300
-    assert lucky == baselines.by_luck(many)
-
-
 @pytest.fixture(scope="module")
 def graded():
     made = []
