@@ -270,7 +270,7 @@ def test_accuracy_per_iteration_draws_means_seeds_and_intervals():
         line.get_ydata()[4] for line in figure.axes[0].lines if line.get_label().startswith("_seed")
     )
     assert seeds[-3:] == pytest.approx([91, 92, 93])
-    half = 100 * math.hypot(4.303 * 0.01 / math.sqrt(3), 0.03)
+    half = 100 * math.hypot(4.302653 * 0.01 / math.sqrt(3), 0.03)
     band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == pytest.approx(28 - half)
     assert f"M_2 70.0 ({70 - half:.1f} to {70 + half:.1f})" in figure.alt_text
@@ -391,7 +391,7 @@ def test_dot_plot_orders_methods_and_draws_every_seed():
     lines = drawn(axes)
     assert lines["dpo"] == pytest.approx(np.array([[40.0, 1]]))
     assert sorted(lines["_seeds irpo, iteration 4"][:, 0]) == pytest.approx([91, 92, 93])
-    half = 100 * math.hypot(4.303 * 0.01 / math.sqrt(3), 0.03)
+    half = 100 * math.hypot(4.302653 * 0.01 / math.sqrt(3), 0.03)
     assert lines["_interval dpo"][:, 0] == pytest.approx([40 - half, 40 + half])
     assert (
         f"irpo, iteration 4 92.0 ({92 - half:.1f} to {92 + half:.1f}); sft gold" in figure.alt_text
@@ -508,10 +508,10 @@ def test_summarise_one_seed_keeps_its_interval_and_several_add_their_spread():
         3,
         1.0,
     )  # not above 1
-    assert greedy["low"] == pytest.approx(0.97 - math.hypot(4.303 * 0.02 / math.sqrt(3), 0.03))
+    assert greedy["low"] == pytest.approx(0.97 - math.hypot(4.302653 * 0.02 / math.sqrt(3), 0.03))
     assert (
         kl["high"] - 3
-        == pytest.approx(4.303 * np.std([1, 2, 6], ddof=1) / math.sqrt(3))
+        == pytest.approx(4.302653 * np.std([1, 2, 6], ddof=1) / math.sqrt(3))
         == 3 - kl["low"]
     )
 
