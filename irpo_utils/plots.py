@@ -46,48 +46,39 @@ class Line(NamedTuple):
     numbers: str
 
 
-ACCURACY_LINES = [  # metric, k, label and colour, as `over_iterations` takes them
-    ("greedy", None, "greedy", BLUE),
-    ("majority", None, "majority of {k}", GREEN),
-    ("sampled", None, "sampled", ORANGE),
+ACCURACY_LINES = [  # metric, label, colour
+    ("greedy", "greedy", BLUE),
+    ("majority", "majority of {k}", GREEN),
+    ("sampled", "sampled", ORANGE),
 ]
 
 
 def accuracy_per_iteration(metrics: pd.DataFrame) -> TextFigure:
-    """Greedy, majority and sampled accuracy of M_0 to M_T with 95 % intervals."""
-    questions = f"% of {metrics[metrics.metric == 'greedy'].n.max():.0f} questions"
-    panels = {"": (f"Accuracy ({questions})", PERCENT, ACCURACY_LINES)}
-    return over_iterations(metrics, f"Accuracy per iteration ({questions})", panels)
+    """Greedy, majority and sampled accuracy of M_0 to M_T with 95 % intervals.
 
-
-def over_iterations(metrics: pd.DataFrame, title: str, panels: dict[str, tuple]) -> TextFigure:
-    """A figure over iterations; raises `UserError` for a table without the first line of a panel.
-
-    `panels`: title -> (y label, y limits, lines). A line is (metric, k, label, colour). With None
-    for k it has the largest k that all iterations have; there may be none, except for the first
-    line. With limits `PERCENT` values are fractions, and the axis ends at 100, or above the data if
-    these are all below `LOW_ACCURACY`.
+    The majority is left out if its k differs from iteration to iteration. Raises `UserError` for a
+    table without greedy accuracy, and for one of several seeds, methods or splits.
     """
-    figure, _ = new_figure(3.6 + 3 * len(panels), 3.9, panels=len(panels))
-    drawn = {}
-    for axes, (name, (ylabel, ylim, lines)) in zip(figure.axes, panels.items(), strict=True):
-        drawn[name] = []
-        for metric, k, label, colour in lines:
-            if k is None and (ks := common_ks(metrics, metric, needed=not drawn[name])):
-                k = ks[-1]
-            if k is not None:
-                rows = metrics[(metrics.metric == metric) & (metrics.k == k)]
-                scale, label = 100 if ylim == PERCENT else 1, label.format(k=k)
-                drawn[name].append(_draw_metric(axes, rows, scale, label, colour))
-        axes.set(xlabel="Iteration t (model $M_t$)", ylabel=ylabel, ylim=ylim)
-        axes.set_title(name[:1].upper() + name[1:], fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if ylim == PERCENT and axes.dataLim.y1 < LOW_ACCURACY:
-            axes.set_ylim(0, max(1.25 * axes.dataLim.y1, LOW_ACCURACY / 2))
-    return finish(figure, title, drawn)
+    questions = f"% of {metrics[metrics.metric == 'greedy'].n.max():.0f} questions"
+    figure, axes = new_figure(6.6, 3.9)
+    lines = []
+    for metric, label, colour in ACCURACY_LINES:
+        if ks := common_ks(metrics, metric, needed=metric == "greedy"):
+            rows = metrics[(metrics.metric == metric) & (metrics.k == ks[-1])]
+            lines.append(draw_metric(axes, rows, 100, label.format(k=ks[-1]), colour))
+    label_iterations(axes, f"Accuracy ({questions})", PERCENT)
+    return finish(figure, f"Accuracy per iteration ({questions})", {"": lines})
 
 
-def _draw_metric(axes, rows, scale: float, label: str, colour) -> Line:
+def label_iterations(axes, ylabel: str, ylim: tuple) -> None:
+    """Label axes over iterations and limit y: `PERCENT` ends at 100, or above low data."""
+    axes.set(xlabel="Iteration t (model $M_t$)", ylabel=ylabel, ylim=ylim)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if ylim == PERCENT and axes.dataLim.y1 < LOW_ACCURACY:
+        axes.set_ylim(0, max(1.25 * axes.dataLim.y1, LOW_ACCURACY / 2))
+
+
+def draw_metric(axes, rows, scale: float, label: str, colour) -> Line:
     """The rows of one metric, one for each iteration, with their intervals as a band."""
     for column in [name for name in ("method", "split", "seed") if name in rows]:
         if rows[column].nunique() > 1:

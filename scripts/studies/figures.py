@@ -62,7 +62,7 @@ def accuracy_of_seeds(metrics: pd.DataFrame, means: pd.DataFrame | None = None) 
     table = pd.concat([means, others[["value", "n"]].mean().reset_index()])
     figure = plots.accuracy_per_iteration(table)
     [axes] = figure.axes
-    for metric, _, _, colour in plots.ACCURACY_LINES:
+    for metric, _, colour in plots.ACCURACY_LINES:
         for k in plots.common_ks(table, metric)[-1:]:
             rows = metrics[(metrics.metric == metric) & (metrics.k == k)].sort_values("iteration")
             for seed, run in rows.groupby("seed"):
@@ -83,7 +83,7 @@ def warning_numbers(metrics: pd.DataFrame) -> TextFigure:
         "KL to the previous model": ("Nats per completion", (0, None), kl),
         "log-probability of chosen": ("Nats per token", (None, None), chosen),
     }
-    return plots.over_iterations(summarise(metrics), "Warning numbers per iteration (nats)", panels)
+    return _over_iterations(summarise(metrics), "Warning numbers per iteration (nats)", panels)
 
 
 def diversity(metrics: pd.DataFrame) -> TextFigure:
@@ -96,7 +96,31 @@ def diversity(metrics: pd.DataFrame) -> TextFigure:
         "questions solved by one of k": ("Questions (%)", PERCENT, solved),
         "distinct answers": ("Answers per question", (0, None), distinct),
     }
-    return plots.over_iterations(summarise(metrics), "Diversity per iteration", panels)
+    return _over_iterations(summarise(metrics), "Diversity per iteration", panels)
+
+
+def _over_iterations(metrics: pd.DataFrame, title: str, panels: dict[str, tuple]) -> TextFigure:
+    """A figure over iterations; raises `UserError` for a table without the first line of a panel.
+
+    `panels`: title -> (y label, y limits, lines). A line is (metric, k, label, colour). With None
+    for k it has the largest k that all iterations have; there may be none, except for the first
+    line. With limits `PERCENT` values are fractions.
+    """
+    figure, _ = plots.new_figure(3.6 + 3 * len(panels), 3.9, panels=len(panels))
+    drawn = {}
+    for axes, (name, (ylabel, ylim, lines)) in zip(figure.axes, panels.items(), strict=True):
+        drawn[name] = []
+        for metric, k, label, colour in lines:
+            if k is None and (ks := plots.common_ks(metrics, metric, needed=not drawn[name])):
+                k = ks[-1]
+            if k is not None:
+                rows = metrics[(metrics.metric == metric) & (metrics.k == k)]
+                scale = 100 if ylim == PERCENT else 1
+                line = plots.draw_metric(axes, rows, scale, label.format(k=k), colour)
+                drawn[name].append(line)
+        plots.label_iterations(axes, ylabel, ylim)
+        axes.set_title(name[:1].upper() + name[1:], fontsize=10)
+    return plots.finish(figure, title, drawn)
 
 
 def training_curves(logs: dict[str, pd.DataFrame]) -> TextFigure:
