@@ -9,8 +9,8 @@ import numpy as np
 from checks_common import NO_RETURN, UNSOLVED, call
 
 from irpo_utils import evaluation, methods
-from irpo_utils.ops import statistics
 from studies import lesson_statistics as lesson
+from studies import significance
 
 SEARCHES = {
     "the best rate in the middle": {2e-5: 0.776, 1e-4: 0.894, 3e-4: 0.8},
@@ -512,19 +512,19 @@ def _matrices() -> dict:
 
 
 def _paired(a, b):
-    return statistics.seed_and_question_interval(np.array(b) - np.array(a))
+    return significance.seed_and_question_interval(np.array(b) - np.array(a))
 
 
 def _separate(a, b):
     (x, x_low, x_high), (y, y_low, y_high) = (
-        statistics.seed_and_question_interval(m) for m in (a, b)
+        significance.seed_and_question_interval(m) for m in (a, b)
     )
     return y - x, y_low - x_high, y_high - x_low
 
 
 def _in_quadrature(a, b):
     (x, x_low, x_high), (y, y_low, y_high) = (
-        statistics.seed_and_question_interval(m) for m in (a, b)
+        significance.seed_and_question_interval(m) for m in (a, b)
     )
     return (
         y - x,
@@ -537,14 +537,14 @@ def _ends(a, b):
     return tuple(
         y - x
         for x, y in zip(
-            statistics.seed_and_question_interval(a), statistics.seed_and_question_interval(b)
+            significance.seed_and_question_interval(a), significance.seed_and_question_interval(b)
         )
     )
 
 
 def _seeds_only(a, b):
     means = (b - a).mean(1)
-    half = statistics.t_quantile(len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
+    half = significance.t_quantile(len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
     return means.mean(), means.mean() - half, means.mean() + half
 
 
@@ -601,11 +601,11 @@ WRONG_INTERVALS = [
     ),
     (
         "That is the interval of b, not of what b gains over a.",
-        lambda a, b: statistics.seed_and_question_interval(b),
+        lambda a, b: significance.seed_and_question_interval(b),
     ),
     (
         "That is the interval of a, not of what b gains over a.",
-        lambda a, b: statistics.seed_and_question_interval(a),
+        lambda a, b: significance.seed_and_question_interval(a),
     ),
 ]
 

@@ -15,9 +15,9 @@ from helpers_common import ROOT, new_completions, run_with
 from matplotlib.patches import FancyBboxPatch
 
 from irpo_utils import plots, profiles, tasks
-from irpo_utils.ops.statistics import seed_and_question_interval
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
 from irpo_utils.tasks import answers, numbers
+from studies.significance import seed_and_question_interval
 
 FIGURES = ROOT / "figures"
 STUDY = FIGURES / "lenient_grader.csv"

@@ -15,8 +15,8 @@ from matplotlib.patches import FancyBboxPatch, Patch
 
 from irpo_utils import models, pairs, plots
 from irpo_utils.ops import run as runs
-from irpo_utils.ops.statistics import seed_and_question_interval
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
+from studies.significance import seed_and_question_interval
 
 STUDY = ROOT / "figures" / "pair_log_probabilities.jsonl"
 HELD_OUT = ROOT / "figures" / "pair_log_probabilities_pairs.jsonl"

@@ -16,8 +16,8 @@ import json
 import statistics
 from pathlib import Path
 
-from irpo_utils.ops.statistics import mcnemar, t_quantile
 from studies import lesson_statistics as lesson
+from studies.significance import mcnemar, t_quantile
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 COLUMNS = (

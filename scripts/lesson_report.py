@@ -21,9 +21,8 @@ from matplotlib.ticker import MaxNLocator
 
 import lesson_study as study
 from irpo_utils import evaluation, plots
-from irpo_utils.ops import statistics
 from studies import lesson_statistics as lesson
-from studies import misconceptions
+from studies import misconceptions, significance
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 TITLES = {
@@ -98,7 +97,7 @@ def iterations_of(runs: dict[int, dict]) -> list[int]:
 
 def interval_row(matrix: dict[int, list[float]], metric: str, split: str) -> dict:
     """Mean and interval over seeds and questions (or pairs)."""
-    value, low, high = statistics.seed_and_question_interval(list(matrix.values()))
+    value, low, high = significance.seed_and_question_interval(list(matrix.values()))
     row = {"metric": metric, "split": split, "value": value, "low": low, "high": high}
     return row | {"seeds": len(matrix)}
 
@@ -109,7 +108,7 @@ def scalar_row(values: list[float], metric: str, errors: list[float] | None = No
     mean, n = float(np.mean(values)), len(values)
     half = math.nan
     if n > 1:
-        half = statistics.t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+        half = significance.t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
     elif errors:
         half = evaluation.Z * errors[0]
     return {
@@ -339,7 +338,7 @@ def direction(runs, side: str, sign: int, claim: str, name: str) -> list[dict]:
     change = changes(runs, 1, side) if runs else {}
     if not change:
         return []
-    value, low, high = statistics.seed_and_question_interval(list(change.values()))
+    value, low, high = significance.seed_and_question_interval(list(change.values()))
     return [
         {
             "claim": claim,
@@ -401,8 +400,8 @@ def rules_table(records: dict[str, dict]) -> pd.DataFrame:
         kept = [rule(entries) for entries in runs]
         lost = [lesson.regret(entries, t) for entries, t in zip(runs, kept, strict=True)]
         last = [lesson.regret(entries, len(entries) - 1) for entries in runs]
-        value, low, high = statistics.seed_and_question_interval([lost])
-        gain, gain_low, gain_high = statistics.seed_and_question_interval(
+        value, low, high = significance.seed_and_question_interval([lost])
+        gain, gain_low, gain_high = significance.seed_and_question_interval(
             [[b - a for a, b in zip(lost, last, strict=True)]]
         )
         rows.append(

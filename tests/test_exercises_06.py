@@ -9,13 +9,13 @@ import pandas
 import pytest
 
 from irpo_utils import baselines, evaluation, methods
-from irpo_utils.ops import statistics
 
 pytest.importorskip("jupytext")
 
 import checks_06 as checks  # noqa: E402
 
 from studies import lesson_statistics as lesson  # noqa: E402
+from studies import significance  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ EXERCISES = {  # check: notebook, the name that the cell defines, how the defini
 
 def solution(notebook: str, name: str, begins: str, solved: bool = True):
     """What the exercise's cell of the notebook's source defines under that name, solved or as a stub."""
-    interval = statistics.seed_and_question_interval
+    interval = significance.seed_and_question_interval
     scope = dict(np=np, Counter=Counter, methods=methods, seed_and_question_interval=interval)
     return exercises.defined(notebook, name, solved, begins, **scope)
 
@@ -261,7 +261,7 @@ def of(interval, word=checks._word):
     return answer
 
 
-both = statistics.seed_and_question_interval
+both = significance.seed_and_question_interval
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def resampled(a, b):
 
 def over_seeds(a, b):
     gains = (b - a).mean(1)
-    half = statistics.t_quantile(len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
+    half = significance.t_quantile(len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
     return gains.mean(), gains.mean() - half, gains.mean() + half
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from irpo_utils import UserError, evaluation
 from irpo_utils.ops import statistics
-from studies import finished_runs
+from studies import finished_runs, significance
 
 
 @pytest.mark.parametrize("only_a, only_b", [(0, 0), (1, 0), (0, 5), (3, 3), (1, 9), (4, 7), (5, 4)])
@@ -22,27 +22,27 @@ def test_mcnemar_by_enumeration_of_coin_tosses(only_a, only_b):
     uneven = [abs(2 * sum(toss) - d) >= difference for toss in tosses]
     counts = {"only_a": only_a, "only_b": only_b, "both": 6, "neither": 4}
     p = pytest.approx(sum(uneven) / len(uneven))
-    assert statistics.mcnemar(a, b) == {"p": p, **counts}
+    assert significance.mcnemar(a, b) == {"p": p, **counts}
 
 
 def test_mcnemar_on_many_questions_is_near_the_normal_approximation():
     a, b = [True] * 900 + [False] * 1100, [False] * 900 + [True] * 1100
     z = (200 - 1) / math.sqrt(2000)  # with continuity correction
     expected = math.erfc(z / math.sqrt(2))
-    assert statistics.mcnemar(a, b)["p"] == pytest.approx(expected, rel=0.02)
+    assert significance.mcnemar(a, b)["p"] == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("a, b", [([1, 0], [1]), ([], []), ([0.5, 1.0], [1, 0])])
 def test_mcnemar_refuses_what_it_cannot_compare(a, b):
     with pytest.raises(UserError):
-        statistics.mcnemar(a, b)
+        significance.mcnemar(a, b)
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 9, 10, 11, 15, 30, 200])
 def test_t_quantile_holds_95_percent_of_the_density(degrees):
     gammas = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
     constant = math.exp(gammas) / math.sqrt(degrees * math.pi)
-    x = np.linspace(0, statistics.t_quantile(degrees), 200_001)
+    x = np.linspace(0, significance.t_quantile(degrees), 200_001)
     density = constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
     assert 2 * np.trapezoid(density, x) == pytest.approx(0.95, abs=2e-4)
 
@@ -50,7 +50,7 @@ def test_t_quantile_holds_95_percent_of_the_density(degrees):
 def test_the_interval_if_only_seeds_differ_is_students():
     seeds = np.array([0.40, 0.45, 0.52, 0.55, 0.61])
     matrix = seeds[:, None] + np.tile([-0.5, 0.5], 5000)
-    mean, low, high = statistics.seed_and_question_interval(matrix)
+    mean, low, high = significance.seed_and_question_interval(matrix)
     assert mean == pytest.approx(seeds.mean())
     assert high - low == pytest.approx(2 * 2.776 * seeds.std(ddof=1) / math.sqrt(5), rel=0.1)
 
@@ -59,7 +59,7 @@ def test_the_interval_if_only_seeds_differ_is_students():
 def test_the_interval_if_only_questions_differ_is_the_normal_one(n_seeds):
     questions = (np.random.default_rng(4).random(400) < 0.6).astype(float)
     matrix = np.repeat(questions[None], n_seeds, axis=0)
-    mean, low, high = statistics.seed_and_question_interval(matrix)
+    mean, low, high = significance.seed_and_question_interval(matrix)
     assert mean == pytest.approx(questions.mean())
     assert high - low == pytest.approx(2 * 1.96 * questions.std() / 20, rel=0.06)
 
@@ -71,7 +71,7 @@ def test_the_interval_covers_the_mean_over_all_runs(monkeypatch, seed_spread, qu
     for i in range(250):
         of_seeds = seed_spread * rng.standard_normal((5, 1))
         p = 0.5 + of_seeds + question_spread * rng.choice([-1, 1], (1, 200))
-        _, low, high = statistics.seed_and_question_interval(rng.random((5, 200)) < p, seed=i)
+        _, low, high = significance.seed_and_question_interval(rng.random((5, 200)) < p, seed=i)
         hits.append(low <= 0.5 <= high)
     # Without the stretch for few seeds the first case has about 0.87.
     assert 0.91 <= np.mean(hits) <= 0.995
@@ -80,11 +80,11 @@ def test_the_interval_covers_the_mean_over_all_runs(monkeypatch, seed_spread, qu
 def test_the_interval_stays_in_range_and_refuses_ragged_input():
     matrix = np.ones((2, 50))
     matrix[0, :20] = 0
-    _, low, high = statistics.seed_and_question_interval(matrix.tolist())
+    _, low, high = significance.seed_and_question_interval(matrix.tolist())
     assert 0 <= low and high <= 1
     for wrong in ([], [[]], [[1, 0], [1]]):
         with pytest.raises(UserError, match="same questions"):
-            statistics.seed_and_question_interval(wrong)
+            significance.seed_and_question_interval(wrong)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

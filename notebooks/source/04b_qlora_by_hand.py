@@ -34,6 +34,7 @@ import torch
 from bitsandbytes import functional as bnb
 from safetensors.torch import load_file
 sys.path[:0] = [".", ".."]                     # checks_04.py and helpers_04.py are next to the notebooks
+sys.path += ["../scripts", "../../scripts"]    # the package `studies`
 import checks_04, helpers_04
 from irpo_utils import models
 from irpo_utils.ops.cli import quiet_libraries

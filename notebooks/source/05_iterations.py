@@ -37,9 +37,9 @@ sys.path[:0] = [".", ".."]                     # checks_05.py and helpers_05.py 
 sys.path += ["../scripts", "../../scripts"]    # the package `studies`
 import checks_05, helpers_05
 from irpo_utils import evaluation, grading, logprobs, models, pairs, plots, sampling, training
-from irpo_utils.ops import run as runs, statistics
+from irpo_utils.ops import run as runs
 from irpo_utils.ops.cli import quiet_libraries
-from studies import figures
+from studies import figures, significance
 
 quiet_libraries()
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
@@ -210,7 +210,7 @@ print(f"only a correct: {only_a}, only b correct: {only_b}")
 tosses = only_a + only_b
 as_uneven = sum(math.comb(tosses, i) for i in range(min(only_a, only_b) + 1)) / 2**tosses
 print(f"p = {2 * as_uneven:.3f}")              # two-sided: a could have been the better one
-assert math.isclose(2 * as_uneven, statistics.mcnemar(a, b)["p"])
+assert math.isclose(2 * as_uneven, significance.mcnemar(a, b)["p"])
 
 # %% [markdown]
 # No: six tosses are as uneven as this in more than a fifth of all cases. This is the exact
@@ -253,7 +253,7 @@ print(checks_05.mcnemar_p(mcnemar_p))
 def compared(t):
     """Gain of M_t over the previous model in points, and McNemar's test on the same questions."""
     before, after = (evaluation.correct_per_question(evaluated[i]) for i in (t - 1, t))
-    test = statistics.mcnemar(list(before.values()), [after[i] for i in before])
+    test = significance.mcnemar(list(before.values()), [after[i] for i in before])
     gain = evaluation.compare(evaluated[t - 1], evaluated[t])
     return {"step": f"M_{t - 1} to M_{t}", **{name: 100 * gain[name] for name in ("difference", "low", "high")},
             "solved": test["only_b"], "lost": test["only_a"], "p": test["p"]}
@@ -280,7 +280,7 @@ once, control, twice = (helpers_05.greedy_matrix(*which) for which in (("irpo", 
 print("pairs of M_0 and M_1:      ", helpers_05.pairs_used("irpo", (0, 1)))
 print("pairs of M_0, the control: ", helpers_05.pairs_used("irpo_2x", (0,)))
 for name, matrix in (("M_2 against the control", twice - control), ("control against M_1", control - once)):
-    gain, low, high = (100 * x for x in statistics.seed_and_question_interval(matrix))
+    gain, low, high = (100 * x for x in significance.seed_and_question_interval(matrix))
     print(f"{name}: {gain:+.1f} points ({low:+.1f} to {high:+.1f}), above 0 in {(matrix.mean(1) > 0).sum()} of {len(matrix)} seeds")
 
 # %%

@@ -39,8 +39,8 @@ sys.path += ["../scripts", "../../scripts"]    # the package `studies`
 import checks_06, helpers_06
 from irpo_utils import evaluation, methods, models, plots, profiles
 from irpo_utils.ops.cli import quiet_libraries
-from irpo_utils.ops.statistics import seed_and_question_interval
 from studies import figures
+from studies.significance import seed_and_question_interval
 
 quiet_libraries()
 pd.set_option("display.max_colwidth", None)

@@ -13,10 +13,10 @@ from irpo_utils.ops import environment as environments
 from irpo_utils.ops.cli import quiet_libraries
 from irpo_utils.ops.run import engine_of, load_model, run
 from irpo_utils.ops.run_directory import FIELDS, MAY_CHANGE, is_whole
-from irpo_utils.ops.statistics import seed_and_question_interval
 from irpo_utils.ops.storage import profile_from
 from irpo_utils.ops.storage import read_profile as load_profile
 from irpo_utils.profiles import Profile
+from studies.significance import seed_and_question_interval
 
 __all__ = [
     "EVALUATION",

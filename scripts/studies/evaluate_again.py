@@ -14,6 +14,7 @@ from irpo_utils.ops.run import engine_of, learnt_before
 from irpo_utils.ops.storage import Folder, check_path, read_inputs, read_profile
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
+from studies import significance
 
 
 def evaluate_run(
@@ -64,7 +65,7 @@ def evaluate_run(
         ends = keep.greedy[wanted[0]], keep.greedy[wanted[-1]]
         correct = [list(evaluation.correct_per_question(rows).values()) for rows in ends]
         difference = evaluation.compare(*ends)
-        difference["p_mcnemar"] = statistics.mcnemar(*correct)["p"]
+        difference["p_mcnemar"] = significance.mcnemar(*correct)["p"]
         text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
     return text
 

@@ -13,8 +13,8 @@ import pandas as pd
 from matplotlib.patches import Rectangle
 
 from irpo_utils import UserError, plots
-from irpo_utils.ops.statistics import t_quantile
 from irpo_utils.plots import BLUE, COLOURS, GREY, INK, ORANGE, PAPER, PERCENT, TextFigure
+from studies.significance import t_quantile
 
 CHOSEN, REJECTED = "logps/chosen", "logps/rejected"
 LABELS = {"majority": "majority of {k}", "pass_at_k": "pass@{k}"}
@@ -29,7 +29,7 @@ def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
 
     The half-width of the interval adds the spread between seeds (Student's t) and the mean
     half-width of the seeds' own intervals (questions) in quadrature, which is rather wide. If you
-    have the completions, use `statistics.seed_and_question_interval`.
+    have the completions, use `significance.seed_and_question_interval`.
     """
     table = metrics.astype({"low": float, "high": float})
     groups = table.groupby(metric_keys(table), sort=False, dropna=False)

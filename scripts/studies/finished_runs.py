@@ -16,6 +16,7 @@ from irpo_utils.ops import statistics
 from irpo_utils.ops.run_directory import is_whole
 from irpo_utils.ops.storage import read_inputs, read_profile
 from irpo_utils.profiles import Profile
+from studies import significance
 
 
 def collect(runs: list[str | Path]) -> tuple[pandas.DataFrame, pandas.DataFrame, dict]:
@@ -86,7 +87,7 @@ def _evaluated(run: str | Path, t: int) -> datasets.DatasetDict:
 
 def interval_row(metric: str, matrix, k: int = 1) -> dict:
     """One row of a metrics table: the mean of `matrix[seed, question]` with its interval."""
-    value, low, high = statistics.seed_and_question_interval(matrix)
+    value, low, high = significance.seed_and_question_interval(matrix)
     n = len(matrix[0])
     return {"metric": metric, "k": k, "value": value, "low": low, "high": high, "n": n}
 

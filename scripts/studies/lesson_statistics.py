@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from irpo_utils.ops.statistics import seed_and_question_interval
+from studies.significance import seed_and_question_interval
 
 VERDICTS = ("agrees", "disagrees", "rules out an effect of the paper's size", "not resolved")
 SATURATED = 0.1  # a pair is past saturation when its DPO gradient has fallen below a tenth of beta
