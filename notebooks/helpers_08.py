@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 from irpo_utils import models, plots, profiles, tasks, training
 from irpo_utils.engines.plain import Engine
-from irpo_utils.ops import machines
 from irpo_utils.ops import plan as planning
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
 from irpo_utils.scale import fsdp, processes
@@ -204,10 +203,10 @@ def largest_differences(folder: Path, found: dict) -> pd.DataFrame:
 
 def seed_bytes() -> tuple[float, float, float]:
     """(layers, outside, gradients): bytes of the seed model in NF4 and fp32, with its adapter."""
-    shape = machines.find_shape("seed")
+    shape = planning.find_shape("seed")
     gradients = 4 * shape.lora(RANK)
     outside = 4 * (shape.parameters - shape.linear)
-    return machines.NF4_BYTES * shape.linear + gradients, outside, gradients
+    return planning.NF4_BYTES * shape.linear + gradients, outside, gradients
 
 
 # ------------------------------------------------------------------------------ sizes and plans
@@ -217,8 +216,8 @@ def sizes(names) -> pd.DataFrame:
     """GB of all weights, of the LoRA gradient, and of the base in NF4, by model."""
     rows = {}
     for name in names:
-        shape = machines.SHAPES[name]
-        base = machines.NF4_BYTES * shape.linear + 2 * (shape.parameters - shape.linear)
+        shape = planning.SHAPES[name]
+        base = planning.NF4_BYTES * shape.linear + 2 * (shape.parameters - shape.linear)
         rows[name] = {
             "all weights, 16 bits": 2e-9 * shape.parameters,
             "gradient of LoRA, 32 bits": 4e-9 * shape.lora(RANK),
@@ -261,16 +260,15 @@ def traffic(name: str, n: int) -> dict[str, float]:
     """
     made = plans([name], [n])[name, n]
     shape, machine, p = made.shape, made.machine, made.profile
-    size = machines.task_size(p)
+    size = planning.task_size(p)
     busy = min(n, p.batch_size)  # a process needs a pair
-    link = machine.between if busy > 8 else machine.link
     outside = 2 * (shape.parameters - shape.linear)
-    layers = machines.NF4_BYTES * shape.linear + 4 * shape.lora(p.lora_r)
-    seconds = (busy - 1) / busy * (2 * layers + outside) / link
+    layers = planning.NF4_BYTES * shape.linear + 4 * shape.lora(p.lora_r)
+    seconds = (busy - 1) / busy * (2 * layers + outside) / machine.link
     per_token = 3 * 2 * (shape.linear + shape.head) / machine.flops[machine.dtype]
     pairs = min(p.micro_batch_size or p.batch_size, p.batch_size // busy)
     tokens = 2 * (size.prompt + min(size.completion, p.max_new_tokens))  # of the two completions
-    return {"link": link, "hidden_from": seconds / per_token, "micro_batch": pairs * tokens}
+    return {"link": machine.link, "hidden_from": seconds / per_token, "micro_batch": pairs * tokens}
 
 
 # ------------------------------------------------------------------------------ figures

@@ -242,17 +242,18 @@ def test_a_process_that_fails_is_reported(tmp_path):
 def test_traffic_of_split_layers_is_that_of_exercises_3_and_4():
     """The numbers of section 7, from the solutions of the students' formulas."""
     from irpo_utils import profiles
-    from irpo_utils.ops import machines
+    from irpo_utils.ops import plan as planning
 
-    p, shape = profiles.get("paper"), machines.SHAPES["llama-2-70b-chat"]
+    p, shape = profiles.get("paper"), planning.SHAPES["llama-2-70b-chat"]
     for n, busy in ((8, 8), (64, 16)):
-        machine = machines.find_machine(f"{n}xA100-80GB")
-        layers = machines.NF4_BYTES * shape.linear + 4 * shape.lora(p.lora_r)
+        machine = planning.find_machine(f"{n}xA100-80GB")
+        layers = planning.NF4_BYTES * shape.linear + 4 * shape.lora(p.lora_r)
         outside = 2 * (shape.parameters - shape.linear)
         gathered = solution("sent_when_split")(layers, outside, 0, busy, 1)
-        link = machine.link if n == 8 else machine.between
         weights = shape.linear + shape.head
         found = helpers_08.traffic("paper", n)
-        expected = solution("hidden_from")(gathered, link, weights, machine.flops["bfloat16"])
+        expected = solution("hidden_from")(
+            gathered, machine.link, weights, machine.flops["bfloat16"]
+        )
         assert found["hidden_from"] == pytest.approx(expected)
-        assert found["link"] == link
+        assert found["link"] == machine.link

@@ -314,19 +314,21 @@ def test_the_plan_is_compared_with_everything_that_was_measured(measured):
 
 
 def test_random_weights_have_the_shape_of_smollm2(tmp_path, monkeypatch):
+    from transformers import LlamaConfig
+
     import smollm2
-    from irpo_utils.ops import machines
+    from irpo_utils.ops import plan as planning
 
     def missing():
         raise UserError("not installed")
 
     monkeypatch.setattr(smollm2, "convert", missing)
-    shape = dict(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16)
-    small = machines.Shape(**shape, vocabulary=1500)
-    monkeypatch.setitem(machines.SHAPES, "smollm2-135m", small)
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 1500}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    monkeypatch.setitem(planning.DATA["models"], "smollm2-135m", small)
     folder = gpu_phases.model_folder(Settings.of(work=str(tmp_path)))
     assert folder == gpu_phases.model_folder(Settings.of(work=str(tmp_path)))
-    assert machines.find_shape(folder) == small
+    assert vars(planning.find_shape(folder)) == vars(planning.Shape(LlamaConfig(**small)))
     assert gpu_phases.model_folder(Settings.of(model=folder)) == folder
 
 

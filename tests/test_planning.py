@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +9,11 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 
 from irpo_utils import UserError, baselines, models, profiles, tasks  # noqa: F401  (GRPO)
 from irpo_utils import __main__ as cli
-from irpo_utils.ops import machines
 from irpo_utils.ops import plan as planning
 
 ROOT = Path(__file__).parent.parent
@@ -69,12 +68,12 @@ def within(value, measured, factor) -> bool:
     ],
 )
 def test_parameters_of_the_table_are_the_published_totals_without_norms(name, millions):
-    assert machines.find_shape(name).parameters / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert planning.find_shape(name).parameters / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
 def test_every_short_name_has_a_shape_and_its_hub_name_the_same():
-    assert set(machines.SHAPES) == set(models.HUB_NAMES)
-    assert machines.find_shape(models.HUB_NAMES["qwen3-0.6b"]) is machines.SHAPES["qwen3-0.6b"]
+    assert set(planning.SHAPES) == set(models.HUB_NAMES)
+    assert planning.find_shape(models.HUB_NAMES["qwen3-0.6b"]) is planning.SHAPES["qwen3-0.6b"]
 
 
 def stored_parameters(folder) -> int:
@@ -91,13 +90,13 @@ def smollm2() -> str:
 
 def test_parameters_of_the_seed_model_are_those_in_its_file():
     stored = stored_parameters(models.find("seed"))
-    assert machines.find_shape("seed").parameters == pytest.approx(stored, rel=2e-3)
+    assert planning.find_shape("seed").parameters == pytest.approx(stored, rel=2e-3)
 
 
 def test_smollm2_in_the_table_is_smollm2_on_disk():
     folder = smollm2()
-    assert machines.find_shape(folder) == machines.SHAPES["smollm2-135m"]
-    parameters = machines.find_shape(folder).parameters
+    assert vars(planning.find_shape(folder)) == vars(planning.SHAPES["smollm2-135m"])
+    parameters = planning.find_shape(folder).parameters
     assert parameters == pytest.approx(stored_parameters(folder), rel=1e-3)
 
 
@@ -110,7 +109,7 @@ def test_lora_parameters_are_those_that_peft_makes():
         model = get_peft_model(
             base, LoraConfig(r=7, target_modules="all-linear", task_type="CAUSAL_LM")
         )
-    assert machines.find_shape("seed").lora(7) == sum(
+    assert planning.find_shape("seed").lora(7) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
 
@@ -127,7 +126,9 @@ def test_a_shape_is_read_from_any_config(tmp_path):
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ).save_pretrained(tmp_path / "qwen")
-    assert machines.find_shape(str(tmp_path / "qwen")) == machines.SHAPES["qwen2.5-0.5b"]
+    assert vars(planning.find_shape(str(tmp_path / "qwen"))) == vars(
+        planning.SHAPES["qwen2.5-0.5b"]
+    )
     Gemma3TextConfig(
         vocab_size=262144,
         hidden_size=1152,
@@ -138,7 +139,7 @@ def test_a_shape_is_read_from_any_config(tmp_path):
         head_dim=256,
         sliding_window=512,
     ).save_pretrained(tmp_path / "gemma")
-    assert machines.find_shape(str(tmp_path / "gemma")) == machines.SHAPES["gemma-3-1b"]
+    assert vars(planning.find_shape(str(tmp_path / "gemma"))) == vars(planning.SHAPES["gemma-3-1b"])
 
 
 def test_a_hub_model_that_cannot_be_reached(monkeypatch):
@@ -210,7 +211,7 @@ def test_measured_speed_and_memory_of_a_gpu(row):
     rows, new = 512 if training else row["rows"], 130 if training else 64
     prompt = 110 if training else 416 if step else 131
     longest = 265 if row["stage"] == "sampling" else prompt
-    size = machines.TaskSize(prompt, longest, new, rows // 8, 1, 1, "here")
+    size = planning.TaskSize(prompt, longest, new, rows // 8, 1, 1, "here")
     profile = dataclasses.replace(
         with_engine(row["engine"], n_samples=8, k_pairs=4, n_questions=None),
         quantize=row["quantize"],
@@ -220,12 +221,11 @@ def test_measured_speed_and_memory_of_a_gpu(row):
         gradient_checkpointing=row["checkpointing"],
         max_new_tokens=new,
     )
-    machine, shape = machines.find_machine("H200-141GB"), machines.find_shape("smollm2-135m")
-    e = planning.Estimate(profile, shape, machine, size)
-    stage = "training" if training else "sampling"
-    tokens, hours = e.work(new, 1.0)[stage]
-    assert within(tokens / hours / 3600, row["tokens_per_second"], 1.5)
-    assert within(e.memory()[stage] / 1e9 - 0.8, row["peak_gb"], 1.5)  # without CUDA's context
+    machine, shape = planning.find_machine("H200-141GB"), planning.find_shape("smollm2-135m")
+    made = planning.Plan(profile, shape, machine, size)
+    stage = stages(made)["training" if training else "sampling"]
+    assert within(stage.tokens / stage.hours / 3600, row["tokens_per_second"], 1.5)
+    assert within(stage.memory / 1e9 - 0.8, row["peak_gb"], 1.5)  # without CUDA's context
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_seconds_and_tokens_of_finished_runs(timing, cores):
 
 def test_length_and_share_of_pairs_are_those_of_the_shipped_run():
     metrics = pandas.read_csv(SHIPPED / "metrics.csv").groupby("metric").value
-    assert machines.TASKS["word_problems"].completion == pytest.approx(
+    assert planning.TASKS["word_problems"].completion == pytest.approx(
         metrics.mean()["mean_tokens"], rel=0.1
     )
     assert planning.PAIR_SHARE == pytest.approx(
@@ -317,11 +317,11 @@ def test_what_is_not_done_takes_nothing():
 
 def test_grpo_draws_as_much_and_learns_about_as_much():
     ours, online = (
-        stages(planning.plan(profiles.get("smollm2-360m", method=name), GPU, must_fit=False))
+        stages(planning.plan(profiles.get("smollm2-360m", method=name), GPU, 1, must_fit=False))
         for name in ("irpo", "grpo")
     )
     assert online["sampling"] == ours["sampling"] and online["evaluation"] == ours["evaluation"]
-    p, size = profiles.get("smollm2-360m"), machines.TASKS["gsm8k"]
+    p, size = profiles.get("smollm2-360m"), planning.TASKS["gsm8k"]
     completions = p.iterations * p.n_questions * p.n_samples
     each = size.prompt + min(size.completion, p.max_new_tokens)
     assert within(online["training"].tokens, completions * each, 3)
@@ -329,11 +329,6 @@ def test_grpo_draws_as_much_and_learns_about_as_much():
         memory(method="grpo", micro_batch_size=None)["training"]
         > 5 * memory(method="grpo", micro_batch_size=2)["training"]
     )
-
-
-def test_what_is_possible_at_most_is_more_than_what_is_expected():
-    for row in planning.plan(profiles.get("cpu"), "cpu").stages:
-        assert row.tokens < row.tokens_at_most and row.hours < row.hours_at_most
 
 
 def test_each_profile_has_a_plan_also_with_fields_that_are_not_known_yet():
@@ -351,7 +346,8 @@ def test_each_profile_has_a_plan_also_with_fields_that_are_not_known_yet():
 def test_memory_of_sampling_follows_the_completions_that_are_alive(engine):
     few = dict(n_questions=4, n_samples=4, n_eval_questions=4, eval_samples=4, eval_samples_ends=4)
     large, small = (with_engine(engine, sampling_batch_size=n, **few) for n in (2048, 16))
-    assert planning.plan(large, "1xT4-16GB").stages == planning.plan(small, "1xT4-16GB").stages
+    large, small = (planning.plan(profile, "1xT4-16GB", price=1) for profile in (large, small))
+    assert large.stages == small.stages
 
 
 def test_memory_of_evaluation_follows_the_questions_of_evaluation():
@@ -360,13 +356,6 @@ def test_memory_of_evaluation_follows_the_questions_of_evaluation():
         for n in (4, 64)
     )
     assert few["sampling"] == many["sampling"] and few["evaluation"] < many["evaluation"]
-
-
-def test_memory_of_training_follows_the_pairs_that_there_are():
-    settings = dict(n_questions=2, k_pairs=1, batch_size=64, method="irpo", max_pairs=None)
-    two = memory(micro_batch_size=64, **settings)["training"]
-    assert two == memory(micro_batch_size=2, **settings)["training"]
-    assert two < memory(micro_batch_size=64, **{**settings, "n_questions": 8})["training"]
 
 
 def with_engine(engine, **changes):
@@ -389,39 +378,29 @@ def test_engines_differ_in_time_and_not_in_tokens():
 @pytest.mark.parametrize(
     "profile, machine, changes, option",
     [
-        (
-            "qwen2.5-1.5b",
-            "1xT4-16GB",
-            dict(batch_size=64, micro_batch_size=64),
-            "--micro-batch-size",
-        ),
-        ("llama-3.2-3b", "1xRTX4090-24GB", dict(sampling_batch_size=320), "--sampling-batch-size"),
-        (
-            "llama-3.1-8b",
-            "1xL4-24GB",
-            dict(
-                gradient_checkpointing=False,
-                max_new_tokens=1000,
-                max_length=None,
-                sampling_batch_size=16,
-            ),
-            "--gradient-checkpointing",
-        ),
-        ("llama-3.1-8b", "1xT4-16GB", dict(quantize=False, sampling_batch_size=10), "--quantize"),
+        ("qwen2.5-1.5b", "1xT4-16GB", {"batch_size": 64, "micro_batch_size": 64}, "--micro"),
+        ("qwen2.5-1.5b", "1xT4-16GB", {"batch_size": 45, "micro_batch_size": 45}, "--micro"),
+        ("llama-3.2-3b", "1xRTX4090-24GB", {"sampling_batch_size": 320}, "--sampling"),
+        ("smollm2-1.7b", "1xT4-16GB", {"micro_batch_size": 16}, "--sampling.*--micro"),
+        ("llama-3.1-8b", "1xT4-16GB", {"quantize": False}, "--sampling.*--quantize"),
+        ("qwen2.5-1.5b", "1xT4-16GB", {"method": "grpo", "micro_batch_size": None}, "--micro"),
+        ("paper", "8xV100-32GB", {"micro_batch_size": None}, "--shard true --engine vllm"),
     ],
 )
-def test_what_the_refusal_advises_is_enough_and_no_more(profile, machine, changes, option):
+def test_with_the_advised_changes_a_run_fits_and_batches_are_no_smaller_than_that(
+    profile, machine, changes, option
+):
     profile = profiles.get(profile, **changes)
     with pytest.raises(UserError, match=f"too little.*It fits with {option}") as refusal:
         planning.plan(profile, machine)
-    words = str(refusal.value).split("fits with ")[1].split(". ")[0].replace("true", "1").split()
+    words = str(refusal.value).split("fits with ")[1].split(". ")[0].split()
     names = [word[2:].replace("-", "_") for word in words[::2]]
-    advised = dict(zip(names, map(int, words[1::2]), strict=True))
+    advised = dict(zip(names, map(yaml.safe_load, words[1::2]), strict=True))
     planning.plan(dataclasses.replace(profile, **advised), machine)
-    for name in advised:
-        milder = {**advised, name: advised[name] * 2 if name.endswith("size") else False}
+    for name in {"sampling_batch_size", "micro_batch_size"} & set(names):
+        larger = {k: value for k, value in advised.items() if k != name}
         with pytest.raises(UserError):
-            planning.plan(dataclasses.replace(profile, **milder), machine)
+            planning.plan(dataclasses.replace(profile, **larger), machine)
 
 
 def test_the_refusal_says_by_how_much():
@@ -444,59 +423,44 @@ def test_no_setting_helps_where_the_base_alone_is_too_large():
 # ---- several GPUs
 
 
-def estimate(profile, machine, **changes):
-    return planning.plan(profiles.get(profile, **changes), machine, must_fit=False).estimate
-
-
-def hours_of_training(e) -> float:
-    return e.work(e.length, planning.PAIR_SHARE)["training"][1]
+def training(profile, machine, **changes):
+    made = planning.plan(profiles.get(profile, **changes), machine, must_fit=False)
+    return stages(made)["training"]
 
 
 def test_a_base_too_large_for_one_gpu_is_split_over_several():
-    profile = profiles.get("paper", optimizer="paged_adamw_8bit")
+    profile = profiles.get("paper")
     for optimizer in ("paged_adamw_8bit", "paged_adamw_32bit"):
-        with pytest.raises(
-            UserError, match="It fits with --shard true --engine vllm --optimizer adamw_torch"
-        ):
+        with pytest.raises(UserError, match="fits with .*--shard true.*--optimizer adamw_torch"):
             planning.plan(dataclasses.replace(profile, optimizer=optimizer), "8xV100-32GB")
+    planning.plan(dataclasses.replace(profile, shard=True, engine="vllm"), "8xV100-32GB")
     with pytest.raises(UserError, match="No setting makes it fit"):  # GRPO is not trained in parts
         planning.plan(dataclasses.replace(profile, method="grpo"), "8xV100-32GB")
-    planning.plan(
-        dataclasses.replace(profile, shard=True, engine="vllm", optimizer="adamw_torch"),
-        "8xV100-32GB",
-    )
 
 
-def test_split_layers_are_a_part_of_the_weights_and_two_whole_layers():
-    e = estimate("paper", "8xA100-80GB")
-    copies, split = e.memory()["training"], e.replace(shard=True).memory()["training"]
-    moments = 4 * e.adapter  # the optimiser's state and the gradients are split as well
-    expected = (e.layers + e.outside + moments) * 7 / 8 - e.outside - 2 * e.layers / 80
-    assert copies - split == pytest.approx(expected)
-
-
-def test_copies_send_the_adapters_gradients_and_split_layers_the_base_twice():
-    e, shape = estimate("paper", "8xA100-80GB"), machines.find_shape("llama-2-70b-chat")
-    assert e.sent_per_step() == pytest.approx(2 * 7 / 8 * 4 * shape.lora(16))
-    per_micro_batch = e.replace(shard=True).sent_per_step() / 2  # 16 pairs on 8 GPUs
-    assert 1.9 * 7 / 8 < per_micro_batch / (e.layers + e.outside) < 2.3 * 7 / 8
+def test_a_gpu_holds_its_part_of_split_layers_and_two_whole_layers():
+    shape, p = planning.find_shape("llama-2-70b-chat"), profiles.get("paper")
+    adapter, outside = 4 * shape.lora(p.lora_r), 2 * (shape.parameters - shape.linear)
+    layers = planning.NF4_BYTES * shape.linear + adapter
+    copies, split = (training("paper", "8xA100-80GB", shard=shard) for shard in (False, True))
+    moments = 4 * adapter  # the optimiser's state and the gradients are split as well
+    expected = (layers + outside + moments) * 7 / 8 - outside - 2 * layers / shape.layers
+    assert copies.memory - split.memory == pytest.approx(expected)
 
 
 def test_traffic_costs_time_where_a_micro_batch_is_too_short_to_hide_it():
     for n, slower in ((1, True), (4, False)):
         settings = dict(engine="cpu", micro_batch_size=n, batch_size=16 * n)
-        e = estimate("paper", "16xA100-80GB", **settings)
-        copies, split = hours_of_training(e), hours_of_training(e.replace(shard=True))
+        copies, split = (
+            training("paper", "16xA100-80GB", shard=shard, **settings).hours
+            for shard in (False, True)
+        )
         assert (split > 1.1 * copies) if slower else split == pytest.approx(copies, rel=0.05)
 
 
-def test_a_process_of_a_node_knows_no_slow_link_and_scores_where_it_trains():
-    few, many = (
-        estimate("paper", machine, batch_size=8, shard=True)
-        for machine in ("8xA100-80GB", "64xA100-80GB")
-    )
-    assert few.memory() == many.memory() and few.ranks == many.ranks == 8
-    assert hours_of_training(few) == hours_of_training(many)
+def test_gpus_without_a_part_of_the_batch_draw_with_vllm_and_do_not_train():
+    few, many = (training("paper", f"{n}xA100-80GB", batch_size=8, shard=True) for n in (8, 64))
+    assert few.memory == many.memory and few.tokens == many.tokens
     some, all_of_them = (
         planning.plan(profiles.get("paper", engine="vllm"), f"{n}xA100-80GB") for n in (16, 64)
     )
@@ -514,20 +478,17 @@ def test_a_batch_that_the_run_would_refuse_is_refused():
         planning.plan(profiles.get("paper", batch_size=24, micro_batch_size=2), "8xA100-80GB")
 
 
-def test_the_table_says_how_many_gpus_train_and_whether_each_holds_a_copy():
+def test_the_table_says_how_many_gpus_train():
     text = planning.table(planning.plan(profiles.get("paper"), "64xA100-80GB"))
-    assert "only 16 of 64 GPUs train: a batch of 16 has no more equal parts" in text
-    assert re.search("a copy of the model on each GPU needs [0-9.]+ GB and fits", text)
-    made = planning.plan(profiles.get("paper"), "8xV100-32GB", must_fit=False)
-    assert "GB and does not fit: split it with --shard true" in planning.table(made)
-    assert "GPUs train" not in planning.table(made)
-    assert "a copy" not in planning.table(planning.plan(profiles.get("paper"), "1xA100-80GB"))
+    assert "only 16 of 64 GPUs train: --batch-size 16" in text
+    for machine in ("1xA100-80GB", "8xA100-80GB"):
+        assert "GPUs train" not in planning.table(planning.plan(profiles.get("paper"), machine))
 
 
 def test_the_papers_own_hardware_is_what_the_arithmetic_asks_for():
     """Section 3.1: a node of eight V100-32GB sampled, eight nodes of eight A100-80GB trained."""
-    weights = 2 * machines.find_shape("llama-2-70b-chat").parameters  # 16 bits
-    v100, a100 = (machines.find_machine(name) for name in ("V100-32GB", "A100-80GB"))
+    weights = 2 * planning.find_shape("llama-2-70b-chat").parameters  # 16 bits
+    v100, a100 = (planning.find_machine(name) for name in ("V100-32GB", "A100-80GB"))
     assert v100.memory < weights < 8 * v100.memory  # split over the node, not on one GPU
     trained = (
         16 / 2 * weights
@@ -561,7 +522,7 @@ def test_the_papers_own_hardware_is_what_the_arithmetic_asks_for():
 )
 def test_this_computers_gpu_is_known_by_its_name(monkeypatch, name, gigabytes, like, dtype):
     gpu(monkeypatch, name, gigabytes)
-    here, listed = machines.find_machine(), machines.find_machine(like)
+    here, listed = planning.find_machine(), planning.find_machine(like)
     assert (here.name, here.count, here.memory, here.dtype) == (name, 1, gigabytes * 1e9, dtype)
     assert (here.flops, here.bandwidth, here.note) == (listed.flops, listed.bandwidth, listed.note)
 
@@ -579,25 +540,26 @@ def test_an_unknown_gpu_has_its_own_memory_and_the_least_speed(monkeypatch, majo
     assert made.room == pytest.approx(0.95 * 48e9) and made.machine.dtype == dtype
     assert "NVIDIA X1 is unknown" in planning.table(made)
     assert made.machine.bandwidth == min(
-        machines.find_machine(n).bandwidth for n in ("T4-16GB", "L40S-48GB")
+        planning.find_machine(n).bandwidth for n in ("T4-16GB", "L40S-48GB")
     )
 
 
 def test_the_table_says_what_its_speeds_rest_on():
     text = planning.table(planning.plan(profiles.get("smollm2-135m"), "A100-80GB"))
     assert "35% of FLOPS (assumed), 37% of bandwidth (measured on an H200)" in text
-    assert "3.25 ms per layer and step of engine plain" in text
+    assert "engine plain" in text
 
 
 @pytest.mark.parametrize("text", ["8xFOO", "0xT4-16GB", "A100", "x"])
 def test_a_machine_that_there_is_not(text):
     with pytest.raises(UserError, match="There is no machine.*A100-80GB"):
-        machines.find_machine(text)
+        planning.find_machine(text)
 
 
 def test_names_of_machines_may_be_written_small():
-    assert machines.find_machine("64xa100-80gb") == machines.find_machine("64xA100-80GB")
-    assert machines.find_machine("3xCPU").count == 3
+    small, large = map(planning.find_machine, ("64xa100-80gb", "64xA100-80GB"))
+    assert vars(small) == vars(large)
+    assert planning.find_machine("3xCPU").count == 3
 
 
 def test_cost_is_price_times_hours_and_nothing_is_made_up():
@@ -606,7 +568,7 @@ def test_cost_is_price_times_hours_and_nothing_is_made_up():
     assert (
         made.total.cost
         == pytest.approx(2.5 * made.total.hours)
-        == pytest.approx(sum(s.cost for s in made.stages))
+        == pytest.approx(sum(stage.cost for stage in made.stages))
     )
     assert f"{made.total.cost:.2f}" in planning.table(made) and "--price" not in planning.table(
         made
@@ -624,7 +586,7 @@ def test_questions_of_your_own_are_measured_and_the_table_says_so(tmp_path):
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     profile = profiles.get("cpu", task="jsonl", data=str(tmp_path / "mine.jsonl"))
-    size, task = machines.task_size(profile), tasks.get("jsonl")
+    size, task = planning.task_size(profile), tasks.get("jsonl")
     counts = [len(task.load(split, profile.data)) for split in ("train", "validation", "test")]
     assert [size.train, size.validation, size.test] == counts and sum(counts) == 50
     assert size.prompt < size.longest == pytest.approx(len(task.prompt(rows[49])) / 4 + 26, abs=20)
@@ -649,7 +611,7 @@ def test_a_task_of_your_own_is_measured(monkeypatch):
             return [{"question": "x" * 400}] * (30 if split == "train" else 10)
 
     monkeypatch.setattr(tasks, "get", lambda name: Riddles())
-    size = machines.task_size(SimpleNamespace(task="riddles", data=None))
+    size = planning.task_size(SimpleNamespace(task="riddles", data=None))
     assert (size.prompt, size.longest, size.train, size.test) == (126, 126, 30, 10)
     assert "measured" in size.source
 
@@ -659,7 +621,7 @@ def test_a_task_of_your_own_is_measured(monkeypatch):
 
 def test_the_default_plan_is_short_and_honest():
     text = planning.table(planning.plan(profiles.get("cpu"), "2xcpu"))
-    assert len(text.splitlines()) <= 10 and max(map(len, text.splitlines())) <= 130
+    assert len(text.splitlines()) <= 9 and max(map(len, text.splitlines())) <= 130
     assert [line.split()[0] for line in text.splitlines()[2:6]] == [
         "sampling",
         "training",
@@ -702,8 +664,9 @@ def tiny_machine(monkeypatch):
     """This computer, with hardly any memory; and a run that ends where it would begin."""
     from irpo_utils.ops import run as runs
 
-    here = machines.find_machine("cpu")
-    monkeypatch.setattr(machines, "find_machine", lambda text=None: here._replace(memory=0.2e9))
+    here = planning.find_machine("cpu")
+    here.memory = 0.2e9
+    monkeypatch.setattr(planning, "find_machine", lambda text=None: here)
 
     def begin(*args, **kwargs):
         raise UserError("the run has begun")

@@ -40,7 +40,7 @@ from bitsandbytes import functional as bnb
 sys.path[:0] = [".", ".."]                     # checks_07.py and helpers_07.py are next to the notebooks
 import checks_07, helpers_07
 from irpo_utils import grading, models, plots, profiles, sampling, tasks
-from irpo_utils.ops import machines, plan as planning, run as runs
+from irpo_utils.ops import plan as planning, run as runs
 from irpo_utils.ops.cli import quiet_libraries
 
 quiet_libraries()
@@ -167,8 +167,8 @@ print(checks_07.minutes_lost(minutes_lost))
 # %%
 def memory(name):
     """Bytes of each part when sampling and when training, for the longest GSM8K prompts."""
-    p, m = profiles.get(name), machines.SHAPES[name]
-    length = machines.TASKS["gsm8k"].longest + p.max_new_tokens
+    p, m = profiles.get(name), planning.SHAPES[name]
+    length = planning.TASKS["gsm8k"].longest + p.max_new_tokens
     rows, pairs, adapter = p.sampling_batch_size, p.micro_batch_size, m.lora(p.lora_r)
     base = 4.127 / 8 * m.linear + 2 * (m.parameters - m.linear)       # 4.127 bits per NF4 weight
     cache = rows * length * m.layers * 2 * m.kv * 2                    # keys and values, 16 bits

@@ -193,21 +193,14 @@ def random_model(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from irpo_utils import models
-    from irpo_utils.ops import machines
+    from irpo_utils.ops import plan as planning
 
     if folder.exists():
         return folder
-    tokenizer, shape = models.load_tokenizer(models.find("seed")), machines.SHAPES["smollm2-135m"]
+    tokenizer = models.load_tokenizer(models.find("seed"))
     config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
+        **planning.DATA["models"]["smollm2-135m"],
         max_position_embeddings=8192,
-        tie_word_embeddings=shape.tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -542,18 +535,17 @@ def plan_training(s: Settings, measured: dict, engine: str, **settings) -> dict:
 
 
 def _compared(profile, lengths, questions: int, stage: str, speed: float, measured: dict) -> dict:
-    from irpo_utils.ops import machines
     from irpo_utils.ops import plan as planning
 
     profile = dataclasses.replace(profile, iterations=1, n_questions=questions)
-    size = machines.TaskSize(*lengths, questions, questions, questions, "measured")
-    shape, machine = machines.find_shape(profile.model), machines.find_machine()
-    estimate = planning.Estimate(profile, shape, machine, size)
-    tokens, hours = estimate.work(estimate.length, 1.0)[stage]
+    size = planning.TaskSize(*lengths, questions, questions, questions, "measured")
+    shape, machine = planning.find_shape(profile.model), planning.find_machine()
+    stages = planning.Plan(profile, shape, machine, size).stages
+    [planned] = [planned for planned in stages if planned.name == stage]
     return {
-        "planned_tokens_per_second": tokens / hours / 3600,
+        "planned_tokens_per_second": planned.tokens / planned.hours / 3600,
         "measured_tokens_per_second": speed,
-        "planned_mb": estimate.memory()[stage] / 1e6,
+        "planned_mb": planned.memory / 1e6,
         "measured_mb": measured.get("reserved_mb"),
     }
 
