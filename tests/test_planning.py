@@ -365,9 +365,12 @@ def with_engine(engine, **changes):
 def test_engines_differ_in_time_and_not_in_tokens():
     hours, tokens = {}, set()
     for engine in ("plain", "cuda_graph", "vllm"):
-        stage = stages(planning.plan(with_engine(engine), "H200-141GB"))["sampling"]
+        made = planning.plan(with_engine(engine), "H200-141GB")
+        stage = stages(made)["sampling"]
         hours[engine] = stage.hours
         tokens.add(stage.tokens)
+        shared = "server is counted on the same GPUs" in planning.table(made)
+        assert shared == (engine == "vllm")
     assert len(tokens) == 1 and 5 * hours["cuda_graph"] < hours["plain"]
     assert planning.plan(with_engine("cuda_graph"), "cpu", must_fit=False)  # as plain
 

@@ -1,9 +1,8 @@
 """Before a run: memory, tokens, hours and cost of each stage. Arithmetic; no model is loaded.
 
 machines.yaml describes GPUs, tasks and models. Memory adds up the large tensors. Time is a roofline
-(Williams et al. 2009): a matrix product takes as long as its arithmetic or as reading its weights,
-whichever is slower; reading the cache and each layer's overhead are added. With assumed numbers
-expect both to be right within a factor of two.
+(Williams et al. 2009): the longer of the arithmetic and of reading the weights, plus reading the
+cache and the overhead of each layer. With assumed numbers both are right within a factor of two.
 """
 
 from __future__ import annotations
@@ -34,15 +33,14 @@ PAIR_SHARE = 0.75  # of the possible pairs are built: 0.58 to 0.86 in notebooks/
 NF4_BYTES = (4 + 0.127) / 8  # per weight, with its share of the constants (Dettmers et al. 2023)
 CHARACTERS, TEMPLATE = 4, 26  # per token; tokens around a question. Fits GSM8K, SVAMP and ARC.
 
-# Tokens of a prompt (mean, longest) and of a completion (mean); questions per split; where the
-# numbers come from.
+# Tokens of a prompt (mean, longest) and of a completion (mean); questions per split; the source.
 TaskSize = namedtuple("TaskSize", "prompt longest completion train validation test source")
 # Peak bytes on one GPU; tokens, hours and cost of all iterations. Without a price the cost is NaN.
 Stage = namedtuple("Stage", "name memory tokens hours cost")
 
 
 class Machine:
-    """`count` GPUs, or CPU cores, which work as one device. Speeds of a device are as reached."""
+    """`count` GPUs, or CPU cores, which work as one device. Speeds are per device, as reached."""
 
     def __init__(self, name: str, count: int, memory: float):
         """`name`: a key of `GPUS`, or "cpu". `memory`: in bytes."""
@@ -293,20 +291,20 @@ class Plan:
             pairs *= (p.iterations + 1) / 2  # those of 1 to T iterations
         steps = p.max_steps if p.max_steps > 0 else pairs * p.epochs / self.batch
         prompts = 2 if s.sliding or self.engine == "plain" else 1  # else the two rows share it
-        most = self.micro * (prompts * self.prompt + 2 * new)  # tokens of a micro-batch
+        most = self.micro * (prompts * self.prompt + 2 * new)  # tokens of a micro-batch, at most
         positions = self.micro * (prompts * prompt + 2 * length)
         # Gradients in fp32, again for a repeated step, and two moments of each adapter weight.
         peak = self.adapter * (2.5 if "8bit" in p.optimizer else 4) / parts
         peak += 2 * self.micro * new * s.vocabulary * (2 * self.width + 8)  # logits, also in fp32
         peak += 2 * most * self.kept  # of one layer, and its gradients
-        others = s.hidden * self.width if p.gradient_checkpointing else self.kept
+        others = s.hidden * self.width if p.gradient_checkpointing else self.kept  # input only
         peak += most * (s.layers - 1) * others
         # Logits of the reference: `logprobs.score` reads up to 64 completions at once.
         logits = logprobs.LOGITS["cpu" if self.machine.name == "cpu" else "cuda"]
         peak = max(peak, min(logits, 64 * new * s.vocabulary) * (self.width + 8))
-        # Forward, backward, forward again; activations are written, read, and gradients written.
-        passes = 3 if p.gradient_checkpointing else 2
+        passes = 3 if p.gradient_checkpointing else 2  # forward, backward, forward again
         computing = passes * (self.product_seconds(positions) + self.overhead["training"])
+        # Activations are written and read, and their gradients written.
         computing += 3 * s.layers * positions * self.kept / self.machine.bandwidth
         micro_batches = self.batch / self.micro / self.ranks  # of one process in a step
         # Meanwhile GPUs send the gradients in a ring, or all layers twice for each micro-batch.
@@ -342,6 +340,8 @@ def table(made: Plan) -> str:
         f"{PAIR_SHARE:.0%} of the possible pairs",
         f"speed: {m.note}; engine {made.engine}",
     ]
+    if made.engine == "vllm":
+        notes.append("memory: the vLLM server is counted on the same GPUs")
     if made.ranks < made.devices:
         notes.append(f"only {made.ranks} of {made.devices} GPUs train: --batch-size {p.batch_size}")
     if math.isnan(made.price):
