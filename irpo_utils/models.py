@@ -93,9 +93,9 @@ def load(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         # In training the model must compute what it computes as the reference. TRL switches off
-        # `nn.Dropout` alone; OPT and attention functions take the rate from an attribute.
+        # `nn.Dropout` alone; OPT, attention functions and noisy routers have the rate as attribute.
         for attribute, value in vars(module).items():
-            rate = "drop" in attribute or isinstance(module, torch.nn.Dropout)
+            rate = re.search("drop|jitter", attribute) or isinstance(module, torch.nn.Dropout)
             if rate and isinstance(value, float):
                 setattr(module, attribute, 0.0)
     base.name_or_path = HUB_NAMES.get(name, name)  # how an adapter names its base, for others

