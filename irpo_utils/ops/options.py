@@ -36,7 +36,11 @@ def parse_profile(arguments: list[str], command: str = "run", text: str | None =
             action.type = _optional(action.type)
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        _refuse_unknown(unknown[0], parser, command)
+        option = unknown[0].partition("=")[0]
+        known = [flag for flag in parser._option_string_actions if "_" not in flag]
+        close = difflib.get_close_matches(option, known, n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        _refuse(f"There is no option {option}.{hint}", command)
     changes = {name: value for name, value in vars(given).items() if name in defaults}
     profile = profiles.get(name, **changes)
     if command == "run":
@@ -90,14 +94,6 @@ def _optional(kind):
 
     read.__name__ = kind.__name__  # argparse names it in its messages
     return read
-
-
-def _refuse_unknown(word: str, parser: argparse.ArgumentParser, command: str):
-    option = word.partition("=")[0]
-    known = [flag for flag in parser._option_string_actions if "_" not in flag]
-    close = difflib.get_close_matches(option, known, n=3)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    _refuse(f"There is no option {option}.{hint}", command)
 
 
 def _refuse(message: str, command: str):
