@@ -45,11 +45,11 @@ def record(path: Path, model, continues: bool) -> dict:
     """
     now = environment() | {"dtype": str(model.dtype).removeprefix("torch.")}
     try:
-        made = dict(json.loads(path.read_text())) if path.exists() else now
-    except (ValueError, TypeError):
-        made = {**now, "note": "the first record was lost; the run was resumed here"}
+        made = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # a new run, or a damaged record
+        return now
     machines = [made, *made.get("resumed_on", [])]
-    known = any(all(one.get(n, now[n]) == now[n] for n in MACHINE) for one in machines)
+    known = any(all(one.get(name, now[name]) == now[name] for name in MACHINE) for one in machines)
     if continues and not known:
         made["resumed_on"] = [*machines[1:], now]
     return made
