@@ -5,7 +5,7 @@
       iteration_0/  evaluation/  samples/ graded/ pairs/  metrics.json           made with M_0
       iteration_1/  adapter/  evaluation/  samples/ graded/ pairs/  metrics.json     M_1, ...
 
-`ops.storage` keeps each artefact; the storage of `ops.run` also survives kills and full disks.
+`ops.run_directory` keeps each artefact, and survives kills and full disks.
 """
 
 import functools
@@ -20,12 +20,12 @@ from irpo_utils.profiles import Profile
 def run(profile: Profile, out, keep=None, engine=None, progress: bool = True) -> list[dict]:
     """Iterative RPO with these settings in the run directory `out`; resumes what is there.
 
-    keep: how artefacts are stored, by default `ops.storage.Folder(out)`. engine: how to compute,
-    by default the profile's. Returns the rows of `metrics.csv`: `method`, `seed`, `iteration`,
+    keep: how artefacts are stored, by default in a `RunDirectory`. engine: how to compute, by
+    default the profile's. Returns the rows of `metrics.csv`: `method`, `seed`, `iteration`,
     `split`, `metric`, `k`, `value`, `low`, `high`, `n`.
     """
     methods.check_start(profile)
-    p, keep = methods.apply(profile), keep or plugin("ops.storage").Folder(out)
+    p, keep = methods.apply(profile), keep or plugin("ops.run_directory").RunDirectory(out)
     stages = Stages(p, keep, engine or plugin(f"engines.{p.engine}").Engine(), progress)
     stages.evaluate(0)
     for t in range(p.iterations):

@@ -6,6 +6,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -135,20 +136,30 @@ def test_memory_that_runs_out_costs_a_smaller_micro_batch_and_no_step(
     model, tokenizer = in_fp32
     rows = [row | {"prompt_ids": row["prompt_ids"] * 8} for row in preferences]
     many = Dataset.from_list(rows * 4)
-    settings = {"batch_size": 64, "trainer": trainer.safe(base, tmp_path)}
-    expected = train(model, tokenizer, many, micro_batch_size=2, **settings)
+    engine = SimpleNamespace(trainer=lambda model: base)
+
+    def in_a_run(micro: int):
+        """The log of `trainer.train` as a run calls it, from M_0."""
+        p = profiles.get("smoke", batch_size=64, micro_batch_size=micro)
+        stages = SimpleNamespace(p=p, engine=engine, model=model, tokenizer=tokenizer)
+
+        def make(**options):
+            models.set_adapter(model, None)
+            return train(model, tokenizer, many, batch_size=64, **options)
+
+        return trainer.train(make, stages, tmp_path / f"from_{micro}", print)
+
+    expected = in_a_run(2)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    models.set_adapter(model, None)
-    train(model, tokenizer, many, micro_batch_size=8, **settings)
+    in_a_run(8)
     allowed = torch.cuda.max_memory_reserved()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
-    models.set_adapter(model, None)
     # The reference is scored in the same micro-batches, without gradients, before training.
     try:
         torch.cuda.set_per_process_memory_fraction(1.3 * allowed / total)
-        found = train(model, tokenizer, many, micro_batch_size=64, **settings)
+        found = in_a_run(64)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "Out of memory: continuing with --micro-batch-size" in "".join(capsys.readouterr())

@@ -264,7 +264,7 @@ import os, signal
 from irpo_utils import profiles
 from irpo_utils.ops import run, run_directory
 real = run_directory.RunDirectory.put
-def put(self, place, write, about=None):
+def put(self, place, write, about):
     def write_and_die(folder):
         write(folder)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -341,7 +341,7 @@ def test_an_artefact_that_does_not_say_what_it_was_made_from_is_made_again(
     (pairs / "checksums.json").write_text(json.dumps(record))
     run(smoke(), finished)
     said = "".join(capsys.readouterr())
-    assert "iteration_1/pairs does not say what it was made from: it is made again" in said
+    assert "iteration_1/pairs was made from other iteration_1/graded, settings: it is" in said
     assert results(finished) == results(unbroken)
     record = json.loads((pairs / "checksums.json").read_text())
     assert set(record["inputs"]) == {"iteration_1/graded", "settings"}
@@ -940,7 +940,6 @@ def test_a_run_of_version_0_1_can_be_read_collected_and_evaluated(others, tmp_pa
     [
         ({"dpo_weight": 0.0}, {"loss": "sft"}),
         ({"nll_per": "token"}, {"loss": "dpo_nll_per_token"}),
-        ({"sampler": "vllm"}, {"engine": "vllm"}),
         ({"sampler": "transformers"}, {"engine": "cpu", "loss": "dpo_nll"}),
     ],
 )

@@ -33,12 +33,9 @@ def read(folder: Path) -> dict | None:
 
 def fault(folder: Path, inputs: dict[str, str]) -> str | None:
     """Why an artefact is not what would be made from `inputs` now; None if it is."""
-    if not folder.exists():
-        return "is missing"
     if (record := read(folder)) is None:
         return "is damaged (its checksums do not match)"
-    if (made_from := record.get("inputs")) is None:
-        return "does not say what it was made from"
+    made_from = record.get("inputs", {})
     names = sorted({*inputs, *made_from})
     other = [name for name in names if made_from.get(name) != inputs.get(name)]
     return f"was made from other {', '.join(other)}" if other else None
@@ -49,12 +46,10 @@ def digest(folder: Path) -> str:
 
     Tables and weights only: other files hold times, which differ when the same data are made again.
     """
-    try:
-        sums = json.loads((folder / NAME).read_text())["sha256"]
-        data = {name: value for name, value in sums.items() if name.endswith(DATA)}
-        return of_text(json.dumps(data, sort_keys=True))
-    except (OSError, ValueError, KeyError, TypeError):
+    if (record := read(folder)) is None:
         return ""
+    data = {name: value for name, value in record["sha256"].items() if name.endswith(DATA)}
+    return of_text(json.dumps(data, sort_keys=True))
 
 
 def of_questions(questions, ordered: bool = False) -> str:

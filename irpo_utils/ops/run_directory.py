@@ -8,6 +8,7 @@ is not computed again. Sampling and evaluation keep blocks, training keeps check
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
@@ -31,7 +32,6 @@ from irpo_utils.ops import (
     trial,
 )
 from irpo_utils.ops import warnings as signs
-from irpo_utils.ops.storage import read_inputs
 from irpo_utils.scale import processes
 
 BLOCK = 2400  # completions stored at a time: a kill costs one block at most
@@ -57,9 +57,7 @@ MAY_CHANGE = (
 
 
 class RunDirectory(storage.Folder):
-    """`storage.Folder` for long runs; several processes may share it."""
-
-    may_change = MAY_CHANGE
+    """The storage of `iteration.run`: what is there is not made again. Processes may share it."""
 
     def lock(self):
         """A context in which no other run uses the directory; a killed process releases it."""
@@ -76,39 +74,48 @@ class RunDirectory(storage.Folder):
     # Settings and inputs
 
     def check(self, stages: iteration.Stages) -> None:
-        """As `Folder.check`; also copy the adapter that the run starts from."""
-        super().check(stages)
-        self.p = stages.p
-        if self.start:
+        """Called before the model is loaded: refuse other settings, copy the adapter of M_0."""
+        self.p, new = stages.p, dataclasses.asdict(stages.p)
+        if any(self.out.glob("iteration_*/*")):
+            old = dataclasses.asdict(storage.read_profile(self.out))
+            differing = sorted(k for k in new if old[k] != new[k] and k not in MAY_CHANGE)
+            if differing:
+                listed = ", ".join(f"{k} ({old[k]!r} there, {new[k]!r} now)" for k in differing)
+                raise UserError(
+                    f"{self.out} was made with other settings: {listed}. Choose another --out, or "
+                    "give the same settings to resume it."
+                )
+        self.write_json(self.out / "profile.json", new)
+        if self.p.start:
             self.start = self.folder(0) / "adapter"
             if checksums.read(self.start) is None:
                 source = export.find_start(self.p)  # a mistake is found before a model is loaded
-                self.put(self.start, functools.partial(export.copy_adapter, source))
-        self.revision = export.commit_of(read_inputs(self.out).get("model"))
+                self.put(self.start, functools.partial(export.copy_adapter, source), {})
+        self.revision = export.commit_of(storage.read_inputs(self.out).get("model"))
 
     def begin(self, stages: iteration.Stages) -> None:
-        """Compare model and questions with those of the run; find prompts that are too long now."""
+        """Called when the model is loaded: compare model and questions with those of the run."""
         train, evaluation = stages.train_questions, stages.eval_questions
-        new = {
+        self.known = {
             "model": export.fingerprint(stages.model),
             "training questions": checksums.of_questions(train),
             "evaluation questions": checksums.of_questions(evaluation),
             "order of training questions": checksums.of_questions(train, ordered=True),
             "order of evaluation questions": checksums.of_questions(evaluation, ordered=True),
         }
-        old = read_inputs(self.out)
+        old = storage.read_inputs(self.out)
         if processes.from_first(lambda: not old):  # else it passed when the run was started
             trial.check(stages.model, stages.tokenizer, stages.p, stages.engine)
-        for name, value in new.items():
+        for name, value in self.known.items():
             if old.get(name) and value and old[name] != value:
                 raise UserError(
                     f"The {name} of {self.out} changed since the run was started: --model or "
                     "--data now give something else. Restore it, or choose another --out."
                 )
-        self.write_json(self.out / "inputs.json", new)
-        self.known, path = new, self.out / "environment.json"
+        self.write_json(self.out / "inputs.json", self.known)
+        path = self.out / "environment.json"
         self.write_json(path, environment.record(path, stages.model, not is_whole(self.out)))
-        stages.prompts(evaluation)
+        stages.prompts(evaluation)  # one that is too long is refused now
         if stages.p.iterations and (stages.method.samples or stages.method.train):
             stages.prompts(stages.questions(0))
 
@@ -149,27 +156,29 @@ class RunDirectory(storage.Folder):
         return place.with_name(f".{place.name}.{made_from}.unfinished")
 
     def dataset(self, t: int, name: str, make, over: Dataset | None = None):
-        """As `Folder.dataset`; with `over`, blocks of questions are stored one by one."""
+        """The artefact from disk, or from `make()`: a `Dataset`, a `DatasetDict` or (data, counts).
+
+        With the questions `over`, `make(questions)` is called for one block of them after another.
+        """
         place, record = self.folder(t) / name, self.record(t, name)
         if not self.is_there(place, record):
-            kept = self.unfinished(place, record)
-            started = time.perf_counter() - seconds_spent(kept)
+            started = time.perf_counter()
             if over is None:
                 content = make()
             else:
-                blocks = self.blocks(kept, over)
+                blocks = self.blocks(self.unfinished(place, record), over)
                 for block, questions in blocks.items():
-                    if not self.is_there(block, {}):
-                        begun = time.perf_counter()
-                        rows = make(questions)
-                        about = notes("block", rows, begun, {})
-                        self.put(block, functools.partial(storage.save, rows), about)
+                    if self.is_there(block, {}):
+                        started -= checksums.read(block)["seconds"]
+                        continue
+                    begun = time.perf_counter()
+                    write = functools.partial(storage.save, make(questions))
+                    self.put(block, write, {"seconds": time.perf_counter() - begun})
                 content = joined([storage.load(block) for block in blocks])
-            unread = signs.of_graded(t, content, self.p) if name == "graded" else None
-            if unread and processes.is_first():
-                tqdm.write(f"     {unread}")
-            about = notes(name, content, started, record)
-            self.put(place, functools.partial(storage.save, content), about)
+            if name == "graded":
+                signs.report_unread(t, content, self.p)
+            write = functools.partial(storage.save, content)
+            self.put(place, write, notes(name, content, started, record))
         self.clear(place)
         return storage.load(place)
 
@@ -180,15 +189,18 @@ class RunDirectory(storage.Folder):
         return {kept / f"block_{rows[0]:06d}_of_{size}": questions.select(rows) for rows in parts}
 
     def train(self, t: int, make, stages: iteration.Stages) -> None:
-        """As `Folder.train`, with checkpoints, warnings and probes."""
+        """Make the adapter of M_t with `make(**options)`, which returns the training log."""
         place, record = self.folder(t) / "adapter", self.record(t, "adapter")
         if not self.is_there(place, record):
-            kept, options = self.unfinished(place, record), {}
-            started = time.perf_counter() - seconds_spent(kept)
-            if not stages.method.train:
+            started = time.perf_counter()
+            if stages.method.train:
+                log = make()
+            else:
+                kept = self.unfinished(place, record)
+                if newest := trainer.newest_checkpoint(kept):
+                    started -= checksums.read(Path(newest))["seconds"]
                 warn = functools.partial(self.warn, t, "training")
-                options = trainer.options(stages, kept, warn)
-            log = make(**options)
+                log = trainer.train(make, stages, kept, warn)
             write = storage.adapter_writer(stages, log)
             self.put(place, write, notes("adapter", log, started, record))
         self.clear(place)
@@ -211,8 +223,36 @@ class RunDirectory(storage.Folder):
             rows += drift.rows(self.dataset(t, "drift", lambda: drift.measure(t, stages)))
         return rows
 
+    def metrics(self, t: int, rows: list[dict]) -> None:
+        """Add rows to metrics.json and metrics.csv, show the main ones, and warn of a collapse.
+
+        The rows of a new evaluation replace all that are there.
+        """
+        value = {row["metric"]: row["value"] for row in rows}
+        old = [] if "greedy" in value else self.known_metrics(t)
+        new = {(row["metric"], row["k"]): row for row in [*old, *rows]}
+        self.write(self.folder(t) / "metrics.json", json.dumps(list(new.values()), indent=0) + "\n")
+        self.table(range(t + 1))
+        if not processes.is_first():
+            return
+        shown = "greedy sampled kl_to_previous pairs_pairs pairs_used pairs_questions".split()
+        line = [f"{row['metric']} {row['value']:.4g}" for row in rows if row["metric"] in shown]
+        tqdm.write(f"M_{t}: {', '.join(line)}")
+        if "kl_to_previous" in value:
+            before = {row["metric"]: row["value"] for row in self.known_metrics(t - 1)}
+            for warning in signs.of_evaluation(t, before, value):
+                tqdm.write(f"     warning: {warning}")
+                self.warn(t, "evaluation", warning)
+
+    def known_metrics(self, t: int) -> list[dict]:
+        """The rows of metrics.json of iteration t; none if it is missing or damaged."""
+        try:
+            return json.loads((self.folder(t) / "metrics.json").read_text())
+        except (OSError, ValueError):
+            return []
+
     def table(self, iterations) -> list[dict]:
-        """As `Folder.table`; also the seconds and tokens of all stages in timing.csv."""
+        """The metrics of all iterations, for metrics.csv; timing.csv has the cost of all stages."""
         times = []
         for t in iterations:
             for file in sorted(self.folder(t).glob(f"*/{checksums.NAME}")):
@@ -220,18 +260,10 @@ class RunDirectory(storage.Folder):
                     record = json.loads(file.read_text())
                     row = {"iteration": t, "stage": file.parent.name}
                     times.append(row | {key: record[key] for key in ("seconds", "tokens")})
-        self.write(self.out / "timing.csv", pandas.DataFrame(times).to_csv(index=False))
-        return super().table(iterations)
-
-    def metrics(self, t: int, rows: list[dict]) -> None:
-        """As `Folder.metrics`; also warns of a collapse."""
-        super().metrics(t, rows)
-        value = {row["metric"]: row["value"] for row in rows}
-        if "kl_to_previous" in value and processes.is_first():
-            before = {row["metric"]: row["value"] for row in self.known_metrics(t - 1)}
-            for warning in signs.of_evaluation(t, before, value):
-                tqdm.write(f"     warning: {warning}")
-                self.warn(t, "evaluation", warning)
+        rows = [row for t in iterations for row in self.known_metrics(t)]
+        for name, content in (("timing.csv", times), ("metrics.csv", rows)):
+            self.write(self.out / name, pandas.DataFrame(content).to_csv(index=False))
+        return rows
 
     def warn(self, t: int, stage: str, text: str) -> None:
         """A line in iteration_t/warnings.jsonl, once."""
@@ -277,11 +309,3 @@ def notes(name: str, content, started: float, record: dict) -> dict:
     tokens = sum(sum(part[column]) for part in parts) if column else None
     seconds = round(time.perf_counter() - started, 3)
     return {"seconds": seconds, "tokens": tokens, "inputs": record}
-
-
-def seconds_spent(unfinished: Path) -> float:
-    """What earlier processes spent on a stage: blocks add up, a checkpoint holds all before it."""
-    spent = {f.name: r["seconds"] for f in unfinished.glob("*") if (r := checksums.read(f))}
-    blocks = sum(value for name, value in spent.items() if name.startswith("block"))
-    checkpoints = [value for name, value in spent.items() if name.startswith("checkpoint")]
-    return blocks + max(checkpoints, default=0.0)

@@ -1,20 +1,15 @@
-"""The plain storage of a run: one folder per artefact, moved into place when it is complete."""
+"""Files of a run: written as a whole or not at all, and read with errors that name the fix."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 
-import pandas
 from datasets import Dataset, load_from_disk
 from safetensors import SafetensorError
-from tqdm.auto import tqdm
 
 from irpo_utils import UserError
 from irpo_utils.iteration import Stages
@@ -24,32 +19,14 @@ from irpo_utils.scale import processes
 
 
 class Folder:
-    """The storage of a run: one folder per artefact, which is not made again when it is there."""
+    """The places of a run's artefacts, and how they are written; `RunDirectory` decides what is."""
 
     revision: str | None = None  # commit of a hub model
-    may_change: Collection[str] = ()  # settings that a directory may be resumed without
+    start: Path | None = None  # the adapter of M_0; None is a zero adapter
 
     def __init__(self, out: str | Path):
         check_path(out, "out")
         self.out = Path(out)
-
-    def check(self, stages: Stages) -> None:
-        """Called before the model is loaded: refuse a directory made with other settings."""
-        new = dataclasses.asdict(stages.p)
-        if any(self.out.glob("iteration_*/*")):
-            old = dataclasses.asdict(read_profile(self.out))
-            differing = sorted(k for k in new if old[k] != new[k] and k not in self.may_change)
-            if differing:
-                listed = ", ".join(f"{k} ({old[k]!r} there, {new[k]!r} now)" for k in differing)
-                raise UserError(
-                    f"{self.out} was made with other settings: {listed}. Choose another --out, or "
-                    "give the same settings to resume it."
-                )
-        self.write_json(self.out / "profile.json", new)
-        self.start = Path(stages.p.start) if stages.p.start else None
-
-    def begin(self, stages: Stages) -> None:
-        """Called when the model is loaded."""
 
     def folder(self, t: int) -> Path:
         """Where the artefacts of iteration t are."""
@@ -59,23 +36,7 @@ class Folder:
         """The adapter of M_t; None is a zero adapter."""
         return self.folder(t) / "adapter" if t > 0 else self.start
 
-    def dataset(self, t: int, name: str, make, over: Dataset | None = None):
-        """The artefact from disk, or made by `make()`, or by `make(over)` where `over` is given.
-
-        It is a `Dataset`, a `DatasetDict`, or (`Dataset`, counts).
-        """
-        place = self.folder(t) / name
-        if not place.exists():
-            content = make() if over is None else make(over)
-            self.put(place, functools.partial(save, content))
-        return load(place)
-
-    def train(self, t: int, make, stages: Stages) -> None:
-        """Make the adapter of M_t with `make()`, which returns the training log."""
-        if not self.adapter(t).exists():
-            self.put(self.adapter(t), adapter_writer(stages, make()))
-
-    def put(self, place: Path, write, about: dict | None = None) -> None:
+    def put(self, place: Path, write, about: dict) -> None:
         """Write a folder under another name, then move it: it is there as a whole or not at all.
 
         It gets a list of checksums, with what is known `about` it. Of several processes the first
@@ -89,12 +50,11 @@ class Folder:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
                     write(partial)
-                    checksums.write(partial, about or {})
+                    checksums.write(partial, about)
                     shutil.rmtree(place, ignore_errors=True)
                     os.replace(partial, place)
-            except BaseException:
+            finally:
                 shutil.rmtree(partial, ignore_errors=True)
-                raise
         processes.wait()
 
     def write(self, path: Path, text: str) -> None:
@@ -107,45 +67,12 @@ class Folder:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial.write_text(text)
                 os.replace(partial, path)
-            except OSError:
+            finally:
                 partial.unlink(missing_ok=True)
-                raise
 
     def write_json(self, path: Path, content) -> None:
         """`write`, as JSON."""
         self.write(path, json.dumps(content, indent=1) + "\n")
-
-    def evaluated(self, t: int, stages: Stages, answers) -> list[dict]:
-        """Called after each evaluation; returns further rows for the metrics."""
-        return []
-
-    def metrics(self, t: int, rows: list[dict]) -> None:
-        """Add rows to metrics.json of iteration t and to metrics.csv, and show the main ones.
-
-        The rows of a new evaluation replace all that are there.
-        """
-        evaluated = any(row["metric"] == "greedy" for row in rows)
-        old = [] if evaluated else self.known_metrics(t)
-        new = {(row["metric"], row["k"]): row for row in [*old, *rows]}
-        self.write(self.folder(t) / "metrics.json", json.dumps(list(new.values()), indent=0) + "\n")
-        self.table(range(t + 1))
-        if processes.is_first():
-            shown = "greedy sampled kl_to_previous pairs_pairs pairs_used pairs_questions".split()
-            line = [f"{row['metric']} {row['value']:.4g}" for row in rows if row["metric"] in shown]
-            tqdm.write(f"M_{t}: {', '.join(line)}")
-
-    def known_metrics(self, t: int) -> list[dict]:
-        """The rows of metrics.json of iteration t; none if it is missing or damaged."""
-        try:
-            return json.loads((self.folder(t) / "metrics.json").read_text())
-        except (OSError, ValueError):
-            return []
-
-    def table(self, iterations) -> list[dict]:
-        """The metrics of all iterations, also written to metrics.csv."""
-        rows = [row for t in iterations for row in self.known_metrics(t)]
-        self.write(self.out / "metrics.csv", pandas.DataFrame(rows).to_csv(index=False))
-        return rows
 
 
 def check_path(path, option: str) -> None:
@@ -181,13 +108,10 @@ def read_inputs(run: str | Path) -> dict[str, str | None]:
 def profile_from(settings: dict) -> Profile:
     """The profile with these settings, which may have the names of version 0.1."""
     if "dpo_weight" in settings:
-        settings = dict(settings)
-        served = settings.pop("sampler", "transformers") == "vllm"
+        settings = {name: value for name, value in settings.items() if name != "sampler"}
         per_token = settings.pop("nll_per", "sequence") == "token"
-        chosen_only = settings.pop("dpo_weight") == 0
-        settings["engine"] = "vllm" if served else "cpu"
-        settings["loss"] = "dpo_nll_per_token" if per_token else "dpo_nll"
-        settings["loss"] = "sft" if chosen_only else settings["loss"]
+        loss = "dpo_nll_per_token" if per_token else "dpo_nll"
+        settings |= {"engine": "cpu", "loss": loss if settings.pop("dpo_weight") else "sft"}
     return Profile(**settings)
 
 

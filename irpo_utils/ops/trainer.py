@@ -1,19 +1,18 @@
-"""Training that survives kills, full memory, full disks, and losses that are not finite."""
+"""Training that survives kills, full memory and full disks."""
 
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 import time
 from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 
 from irpo_utils import UserError, iteration, training
 from irpo_utils.ops import checksums, trial, warnings
@@ -22,6 +21,36 @@ from irpo_utils.scale import processes
 
 CHECKPOINT_SECONDS = 10.0  # between two checkpoints, at least
 CHECKPOINT_SHARE = 0.02  # of the time may be spent on writing them
+
+
+def train(make, stages: iteration.Stages, kept: Path, warn) -> Dataset:
+    """The log of `make(**arguments of training.train)`, which starts from M_{t-1} at each call.
+
+    It resumes from the newest checkpoint in `kept`. If memory runs out, it does so with about half
+    the micro-batch. Raises `UserError` if one pair needs too much memory.
+    """
+    batch_size = max(stages.p.batch_size // processes.count(), 1)
+    micro = stages.p.micro_batch_size or batch_size
+    sizes = {"micro_batch_size": micro}
+    while True:
+        try:
+            return make(**sizes, **options(stages, kept, warn))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if micro == 1 or processes.count() > 1:  # the others wait in a step
+                smaller = "a smaller --micro-batch-size, " if micro > 1 else ""
+                raise UserError(
+                    f"Out of memory in training with --micro-batch-size {micro}. Run the same "
+                    f"command to resume, with {smaller}--gradient-checkpointing true, or a GPU "
+                    "with more memory. A smaller --max-length also helps, but is another run and "
+                    "needs another --out."
+                ) from error
+        # Outside the except block, which keeps the tensors of the failed attempt alive.
+        clear_device_cache(garbage_collection=True)
+        micro = next(size for size in range(micro // 2, 0, -1) if batch_size % size == 0)
+        sizes = {"micro_batch_size": micro, "precompute_ref_batch_size": micro}
+        tqdm.write(f"Out of memory: continuing with --micro-batch-size {micro}.")
 
 
 def options(stages: iteration.Stages, kept: Path, warn) -> dict:
@@ -56,11 +85,9 @@ def _step(checkpoint: Path) -> int:
 
 
 class SafeTraining:
-    """What `safe` adds to a trainer: checkpoints, and a way out when memory or numbers fail."""
+    """What `safe` adds to a trainer: checkpoints that are checked, and an order that can resume."""
 
     kept: Path  # folder of the checkpoints
-    pairs_that_fit: int | None = None  # in a micro-batch, once memory has run out
-    step_inputs: list[dict] = []
 
     def _get_output_dir(self, trial):
         return str(self.kept)  # logs may be elsewhere
@@ -86,53 +113,10 @@ class SafeTraining:
 
     def _load_from_checkpoint(self, checkpoint, *args):
         super()._load_from_checkpoint(checkpoint, *args)
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        self.started -= state.log_history[-1]["seconds"]
+        self.started -= checksums.read(Path(checkpoint))["seconds"]
 
     def _get_train_sampler(self, *args):
         return EpochSampler(super()._get_train_sampler(*args), self)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """One micro-batch; if memory runs out, again in halves, and so on from then on."""
-        pairs, metrics = self.n_pairs(inputs), self._metrics["train"]
-        if self.pairs_that_fit and pairs > self.pairs_that_fit:
-            parts = halves(inputs, pairs)
-            return sum(self.training_step(model, half, num_items_in_batch) for half in parts)
-        logged = {name: len(rows) for name, rows in metrics.items()}
-        trained = [p for p in model.parameters() if p.requires_grad]
-        gradients = [None if p.grad is None else p.grad.clone() for p in trained]
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if pairs == 1 or self.accelerator.num_processes > 1:  # processes step together
-                raise UserError(_too_large(inputs, pairs, self.args)) from error
-        # Outside the except block, which keeps the tensors of the failed attempt alive.
-        for name in metrics:
-            del metrics[name][logged.get(name, 0) :]
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        clear_device_cache(garbage_collection=True)
-        self.pairs_that_fit = pairs // 2
-        tqdm.write(f"Out of memory: continuing with --micro-batch-size {self.pairs_that_fit}.")
-        return self.training_step(model, inputs, num_items_in_batch)
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        self.step_inputs = [*self.step_inputs, inputs]
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def log(self, logs, *args):
-        try:
-            super().log(logs, *args)
-        except UserError as error:
-            decode, path = self.processing_class.batch_decode, self.kept / "not_finite.json"
-            record = {"log": str(logs)}
-            record["texts"] = [decode(batch["input_ids"]) for batch in self.step_inputs]
-            self.kept.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=1) + "\n")
-            raise UserError(f"{error} The pairs of that step are in {path}.") from error
-        self.step_inputs = []
 
 
 def safe(base: type[training.IterativeRPOTrainer], folder: Path):
@@ -190,26 +174,3 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.saved = time.perf_counter()
         self.took = self.saved - self.asked
-
-
-def halves(batch: dict, pairs: int) -> list[dict]:
-    """A batch of pairs as two; tensors with two rows per pair have all chosen ones first."""
-
-    def rows(value, part: slice):
-        # (pairs, ...) or (2 * pairs, ...) as (1 or 2, pairs, ...)
-        return value.unflatten(0, (-1, pairs))[:, part].flatten(0, 1) if value.dim() else value
-
-    parts = slice(pairs // 2), slice(pairs // 2, None)
-    return [{key: rows(value, part) for key, value in batch.items()} for part in parts]
-
-
-def _too_large(inputs, pairs: int, args) -> str:
-    advice = [] if args.gradient_checkpointing else ["with --gradient-checkpointing true"]
-    advice += ["with a smaller --micro-batch-size"] if pairs > 1 else []
-    advice += ["on a GPU with more memory"]
-    return (
-        f"Out of memory in training with a micro-batch of {pairs} pair{'s' if pairs > 1 else ''}, "
-        f"{inputs['input_ids'].shape[1]} columns wide. Nothing finished is lost: run the same "
-        f"command {' or '.join(advice)}. A smaller --max-length also helps, but is another run and "
-        "needs another --out."
-    )

@@ -6,6 +6,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from irpo_utils import UserError, grading, methods
+from irpo_utils.scale import processes
 
 KL_WARNING = 4.0  # nats per completion; no run in figures/stability.csv that kept rising had more
 STEPS = 10  # the last steps that are averaged
@@ -32,8 +33,8 @@ def of_training(rows: list[dict], steps: int, beta: float) -> list[str]:
     return found
 
 
-def of_graded(t: int, graded, p) -> str | None:
-    """How many completions of M_t have no readable answer, and their commonest endings.
+def report_unread(t: int, graded, p) -> None:
+    """Print how many completions of M_t have no readable answer, and their commonest endings.
 
     Raises `UserError` if every completion was cut off and profile `p` takes its chosen ones from
     correct answers alone: there are none.
@@ -46,13 +47,12 @@ def of_graded(t: int, graded, p) -> str | None:
             "model's chat template ends a turn with a token that the model has learnt to write."
         )
     count, endings = grading.unread(graded)
-    if not count:
-        return None
-    commonest = ", ".join(f"{ending!r} ({n})" for ending, n in endings)
-    return (
-        f"M_{t}: {count} of {len(graded)} completions have no readable answer; their commonest "
-        f"endings: {commonest}"
-    )
+    if count and processes.is_first():
+        commonest = ", ".join(f"{ending!r} ({n})" for ending, n in endings)
+        tqdm.write(
+            f"     M_{t}: {count} of {len(graded)} completions have no readable answer; their "
+            f"commonest endings: {commonest}"
+        )
 
 
 def of_evaluation(t: int, before: dict, now: dict) -> list[str]:
@@ -78,12 +78,6 @@ class CollapseWarning(TrainerCallback):
 
     def __init__(self, warn):
         self.warn, self.known = warn, set()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        rows = [row for row in state.log_history if "tokens" in row]
-        for end in range(1, len(rows) + 1):  # a resumed training does not warn twice
-            signs = of_training(rows[:end], state.max_steps, args.beta)
-            self.known |= {sign.partition(":")[0] for sign in signs}
 
     def on_log(self, args, state, control, **kwargs):
         rows = [row for row in state.log_history if "tokens" in row]

@@ -63,11 +63,7 @@ FAULTS = {  # what is broken: files of tests, and words that select some of thei
         "test_cli.py",
         "out_of_memory",
     ],
-    "non-finite loss or gradients": [
-        "core/test_training.py",
-        "test_long_training.py",
-        "not_finite",
-    ],
+    "non-finite loss or gradients": ["core/test_training.py", "not_finite"],
     "a reference, pairs or questions that are not those of the run": [
         "core/test_training.py",
         "test_run.py",

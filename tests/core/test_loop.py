@@ -12,8 +12,7 @@ from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file
 
 from irpo_utils import UserError, iteration, methods, profiles, tasks
-from irpo_utils.ops import drift
-from irpo_utils.ops.storage import Folder
+from irpo_utils.ops.run_directory import RunDirectory
 from irpo_utils.tasks.word_problems import WordProblems
 
 
@@ -47,7 +46,7 @@ def finished(profile, tmp_path_factory):
     return out, run(profile, out)
 
 
-class Recorder(Folder):
+class Recorder(RunDirectory):
     """Writes down in which order artefacts are asked for."""
 
     def __init__(self, out):
@@ -68,8 +67,8 @@ def test_the_stages_follow_in_the_order_of_the_paper(finished, profile):
     run(profile, None, keep=keep)
     assert keep.order == [
         *("evaluation 0", "samples 0", "graded 0", "pairs 0", "train 1"),
-        *("evaluation 1", "samples 1", "graded 1", "pairs 1", "train 2"),
-        "evaluation 2",
+        *("evaluation 1", "drift 1", "samples 1", "graded 1", "pairs 1", "train 2"),
+        *("evaluation 2", "drift 2"),
     ]
 
 
@@ -175,17 +174,10 @@ def test_irpo_2x_trains_on_twice_the_pairs(finished, tiny, tmp_path):
     assert steps == math.ceil(4 * used / tiny().batch_size)
 
 
-class WithDrift(Folder):
-    """Measures after each evaluation how far the model moved."""
-
-    def evaluated(self, t, stages, answers):
-        return drift.rows(drift.measure(t, stages)) if t > 0 else []
-
-
 def test_a_model_that_did_not_move_has_kl_exactly_0(tiny, tmp_path):
     """Both log-probabilities are teacher-forced, so that nothing but the weights differs."""
     # The learning rate is too small to change any sum.
-    rows = run(tiny(learning_rate=1e-30), None, keep=WithDrift(tmp_path / "run"))
+    rows = run(tiny(learning_rate=1e-30), tmp_path / "run")
     [kl] = [row for row in rows if row["metric"] == "kl_to_previous"]
     assert (kl["value"], kl["low"], kl["high"]) == (0, 0, 0)
     table = {row["metric"]: row["value"] for row in rows if row["iteration"] == 1}

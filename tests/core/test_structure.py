@@ -9,8 +9,6 @@ import pytest
 
 import irpo_utils
 from irpo_utils import iteration, sampling
-from irpo_utils.ops.run_directory import RunDirectory
-from irpo_utils.ops.storage import Folder
 
 PACKAGE = Path(irpo_utils.__file__).parent
 ROOT = PACKAGE.parent
@@ -129,9 +127,8 @@ class Reached(Exception):
 
 @pytest.mark.parametrize("engine", ["plain", "cpu"])
 @pytest.mark.parametrize("stage", ["evaluation", "samples"])
-@pytest.mark.parametrize("storage", [Folder, RunDirectory])
 def test_at_most_9_frames_from_the_run_to_the_decoding_step(
-    tiny, tmp_path, monkeypatch, one_thread, engine, stage, storage
+    tiny, tmp_path, monkeypatch, one_thread, engine, stage
 ):
     def next_tokens(*arguments):
         names, frame = [], sys._getframe(1)  # the decoding step
@@ -146,7 +143,6 @@ def test_at_most_9_frames_from_the_run_to_the_decoding_step(
     if stage == "samples":
         monkeypatch.setattr(iteration.Stages, "evaluate", lambda self, t: None)
     with pytest.raises(Reached) as reached:
-        out = tmp_path / "run"
-        iteration.run(tiny(engine=engine), out, storage(out), progress=False)
+        iteration.run(tiny(engine=engine), tmp_path / "run", progress=False)
     names = reached.value.args[0]
     assert len(names) <= 9, f"{len(names)}: {' > '.join(names)}"
