@@ -95,14 +95,11 @@ class RunDirectory(storage.Folder):
 
     def begin(self, stages: iteration.Stages) -> None:
         """Called when the model is loaded: compare model and questions with those of the run."""
-        train, evaluation = stages.train_questions, stages.eval_questions
-        self.known = {
-            "model": export.fingerprint(stages.model),
-            "training questions": checksums.of_questions(train),
-            "evaluation questions": checksums.of_questions(evaluation),
-            "order of training questions": checksums.of_questions(train, ordered=True),
-            "order of evaluation questions": checksums.of_questions(evaluation, ordered=True),
-        }
+        self.known = {"model": export.fingerprint(stages.model)}
+        used = {"training": stages.train_questions, "evaluation": stages.eval_questions}
+        for name, rows in used.items():
+            self.known[f"{name} questions"] = checksums.of_questions(rows)
+            self.known[f"order of {name} questions"] = checksums.of_questions(rows, ordered=True)
         old = storage.read_inputs(self.out)
         if processes.from_first(lambda: not old):  # else it passed when the run was started
             trial.check(stages.model, stages.tokenizer, stages.p, stages.engine)
@@ -115,7 +112,7 @@ class RunDirectory(storage.Folder):
         self.write_json(self.out / "inputs.json", self.known)
         path = self.out / "environment.json"
         self.write_json(path, environment.record(path, stages.model, not is_whole(self.out)))
-        stages.prompts(evaluation)  # one that is too long is refused now
+        stages.prompts(stages.eval_questions)  # one that is too long is refused now
         if stages.p.iterations and (stages.method.samples or stages.method.train):
             stages.prompts(stages.questions(0))
 
@@ -201,7 +198,8 @@ class RunDirectory(storage.Folder):
                     started -= checksums.read(Path(newest))["seconds"]
                 warn = functools.partial(self.warn, t, "training")
                 log = trainer.train(make, stages, kept, warn)
-            write = storage.adapter_writer(stages, log)
+            weights = stages.engine.state_dict(stages.model)  # all processes must call this
+            write = functools.partial(storage.save_adapter, stages.model, weights, log)
             self.put(place, write, notes("adapter", log, started, record))
         self.clear(place)
         log = place / "training_log.jsonl"

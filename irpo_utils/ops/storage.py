@@ -12,14 +12,13 @@ from datasets import Dataset, load_from_disk
 from safetensors import SafetensorError
 
 from irpo_utils import UserError
-from irpo_utils.iteration import Stages
 from irpo_utils.ops import checksums
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
 
 
 class Folder:
-    """The places of a run's artefacts, and how they are written; `RunDirectory` decides what is."""
+    """Where the artefacts of a run are, and how they are written."""
 
     revision: str | None = None  # commit of a hub model
     start: Path | None = None  # the adapter of M_0; None is a zero adapter
@@ -129,24 +128,16 @@ def load(place: Path):
     return (data, json.loads(counts.read_text())) if counts.exists() else data
 
 
-def adapter_writer(stages: Stages, log: Dataset):
-    """A function that writes the adapter in PEFT's format, with the training log, into a folder.
-
-    All processes must call this: they put the weights of a split model together.
-    """
-    model, weights = stages.model, stages.engine.state_dict(stages.model)
-
-    def write(folder: Path) -> None:
-        # Without the last argument PEFT looks for the base on the hub.
-        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # an empty model card
-        path = folder / "adapter_config.json"
-        config = json.loads(path.read_text())
-        config["target_modules"] = sorted(config["target_modules"])  # a set without an order
-        path.write_text(json.dumps(config, indent=1) + "\n")
-        log.to_json(folder / "training_log.jsonl")
-
-    return write
+def save_adapter(model, weights: dict | None, log: Dataset, folder: Path) -> None:
+    """The adapter in PEFT's format, with the training log; weights: of a model that is split."""
+    # Without the last argument PEFT looks for the base on the hub.
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])  # a set without an order
+    path.write_text(json.dumps(config, indent=1) + "\n")
+    log.to_json(folder / "training_log.jsonl")
 
 
 @contextlib.contextmanager

@@ -25,11 +25,11 @@ TASK = types.SimpleNamespace(prompt=lambda row: row["question"])
 def check(model, tokenizer, p: Profile, engine) -> None:
     """Raise `UserError` if the model cannot be sampled from or trained; it stays as it is."""
     kind = model.config.model_type
-    advice = "Choose another --model" + ("" if p.engine == "plain" else ", or try --engine plain")
+    advice = "Choose another --model"
     if getattr(model.get_base_model(), "_is_stateful", False):
-        advice = (
-            "It keeps a recurrent state instead of a cache of attention. Choose another --model"
-        )
+        advice = f"It keeps a recurrent state instead of a cache of attention. {advice}"
+    elif p.engine != "plain":
+        advice += ", or try --engine plain"
     check_tokenizer(model, tokenizer, p.model)
     with unchanged(model):
         with explained(f"Models of type {kind} cannot be sampled from here", advice):
