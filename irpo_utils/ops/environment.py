@@ -24,8 +24,10 @@ MACHINE = ("python", "versions", "system", "processor", "gpus", "world_size", "c
 def environment() -> dict:
     """Command, versions, hardware and commit, to be stored next to every result."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    program = Path(sys.argv[0]).name  # without the folders of Python and of the package
+    program = "-m irpo_utils" if program == "__main__.py" else program
     return {
-        "command": command(),
+        "command": " ".join(["python", program, *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in LIBRARIES if find_spec(name)},
         "system": platform.system(),
@@ -53,13 +55,6 @@ def record(path: Path, model, continues: bool) -> dict:
     if continues and not known:
         made["resumed_on"] = [*machines[1:], now]
     return made
-
-
-def command() -> str:
-    """The command line of this process, without the folders of Python and of the package."""
-    program = Path(sys.argv[0]).name
-    name = "python -m irpo_utils" if program == "__main__.py" else f"python {program}"
-    return " ".join([name, *sys.argv[1:]])
 
 
 def _processor() -> str:
