@@ -25,7 +25,6 @@ PROMPT = (
     '"Final answer: (insert letter here)"\n\n'
     "Question: {question}\n{options}\nSolution:"
 )
-ORDINALS = "first second third fourth fifth 1st 2nd 3rd 4th 5th".split()
 PATTERNS = answers.read_patterns("letters")
 LETTER, BEHIND, OTHER = (PATTERNS[name][0][0] for name in ("letter", "behind", "other"))
 
@@ -38,17 +37,15 @@ def letter(text: str, choices: list[str] | None = None) -> str | None:
     a denied letter ("B is wrong"), the article in "A stronger force" unless this is option A, or a
     number where the options are numbers themselves.
     """
-    options = [_clean(choice) for choice in choices or ()]
-    letters = ascii_uppercase[: len(options) or 5]
+    options = dict(zip(ascii_uppercase, map(_clean, choices or [""] * 5), strict=False))
     text = text[: answers.MAX_LENGTH]
+    # With and without "It is", which may begin an option's text.
     spellings = dict.fromkeys(_clean(text, phrases) for phrases in (False, True))
-    # Texts come first, as in "E. coli" or "C 14"; but "B" is a letter. Each reader returns a
-    # letter, "" if the text is ambiguous, or None to leave it to the next reader.
-    for reader in (_by_long_text, _by_letter, _by_text, _by_letter_behind, _by_place):
-        for spelling in spellings:  # with and without "It is", which may begin an option's text
-            found = reader(spelling, letters, options)
-            if found is not None:
-                return found or None
+    for reader in (_by_text, _by_letter):
+        for spelling in spellings:
+            name = reader(spelling, options)
+            if name is not None:  # "" for an ambiguous text, which no other reader shall read
+                return name or None
     return None
 
 
@@ -64,71 +61,44 @@ def _key(text: str) -> str:
     return answers.replace(PATTERNS["key"], text)
 
 
-def _by_long_text(text: str, letters: str, options: list[str]) -> str | None:
-    return _by_text(text, letters, options) if len(_key(text)) > 2 else None
-
-
-def _by_text(text: str, letters: str, options: list[str]) -> str | None:
-    """The option with this text, with the same capitals if there are two ("Rr" and "RR")."""
-    for form in (str, str.casefold):
-        keys, key = [form(_key(option)) for option in options], form(_key(text))
-        if key in keys:
-            return letters[keys.index(key)] if keys.count(key) == 1 else ""
+def _by_text(text: str, options: dict[str, str]) -> str | None:
+    """The only option with this text, also as in "iron (B)"; "B" alone is left to `_by_letter`."""
+    if match := BEHIND.fullmatch(text):
+        name = match[2].upper()
+        if _key(match[1]).casefold() == _key(options.get(name, "")).casefold():
+            return name
+    if _key(text).upper() in options:
+        return None
+    for form in (str, str.casefold):  # "Rr" and "RR" are two options
+        names = [name for name in options if form(_key(options[name])) == form(_key(text))]
+        if names:
+            return names[0] if len(names) == 1 else ""
     return None
 
 
-def _by_letter(text: str, letters: str, options: list[str]) -> str | None:
+def _by_letter(text: str, options: dict[str, str]) -> str | None:
     """The letter that the text begins with, if the rest neither denies it nor names another."""
-    match = LETTER.fullmatch(answers.replace(PATTERNS["rejected"], text))
+    match = LETTER.fullmatch(answers.replace(PATTERNS["rewritten"], text))
     if not match:
         return None
     name, end, rest = match[1].upper(), match[2].strip(), match[3].strip(" ([")
     is_place = name.isdigit()
-    if is_place and not any(option[:1].isdigit() for option in options):
-        name = letters[int(name) - 1 : int(name)]
-    if not name or name not in letters:
+    if is_place and not any(option[:1].isdigit() for option in options.values()):
+        name = ascii_uppercase[int(name) - 1]
+    if name not in options:
         return None
-    own = options[letters.index(name)] if options else ""
-    quoted = _quoted(rest, options)
-    if quoted not in ("", own):
-        if answers.found(PATTERNS["stop"], rest[len(quoted) :]):
-            return ""
-        quoted = ""
-    rest = rest[len(quoted) :].strip(" .,:;()[]")
-    if not rest or _key(rest).casefold() == _key(own).casefold():
-        return name
-    others = {other.upper() for other in OTHER.findall(rest)}
-    if is_place:  # "1, 2 and 4"
-        others |= set(re.findall(r"\d", rest))
-    delimited = quoted or end or re.match(r"is\b", rest)
-    is_clear = delimited and not others - {name} and not answers.found(PATTERNS["denial"], rest)
-    return name if is_clear else None
-
-
-def _quoted(text: str, options: list[str]) -> str:
-    """The longest option that `text` begins with, in whole words."""
-    for same in (str, str.casefold):
-        begun = [option for option in options if option and same(text).startswith(same(option))]
-        whole = [option for option in begun if not text[len(option) : len(option) + 1].isalnum()]
-        if whole:
-            return max(whole, key=len)
-    return ""
-
-
-def _by_letter_behind(text: str, letters: str, options: list[str]) -> str | None:
-    """The option whose text has its letter behind it."""
-    match = BEHIND.fullmatch(text)
-    name = (match[2] or match[3] or match[4]).upper() if match else ""
-    named = dict(zip(letters, options, strict=False)).get(name)
-    is_own = named is not None and _key(match[1]).casefold() == _key(named).casefold()
-    return name if is_own else None
-
-
-def _by_place(text: str, letters: str, options: list[str]) -> str | None:
-    """The option named by its place: "the second"."""
-    word = re.sub(r"^the\s|\s(?:option|choice|one|answer)$", "", text.casefold())
-    place = ORDINALS.index(word) % 5 if word in ORDINALS else len(options)
-    return letters[place] if place < len(options) else None
+    begun = [own for own in options.values() if rest.casefold().startswith(own.casefold())]
+    quoted = max(begun, key=lambda own: (len(own), rest.startswith(own)), default="")
+    if quoted == options[name]:
+        rest = rest[len(quoted) :]
+    elif quoted and answers.found(PATTERNS["stop"], rest[len(quoted) :]):
+        return ""
+    rest = rest.strip(" .,:;()[]")
+    others = {other.upper() for other in OTHER.findall(rest)} - {name}
+    if others or is_place and re.search(r"\d", rest):  # 1, 2 and 4
+        return None
+    is_delimited = not rest or end or re.match(r"is\b", rest)
+    return name if is_delimited and not answers.found(PATTERNS["denial"], rest) else None
 
 
 def need_choices(choices: object) -> None:
