@@ -309,7 +309,7 @@ def test_prompts_are_those_of_the_paper():
 
 def test_gsm8k_solutions_lose_their_marks_and_end_in_the_final_answer():
     row = gsm8k.TASK.row(
-        {"question": "Q?", "answer": "She has 2*600 = <<2*600=1200>>1,200.\n#### 1,200"}, 0
+        {"question": "Q?", "answer": "She has 2*600 = <<2*600=1200>>1,200.\n#### 1,200"}
     )
     assert row == {
         "question": "Q?",

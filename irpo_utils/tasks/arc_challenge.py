@@ -130,7 +130,7 @@ class ARCChallenge(FileTask):
         """The same letter."""
         return extracted == answer
 
-    def row(self, raw: dict, index: int) -> dict:
+    def row(self, raw: dict) -> dict:
         """`choices` as a list of texts, `answer` as the letter of the correct one."""
         texts, labels, key = raw["choices"]["text"], raw["choices"]["label"], raw["answerKey"]
         need(raw["question"].strip(), "`question` is empty")

@@ -93,7 +93,7 @@ def local_path(task: str, data: str | None) -> Path | None:
 class FileTask(Task):
     """A task read from the hub or from files.
 
-    A subclass has `row(raw, index)`, which makes `question`, `answer` and more from a raw row, and
+    A subclass has `row(raw)`, which makes `question`, `answer` and more from a raw row, and
     `splits(path)`: all splits from a local folder or (None) from the hub.
     """
 
@@ -116,7 +116,7 @@ class FileTask(Task):
                 need(isinstance(raw, dict), "not a JSON object")
                 text = json.dumps(raw, ensure_ascii=False, default=str)
                 need(not re.search("[\ud800-\udfff]", text), "a text has half of a surrogate pair")
-                row = {"id": f"{prefix}-{len(rows):05d}", **self.row(raw, len(rows))}
+                row = {"id": f"{prefix}-{len(rows):05d}", **self.row(raw)}
                 need(row["id"] not in rows, f"the id {row['id']!r} was there before")
             except MALFORMED as error:
                 reason = f"the field {error} is missing" if isinstance(error, KeyError) else error

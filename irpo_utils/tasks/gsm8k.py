@@ -32,7 +32,7 @@ class GSM8K(numbers.NumberTask, FileTask):
     def prompt(self, row: dict) -> str:
         return PROMPT.format(question=row["question"])
 
-    def row(self, raw: dict, index: int) -> dict:
+    def row(self, raw: dict) -> dict:
         """`solution` without calculator marks, ending in the "Final answer:" of the prompt."""
         solution, mark, answer = raw["answer"].rpartition("####")
         answer = answer.strip().replace(",", "")

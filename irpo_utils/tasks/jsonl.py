@@ -27,8 +27,7 @@ PATTERNS = answers.read_patterns("texts")
 
 @functools.lru_cache(maxsize=10_000)  # gold answers are asked for again with every completion
 def _is_number(answer: str) -> bool:
-    letters = re.search(r"[^\W\d_]", re.sub(r"(?<=\d)[eE](?=[-+]?\d)", "", answer))
-    return not letters and numbers.parse(answer) is not None
+    return not re.search(r"[^\W\d_eE]", answer) and numbers.parse(answer) is not None
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -64,7 +63,7 @@ class JSONL(FileTask):
         given, gold = _plain(extracted or ""), _plain(answer)
         return bool(given) and gold in (given, re.sub(r"\s*\([^()]*\)$", "", given))
 
-    def row(self, raw: dict, index: int) -> dict:
+    def row(self, raw: dict) -> dict:
         """The row with text in every field, and a letter if there are choices."""
         question, answer = raw["question"], raw["answer"]
         solution, choices, given_id = raw.get("solution"), raw.get("choices"), raw.get("id")

@@ -69,13 +69,13 @@ def _tidy(text: str) -> str:
 
 def _exact(text: str) -> str:
     r"""`text` without the decimal behind an exact value, as in "\frac13 \approx 0.333"."""
-    match = APPROXIMATE.fullmatch(text)
-    if not match or not re.search(r"\\(?!text|mbox)|[π√/]", match[1]):
+    if not (match := APPROXIMATE.fullmatch(text)):
         return text
     value, decimal = map(numbers.parse, match.groups())
-    if value is not None and (decimal is None or abs(abs(value) - decimal) > abs(value) / 100):
-        return text
-    return match[1]
+    if value is None:  # as \ln 2, whose decimal is not checked
+        return match[1]
+    is_close = decimal is not None and abs(abs(value) - decimal) <= abs(value) / 100
+    return match[1] if is_close else text
 
 
 def _number(text: str) -> str | None:
@@ -95,7 +95,7 @@ def last_boxed(text: str) -> str | None:
 
 def _last_box(completion: str) -> str | None:
     r"""The last box, unless the text before it changes it: "not \boxed{5}", "-\boxed{5}"."""
-    *_, before, _ = ["", *BOX.split(completion)]
+    before = "".join(BOX.split(completion)[-2:-1])
     line = answers.replace(PATTERNS["delimiter"], before[-MAX_LENGTH:].rpartition("\n")[2])
     if answers.found(PATTERNS["turned"], line) or numbers.denied(line.replace("#", "") + " #"):
         return None
@@ -135,9 +135,7 @@ def _said(completion: str) -> str | None:
 
 def _outside(text: str) -> str:
     """`text` with 1 for what is in brackets, up to `MAX_DEPTH` of them inside each other."""
-    for _ in range(MAX_DEPTH):
-        text = re.sub(r"[({\[][^(){}\[\]]*[)}\]]", "1", text)
-    return text
+    return answers.replace(PATTERNS["brackets"], text, rounds=MAX_DEPTH)
 
 
 def _ends(text: str) -> tuple[str, str] | None:
@@ -262,7 +260,7 @@ class MATH(FileTask):
                 return False
         return equal(gold, given)
 
-    def row(self, raw: dict, index: int) -> dict:
+    def row(self, raw: dict) -> dict:
         r"""`answer` from the last \boxed where the row has none; `solution` ends in it."""
         question, solution = raw.get("problem") or raw["question"], raw.get("solution")
         answer = raw["answer"] if "answer" in raw else last_boxed(raw["solution"])
@@ -285,24 +283,17 @@ class MATH(FileTask):
         test, math500 = self.read(path, "test"), self.read(path, "math500", optional=True)
         name = "train_8k" if path and (path / "train_8k.jsonl").exists() else "train"
         answered = [row for row in self.read(path, name) if row["answer"].strip()]
-        examples, train = _take_examples(without(answered, test, math500))
-        train, validation = hold_out(train)
+        rows = {question_hash(row)[:16]: row for row in without(answered, test, math500)}
+        if missing := EXAMPLES.keys() - rows:
+            raise UserError(
+                f"{len(missing)} of the four examples of the prompt of MATH are not in its "
+                "training file; use the whole file, or --task jsonl for other questions."
+            )
+        shown = [(rows.pop(key)["question"], solution) for key, solution in EXAMPLES.items()]
+        examples = "".join(f"Question: {asked}\nSolution: {told}\n" for asked, told in shown)
+        train, validation = hold_out([*rows.values()])
         parts = {"train": train, "validation": validation, "test": test, "math500": math500}
         return {name: [row | {"examples": examples} for row in parts[name]] for name in parts}
-
-
-def _take_examples(train: list[dict]) -> tuple[str, list[dict]]:
-    """(text of the worked examples, the other rows)."""
-    rows = {question_hash(row)[:16]: row for row in train}
-    if missing := [key for key in EXAMPLES if key not in rows]:
-        raise UserError(
-            f"{len(missing)} of the four examples of the prompt of MATH are not in its training "
-            "file; use the whole file, or --task jsonl for other questions."
-        )
-    shown = [
-        f"Question: {rows.pop(key)['question']}\nSolution: {EXAMPLES[key]}\n" for key in EXAMPLES
-    ]
-    return "".join(shown), [*rows.values()]
 
 
 TASK = MATH()

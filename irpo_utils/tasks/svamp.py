@@ -24,7 +24,7 @@ class SVAMP(GSM8K):
     hub, config = "ChilleD/SVAMP", None
     expected = "`ID`, `Body`, `Question` (text) and `Answer` (a number)"
 
-    def row(self, raw: dict, index: int) -> dict:
+    def row(self, raw: dict) -> dict:
         """Body and question as one text; a body without a full stop gets a comma."""
         body, question = raw["Body"].strip(), raw["Question"].strip()
         answer = numbers.parse(str(raw["Answer"]))

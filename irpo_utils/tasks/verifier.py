@@ -8,14 +8,15 @@ The child ends when its input does, that is with the process that started it.
 
 import contextlib
 import functools
+import importlib
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 from irpo_utils import UserError
@@ -37,13 +38,9 @@ class Verifier:
     def equal(self, gold: str, answer: str) -> bool:
         """The library's verdict; `TimeoutError` if there is none in time. Thread-safe."""
         with self.lock:
-            for _ in range(2):  # once more if the child was lost before this question
-                if self.process is None:
-                    self._start()
-                started = time.monotonic()
-                reply = self._ask([gold, answer, TIME_LIMIT], PATIENCE * TIME_LIMIT)
-                if reply or time.monotonic() - started >= TIME_LIMIT:
-                    break
+            if self.process is None or self.process.poll() is not None:
+                self._start()
+            reply = self._ask([gold, answer, TIME_LIMIT], PATIENCE * TIME_LIMIT)
         if not reply:
             raise TimeoutError
         return reply == "1"
@@ -74,7 +71,6 @@ class Verifier:
                 process.kill()
                 with contextlib.suppress(OSError):  # what could not be written to it
                     process.communicate()
-                self.process = None
         return reply
 
 
@@ -84,14 +80,30 @@ def verifier(process_id: int) -> Verifier:
     return Verifier()
 
 
-def _near(gold, answer) -> bool:
-    """Equal to nine digits if both are numbers; to the library's 15 decimals 1/2^98 is 1/2^99."""
+def _read(text: str) -> list:
+    """The library's expressions for a LaTeX text; the time is limited by the process alone."""
+    from math_verify import LatexExtractionConfig, parse
+
+    text = PRODUCT.sub(r"\\cdot ", text)
+    latex = [LatexExtractionConfig()]
+    return parse(f"${text}$", latex, "no_fallback", parsing_timeout=None, raise_on_error=True)
+
+
+def _same(gold: str, answer: str) -> bool:
+    """Equal for the library, and to nine digits if both are numbers.
+
+    To the library's 15 decimals 1/2^98 is 1/2^99.
+    """
+    from math_verify import verify
     from sympy import Expr
 
-    if not all(isinstance(value, Expr) and value.is_number for value in (gold, answer)):
+    one, two = _read(gold), _read(answer)
+    if not verify(one, two, timeout_seconds=None, raise_on_error=True):
+        return False
+    if not all(isinstance(value, Expr) and value.is_number for value in (one[0], two[0])):
         return True
-    gold, answer = gold.doit(), answer.doit()
-    return bool(abs((gold - answer).evalf(30)) <= 1e-9 * abs(answer.evalf(30)))
+    value, given = one[0].doit(), two[0].doit()
+    return bool(abs((value - given).evalf(30)) <= 1e-9 * abs(given.evalf(30)))
 
 
 def _limit_time(seconds: float) -> None:
@@ -102,10 +114,7 @@ def _limit_time(seconds: float) -> None:
 
 def serve() -> None:
     """The child: reads [gold, answer, seconds] as JSON lines, replies 1 or 0 to each."""
-    import logging
-
-    from math_verify import LatexExtractionConfig, parse, verify
-
+    importlib.import_module("math_verify")  # if it is missing, the child ends before any reply
     logging.disable()
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
         import resource
@@ -113,24 +122,13 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
-    settings = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
-
-    def read(text: str) -> list:
-        text = PRODUCT.sub(r"\\cdot ", text)
-        return parse(f"${text}$", extraction_config=[LatexExtractionConfig()], **settings)
-
-    def same(gold: str, answer: str) -> bool:
-        try:
-            one, two = read(gold), read(answer)
-            equal = verify(one, two, timeout_seconds=None, raise_on_error=True)
-            return equal and _near(one[0], two[0])
-        except Exception:  # the library raises errors of many classes for what it cannot read
-            return False
-
     for line in sys.stdin:
         gold, answer, seconds = json.loads(line)
         _limit_time(seconds)
-        verdict = same(gold, answer)
+        try:
+            verdict = _same(gold, answer)
+        except Exception:  # the library raises errors of many classes for what it cannot read
+            verdict = False
         _limit_time(0)
         print(int(verdict), file=replies, flush=True)
 
