@@ -44,7 +44,7 @@ def letter(text: str, choices: list[str] | None = None) -> str | None:
     for reader in (_by_text, _by_letter):
         for spelling in spellings:
             name = reader(spelling, options)
-            if name is not None:  # "" for an ambiguous text, which no other reader shall read
+            if name is not None:  # "" is an ambiguous text: no other reader is asked
                 return name or None
     return None
 
@@ -94,6 +94,8 @@ def _by_letter(text: str, options: dict[str, str]) -> str | None:
     elif quoted and answers.found(PATTERNS["stop"], rest[len(quoted) :]):
         return ""
     rest = rest.strip(" .,:;()[]")
+    if _key(rest).casefold() == _key(options[name]).casefold():  # B) type (C)
+        return name
     others = {other.upper() for other in OTHER.findall(rest)} - {name}
     if others or is_place and re.search(r"\d", rest):  # 1, 2 and 4
         return None
