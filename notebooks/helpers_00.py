@@ -97,7 +97,7 @@ def lines_by_verdict(graded):
     axes.bar(counts.index, counts[False], bottom=counts[True], color=ORANGE, label="incorrect")
     names = [f"{n}" if n < 6 else "6 or more" for n in counts.index]
     axes.set_xticks(counts.index, names)
-    axes.set(xlabel="lines of the completion", ylabel="completions")
+    axes.set(xlabel="number of lines in the completion", ylabel="number of completions")
     axes.legend(frameon=False)
     figure.alt_text = "Completions by number of lines: " + "; ".join(
         f"{name}: {row[True]} correct, {row[False]} incorrect"

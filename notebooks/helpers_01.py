@@ -118,7 +118,7 @@ def answer_logps(tokens: list[str], logps: list[float]):
         [token.replace("\n", "\\n").replace(" ", "␣") for token in shown],
         rotation=90,
     )
-    axes.set(ylabel="log-probability (nats)")
+    axes.set(xlabel="token of the completion (␣: space)", ylabel="log-probability (nats)")
     lowest = sorted(zip(values, shown, strict=True))[:3]
     figure.alt_text = f"Log-probabilities of {len(shown)} tokens; the lowest: " + ", ".join(
         f"{token!r} {value:.2f}" for value, token in lowest

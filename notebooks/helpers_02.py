@@ -186,7 +186,7 @@ def reasons(counts: dict[str, int]) -> plots.TextFigure:
     axes.barh(names, [counts[name] for name in names], color=[colours.get(n, GREY) for n in names])
     for i, name in enumerate(names):
         axes.text(counts[name], i, f" {counts[name]} ({counts[name] / total:.1%})", va="center")
-    axes.set(xlabel=f"of {total} completions of $M_0$", xlim=(0, 1.25 * max(counts.values())))
+    axes.set(xlabel=f"number of completions of $M_0$ ({total} in total)", xlim=(0, 1.25 * max(counts.values())))
     figure.alt_text = f"Reasons of {total} completions: " + ", ".join(
         f"{name} {count}" for name, count in counts.items()
     )
@@ -206,7 +206,7 @@ def grader_errors(errors: pd.DataFrame, correct: pd.Series) -> plots.TextFigure:
             axes.text(count, place + shift, f" {count}", va="center")
     axes.set_yticks(places, errors.index)
     labels = f"{correct.sum()} correct and {(~correct).sum()} incorrect"
-    axes.set(xlabel=f"errors on {labels} labelled completions")
+    axes.set(xlabel=f"number of errors on {labels} labelled completions")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
     figure.alt_text = f"Errors on {labels} labelled completions: " + "; ".join(
         f"{grader}: " + ", ".join(f"{row[name]} {name}" for name in errors.columns)
@@ -230,7 +230,7 @@ def behaviours(table: pd.DataFrame) -> plots.TextFigure:
     for i, name in enumerate(names):
         correct, incorrect = counts.loc[name, True], counts.loc[name, False]
         axes.text(left[i], i, f" {correct} correct of {correct + incorrect}", va="center")
-    axes.set(xlabel="completions of $M_0$", xlim=(0, 1.35 * left.max()))
+    axes.set(xlabel="number of completions of $M_0$", xlim=(0, 1.35 * left.max()))
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
     figure.alt_text = "Completions by behaviour: " + "; ".join(
         f"{name}: {counts.loc[name, True]} correct, {counts.loc[name, False]} incorrect"
@@ -259,7 +259,7 @@ def luck(groups: dict[str, pd.DataFrame]) -> plots.TextFigure:
         said.append(f"{share:.0f} % ({low:.0f} to {high:.0f}) of {len(rows)}")
         axes.text(high + 1, -i, f" {said[-1]}", va="center")
     axes.set_yticks([-i for i in range(len(groups))], list(groups))
-    axes.set(xlabel="correct letter, incorrect number (%)", xlim=(0, 100))
+    axes.set(xlabel="lucky: correct letter, incorrect number (%)", xlim=(0, 100))
     figure.alt_text = "Correct letter with an incorrect number: " + "; ".join(
         f"{name}: {text}" for name, text in zip(groups, said, strict=True)
     )

@@ -52,16 +52,16 @@ print("profile", PROFILE, "· device", models.default_device(), "· seed", profi
 # %% [markdown]
 # ## 1 One question, asked several times
 #
-# If you ask a language model a difficult question thirty times, some completions are correct. Can the model learn from
-# its own correct completions?
+# Ask a language model a difficult question thirty times. Some of its [completions](../docs/glossary.md#completion), the
+# texts that it writes, are correct. Can the model learn from them?
 #
-# A *profile* is a set of settings. In the `cpu` profile the first model, $M_0$, is a
-# [seed model](../docs/glossary.md#seed-model) with about a million parameters. It can show its working, that is, its
-# reasoning steps, but we [trained it](../docs/model_card_seed.md) to skip them most of the time.
+# A *profile* is a set of settings. The `cpu` profile has word problems and a first model $M_0$, the
+# [seed model](../docs/glossary.md#seed-model), with about a million parameters. It can show its *working*, the reasoning
+# steps, but we [trained it](../docs/model_card_seed.md) to skip them most of the time.
 #
-# Draw $N$ completions for each of 16 questions, and [grade](../docs/glossary.md#reward) them: the reward is 1 if the final
-# answer equals the known one, else 0. [Greedy decoding](../docs/glossary.md#greedy-decoding) takes the most probable token
-# each time.
+# We draw $N$ random completions for each of 16 questions and [grade](../docs/glossary.md#reward) them: the reward is 1 if
+# the final answer equals the known one, else 0. [Greedy decoding](../docs/glossary.md#greedy-decoding) gives one
+# more: it takes the most probable token each time.
 
 # %% tags=["nbval-ignore-output"]
 task = tasks.get(profile.task)
@@ -74,11 +74,12 @@ def draw(questions, n=1, temperature=0.0):
 
 greedy = grading.grade(draw(questions), task)
 graded = grading.grade(draw(questions, profile.n_samples, profile.temperature_of(0)), task)
-print(f"{len(graded)} sampled completions: {sum(graded['correct'])} are correct")
+print(f"{len(questions)} questions, N = {profile.n_samples}: {len(graded)} sampled completions,",
+      f"{sum(graded['correct'])} are correct")
 
 # %% [markdown]
-# We follow one question through the course: the first one whose greedy completion is incorrect and whose sampled
-# completions are partly correct.
+# We follow one question through this notebook. Its greedy completion is incorrect, and some of its sampled completions
+# are correct.
 
 # %% tags=["nbval-ignore-output"]
 def completions_of(question):
@@ -87,10 +88,10 @@ def completions_of(question):
 mixed = [question for question, answer in zip(questions, greedy)
          if not answer["correct"] and len({row["correct"] for row in completions_of(question)}) == 2]
 assert mixed, "The model solves all of these questions, or none: take more than 16."
-question, one = mixed[0], completions_of(mixed[0])
+question, completions = mixed[0], completions_of(mixed[0])
 print(question["question"], "\nknown answer:", question["answer"])
 print("greedy:", helpers_00.show(draw(Dataset.from_list([question]))[0]["completion"]), "\n")
-for row in one:
+for row in completions:
     print("correct  " if row["correct"] else "incorrect", helpers_00.show(row["completion"]))
 
 # %% [markdown]
@@ -104,7 +105,7 @@ helpers_00.lines_by_verdict(graded)
 # <details><summary>Answer</summary>
 #
 # Longer, with the seed model. Completions of one or two lines skip steps and are almost never correct.
-# Most of those with three or four lines are correct.
+# With three or four lines most are correct.
 #
 # </details>
 #
@@ -113,24 +114,24 @@ helpers_00.lines_by_verdict(graded)
 # %% [markdown]
 # ## 2 The algorithm
 #
-# Iterative RPO ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)) turns this preference into training. It needs
+# Iterative RPO ([Pang et al. 2024](https://arxiv.org/abs/2404.19733)) uses this preference for training. It needs
 # questions with known final answers, but no worked solutions. The figure shows the six steps for our question.
 
 # %% tags=["nbval-ignore-output"]
-helpers_00.loop_diagram(question["question"], one, profile.k_pairs)
+helpers_00.loop_diagram(question["question"], completions, profile.k_pairs)
 
 # %% [markdown]
-# 1. **Sample.** The model $M_t$ writes $N$ completions for every training question: a
+# 1. **Sample.** $M_t$, the model after $t$ iterations, writes $N$ completions for every training question: a
 #    [chain of thought](../docs/glossary.md#chain-of-thought) and a final answer.
 # 2. **Grade.** A completion gets reward 1 if its final answer is correct, else 0.
 # 3. **Pair.** Correct ("winning", **chosen**) and incorrect ("losing", **rejected**) completions of the same question
-#    form $K$ [preference pairs](../docs/glossary.md#preference-pair). A question with only one kind gives no pairs.
-# 4. **Train.** A copy of $M_t$ learns to prefer chosen over rejected completions, compared with $M_t$.
+#    form $K$ [preference pairs](../docs/glossary.md#preference-pair). A question without both kinds gives no pairs.
+# 4. **Train.** A copy of $M_t$ learns to prefer chosen over rejected completions *more than $M_t$ does*.
 # 5. **Evaluate.** The trained model $M_{t+1}$ answers questions that training never uses.
-# 6. **Repeat** with $M_{t+1}$ and new pairs. The paper does this three or four times
+# 6. **Repeat** with $M_{t+1}$ and new completions. The paper does this three or four times
 #    ([section 3](https://arxiv.org/html/2404.19733v3#S3)).
 #
-# One model has three roles:
+# We count iterations from 0. One model has three roles:
 #
 # | role in iteration $t$ | model | changes in training? |
 # |---|---|---|
@@ -156,39 +157,41 @@ print(by_hand)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# No: the third completion gets no reward. Its working is correct, but its last line is not.
+# No. Its working is correct, but its last line is not.
 #
 # </details>
 #
-# In the same way a lucky guess may be chosen ([02](02_grading.ipynb)).
+# Conversely, a lucky guess gets the reward ([02](02_grading.ipynb)).
 #
-# Pairing walks through both lists in parallel. A list that ends starts again. After $K$ pairs the walk stops. This is a zip
-# with wrap-around, not a random draw ([section 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2).
+# Pairing walks through the correct and the incorrect completions in parallel. When a list ends, it starts again. After $K$
+# pairs the walk stops. This is a zip with wrap-around, not a random draw
+# ([section 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2).
 
 # %% tags=["nbval-ignore-output"]
-chosen = [row["sample"] for row in one if row["correct"]]
-rejected = [row["sample"] for row in one if not row["correct"]]
+chosen = [row["sample"] for row in completions if row["correct"]]
+rejected = [row["sample"] for row in completions if not row["correct"]]
 by_hand = [(chosen[i % len(chosen)], rejected[i % len(rejected)])
            for i in range(profile.k_pairs)]
 
-preferences, counts = pairs.build_pairs(one, k=profile.k_pairs, deduplicate=False)
-print("chosen", chosen, "· rejected", rejected, "· pairs", by_hand)
+preferences, counts = pairs.build_pairs(completions, k=profile.k_pairs, deduplicate=False)
+print("indices of chosen", chosen, "· of rejected", rejected, "· pairs", by_hand)
 assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_sample"]))
 
 # %% [markdown]
 # ## 4 Train: the model changes its answer
 #
-# Training should make the chosen completion $w$ more probable than the rejected one $l$, *compared with $M_t$*. This is
-# [DPO](../docs/glossary.md#dpo). Also, the probability of $w$ itself should not fall. This is the
-# [NLL term](../docs/glossary.md#nll-term). The loss of one pair for a question $x$ is Eq. 1 of the paper:
+# The model should prefer the chosen completion $w$ over the rejected one $l$ *more than $M_t$ does*. The
+# [DPO](../docs/glossary.md#dpo) term (direct preference optimization) asks for this. It allows both probabilities to fall.
+# The [NLL term](../docs/glossary.md#nll-term) (negative log-likelihood) therefore raises that of $w$. The loss of one pair
+# for a question $x$ is Eq. 1 of the paper:
 #
 # $$L = \underbrace{-\log\sigma\Big(\beta\log\frac{M_\theta(w|x)}{M_t(w|x)} - \beta\log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{\text{DPO}}
 # \;\underbrace{-\;\alpha\,\frac{\log M_\theta(w|x)}{|w|}}_{\text{NLL}}$$
 #
 # - $M_\theta(w|x)$ is the probability of the whole completion $w$ under the model in training. It is a product over
 #   tokens, so its logarithm is a sum, in [nats](../docs/glossary.md#nat).
-# - $\sigma(z) = 1/(1+e^{-z})$, and $\beta = 0.1$ scales the difference.
-# - $\alpha = 1$ weighs the NLL term. Only this term is divided by the length $|w|$.
+# - $\sigma(z) = 1/(1+e^{-z})$, and $\beta = 0.1$ scales both log-ratios.
+# - $\alpha = 1$ weighs the NLL term. Only this term is divided by $|w|$, the number of tokens of $w$.
 #
 # Notebook [04](04_dpo_nll_training.ipynb) derives both terms.
 #
@@ -212,10 +215,10 @@ print(f"DPO term {-math.log(1 / (1 + math.exp(-margin))):.4f},",
 #
 # </details>
 #
-# Use this as a free test. If the first DPO term of a run differs from 0.6931 by more than rounding, the reference is not
-# the model that training starts from. If it *stays* at 0.6931, nothing is training.
+# This is a free test. If the first DPO term of a run differs from 0.6931 by more than rounding, the reference is not
+# the model that training starts from. If it *stays* at 0.6931, the model does not change.
 #
-# Now take twenty gradient steps on these pairs. The learning rate is larger than in section 6, because twenty steps are
+# Take twenty gradient steps on these pairs. The learning rate is larger than in section 6, because twenty steps are
 # few. Training changes `model` itself: to start again, run the notebook from the top.
 
 # %% tags=["nbval-ignore-output"]
@@ -229,8 +232,9 @@ print("greedy before:", helpers_00.show(before))
 print("greedy after: ", helpers_00.show(after))
 
 # %% [markdown]
-# This is the course in one cell: the model learned from its own completions, without a solution. The figure shows means
-# over the pairs. The [learning rate](../docs/glossary.md#learning-rate) of the first step is 0 (warm-up).
+# This is the course in one cell: the model learned from its own completions, without a worked solution. The figure shows
+# means over the pairs. It starts flat because the [learning rate](../docs/glossary.md#learning-rate) of the first step is 0
+# (warm-up).
 
 # %% tags=["nbval-ignore-output"]
 helpers_00.twenty_steps(log)
@@ -262,7 +266,7 @@ print(f"careful among the correct ones: {correct_and_careful / correct:.2f}")
 #
 # </details>
 #
-# Let $M_{t+1}$ answer as the correct completions of $M_t$ did, and repeat.
+# Suppose that $M_{t+1}$ is careful as often as the correct completions of $M_t$ were, and repeat.
 
 # %%
 shares, accuracies = [careful], []
@@ -276,16 +280,16 @@ print("accuracy", [round(accuracy, 2) for accuracy in accuracies])
 helpers_00.toy(shares[:5], accuracies, accuracy_of["careful"])
 
 # %% [markdown]
-# The dotted line is the ceiling. The toy model never gets better *at* careful working. It only does it more often. This
-# is called [elicitation](../docs/glossary.md#elicitation). The toy only imitates correct completions, while DPO also
-# lowers the rejected ones. Notebook [01](01_sampling.ipynb) asks whether training adds more than that.
+# The toy model never gets better *at* careful working. It only works carefully more often. This is called
+# [elicitation](../docs/glossary.md#elicitation). The toy model only imitates correct completions, while DPO also makes
+# rejected ones less probable. Notebook [01](01_sampling.ipynb) asks whether training adds more than elicitation.
 
 # %% [markdown]
 # ### Exercise 0.1: Iterative RPO in a few lines
 #
 # **Goal**: say in code which model samples, which is the reference, and which is trained. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# You get the stages as functions. `sample(model, questions)` returns samples, `grade(samples)` grades
+# `model` is $M_0$, and the stages are functions: `sample(model, questions)` returns samples, `grade(samples)` grades
 # them, `pair(graded)` makes pairs, and `train(model, pairs, reference)` returns a new model that started as a copy of
 # `model`. Return the list of all models, $M_0$ first.
 #
@@ -331,25 +335,24 @@ figure
 #
 # </details>
 #
-# Both lines are Iterative RPO from the same $M_0$. Only the learning rate differs. The table has means over five seeds with
-# 95 % [intervals](../docs/glossary.md#confidence-interval).
+# Both lines are Iterative RPO from the same $M_0$. Only the learning rate differs. Figure and table have means over five
+# seeds with 95 % [intervals](../docs/glossary.md#confidence-interval).
 
 # %%
 table
 
 # %% [markdown]
-# - **The learning rate decides its shape.** At 1e-4 one iteration does most of the work. The README's figure uses 2e-5. We
-#   chose it on validation questions: among the learning rates at which each iteration gains more than one point, it ends
-#   highest ([log](../figures/LOG.md)).
+# - **The learning rate decides the shape of the curve.** At 1e-4 one iteration does most of the work. The README uses
+#   2e-5. We chose it on validation questions: at 2e-5 every iteration gains ([log](../figures/LOG.md)).
 # - **At 1e-4 the last mean falls**, because one of five seeds falls to 74 % ([data](../figures/comparison.csv)). Notebook
 #   [05](05_iterations.ipynb) says when to stop.
-# - **You will meet several $M_1$.** They differ in learning rate or in the number of training questions, and accuracy is
+# - **You will meet several $M_1$.** They differ in learning rate or in the number of training questions. Accuracy is
 #   greedy (here) or sampled. Compare only numbers of the same table.
 # - **The rise is elicitation.** Training restores the working. Notebook [06](06_baselines_and_ablations.ipynb) compares
 #   other methods, also on a model that always shows its working and makes mistakes in it.
 #
 # Here is a test question that $M_0$ answers incorrectly and the last model correctly. The models come from a finished run at
-# 2e-5: yours, or the one that comes with the notebooks.
+# 2e-5: yours, or the one shipped with the notebooks.
 
 # %% tags=["nbval-ignore-output"]
 run = helpers_00.finished_run(PROFILE)
@@ -390,7 +393,7 @@ stages.round(1)
 #
 # </details>
 #
-# Use the profile `cpu` first, also with a GPU: you find mistakes in your setup within minutes. For a real model,
+# Use the profile `cpu` first, even if you have a GPU: it shows mistakes in your setup within minutes. For a real model,
 # `python -m irpo_utils plan --profile NAME` estimates memory, hours and cost.
 
 # %% [markdown]
@@ -448,10 +451,10 @@ def sampling_hours(questions, n, mean_tokens, iterations, tokens_per_second):
 print(checks_00.sampling_hours(sampling_hours))
 
 # %% [markdown]
-# [Worked solution](solutions/00_start_here.ipynb). Try your function with the
-# `tokens per second` of `sampling` above, the paper's 7,500 questions and $N = 30$
-# ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)), four iterations and, as a guess, 200 tokens. This is the time
-# of the *seed model*. A model with billions of parameters is far slower.
+# [Worked solution](solutions/00_start_here.ipynb). Try your function with the paper's 7,500 questions and $N = 30$
+# ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)), four iterations, a guess of 200 tokens, and the
+# `tokens per second` of `sampling` above. This is the time of the *seed model*. A model with billions of parameters is
+# far slower.
 
 # %% [markdown]
 # ## What you have learnt
@@ -462,11 +465,10 @@ print(checks_00.sampling_hours(sampling_hours))
 # - The shape of the accuracy curve depends on the learning rate.
 #
 # **What to try.** Set `accuracy_of["hasty"]` in section 5 to 0.95, and then higher than `accuracy_of["careful"]`. Run
-# `make run` in the root folder of the repository. Section 7 then shows your own run.
+# `make run` in the repository's root folder. Section 7 then shows your own run.
 #
 # <details><summary>Typical misunderstandings</summary>
 #
-# - *The reference is $M_0$.* It is $M_t$, the model that wrote the completions.
 # - *The DPO term is $\ln 2$ because the model knows nothing yet.* It is $\ln 2$ because the model *is* its reference.
 # - *The model learned arithmetic.* It learned to show its working, which it could do before.
 #
@@ -480,7 +482,7 @@ print(checks_00.sampling_hours(sampling_hours))
 #
 # <details><summary>Answers</summary>
 #
-# 1. $M_3$, the model that iteration 3 starts from. It is not $M_0$.
+# 1. $M_3$, the model that iteration 3 starts from.
 # 2. It gives no pairs, because there is no rejected completion.
 # 3. The reference is not the model that training starts from: $-\log\sigma(0)$ is 0.6931.
 #

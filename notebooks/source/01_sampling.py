@@ -17,8 +17,8 @@
 #
 # - turn a question into the exact tokens that a model reads, and say what goes wrong without the chat template;
 # - draw a token by hand: logits, temperature, one random number;
-# - compute the log-probability of a completion, and pass@k without bias;
-# - prove with an intervention that $M_0$ can reason although it rarely does;
+# - compute the log-probability of a completion, and [pass@k](../docs/glossary.md#passk);
+# - show with an intervention that $M_0$ can reason although it often does not;
 # - choose a temperature that leaves chosen *and* rejected completions.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
@@ -27,8 +27,7 @@
 #
 # **Needs**: the packages of this repository. **Optional sequel**: [01b · Fast sampling](01b_fast_sampling.ipynb).
 #
-# **Before this**: [00 · Start here](00_start_here.ipynb), for the place of sampling in the algorithm. The
-# [glossary](../docs/glossary.md) explains the terms that link to it.
+# **Before this**: [00 · Start here](00_start_here.ipynb).
 
 # %%
 import os, sys
@@ -56,7 +55,7 @@ profile = profiles.get(PROFILE)
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
 
 # %% [markdown]
-# The questions come from the validation split, because this notebook chooses a setting by looking at results.
+# The questions come from the validation split, because we choose the temperature by looking at results.
 
 # %% tags=["nbval-ignore-output"]
 task = tasks.get(profile.task)
@@ -77,8 +76,9 @@ print(f"{len(questions)} questions of {task.name}, model {profile.model}")
 # %% [markdown]
 # ## 1 From a question to a prompt
 #
-# A model continues text, so the prompt decides what it does. The paper's prompt for GSM8K asks for the reasoning *before*
-# the answer, and for a fixed form of the answer ([appendix B.1](https://arxiv.org/html/2404.19733v3#A2)).
+# A model continues text, so the prompt decides what it does. The paper's prompt for the word problems of
+# [GSM8K](../docs/glossary.md#gsm8k) asks for the reasoning *before* the answer, and for a fixed form of the answer
+# ([appendix B.1](https://arxiv.org/html/2404.19733v3#A2)).
 
 # %%
 print(gsm8k.PROMPT)
@@ -89,7 +89,7 @@ print(gsm8k.PROMPT)
 # fixed form lets a program find the answer.
 #
 # An instruction-tuned model was trained on conversations in one fixed format, the
-# [chat template](../docs/glossary.md#chat-template). By hand, for the seed model:
+# [chat template](../docs/glossary.md#chat-template). This cell writes it by hand for the seed model.
 
 # %%
 seed_tokenizer = models.load_tokenizer(models.find("seed"))
@@ -132,12 +132,13 @@ for name, texts in prompts.items():
 #
 # </details>
 #
-# If you cannot reproduce a published number, look at the rendered prompt first.
+# If you cannot reproduce a published number, print the prompt with its template first.
 #
 # ## 2 The distribution of the next token
 #
 # The model maps the prompt to one [logit](../docs/glossary.md#logit) per token of its vocabulary. The softmax turns logits
-# into probabilities. We take the question with the most steps.
+# into probabilities. We take the question whose solution has
+# the most steps.
 
 # %% tags=["nbval-ignore-output"]
 longest = max(questions, key=lambda row: (row.get("steps", 0), len(row["question"])))
@@ -165,11 +166,12 @@ for p, token in zip(top.values.tolist(), top.indices.tolist()):
 #
 # </details>
 #
-# The second token is the first digit of the working. This course moves probability from `Final` to this digit.
+# The second most probable token begins the working. Training moves probability from `Final` to such tokens.
 #
 # ## 3 Temperature
 #
-# [Temperature](../docs/glossary.md#temperature) $T$ divides the logits before the softmax:
+# How can we make completions more varied? The [temperature](../docs/glossary.md#temperature) $T$ divides the logits $z$. The
+# softmax then gives the probabilities $p$:
 #
 # $$p_i = \frac{e^{z_i/T}}{\sum_j e^{z_j/T}}$$
 
@@ -202,7 +204,8 @@ print(checks_01.with_temperature(with_temperature))
 # [Worked solution](solutions/01_sampling.ipynb). $T$ below 1 sharpens the distribution, and $T$ above 1 flattens it. $T = 0$
 # means greedy decoding: take the largest logit.
 #
-# **Predict**: from $T = 1$ to $T = 2$, which gains more: the second token, or all tokens that are not shown, together?
+# The figure shows the six tokens above and the sum of all others. **Predict**: from $T = 1$ to $T = 2$, which gains more: the
+# second token or this sum?
 
 # %% tags=["nbval-ignore-output"]
 columns = {f"T = {t:g}": (logits / t).softmax(-1)[top.indices].numpy() for t in (0.5, 1.0, 2.0)}
@@ -213,13 +216,13 @@ helpers_01.next_tokens(table)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The tokens that are not shown gain more, together.
+# The sum of all others gains more.
 #
 # </details>
 #
 # A higher temperature has two effects on $M_0$. At the first token it helps: the working begins more often. At later tokens
-# it hurts: each incorrect token has a small probability, but there are many of them, and one incorrect digit spoils the rest.
-# Section 7 measures which is stronger.
+# it hurts: many incorrect tokens each become a little more probable, and one incorrect digit spoils the rest. Section 7
+# measures which effect is stronger.
 #
 # ## 4 One random number per token
 #
@@ -240,8 +243,8 @@ for u in (0.10, 0.49, 0.51, 0.79, 0.97):
 
 # %% [markdown]
 # `sampling.next_tokens` does the same for a whole batch. In this package the random number of a token depends only on the
-# seed, the question, the index of the completion and the position. A completion therefore does not depend on the other
-# completions of its batch.
+# seed, the question, the index of the completion and the position. A completion therefore does not depend on the rest of
+# its batch.
 #
 # **Predict**: draw the same completions in small and in large batches. How many differ?
 
@@ -295,14 +298,14 @@ helpers_01.answer_logps([tokenizer.decode([token]) for token in ids], at_1)
 # %% [markdown]
 # Two tokens carry most of the sum: there the model could have continued differently.
 #
-# Check the index. The logits at position `P - 1 + i` predict the token at position `P + i`. **Predict** what happens if you
-# are off by one.
+# Check the index. The prompt has `P` tokens, and the logits at position `P - 1 + i` predict the token at position `P + i`.
+# **Predict** what happens if you are off by one.
 
 # %% tags=["nbval-ignore-output"]
 late = sum(forced.log_softmax(-1)[P + i, token].item() for i, token in enumerate(ids))
-[module] = logprobs.score(model, tokenizer, [hot["prompt_ids"]], [ids])
-print(f"correct position {sum(at_1):.2f}, one late {late:.2f}; logprobs.score {module:.2f}")
-assert abs(module - sum(at_1)) < TOLERANCE
+[scored] = logprobs.score(model, tokenizer, [hot["prompt_ids"]], [ids])
+print(f"correct position {sum(at_1):.2f}, one late {late:.2f}; logprobs.score {scored:.2f}")
+assert abs(scored - sum(at_1)) < TOLERANCE
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -335,8 +338,9 @@ print("questions by number of correct completions:",
 #
 # </details>
 #
-# The probability that at least one of $k$ completions is correct is called [pass@k](../docs/glossary.md#passk). Suppose $c$ of
-# $n$ completions are correct. What share of all ways to pick $k$ of the $n$ contains a correct one?
+# The probability that at least one of $k$ completions is correct is called [pass@k](../docs/glossary.md#passk). To estimate
+# it from $n$ completions, of which $c$ are correct, pick $k$ of them in every possible way. What share of these picks
+# contains a correct completion?
 
 # %%
 drawn = ["correct", "no", "no", "no"]                   # n = 4 completions, c = 1 of them correct
@@ -355,7 +359,7 @@ assert len(good) / len(picks) == evaluation.pass_at_k(n=4, c=1, k=2)
 #
 # <details><summary>Hint</summary>
 #
-# How many ways are there to pick all k from the n − c incorrect ones? Divide by the number of all ways to pick k from n.
+# How many ways are there to pick all k from the n − c incorrect ones? Divide by the number of ways to pick k from n.
 #
 # </details>
 
@@ -383,15 +387,15 @@ print(f"simpler     {sum(w * (1 - (1 - c / 4)**k) for c, w in enumerate(chances)
 
 # %% [markdown]
 # pass@k shows that $M_0$ *sometimes* solves a question. Does it answer incorrectly *because* it skips the working? Test it
-# with an intervention. Decode greedily, but ban the token `Final`, first only at the start, then until the completion has
-# as many equations as the question has steps.
+# with an intervention: decode greedily, but ban the token `Final`. One rule bans it as the first token. The other bans it
+# until the completion has as many equations as the solution has steps.
 #
-# **Predict**: $M_0$ as it is solves fewer than half of the 80 questions. How many under each rule?
+# **Predict**: without a rule $M_0$ solves fewer than half of the 80 questions. How many under each rule?
 
 # %% tags=["nbval-ignore-output"]
 if profile.model == "seed":
     prompts = [models.render_prompt(tokenizer, task.prompt(row)) for row in questions]
-    rules = {"as it is": lambda text, row: False,
+    rules = {"without a rule": lambda text, row: False,
              "no Final as the first token": lambda text, row: text == "",
              "no Final before all steps": lambda text, row: (
                  text.count("=") < questions[row]["steps"] or not text.endswith("\n"))}
@@ -406,10 +410,9 @@ else:
 figure
 
 # %% [markdown]
-# The weights are the same in all three rows. Only one token is banned. So $M_0$ can do the working, and skipping it
-# causes most of its errors. The third rule knows the number of steps of the solution, so it is a test and not a decoding
-# method. The second rule needs no such knowledge. Training only needs to make the working more probable:
-# [elicitation](../docs/glossary.md#elicitation).
+# The weights are the same for all three bars. So $M_0$ can do the working, and skipping it causes most of its errors. The
+# last rule knows the number of steps, so it is a test and not a decoding method. The other rule needs no such knowledge.
+# Training only needs to make the working more probable: [elicitation](../docs/glossary.md#elicitation).
 #
 # You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower.
 #
@@ -429,12 +432,12 @@ figures.sweep(curves, "k", "k, completions per question", "pass@k (%)")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The gap narrows as $k$ grows.
+# The gap is much smaller than at $k = 1$, but the last model is still ahead.
 #
 # </details>
 #
 # For large models [Yue et al. 2025](https://arxiv.org/abs/2504.13837) report that the curves meet and then cross, with $k$ in
-# the hundreds.
+# the hundreds. Our curves end at 32.
 #
 # ## 7 Which temperature?
 #
@@ -452,12 +455,12 @@ for t in temperatures:
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The lowest temperature gives the most correct completions. It is not the best one for training: a question whose
-# completions are all correct, or all incorrect, gives no pair.
+# The lowest. It is not the best one for training: a question whose completions are all correct, or all incorrect, gives no
+# pair.
 #
 # </details>
 #
-# Section 3 named two effects. For this model the damage at later tokens is the stronger one.
+# For this model the damage at later tokens (section 3) is the stronger effect.
 
 # %% [markdown]
 # ### Exercise 1.3: choose a temperature
@@ -489,6 +492,7 @@ print(checks_01.choose(choose))
 
 # %% [markdown]
 # [Worked solution](solutions/01_sampling.ipynb). The figure shows three shares with 95 % intervals over questions.
+# *Both kinds*: questions with correct and incorrect completions.
 
 # %% tags=["nbval-ignore-output"]
 def shares_of(c):
@@ -526,13 +530,13 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questi
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In this run it is higher, 1.3 against 1.0, although the bands of $M_0$ overlap there. At low temperatures the last
+# In this run it is higher: 1.3 against 1.0, although the bands of $M_0$ overlap there. At low temperatures the last
 # model makes few mistakes to learn from.
 #
 # </details>
 #
 # The paper samples at $T = 0.8$ in the first two iterations and at 1.3 in the next two
-# ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)), and does not test other schedules.
+# ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)).
 #
 # ## What you have learnt
 #
@@ -546,7 +550,6 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questi
 #
 # <details><summary>Typical misunderstandings</summary>
 #
-# - *Sampling was at $T = 1.5$, so the loss needs log-probabilities at $T = 1.5$.* The loss compares two models at $T = 1$.
 # - *The logits at a token's place give its probability.* They give the probability of the *next* token.
 # - *More correct completions are better for training.* A question without an incorrect one gives no pair.
 #

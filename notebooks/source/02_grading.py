@@ -15,17 +15,17 @@
 #
 # **What you will be able to do**
 #
-# - read the final answer of a completion and compare it with the gold answer;
+# - read the final answer of a completion and compare it with the *gold answer*, the known correct one;
 # - measure a grader: [false positives](../docs/glossary.md#false-positive) and
 #   [false negatives](../docs/glossary.md#false-negative);
-# - say with numbers what a model learns from a lenient grader.
+# - show with numbers what a model learns from a lenient grader.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
 # | time for this notebook, on two cores | 20 seconds | 20 seconds | as `cpu` |
 #
-# **Needs**: the packages of this repository. The completions come from your own run (`make run`) or from the finished run
-# that comes with the notebooks.
+# **Needs**: the packages of this repository. The completions come from your own run (`make run`) or from the run shipped
+# with the notebooks.
 #
 # **Before this**: [01 · Sampling](01_sampling.ipynb).
 
@@ -66,8 +66,9 @@ completions = ["5+43=48\n48/2=24\nFinal answer: 24",
                "48 eggs are halved, and 48/2 is not 24"]
 
 # %% [markdown]
-# The shortest grader takes the last number of the text, as
-# [evaluation libraries](https://github.com/EleutherAI/lm-evaluation-harness/blob/main/lm_eval/tasks/gsm8k/gsm8k.yaml) can do.
+# The simplest grader takes the last number of the text.
+# [Evaluation libraries](https://github.com/EleutherAI/lm-evaluation-harness/blob/main/lm_eval/tasks/gsm8k/gsm8k.yaml) can
+# do this.
 #
 # **Predict**: completions 1 to 3 are correct, and the last one is not. For which of them does this grader err?
 
@@ -86,16 +87,16 @@ for completion in completions:
 #
 # These are two kinds of error:
 #
-# - a [false negative](../docs/glossary.md#false-negative): correct, but not rewarded (the second and the third);
-# - a [false positive](../docs/glossary.md#false-positive): incorrect, but rewarded (the last).
+# - a [false negative](../docs/glossary.md#false-negative): correct, but not rewarded (completions 2 and 3);
+# - a [false positive](../docs/glossary.md#false-positive): incorrect, but rewarded (completion 4).
 #
 # A grader *extracts* the answer and *compares* it.
 
 # %% [markdown]
 # ## 2 Extract: where is the answer?
 #
-# The prompt asks for "Final answer: ..." ([appendix B.1](https://arxiv.org/html/2404.19733v3#A2)). A model may correct
-# itself, so the *last* marker counts.
+# The prompt asks for the marker "Final answer:" ([appendix B.1](https://arxiv.org/html/2404.19733v3#A2)). A model may
+# correct itself, so the *last* marker counts.
 
 # %%
 def after_marker(completion):
@@ -110,8 +111,8 @@ def after_marker(completion):
 # Real models also write `**Final answer**:` and `\boxed{24}`. All tasks of the package therefore share one answer
 # extractor, [`answers.py`](../irpo_utils/tasks/answers.py):
 #
-# 1. **Marker and block**: find the last "Final answer", also in bold or in a heading, and take the rest of the line. While a
-#    brace, a formula or a code fence is open, take the next line also.
+# 1. **Marker and block**: find the last "Final answer", also in bold or in a heading, and take the rest of its line. If
+#    that is empty, or if a brace, a formula or a code fence is open, also take the next line.
 # 2. **Wrapping**: remove boxes, math delimiters, bold type, quotes, and phrases such as "The answer is".
 # 3. **Number**: the task parses the text. On multiple choice it reads a letter.
 
@@ -160,15 +161,16 @@ for text in ("1,080.50 euros", "3 * 8 = 24 eggs", "½", "12 or 13", "24 eggs, 12
     print(f"{text:32}", numbers.parse(text))
 
 # %% [markdown]
-# The package also rejects completion 2 of section 1, which is correct. This false negative is the price of refusing hedges.
+# The package also rejects completion 2 of section 1, which is correct. We accept this false negative, because the same rule
+# rejects hedging.
 
 # %% [markdown]
 # ### Exercise 2.1: write the extractor
 #
 # **Goal**: text in, number out. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# Write `extract_number(completion)`. It reads the first line of text after the *last* "Final answer:" (any letter case) and
-# returns its number as a `Fraction`. It returns None if there is no marker, no number, or two *different* numbers.
+# Write `extract_number(completion)`. It reads the first line of text after the *last* "Final answer:", in upper or lower
+# case, and returns its number as a `Fraction`. It returns None if there is no marker, no number, or two *different* numbers.
 #
 # <details><summary>Hint</summary>
 #
@@ -197,7 +199,7 @@ print(checks_02.extract_number(extract_number))
 #
 # A completion that hits the token limit (`max_new_tokens`) is cut off at an arbitrary point.
 #
-# **Predict**: which answers does the grader read if we cut the text below after each of its last characters?
+# **Predict**: we cut the text below at five places near its end. Which answer does the grader read from each piece?
 
 # %%
 whole, word_problems = "57*2=114\n114-2=112\nFinal answer: 112", tasks.get("word_problems")
@@ -207,7 +209,7 @@ for length in range(len(whole) - 4, len(whole) + 1):
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It reads none twice, then 1, 11 and 112.
+# It reads none from two pieces, then 1, 11 and 112.
 #
 # </details>
 #
@@ -221,7 +223,7 @@ for completion, finished in ((whole, True), (whole, False), (whole[:-1], True),
     print(grading.grade_one(row, word_problems))
 
 # %% [markdown]
-# How often does each reason occur among the completions of $M_0$? None is truncated here: they are shorter than the limit.
+# How often does each reason occur among the completions of $M_0$?
 
 # %% tags=["nbval-ignore-output"]
 graded = helpers_02.graded_completions(PROFILE, profile)
@@ -233,22 +235,22 @@ print(f"{count} without a readable answer; their most frequent last lines (# is 
 print(endings)
 
 # %% [markdown]
-# Read these before you train. Here most of them repeat the marker, but they are less than 1 % of all completions.
+# Read such endings before you train. Here they are less than 1 % of all completions, and most repeat a part of the marker.
 
 # %% [markdown]
 # ## 5 Grade the grader
 #
-# How often does a grader err? We labelled completions in many forms, for four tasks, by *reading*
-# ([file](data/graded_forms.jsonl)): would a teacher say that the answer is correct?
+# How often does a grader err? We *read* completions in many forms, for four tasks, and labelled them
+# ([file](data/graded_forms.jsonl)): would a teacher accept the answer?
 
 # %%
 forms = helpers_02.labelled_forms()
-for row in forms[forms.id.isin(["buns-09", "film-04", "shape-03"])].itertuples():
+for row in forms[forms.id.isin(["buns-09", "buns-20", "film-04"])].itertuples():
     print(f"{row.verdict}, because: {row.reason}\n    {row.question}")
     print(f"    {row.completion.splitlines()[-1]}\n")
 
 # %% [markdown]
-# Three graders take the test. `exact` accepts only the gold answer after the marker. `contains` accepts it anywhere in the
+# We test three graders. `exact` accepts only the gold answer after the marker. `contains` accepts it anywhere in the
 # last line. The third is the grader of the package.
 #
 # **Predict**: which of the three has the most false positives, and which the most false negatives?
@@ -274,7 +276,7 @@ helpers_02.grader_errors(errors, correct)
 #
 # </details>
 #
-# These are not error *rates*: each form occurs about once in the file. Which false positives does the package have?
+# These are not error *rates*: the file has each form about once. Which false positives does the package have?
 
 # %%
 for row in forms[forms.package & ~correct].itertuples():
@@ -285,12 +287,12 @@ for row in forms[forms.package & ~correct].itertuples():
 # Which kind of error does more harm in training?
 #
 # - A *false negative* rejects a correct completion. The model learns to avoid an unusual form.
-# - A *false positive* chooses an incorrect completion. The next model makes more of them, and they are rewarded again.
+# - A *false positive* chooses an incorrect completion. The next model writes more of this kind, and they are rewarded again.
 #
 # We expect false positives to do more harm, so the package is strict when in doubt. Section 8 measures false positives only.
 #
-# The next table has a second collection, from public bug reports. *Debatable*: readers may disagree about the label. We
-# improved the graders with it, so expect more errors on new completions.
+# The next table counts errors of the package on a second collection, from public bug reports. *Debatable*: readers may
+# disagree about the label. We improved the graders with it, so expect more errors on new completions.
 
 # %%
 helpers_02.grading_cases()
@@ -340,7 +342,7 @@ for equation in equations("57*2=104\n104 - 2 = $102\nFinal answer: 102"):
 # $M_0$ has three behaviours:
 #
 # - **no working**: it answers at once;
-# - **partial working**: it shows fewer equations than the gold solution;
+# - **partial working**: it shows fewer equations than the [gold solution](../docs/glossary.md#gold-solution);
 # - **full working**: it shows at least as many equations as the gold solution.
 #
 # **Predict**: which behaviour is most frequent, and which one gets most of the rewards?
@@ -356,6 +358,16 @@ samples = helpers_02.with_questions(graded)
 samples["behaviour"] = [behaviour(row) for row in samples.itertuples()]
 helpers_02.behaviours(samples)
 
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# No working is most frequent, and full working gets most of the rewards.
+#
+# </details>
+#
+# Answers without working are almost never correct, because a guess can be any of many numbers. What goes wrong in
+# incorrect completions *with* equations?
+
 # %% tags=["nbval-ignore-output"]
 incorrect = samples[~samples.correct & (samples.behaviour != "no working")]
 partial = incorrect[incorrect.behaviour == "partial working"]
@@ -364,19 +376,12 @@ example = partial.iloc[0]
 print(example.question, "\n" + example.completion, f"\n(the gold answer is {example.answer})")
 
 # %% [markdown]
-# <details><summary>Answer</summary>
-#
-# No working is most frequent, and full working gets most of the rewards.
-#
-# </details>
-#
-# Answers without working are almost never correct, because many numbers are possible. So most chosen completions have
-# full working, with a few exceptions.
+# Most rewarded completions have full working. The exceptions:
 
 # %% tags=["nbval-ignore-output"]
 samples["false"] = [not all(map(is_true, equations(text))) for text in samples.completion]
 odd = samples[samples.correct & (samples.false | (samples.behaviour == "no working"))]
-print(len(odd), "of", samples.correct.sum(), "chosen completions have no working or a false equation:")
+print(len(odd), "of", samples.correct.sum(), "rewarded completions have no working or a false equation:")
 for row in odd.sort_values(["false", "gold_steps"]).iloc[[0, -1]].itertuples():
     print(f"\n{row.question} (gold answer {row.answer})")
     print("  ->", " ; ".join(row.completion.splitlines()))
@@ -413,18 +418,18 @@ print(checks_02.sound(sound))
 # [Worked solution](solutions/02_grading.ipynb). The next cell applies your solution.
 
 # %% tags=["nbval-ignore-output"]
-chosen = samples[samples.correct]
-passed = [sound(row.completion, row.extracted) for row in chosen.itertuples()]
+rewarded = samples[samples.correct]
+passed = [sound(row.completion, row.extracted) for row in rewarded.itertuples()]
 print("Solve exercise 2.3 first." if ... in passed else
-      f"{passed.count(True)} of {len(chosen)} chosen completions pass your reward")
+      f"{passed.count(True)} of {len(rewarded)} rewarded completions pass your reward")
 
 # %% [markdown]
 # ## 7 Luck on multiple choice
 #
 # With four options a guess is often correct. The paper notes this for the multiple-choice task ARC
 # ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The task
-# [`word_choices`](../scripts/studies/word_choices.py) gives each question four options. The
-# model still writes a number, and the grader takes the nearest option as its letter. So we can grade the *same* completions
+# [`word_choices`](../scripts/studies/word_choices.py) gives each question four options with letters, which the model
+# does not see. It still writes a number, and the grader picks the nearest option. So we can grade the *same* completions
 # again. A completion is **lucky** if its letter is correct and its number is not.
 #
 # **Predict**: is the lucky share of the rewarded completions below 25 %, about 25 %, or above?
@@ -442,16 +447,16 @@ helpers_02.luck({"rewarded": letters[letters.correct], "chosen, in pairs": in_pa
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# With the small model it is above 50 %: $M_0$ guesses more often than it shows full working.
+# It is above 50 %: $M_0$ guesses more often than it shows full working.
 #
 # </details>
 #
-# [Schumann and Riezler 2025](https://arxiv.org/abs/2509.25941) find spurious chains of thought in real models.
+# [Schumann and Riezler 2025](https://arxiv.org/abs/2509.25941) find correct answers with incorrect reasoning in real models.
 
 # %% [markdown]
 # ### Exercise 2.4: the share of lucky pairs
 #
-# **Goal**: compute an approximation of the lower bar. **Difficulty**: 2 of 3. **Time**: 10 minutes.
+# **Goal**: approximate the lower bar of the figure above. **Difficulty**: 2 of 3. **Time**: 10 minutes.
 #
 # Write `lucky_pairs(questions)`. Each question is a list of labels: `"solved"`, `"lucky"` (both are rewarded) or
 # `"incorrect"`. A question with a rewarded and an incorrect completion gives one pair. Its chosen completion is drawn at
@@ -486,9 +491,7 @@ print(checks_02.lucky_pairs(lucky_pairs))
 # ## 8 What does a lenient grader teach?
 #
 # The study [`lenient_grader.py`](../scripts/studies/lenient_grader.py) grades the *same* completions of $M_0$ with three
-# graders. Each of them gives an $M_1$, which samples for itself and gives an $M_2$ (300 questions, at most 500 pairs, learning
-# rate 1e-4).
-#
+# graders. With each grader it then makes $M_1$ and $M_2$ (300 questions, at most 500 pairs, learning rate 1e-4).
 #
 # - **strict**: the grader of this notebook;
 # - **within 20 %**: also accepts a number that is at most 20 % off;
@@ -510,6 +513,9 @@ pd.DataFrame({name: samples[reward].behaviour.value_counts() for name, reward in
 
 # %% [markdown]
 # **Predict**: does a lenient grader cost accuracy? Which behaviour remains or grows under which grader?
+#
+# Accuracy is *sampled* at $T = 1$, and therefore lower than the greedy accuracy of notebook 00. The table shows $M_2$ minus
+# the strict $M_2$, in points with 95 % intervals over three seeds and 200 validation questions.
 
 # %%
 study = helpers_02.grader_study()
@@ -521,22 +527,19 @@ helpers_02.differences(iteration=2)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Both lenient graders cost more than 20 points of sampled accuracy. Which of the two costs more is not resolved. Under
-# *within 20 %* many completions still have no working. Under *partial credit* partial working grows.
+# Yes, both means are more than 20 points lower. Which grader costs more is not resolved. Under *within 20 %* many
+# completions still have no working. Under *partial credit* partial working grows.
 #
 # </details>
 #
-# The table shows $M_2$ minus the strict $M_2$, in points with 95 % intervals over three seeds and 200 validation questions.
-# Accuracy is *sampled* at $T = 1$, and therefore lower than the greedy accuracy of notebook 00. *Within 20 %* does not even
-# reach its own goal: fewer completions are at most 20 % off than under *strict*.
+# *Within 20 %* does not even reach its own goal: fewer completions are at most 20 % off than under *strict*.
 
 # %% [markdown]
 # ## What you have learnt
 #
-# - A grader extracts and compares. Both steps have [false positives](../docs/glossary.md#false-positive) and
-#   [false negatives](../docs/glossary.md#false-negative), and labelled completions count them.
+# - A grader extracts and compares. Both steps cause false positives and false negatives. Count them on labelled completions.
 # - Where many answers are possible, correct answers mostly come with full working. On multiple choice many are luck.
-# - A lenient grader keeps the behaviour that it rewards, and costs accuracy.
+# - A model keeps the behaviour that a lenient grader rewards, and loses accuracy.
 #
 # **What to try.** Add ten completions of your model to the labelled forms, and run section 5 again. Add a lenient grader
 # to the study of section 8, and run it with `--seeds 1`.
@@ -557,11 +560,11 @@ helpers_02.differences(iteration=2)
 #
 # <details><summary>Answers</summary>
 #
-# 1. A model may correct itself. The last one is the answer that it commits to.
+# 1. A model may correct itself.
 # 2. 0. The text may be the beginning of 360.
 # 3. A guess is rarely correct among hundreds of numbers, and one time in four among four letters.
-# 4. To show true steps and to stop before the last one more often than under a strict grader.
+# 4. It learns to stop before the last step more often than under a strict grader.
 #
 # </details>
 #
-# **Next**: [03 · Pairs](03_pairs.ipynb): which chosen completion meets which rejected one?
+# **Next**: [03 · Pairs](03_pairs.ipynb): which chosen completion is paired with which rejected one?
