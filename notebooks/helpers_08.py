@@ -229,7 +229,7 @@ def sizes(names) -> pd.DataFrame:
 def plans(names, counts, gpu: str = "A100-80GB", **changes) -> dict:
     """(profile, number of GPUs) -> the plan, whether it fits or not."""
     return {
-        (name, n): planning.plan(profiles.get(name, **changes), f"{n}x{gpu}", must_fit=False)
+        (name, n): planning.plan(profiles.get(name, **changes), f"{n}x{gpu}")
         for name in names
         for n in counts
     }

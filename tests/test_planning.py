@@ -30,8 +30,15 @@ def stages(made) -> dict:
     return {stage.name: stage for stage in made.stages}
 
 
+def checked(*arguments, **options):
+    """The plan of a run that fits."""
+    made = planning.plan(*arguments, **options)
+    planning.check(made)
+    return made
+
+
 def memory(profile="smollm2-360m", machine=GPU, **changes) -> dict:
-    made = planning.plan(profiles.get(profile, **changes), machine, must_fit=False)
+    made = planning.plan(profiles.get(profile, **changes), machine)
     return {name: stage.memory for name, stage in stages(made).items()}
 
 
@@ -150,7 +157,7 @@ def test_a_hub_model_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
     with pytest.raises(UserError, match="owner/model.*no network.*--model"):
-        planning.plan(profiles.get("cpu", model="owner/model"), GPU)
+        checked(profiles.get("cpu", model="owner/model"), GPU)
 
 
 # ---- against measurements
@@ -158,7 +165,7 @@ def test_a_hub_model_that_cannot_be_reached(monkeypatch):
 
 @pytest.mark.parametrize("name", STAGES.values())
 def test_rate_and_peak_of_the_benchmark(name):
-    stage = stages(planning.plan(profiles.get("cpu"), "2xcpu"))[name]
+    stage = stages(checked(profiles.get("cpu"), "2xcpu"))[name]
     assert within(stage.tokens / stage.hours / 3600, BENCH[name, "ours", "tokens_per_second"], 2)
     assert within(stage.memory / 1e6, BENCH[name, "ours", "peak_mb"], 1.5)
 
@@ -167,7 +174,7 @@ def test_sampling_of_a_model_a_hundred_times_larger():
     profile = saved_profile(
         SMOLLM2, n_questions=8, sampling_batch_size=64
     )  # the benchmark drew 8 x 8
-    stage = stages(planning.plan(profile, "2xcpu"))["sampling"]
+    stage = stages(checked(profile, "2xcpu"))["sampling"]
     assert within(
         stage.tokens / stage.hours / 3600,
         BENCH["sampling", "smollm2-135m-cpu_ours", "tokens_per_second"],
@@ -183,7 +190,7 @@ def test_training_of_a_model_a_hundred_times_larger():
         .read_text()
         .splitlines()
     ]
-    stage = stages(planning.plan(saved_profile(SMOLLM2), "1xcpu", must_fit=False))["training"]
+    stage = stages(planning.plan(saved_profile(SMOLLM2), "1xcpu"))["training"]
     assert within(
         stage.tokens / stage.hours / 3600, sum(row["tokens"] for row in log) / log[-1]["seconds"], 2
     )
@@ -232,7 +239,7 @@ def test_measured_speed_and_memory_of_a_gpu(row):
     "timing, cores", [(SHIPPED / "timing.csv", 1), (ROOT / "figures" / "make_run_timing.csv", 2)]
 )
 def test_seconds_and_tokens_of_finished_runs(timing, cores):
-    made = stages(planning.plan(saved_profile(SHIPPED / "profile.json"), f"{cores}xcpu"))
+    made = stages(checked(saved_profile(SHIPPED / "profile.json"), f"{cores}xcpu"))
     for name, measured in (
         pandas.read_csv(timing).groupby("stage")[["seconds", "tokens"]].sum().iterrows()
     ):
@@ -290,7 +297,7 @@ def test_checkpointing_smaller_batches_and_8_bit_moments_lower_training_alone():
 
 
 def test_memory_is_that_of_one_gpu_and_time_that_of_all():
-    one, eight = (planning.plan(profiles.get("smollm2-135m"), f"{n}xA100-80GB") for n in (1, 8))
+    one, eight = (checked(profiles.get("smollm2-135m"), f"{n}xA100-80GB") for n in (1, 8))
     assert one.total.memory == eight.total.memory and one.total.tokens == eight.total.tokens
     assert stages(one)["sampling"].hours == pytest.approx(8 * stages(eight)["sampling"].hours)
     # Each GPU has 2 pairs of a step instead of 8: less arithmetic, the same overhead of layers.
@@ -299,7 +306,7 @@ def test_memory_is_that_of_one_gpu_and_time_that_of_all():
 
 def test_epochs_repeat_the_pairs_and_steps_limit_them():
     once, twice, steps = (
-        stages(planning.plan(profiles.get("smollm2-135m", **c), GPU))["training"]
+        stages(checked(profiles.get("smollm2-135m", **c), GPU))["training"]
         for c in ({}, dict(epochs=2.0), dict(epochs=2.0, max_steps=100))
     )
     assert twice.tokens == 2 * once.tokens and steps.tokens == 4 * 100 * 16 * (131 + 2 * 200)
@@ -307,9 +314,9 @@ def test_epochs_repeat_the_pairs_and_steps_limit_them():
 
 
 def test_what_is_not_done_takes_nothing():
-    gold = stages(planning.plan(profiles.get("smollm2-135m", method="sft_gold"), GPU))
+    gold = stages(checked(profiles.get("smollm2-135m", method="sft_gold"), GPU))
     assert gold["sampling"].hours == gold["sampling"].memory == 0 < gold["training"].hours
-    nothing = stages(planning.plan(profiles.get("smollm2-135m", iterations=0), GPU))
+    nothing = stages(checked(profiles.get("smollm2-135m", iterations=0), GPU))
     assert (
         nothing["sampling"].tokens == nothing["training"].memory == 0 < nothing["evaluation"].hours
     )
@@ -317,7 +324,7 @@ def test_what_is_not_done_takes_nothing():
 
 def test_grpo_draws_as_much_and_learns_about_as_much():
     ours, online = (
-        stages(planning.plan(profiles.get("smollm2-360m", method=name), GPU, 1, must_fit=False))
+        stages(planning.plan(profiles.get("smollm2-360m", method=name), GPU, 1))
         for name in ("irpo", "grpo")
     )
     assert online["sampling"] == ours["sampling"] and online["evaluation"] == ours["evaluation"]
@@ -338,7 +345,7 @@ def test_each_profile_has_a_plan_also_with_fields_that_are_not_known_yet():
         bases=(profiles.Profile,),
     )
     for profile in (*map(profiles.get, profiles.names()), extended()):
-        total = planning.plan(profile, GPU, must_fit=False).total
+        total = planning.plan(profile, GPU).total
         assert 0 < total.hours < 10_000 and 1e9 < total.memory < 1e12
 
 
@@ -346,7 +353,7 @@ def test_each_profile_has_a_plan_also_with_fields_that_are_not_known_yet():
 def test_memory_of_sampling_follows_the_completions_that_are_alive(engine):
     few = dict(n_questions=4, n_samples=4, n_eval_questions=4, eval_samples=4, eval_samples_ends=4)
     large, small = (with_engine(engine, sampling_batch_size=n, **few) for n in (2048, 16))
-    large, small = (planning.plan(profile, "1xT4-16GB", price=1) for profile in (large, small))
+    large, small = (checked(profile, "1xT4-16GB", price=1) for profile in (large, small))
     assert large.stages == small.stages
 
 
@@ -365,14 +372,14 @@ def with_engine(engine, **changes):
 def test_engines_differ_in_time_and_not_in_tokens():
     hours, tokens = {}, set()
     for engine in ("plain", "cuda_graph", "vllm"):
-        made = planning.plan(with_engine(engine), "H200-141GB")
+        made = checked(with_engine(engine), "H200-141GB")
         stage = stages(made)["sampling"]
         hours[engine] = stage.hours
         tokens.add(stage.tokens)
         shared = "server is counted on the same GPUs" in planning.table(made)
         assert shared == (engine == "vllm")
     assert len(tokens) == 1 and 5 * hours["cuda_graph"] < hours["plain"]
-    assert planning.plan(with_engine("cuda_graph"), "cpu", must_fit=False)  # as plain
+    assert planning.plan(with_engine("cuda_graph"), "cpu")  # as plain
 
 
 # ---- a run that does not fit
@@ -395,21 +402,19 @@ def test_with_the_advised_changes_a_run_fits_and_batches_are_no_smaller_than_tha
 ):
     profile = profiles.get(profile, **changes)
     with pytest.raises(UserError, match=f"too little.*It fits with {option}") as refusal:
-        planning.plan(profile, machine)
+        checked(profile, machine)
     words = str(refusal.value).split("fits with ")[1].split(". ")[0].split()
     names = [word[2:].replace("-", "_") for word in words[::2]]
     advised = dict(zip(names, map(yaml.safe_load, words[1::2]), strict=True))
-    planning.plan(dataclasses.replace(profile, **advised), machine)
+    checked(dataclasses.replace(profile, **advised), machine)
     for name in {"sampling_batch_size", "micro_batch_size"} & set(names):
         larger = {k: value for k, value in advised.items() if k != name}
         with pytest.raises(UserError):
-            planning.plan(dataclasses.replace(profile, **larger), machine)
+            checked(dataclasses.replace(profile, **larger), machine)
 
 
 def test_the_refusal_says_by_how_much():
-    made = planning.plan(
-        profiles.get("llama-3.2-3b", sampling_batch_size=320), "1xRTX4090-24GB", must_fit=False
-    )
+    made = planning.plan(profiles.get("llama-3.2-3b", sampling_batch_size=320), "1xRTX4090-24GB")
     assert made.room == pytest.approx(0.95 * 24e9)
     with pytest.raises(
         UserError,
@@ -420,14 +425,14 @@ def test_the_refusal_says_by_how_much():
 
 def test_no_setting_helps_where_the_base_alone_is_too_large():
     with pytest.raises(UserError, match="No setting makes it fit.*larger GPUs"):
-        planning.plan(profiles.get("paper"), "1xT4-16GB")
+        checked(profiles.get("paper"), "1xT4-16GB")
 
 
 # ---- several GPUs
 
 
 def training(profile, machine, **changes):
-    made = planning.plan(profiles.get(profile, **changes), machine, must_fit=False)
+    made = planning.plan(profiles.get(profile, **changes), machine)
     return stages(made)["training"]
 
 
@@ -435,10 +440,10 @@ def test_a_base_too_large_for_one_gpu_is_split_over_several():
     profile = profiles.get("paper")
     for optimizer in ("paged_adamw_8bit", "paged_adamw_32bit"):
         with pytest.raises(UserError, match="fits with .*--shard true.*--optimizer adamw_torch"):
-            planning.plan(dataclasses.replace(profile, optimizer=optimizer), "8xV100-32GB")
-    planning.plan(dataclasses.replace(profile, shard=True, engine="vllm"), "8xV100-32GB")
+            checked(dataclasses.replace(profile, optimizer=optimizer), "8xV100-32GB")
+    checked(dataclasses.replace(profile, shard=True, engine="vllm"), "8xV100-32GB")
     with pytest.raises(UserError, match="No setting makes it fit"):  # GRPO is not trained in parts
-        planning.plan(dataclasses.replace(profile, method="grpo"), "8xV100-32GB")
+        checked(dataclasses.replace(profile, method="grpo"), "8xV100-32GB")
 
 
 def test_a_gpu_holds_its_part_of_split_layers_and_two_whole_layers():
@@ -465,7 +470,7 @@ def test_gpus_without_a_part_of_the_batch_draw_with_vllm_and_do_not_train():
     few, many = (training("paper", f"{n}xA100-80GB", batch_size=8, shard=True) for n in (8, 64))
     assert few.memory == many.memory and few.tokens == many.tokens
     some, all_of_them = (
-        planning.plan(profiles.get("paper", engine="vllm"), f"{n}xA100-80GB") for n in (16, 64)
+        checked(profiles.get("paper", engine="vllm"), f"{n}xA100-80GB") for n in (16, 64)
     )
     assert stages(some)["training"].hours == stages(all_of_them)["training"].hours
     assert stages(some)["sampling"].hours == pytest.approx(
@@ -478,14 +483,14 @@ def test_a_batch_that_the_run_would_refuse_is_refused():
         UserError,
         match="batch_size = 24 is not a multiple of micro_batch_size = 2 times 8 processes",
     ):
-        planning.plan(profiles.get("paper", batch_size=24, micro_batch_size=2), "8xA100-80GB")
+        checked(profiles.get("paper", batch_size=24, micro_batch_size=2), "8xA100-80GB")
 
 
 def test_the_table_says_how_many_gpus_train():
-    text = planning.table(planning.plan(profiles.get("paper"), "64xA100-80GB"))
+    text = planning.table(checked(profiles.get("paper"), "64xA100-80GB"))
     assert "only 16 of 64 GPUs train: --batch-size 16" in text
     for machine in ("1xA100-80GB", "8xA100-80GB"):
-        assert "GPUs train" not in planning.table(planning.plan(profiles.get("paper"), machine))
+        assert "GPUs train" not in planning.table(checked(profiles.get("paper"), machine))
 
 
 def test_the_papers_own_hardware_is_what_the_arithmetic_asks_for():
@@ -539,7 +544,7 @@ def gpu(monkeypatch, name, gigabytes, major=8):
 @pytest.mark.parametrize("major, dtype", [(7, "float16"), (12, "bfloat16")])
 def test_an_unknown_gpu_has_its_own_memory_and_the_least_speed(monkeypatch, major, dtype):
     gpu(monkeypatch, "NVIDIA X1", 48, major)
-    made = planning.plan(profiles.get("smollm2-135m"))
+    made = checked(profiles.get("smollm2-135m"))
     assert made.room == pytest.approx(0.95 * 48e9) and made.machine.dtype == dtype
     assert "NVIDIA X1 is unknown" in planning.table(made)
     assert made.machine.bandwidth == min(
@@ -548,7 +553,7 @@ def test_an_unknown_gpu_has_its_own_memory_and_the_least_speed(monkeypatch, majo
 
 
 def test_the_table_says_what_its_speeds_rest_on():
-    text = planning.table(planning.plan(profiles.get("smollm2-135m"), "A100-80GB"))
+    text = planning.table(checked(profiles.get("smollm2-135m"), "A100-80GB"))
     assert "35% of FLOPS (assumed), 37% of bandwidth (measured on an H200)" in text
     assert "engine plain" in text
 
@@ -567,7 +572,7 @@ def test_names_of_machines_may_be_written_small():
 
 def test_cost_is_price_times_hours_and_nothing_is_made_up():
     profile = profiles.get("smollm2-135m")
-    made = planning.plan(profile, "2xL4-24GB", price=2.5)
+    made = checked(profile, "2xL4-24GB", price=2.5)
     assert (
         made.total.cost
         == pytest.approx(2.5 * made.total.hours)
@@ -576,10 +581,10 @@ def test_cost_is_price_times_hours_and_nothing_is_made_up():
     assert f"{made.total.cost:.2f}" in planning.table(made) and "--price" not in planning.table(
         made
     )
-    text = planning.table(planning.plan(profile, "2xL4-24GB"))
+    text = planning.table(checked(profile, "2xL4-24GB"))
     assert "cost " not in text.splitlines()[1] and "--price" in text
     with pytest.raises(UserError, match="--price"):
-        planning.plan(profile, "2xL4-24GB", price=-1)
+        checked(profile, "2xL4-24GB", price=-1)
 
 
 def test_questions_of_your_own_are_measured_and_the_table_says_so(tmp_path):
@@ -593,13 +598,13 @@ def test_questions_of_your_own_are_measured_and_the_table_says_so(tmp_path):
     counts = [len(task.load(split, profile.data)) for split in ("train", "validation", "test")]
     assert [size.train, size.validation, size.test] == counts and sum(counts) == 50
     assert size.prompt < size.longest == pytest.approx(len(task.prompt(rows[49])) / 4 + 26, abs=20)
-    text = planning.table(planning.plan(profile, "cpu"))
+    text = planning.table(checked(profile, "cpu"))
     assert "prompts measured (4 characters a token), completions assumed as in gsm8k" in text
 
 
 def test_sizes_of_questions_that_cannot_be_read_are_assumed_and_the_table_says_so(tmp_path):
     for data in (None, str(tmp_path / "missing.jsonl")):
-        made = planning.plan(profiles.get("cpu", task="jsonl", data=data), "cpu")
+        made = checked(profiles.get("cpu", task="jsonl", data=data), "cpu")
         assert ": assumed" in planning.table(made).split("sizes:")[1].splitlines()[0]
 
 
@@ -623,7 +628,7 @@ def test_a_task_of_your_own_is_measured(monkeypatch):
 
 
 def test_the_default_plan_is_short_and_honest():
-    text = planning.table(planning.plan(profiles.get("cpu"), "2xcpu"))
+    text = planning.table(checked(profiles.get("cpu"), "2xcpu"))
     assert len(text.splitlines()) <= 9 and max(map(len, text.splitlines())) <= 130
     assert [line.split()[0] for line in text.splitlines()[2:6]] == [
         "sampling",
@@ -631,7 +636,7 @@ def test_the_default_plan_is_short_and_honest():
         "evaluation",
         "total",
     ]
-    assert "assumed" in planning.table(planning.plan(profiles.get("smollm2-135m"), GPU))
+    assert "assumed" in planning.table(checked(profiles.get("smollm2-135m"), GPU))
 
 
 def test_plan_command(capsys):
@@ -697,5 +702,5 @@ def test_run_shows_the_plan_and_goes_on_where_it_is_to_be_ignored(tiny_machine, 
 
 @pytest.mark.parametrize("name", [name for name in profiles.names() if name != "paper"])
 def test_every_profile_fits_a_gpu_of_24_gb_and_the_papers_one_of_80(name):
-    planning.plan(profiles.get(name), "1xRTX4090-24GB")
-    planning.plan(profiles.get("paper"), "8xA100-80GB")
+    checked(profiles.get(name), "1xRTX4090-24GB")
+    checked(profiles.get("paper"), "8xA100-80GB")

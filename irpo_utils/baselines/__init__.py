@@ -9,7 +9,6 @@ from irpo_utils import UserError
 from irpo_utils.methods import METHODS, Method
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
-from irpo_utils.tasks.base import Task
 from irpo_utils.training import LOSSES
 
 
@@ -38,21 +37,6 @@ def never(rows: list[dict]) -> list[float]:
     return [0.0 for _ in rows]
 
 
-class FewShot(Task):
-    """A task whose questions each come after a few worked ones, in one turn (Wei et al. 2022)."""
-
-    def __init__(self, task: Task, examples: list[dict]):
-        if not all(row.get("solution") for row in examples):
-            raise UserError(f"The task {task.name} has no worked solutions to show as examples.")
-        worked = "".join(f"{task.prompt(row)} {row['solution']}\n\n" for row in examples)
-        self.prompt, self.name = lambda row: worked + task.prompt(row), task.name
-        self.extract, self.is_correct, self.load = task.extract, task.is_correct, task.load
-
-
-def with_four_examples(task: Task, p: Profile) -> FewShot:
-    return FewShot(task, list(task.load("train", p.data).select(range(4))))
-
-
 def check_group(p: Profile) -> None:
     """Refuse GRPO with one completion per question, or in several processes."""
     if p.n_samples < 2 or processes.count() > 1:
@@ -79,12 +63,6 @@ def dpo_nll_per_token(pairs, alpha: float, beta: float):
 
 LOSSES["dpo_nll_per_token"] = dpo_nll_per_token
 METHODS["shuffled"] = Method("Random labels", "control", reward=at_random)
-METHODS["few_shot"] = Method(
-    "M0 with four examples",
-    "Wei et al. 2022, arXiv 2201.11903",
-    {"iterations": 0},
-    task=with_four_examples,
-)
 METHODS["self_consistency"] = Method(
     "Majority as reward", "after Prasad et al. 2024, arXiv 2411.04109", reward=by_majority
 )

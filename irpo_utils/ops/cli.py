@@ -118,7 +118,7 @@ def run(arguments: list[str]) -> None:
     from irpo_utils.ops.environment import environment
 
     try:
-        planned = planning.plan(profile, price=options.price, must_fit=False)
+        planned = planning.plan(profile, price=options.price)
         if not options.quiet and processes.is_first():
             print(f"{planning.table(planned)}\n", flush=True)
         planning.check(planned)
@@ -143,7 +143,7 @@ def plan(arguments: list[str]) -> None:
     from irpo_utils.ops import plan as planning
 
     if profile is not None:
-        made = planning.plan(profile, options.gpus, options.price, must_fit=False)
+        made = planning.plan(profile, options.gpus, options.price)
         print(planning.table(made))
         planning.check(made)
         return

@@ -146,19 +146,16 @@ def _this_gpu(here) -> Machine:
     return machine
 
 
-def plan(profile: Profile, machine=None, price=None, must_fit: bool = True) -> Plan:
+def plan(profile: Profile, machine=None, price=None) -> Plan:
     """What a run takes on `machine` ("8xA100-80GB"; "2xcpu": two cores; None: this computer).
 
     `price`: of the whole machine per hour. Raises `UserError` if the machine or the model cannot be
-    found, if processes cannot share a batch and, with `must_fit`, if the run does not fit.
+    found and if processes cannot share a batch. `check` refuses a run that does not fit.
     """
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price is {price}: give the machine's cost per hour, 0 or more.")
     p, price = methods.apply(profile), math.nan if price is None else price
-    made = Plan(p, find_shape(p.model), find_machine(machine), task_size(p), price)
-    if must_fit:
-        check(made)
-    return made
+    return Plan(p, find_shape(p.model), find_machine(machine), task_size(p), price)
 
 
 def check(made: Plan) -> None:
@@ -353,7 +350,7 @@ def overview(profiles: dict[str, Profile], names=OVERVIEW) -> str:
     """All profiles: parameters, peak memory on the last machine, and the time on each machine."""
     rows = {}
     for name, profile in profiles.items():
-        plans = [plan(profile, machine, must_fit=False) for machine in names]
+        plans = [plan(profile, machine) for machine in names]
         hours = [_time(made.total.hours) if made.fits else "-" for made in plans]
         parameters, memory = plans[-1].shape.parameters / 1e6, plans[-1].total.memory / 1e9
         rows[name] = [f"{parameters:,.1f} M", f"{memory:,.1f} GB", *hours]

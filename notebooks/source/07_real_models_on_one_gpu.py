@@ -228,7 +228,7 @@ print(checks_07.kv_cache_bytes(kv_cache_bytes))
 
 # %% tags=["nbval-ignore-output"]
 def hours(profile, gpu):
-    plan = planning.plan(profiles.get(profile), f"1x{gpu}", must_fit=False)
+    plan = planning.plan(profiles.get(profile), f"1x{gpu}")
     return plan.total.hours if plan.total.memory <= plan.room else np.nan
 
 gpus = ("T4-16GB", "RTX4090-24GB", "L40S-48GB", "A100-80GB", "H100-80GB", "H200-141GB")
@@ -248,7 +248,7 @@ helpers_07.hours_bars(planned)
 
 # %% tags=["nbval-ignore-output"]
 CHOICE, GPU, PRICE = "qwen2.5-0.5b", "RTX4090-24GB", 1.0         # price per hour, in your money
-plan = planning.plan(profiles.get(CHOICE), f"1x{GPU}", PRICE, must_fit=False)
+plan = planning.plan(profiles.get(CHOICE), f"1x{GPU}", PRICE)
 print(planning.table(plan))
 assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
@@ -258,7 +258,7 @@ assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
 # %% tags=["nbval-ignore-output"]
 cheaper = dict(eval_split="validation", n_eval_questions=300, eval_samples=4, eval_samples_ends=8)
-plan = planning.plan(profiles.get(CHOICE, **cheaper), f"1x{GPU}", PRICE, must_fit=False)
+plan = planning.plan(profiles.get(CHOICE, **cheaper), f"1x{GPU}", PRICE)
 print(planning.table(plan))
 assert plan.stages[-1].hours < plan.total.hours
 

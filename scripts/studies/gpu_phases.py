@@ -560,7 +560,7 @@ def plan_run(s: Settings) -> dict[str, float]:
     record = Records(work / "run.jsonl").read().get("run", {})
     if record.get("status") != "done":
         raise UserError("The run is not finished, so there is nothing to compare")
-    made = planning.plan(run_profile(s), must_fit=False)
+    made = planning.plan(run_profile(s))
     times = pandas.read_csv(work / "run" / "timing.csv")
     values = {"planned_mb": made.total.memory / 1e6, "measured_mb": record["values"]["reserved_mb"]}
     folders = {"sampling": "samples", "training": "adapter", "evaluation": "evaluation"}

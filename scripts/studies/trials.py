@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas
 
 from irpo_utils import UserError, methods
-from studies import api, lucky, word_choices
+from studies import api, few_shot, lucky, word_choices  # noqa: F401 (they add methods)
 from studies.api import Profile
 
 # The search budget of every method: three learning rates, one seed each.

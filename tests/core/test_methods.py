@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 
 from irpo_utils import UserError, baselines, methods, models, pairs, profiles
+from studies import few_shot
 
 PAPERS = "irpo irpo_2x irpo_from_sft iterative_dpo dpo_from_sft star star_2x sft_gold".split()
 
@@ -144,10 +145,10 @@ def test_an_unknown_method():
 
 def test_few_shot_puts_worked_questions_before_each(task):
     train = task.load("train")
-    few = baselines.FewShot(task, [train[0], train[1]])
+    few = few_shot.FewShot(task, [train[0], train[1]])
     prompt = few.prompt(train[2])
     assert prompt.endswith(task.prompt(train[2])) and train[0]["solution"] in prompt
     assert prompt.count("Question:") == 3
     assert few.extract("Final answer: 5") == "5" and few.name == "word_problems"
     with pytest.raises(UserError, match="no worked solutions"):
-        baselines.FewShot(task, [{"question": "x", "answer": "1"}])
+        few_shot.FewShot(task, [{"question": "x", "answer": "1"}])

@@ -54,7 +54,7 @@ def imports(path: Path):
 
 
 # The package is on the way to 6,500: lower these numbers, never raise them.
-CORE_LINES, PACKAGE_LINES = 2000, 7192
+CORE_LINES, PACKAGE_LINES = 2000, 6500
 
 
 def test_the_core_is_small():
