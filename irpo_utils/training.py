@@ -1,7 +1,7 @@
 """Stage 4: train M_{t+1} from M_t on the preference pairs with DPO + NLL (Eq. 1 of the paper, v3).
 
-    L = - log σ( β [log π_θ(w|x) - log π_t(w|x)] - β [log π_θ(l|x) - log π_t(l|x)] )
-        - α log π_θ(w|x) / |w|
+    L = - log σ( β [log M_θ(w|x) - log M_t(w|x)] - β [log M_θ(l|x) - log M_t(l|x)] )
+        - α log M_θ(w|x) / |w|
 
 The log-ratios are sums over the response tokens. The NLL is divided by the length of the chosen
 response, per sequence, then averaged over the batch. Prompt tokens are in neither term. Training

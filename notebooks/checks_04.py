@@ -126,7 +126,7 @@ def _dpo_term(function, case) -> str | None:
         ),
         ("the minus sign before log σ is missing.", -right),
         (
-            "the logarithm is missing: it is -log σ(h), not -σ(h).",
+            "the logarithm is missing: it is -log σ(βδ), not -σ(βδ).",
             -torch.sigmoid(BETA * (ratio_w - ratio_l)),
         ),
     ]
@@ -151,7 +151,7 @@ def _nll_term(function, case) -> str | None:
         (OVER_BATCH, -ALPHA * w / n.sum()),
         (
             "the sign is wrong. Log-probabilities are negative, so the loss needs minus "
-            "α log π(y_w|x) / |y_w|.",
+            "α log M_θ(w|x) / |w|.",
             -right,
         ),
         (

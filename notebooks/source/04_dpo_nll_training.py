@@ -56,52 +56,57 @@ preferences = helpers_04.first_pairs(PROFILE, profile)
 helpers_04.show(preferences[8])
 
 # %% [markdown]
-# The **chosen** ("winning") completion is correct, the **rejected** ("losing") one is not. In formulas they are $y_w$
-# and $y_l$, and $x$ is the question. Supervised fine-tuning ([SFT](../docs/glossary.md#sft)) uses $y_w$ alone. How can a model
-# learn from the *comparison*? The next section derives [DPO](../docs/glossary.md#dpo) in four steps.
+# The **chosen** ("winning") completion is correct, the **rejected** ("losing") one is not. In formulas $x$ is the question,
+# $w$ the chosen and $l$ the rejected completion, and $y$ any completion. $M_t$ wrote them, and $M_\theta$ is the model in
+# training. The DPO paper writes $y_w$, $y_l$, $\pi_\text{ref}$ and $\pi_\theta$ instead.
+#
+# Supervised fine-tuning ([SFT](../docs/glossary.md#sft)) uses $w$ alone. How can a model learn from the *comparison*, as
+# [DPO](../docs/glossary.md#dpo) does?
 
 # %% [markdown]
 # ## 2 From a preference to a loss
 #
 # **Step 1: from rewards to a preference.** Give every completion a reward $r(x, y)$, a real number that says how good it
-# is. (The grader's 0 or 1 only decides which completion is preferred.) Suppose that a judge picks a completion with
-# probability proportional to $e^r$. For two completions this gives
+# is. (The grader's 0 or 1 only decides which completion is preferred.) Suppose a judge prefers a completion with probability
+# proportional to $e^r$. With $r_w = r(x, w)$ and $r_l = r(x, l)$ this gives
 #
-# $$P(y_w \text{ is preferred to } y_l) = \frac{e^{r_w}}{e^{r_w} + e^{r_l}} = \frac{1}{1 + e^{-(r_w - r_l)}}
+# $$P(w \text{ is preferred to } l) = \frac{e^{r_w}}{e^{r_w} + e^{r_l}} = \frac{1}{1 + e^{-(r_w - r_l)}}
 # = \sigma(r_w - r_l)$$
 #
-# This is the Bradley–Terry model, and σ is the logistic function. Only the reward difference counts.
+# This is the Bradley–Terry model, and $\sigma(z) = 1 / (1 + e^{-z})$ is the logistic function. Only the reward difference
+# counts.
 
 # %%
 for difference in (-2.0, 0.0, 2.0, 5.0):
     print(f"reward difference {difference:+.0f}: preferred with probability {1 / (1 + math.exp(-difference)):.3f}")
 
 # %% [markdown]
-# **Step 2: the best policy for a given reward.** A [policy](../docs/glossary.md#policy) π is a model that we may choose.
-# It should earn a high reward and stay close to a [reference model](../docs/glossary.md#reference-model)
-# $\pi_\text{ref}$, because we graded completions of the reference only. The
-# [KL divergence](../docs/glossary.md#kl-divergence) measures how close it is:
+# **Step 2: the best policy for a given reward.** A [policy](../docs/glossary.md#policy) $\pi$ is a model that we may choose.
+# It should earn a high reward and stay close to the [reference model](../docs/glossary.md#reference-model) $M_t$, because we
+# graded only completions of $M_t$. The [KL divergence](../docs/glossary.md#kl-divergence) measures how close it is. For one
+# question $x$ we want
 #
-# $$\max_\pi \; \mathbb{E}_{y \sim \pi}\big[r(x, y)\big] - \beta\, \mathrm{KL}(\pi \,\|\, \pi_\text{ref}), \qquad
-# \mathrm{KL}(\pi \,\|\, \pi_\text{ref}) = \mathbb{E}_{y \sim \pi}\Big[\log \frac{\pi(y|x)}{\pi_\text{ref}(y|x)}\Big]$$
+# $$\max_\pi \; \mathbb{E}_{y \sim \pi}\big[r(x, y)\big] - \beta\, \mathrm{KL}(\pi \,\|\, M_t), \qquad
+# \mathrm{KL}(\pi \,\|\, M_t) = \mathbb{E}_{y \sim \pi}\Big[\log \frac{\pi(y|x)}{M_t(y|x)}\Big]$$
 #
 # β is the reward that one [nat](../docs/glossary.md#nat) of KL divergence costs. The solution multiplies every
 # probability of the reference by $e^{r/\beta}$ and normalises:
 #
-# $$\pi^*(y|x) = \frac{1}{Z(x)}\, \pi_\text{ref}(y|x)\, e^{r(x, y)/\beta}, \qquad
-# Z(x) = \sum_y \pi_\text{ref}(y|x)\, e^{r(x, y)/\beta}$$
+# $$\pi^*(y|x) = \frac{1}{Z(x)}\, M_t(y|x)\, e^{r(x, y)/\beta}, \qquad
+# Z(x) = \sum_y M_t(y|x)\, e^{r(x, y)/\beta}$$
 #
-# *Why?* Collect both terms under one logarithm. Then replace $\pi_\text{ref}\, e^{r/\beta}$ by $Z \pi^*$. $Z$ leaves the
-# expectation, because it does not depend on $y$:
+# *Why?* Write $r = \beta \log e^{r/\beta}$ and collect both terms under one logarithm. Replace $M_t\, e^{r/\beta}$ by
+# $Z \pi^*$. $\log Z$ leaves the expectation, because it does not depend on $y$:
 #
-# $$\mathbb{E}_\pi\Big[r - \beta \log \frac{\pi}{\pi_\text{ref}}\Big]
-# = -\beta\, \mathbb{E}_\pi\Big[\log \frac{\pi}{\pi_\text{ref}\, e^{r/\beta}}\Big]
+# $$\mathbb{E}_\pi\Big[r - \beta \log \frac{\pi}{M_t}\Big]
+# = -\beta\, \mathbb{E}_\pi\Big[\log \frac{\pi}{M_t\, e^{r/\beta}}\Big]
 # = -\beta\, \mathbb{E}_\pi\Big[\log \frac{\pi}{Z \pi^*}\Big]
 # = -\beta\, \mathrm{KL}(\pi \,\|\, \pi^*) + \beta \log Z$$
 #
-# A KL divergence is never negative, and 0 only for $\pi = \pi^*$.
+# A KL divergence is never negative, and 0 only for $\pi = \pi^*$. So the maximum is $\beta \log Z$, at $\pi^*$.
 #
-# **Predict**: three completions have rewards 0, 1 and 1. Where does the best policy go for a small β, and for a large one?
+# **Predict**: three completions have reference probabilities 0.6, 0.3 and 0.1, and rewards 0, 1 and 1. What is the best
+# policy for a small β, and for a large one?
 
 # %%
 ref, reward = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.0, 1.0, 1.0])
@@ -116,11 +121,11 @@ for beta in (0.1, 1.0, 10.0):
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# A small β follows the reward, and a large β stays at the reference. Equal rewards keep the reference's ratio of 3 to 1.
+# A small β follows the reward, and a large β stays near the reference. Equal rewards keep the reference's ratio of 3 to 1.
 #
 # </details>
 #
-# Is it the optimum? Try 10,000 random policies.
+# Is $\pi^*$ the optimum? Compare it with 10,000 random policies.
 
 # %% tags=["nbval-ignore-output"]
 def objective(policy, beta=1.0):
@@ -133,49 +138,54 @@ print(f"formula {objective(best_policy(1.0)):.6f}, β log Z {log_z:.6f}, best ra
 assert objective(best_policy(1.0)) >= objective(others).max()
 
 # %% [markdown]
-# **Step 3: read the formula backwards.** Solve it for the reward:
+# **Step 3: read the formula backwards.** Take its logarithm and solve for the reward:
 #
-# $$r(x, y) = \beta \log \frac{\pi^*(y|x)}{\pi_\text{ref}(y|x)} + \beta \log Z(x)$$
+# $$r(x, y) = \beta \log \frac{\pi^*(y|x)}{M_t(y|x)} + \beta \log Z(x)$$
 #
-# So every policy is optimal for *some* reward. Take any $\pi_\theta$ and define its *implied reward* as
-# $r_\theta = \beta \log (\pi_\theta / \pi_\text{ref})$. Then $Z = \sum_y \pi_\theta(y|x) = 1$, and step 2 gives
-# $\pi^* = \pi_\theta$. This is why DPO needs no reinforcement learning: we fit $r_\theta$ to the preferences, and its best
-# policy is $\pi_\theta$ already.
+# $Z(x)$ is a sum over all possible completions, which we cannot compute. But it depends on the question alone, so it
+# cancels in the reward difference of a pair.
 #
-# For another reward, $Z(x)$ is a sum over all possible completions, which we cannot compute. But it depends on the question
-# alone, so it cancels in the reward difference of a pair.
+# So we leave it out and define the *implied reward* of any model $M_\theta$ as $r_\theta = \beta \log (M_\theta / M_t)$. Its
+# best policy follows from step 2 with $e^{r_\theta/\beta} = M_\theta / M_t$:
+#
+# $$Z(x) = \sum_y M_t(y|x)\, \frac{M_\theta(y|x)}{M_t(y|x)} = \sum_y M_\theta(y|x) = 1, \qquad \pi^* = M_\theta$$
+#
+# It is $M_\theta$ itself. This is why DPO needs no reinforcement learning: we fit $r_\theta$ to the preferences, and already
+# have its best policy.
+#
+# In our example the reward and the implied reward of $\pi^*$ differ by the constant $\beta \log Z$.
 
 # %%
 implied = 1.0 * torch.log(best_policy(1.0) / ref)      # β log-ratio, without β log Z
 print("implied reward:        ", implied)
-print("difference to the real:", reward - implied)
+print("reward minus implied:  ", reward - implied)
 assert torch.allclose(implied[1] - implied[0], reward[1] - reward[0])
 
 # %% [markdown]
 # **Step 4: maximum likelihood.** Put the implied reward into Bradley–Terry. The loss of a pair is the negative
-# log-likelihood of its preference, and training minimises the mean over pairs:
+# log-likelihood of its preference, and training minimises the mean:
 #
-# $$L_\text{DPO} = -\log\sigma(\beta\,\delta), \qquad
-# \delta = \log\frac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)} - \log\frac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)}$$
+# $$L_\text{DPO} = -\log\sigma\big(r_\theta(x, w) - r_\theta(x, l)\big) = -\log\sigma(\beta\,\delta), \qquad
+# \delta = \log\frac{M_\theta(w|x)}{M_t(w|x)} - \log\frac{M_\theta(l|x)}{M_t(l|x)}$$
 #
-# δ is the difference of two log-ratios, and $\beta\delta$ is the [reward margin](../docs/glossary.md#reward-margin). In
-# Iterative RPO the reference is $M_t$, which wrote both completions. The grader always prefers $y_w$, so the loss has no
-# minimum at a finite δ. β, the learning rate and the number of steps decide how far δ grows.
+# δ is the difference of two log-ratios, and $\beta\delta$ is the [reward margin](../docs/glossary.md#reward-margin). The
+# grader always prefers $w$, so the loss has no minimum at a finite δ. β, the learning rate and the number of steps decide how
+# far δ grows.
 
 # %% tags=["nbval-ignore-output"]
 helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 
 # %% [markdown]
-# All curves pass through $\ln 2$ at $\delta = 0$. With a small β, pairs with a large δ still have a gradient. With a large β
-# it is near zero after a few nats.
+# All loss curves pass through $\ln 2$ at $\delta = 0$. With a small β, pairs with a large δ still have a gradient. With
+# β = 0.5 it is near zero above 10 nats.
 #
-# **The gradient** follows from $(\log\sigma)'(z) = \sigma(-z)$:
+# **The gradient** follows from $(\log\sigma)'(z) = 1 - \sigma(z) = \sigma(-z)$:
 #
-# $$\frac{\partial L_\text{DPO}}{\partial \log\pi_\theta(y_w|x)} = -\beta\,\sigma(-\beta\delta), \qquad
-# \frac{\partial L_\text{DPO}}{\partial \log\pi_\theta(y_l|x)} = +\beta\,\sigma(-\beta\delta)$$
+# $$\frac{\partial L_\text{DPO}}{\partial \log M_\theta(w|x)} = -\beta\,\sigma(-\beta\delta), \qquad
+# \frac{\partial L_\text{DPO}}{\partial \log M_\theta(l|x)} = +\beta\,\sigma(-\beta\delta)$$
 #
-# Gradient descent raises $\log\pi_\theta(y_w|x)$ and lowers $\log\pi_\theta(y_l|x)$, with gradients of equal size. Autograd
-# agrees.
+# The loss pushes $\log M_\theta(w|x)$ up and $\log M_\theta(l|x)$ down with equal size. Autograd agrees. The arrows show the
+# direction of gradient descent.
 
 # %%
 chosen = torch.tensor([-20.0, 0.0, 20.0], requires_grad=True)      # log-ratios, so δ = chosen - rejected
@@ -191,7 +201,8 @@ helpers_04.gradient_arrows(beta=0.1)
 # %% [markdown]
 # ## 3 Why is that not enough?
 #
-# All completions depend on the same parameters. The smallest example has two parameters and three completions. The chosen
+# All completions depend on the same parameters, so a step cannot move one log-probability alone. Our toy has two parameters
+# θ and three completions. The logit of a completion is the dot product of its features with θ, and $\beta = 1$. The chosen
 # and the rejected one have similar features.
 
 # %%
@@ -213,34 +224,37 @@ def toy_training(alpha, steps=60):
 # **Predict**: which of the three is the most probable after training with DPO alone?
 
 # %% tags=["nbval-ignore-output"]
+print("change of the three logits along f_w - f_l:", features @ (features[0] - features[1]))
 toy = {"DPO": np.array(toy_training(alpha=0.0)), "DPO + NLL": np.array(toy_training(alpha=1.0))}
 helpers_04.toy_probabilities(toy)
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It is the third completion. The gradient follows the difference of the features of the first two, (−0.2, 0.4). This
-# direction fits the third completion best. The DPO loss does not contain it.
+# It is the third completion. In $\log M_\theta(w) - \log M_\theta(l)$ the normaliser cancels, so every step moves θ along the
+# difference of the features, $f_w - f_l$. As the printed line shows, the logits of chosen and rejected then fall, and the
+# third one rises.
 #
 # </details>
 #
 # This is [likelihood displacement](../docs/glossary.md#likelihood-displacement)
-# ([Razin et al. 2024](https://arxiv.org/abs/2410.08847)). Iterative RPO therefore adds a term that says *raise the chosen
-# completion*. This is Eq. 1 of [the paper](https://arxiv.org/html/2404.19733v3#S2) for one pair:
+# ([Razin et al. 2024](https://arxiv.org/abs/2410.08847)). Iterative RPO therefore adds a term that raises the chosen
+# completion: its negative log-likelihood (NLL), divided by its number of tokens $|w|$. This is Eq. 1 of
+# [the paper](https://arxiv.org/html/2404.19733v3#S2) for one pair:
 #
-# $$L = \underbrace{-\log\sigma\Big(\beta \log\frac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)}
-# - \beta \log\frac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)}\Big)}_{L_\text{DPO}}
-# + \alpha \underbrace{\Big(-\frac{\log\pi_\theta(y_w|x)}{|y_w|}\Big)}_{L_\text{NLL}}$$
+# $$L = \underbrace{-\log\sigma\Big(\beta \log\frac{M_\theta(w|x)}{M_t(w|x)}
+# - \beta \log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{L_\text{DPO}}
+# + \alpha \underbrace{\Big(-\frac{\log M_\theta(w|x)}{|w|}\Big)}_{L_\text{NLL}}$$
 #
-# The paper uses α = 1 and β = 0.1. It writes $M_\theta$ for $\pi_\theta$, $M_t$ for $\pi_\text{ref}$ and $(c^w, y^w)$ for
-# $y_w$; notebook 00 writes $w$.
+# The paper uses α = 1 and β = 0.1. It writes $(c^w, y^w)$, chain of thought and answer, for $w$.
 #
 # ### What is a sum and what is a mean?
 #
-# DPO needs *sums* over tokens: a preference is about whole completions. The NLL is divided by the tokens of *this* chosen
-# completion. A common error divides by the tokens of the whole batch.
+# DPO compares probabilities of whole completions, so it needs *sums* over tokens. The NLL is divided by the number of tokens
+# of *this* chosen completion. A common error divides by the tokens of the whole batch.
 #
-# **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What do both ways give?
+# **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What is the NLL term of this batch
+# in both ways?
 
 # %%
 tokens, nats_per_token = torch.tensor([60.0, 300.0]), torch.tensor([0.5, 2.0])
@@ -251,20 +265,19 @@ print(f"tokens of a batch: {-logps.sum() / tokens.sum():.2f}   weights {weights[
 
 # %% [markdown]
 # The second way gives the long completion five times the weight. [TRL](../docs/glossary.md#trl)'s `sft` loss does this within
-# a micro-batch ([discussion](https://github.com/huggingface/trl/pull/1705)), so we use our own loss. With one pair per
-# micro-batch both ways agree.
+# a micro-batch ([discussion](https://github.com/huggingface/trl/pull/1705)), so we use our own loss.
 
 # %% [markdown]
 # ### Exercise 4.1: Eq. 1 in one function
 #
 # **Goal**: write the loss of each pair. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# The first five arguments have shape (batch,): four sums of log-probabilities, and the tokens of each chosen completion.
-# Return the loss per pair, (batch,).
+# The first five arguments have shape (batch,): four sums of log-probabilities, and the number of tokens of each chosen
+# completion. Return the loss per pair, (batch,).
 #
 # <details><summary>Hint</summary>
 #
-# Compute both log-ratios and their difference, then `torch.nn.functional.logsigmoid`. The NLL has no reference in it.
+# Compute both log-ratios and their difference, then `torch.nn.functional.logsigmoid`. The NLL has no reference.
 #
 # </details>
 
@@ -281,14 +294,14 @@ def my_loss(logps_chosen, logps_rejected, ref_chosen, ref_rejected, n_tokens, al
 print(checks_04.loss(my_loss))
 
 # %% [markdown]
-# The worked solution is in [solutions/04_dpo_nll_training.ipynb](solutions/04_dpo_nll_training.ipynb).
+# [Worked solution](solutions/04_dpo_nll_training.ipynb).
 
 # %% [markdown]
 # ## 4 From a model to log-probabilities
 #
-# The loss needs $\log\pi_\theta(y|x)$, the sum over the tokens of a completion, end token included. Two details cause most
+# The loss needs $\log M_\theta(y|x)$, the sum over the tokens of a completion, end token included. Two details often cause
 # bugs. **Shift**: the logits of a column predict the *next* column. **Mask**: rows have different lengths, and padding must
-# not count. `pad_batch` pads on both sides, and all completions begin in the same column.
+# not count. `pad_batch` pads prompts on the left and completions on the right, so all completions begin in the same column.
 
 # %% tags=["nbval-ignore-output"]
 words = ["2", "+", "3", "=", "5", "<end>", "6", "so"]
@@ -301,8 +314,8 @@ helpers_04.padding_grid(batch, words)
 #
 # **Goal**: compute log-probabilities of completions. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# `logits` has shape (rows, P + R, vocabulary), `input_ids` (rows, P + R), and `response_mask` (rows, R) is 1 on
-# completion tokens. Return the sum of each row, shape (rows,).
+# P columns hold the prompts, and R columns hold the completions. `logits` has shape (rows, P + R, vocabulary), `input_ids`
+# (rows, P + R), and `response_mask` (rows, R) is 1 on completion tokens. Return the sum of each row, shape (rows,).
 #
 # <details><summary>Hint</summary>
 #
@@ -326,8 +339,8 @@ def my_response_logps(logits, input_ids, response_mask):
 print(checks_04.response_logps(my_response_logps))
 
 # %% [markdown]
-# The worked solution is in [solutions/04_dpo_nll_training.ipynb](solutions/04_dpo_nll_training.ipynb). For a real model
-# `logprobs.response_logps` gives one number per token. Load $M_0$ and score four pairs.
+# [Worked solution](solutions/04_dpo_nll_training.ipynb). For a real model `logprobs.response_logps` gives one number per
+# token. Load $M_0$ and score four pairs.
 
 # %% tags=["nbval-ignore-output"]
 model, tokenizer, trainer = helpers_04.load_m0(profile)
@@ -359,25 +372,25 @@ assert (loss_dpo - math.log(2)).abs().max() < tolerance
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# $\delta = 0$, so the DPO term is $\ln 2$. The whole loss is larger by α times the NLL.
+# $\delta = 0$, so the DPO term is $\ln 2$. The whole loss is larger by α times the NLL term.
 #
 # </details>
 #
-# If it differs by more than rounding, training does not start from the reference, or dropout is on. If it *stays* at
-# $\ln 2$, the model does not learn.
+# If the DPO term differs by more than rounding, training does not start from the reference, or dropout is on. If it *stays*
+# at $\ln 2$, the model does not learn.
 
 # %% [markdown]
 # ### Exercise 4.3: one training step
 #
 # **Goal**: make one step that raises δ. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# `score()` returns both log-probabilities with gradients, and `reference` holds those of the reference. Make one step on
-# the mean loss of the pairs and return this loss, computed before the step.
+# `score()` returns the log-probabilities of chosen and of rejected, with gradients. `reference` holds those of the reference.
+# Make one step on the mean loss, and return the loss before the step.
 #
 # <details><summary>Hint</summary>
 #
-# `training.dpo_nll_loss` gives both terms per pair; multiply the second by α. Then: `zero_grad`, `backward`, `step`,
-# `return`.
+# `training.dpo_nll_loss` gives both terms per pair. Multiply the second one by α. Then call `zero_grad`, `backward` and
+# `step`.
 #
 # </details>
 
@@ -398,8 +411,8 @@ def train_step(score, optimizer, reference, n_tokens, alpha, beta):
 print(checks_04.train_step(train_step))
 
 # %% [markdown]
-# The worked solution is in [solutions/04_dpo_nll_training.ipynb](solutions/04_dpo_nll_training.ipynb). Now
-# train the real model, that is its [LoRA](../docs/glossary.md#lora) adapter.
+# [Worked solution](solutions/04_dpo_nll_training.ipynb). Now train the [LoRA](../docs/glossary.md#lora) adapter of the real
+# model.
 
 # %% tags=["nbval-ignore-output"]
 adapter = [weight for name, weight in model.named_parameters() if "lora_" in name]
@@ -417,7 +430,8 @@ print("δ after: ", "solve exercise 4.3 first" if loss is ... else delta())
 # %% [markdown]
 # ## 5 A short training run
 #
-# `training.train` repeats this step. A `Probe` scores 64 other pairs during training.
+# `training.train` repeats this step. A [probe](../docs/glossary.md#probe) scores 64 pairs that are not in the training set,
+# every few steps.
 
 # %% tags=["nbval-ignore-output"]
 STEPS = 4 if PROFILE == "smoke" else 40
@@ -443,16 +457,15 @@ assert abs(log.loss_dpo[0] - math.log(2)) < tolerance and len(log) == STEPS
 helpers_04.batches_and_probe(log, probed, beta=0.1)
 
 # %% [markdown]
-# The left panel follows the order of the batches. To save padding, the trainer sorts groups of 20 batches by length, longest
-# first. The short completions at the end of a group have a larger NLL per token. The other panels compare the *same* pairs
-# at every step, so judge a training by a probe.
+# The left panel jumps: the trainer groups pairs by length, so batches differ. The other panels score the *same* pairs at
+# every step, so judge a training by its probe.
 #
 # ### Open exercise: choose α
 #
 # **Goal**: defend a choice with runs. **Difficulty**: 3 of 3. **Time**: 20 minutes.
 #
 # **Run** `train` with several α. **Plot** the probe. **Argue**: which α would you choose, and what would change your mind?
-# At the start the gradients with respect to $\log\pi_\theta(y_w|x)$ have the sizes β/2 (DPO term) and $\alpha / |y_w|$ (NLL
+# At the start the gradients with respect to $\log M_\theta(w|x)$ have the sizes β/2 (DPO term) and $\alpha / |w|$ (NLL
 # term). Repeat a run with `seed=1` before you claim a difference.
 
 # %% tags=["nbval-ignore-output"]
@@ -467,8 +480,8 @@ figures.training_curves(alphas)
 # %% [markdown]
 # <details><summary>What we see in the solved notebook</summary>
 #
-# With α = 10 the rejected log-probability falls less, and the difference grows less: Adam rescales the gradient, so the DPO
-# term has a smaller share. A probe does not show which α gives the higher *accuracy*.
+# With α = 10 the rejected log-probability falls less, and the difference grows less. A probe does not show which α gives the
+# higher *accuracy*.
 #
 # </details>
 
@@ -477,7 +490,7 @@ figures.training_curves(alphas)
 #
 # In the [paper's figure 3a](https://arxiv.org/html/2404.19733v3#S3.SS1) it does, for Llama-2-70B on GSM8K. For our model
 # [a script](../scripts/studies/pair_log_probabilities.py) trained $M_0$ with three methods, two learning rates and three
-# seeds. It stored the log-probability of *each* of 256 held-out pairs.
+# seeds. It stored both log-probabilities of *each* of 256 held-out pairs.
 
 # %% tags=["nbval-ignore-output"]
 records = helpers_04.study()
@@ -485,8 +498,8 @@ rates = sorted({record["learning_rate"] for record in records})
 helpers_04.chosen_with_band(records, rates)
 
 # %% [markdown]
-# Bands are 95 % intervals over seeds and pairs. **Predict**: for DPO alone at 3e-4, does the interval exclude 0, and how
-# many chosen completions rise?
+# Bands are 95 % intervals over seeds and pairs. The vertical axes differ. **Predict**: with DPO alone at 3e-4, what share of the chosen completions
+# rises: a quarter, half, or more?
 
 # %%
 print("learning rate  method     seeds  mean change of chosen (95 %)     median  rise")
@@ -497,13 +510,13 @@ for rate in rates:
               f"{np.median(change):+.2f}  {(change > 0).mean():.0%}")
 
 # %% [markdown]
-# Mean and median disagree. Look at the distribution.
+# Most of them rise, although their mean change is about 0. Why?
 
 # %% tags=["nbval-ignore-output"]
 helpers_04.change_histogram(records, max(rates))
 
 # %% [markdown]
-# Most chosen completions rise by a nat or two. A few fall by more than 10 nats and dominate the mean. Which ones?
+# The vertical axis is logarithmic: a few completions fall by more than 10 nats. They pull the mean down. Which ones?
 
 # %%
 held_out = helpers_04.held_out_pairs()
@@ -512,7 +525,7 @@ for i in change.argsort()[:4]:
     print(f"{change[i]:+.1f}", repr(held_out[i]["chosen"].strip()))
 
 # %% [markdown]
-# Their answer is correct, but it does not come from their working. How many are like this?
+# Their answer is correct, but their last equation does not give it. How many are like this?
 
 # %%
 def shows_result(completion):
@@ -527,8 +540,8 @@ print(f"{(~shown).sum()} of {len(shown)} chosen completions do not show their re
 print(f"rejected completions that do not show their result: {1 - rejected_shown:.0%}")
 
 # %% [markdown]
-# These few have the style of most *rejected* completions. We formed the group after looking at the worst cases, so test it
-# on new pairs. What can we claim?
+# These few have the style of most *rejected* completions. We chose this group after seeing the worst cases, so claims about
+# it need a test on new pairs.
 
 # %%
 for rate in rates:
@@ -537,25 +550,27 @@ for rate in rates:
     helpers_04.claim("DPO alone lowers chosen completions", dpo, "falls")
     helpers_04.claim("DPO alone lowers those without their result", dpo[:, ~shown], "falls")
     helpers_04.claim("SFT lowers those without their result", sft[:, ~shown], "falls")
-    helpers_04.claim("the NLL term raises chosen, against DPO alone", nll - dpo, "rises")
+    helpers_04.claim("DPO + NLL raises chosen more than DPO alone", nll - dpo, "rises")
     helpers_04.claim("SFT raises chosen more than DPO + NLL", sft - nll, "rises")
     helpers_04.claim("SFT lowers rejected", helpers_04.changes(records, "SFT", rate, "rejected"), "falls")
 
 # %% [markdown]
 # At 1e-4 chosen completions rise on average with every method, and the NLL term makes no difference that we can measure.
-# At 3e-4 the question of this section is *not resolved*. At both learning rates DPO lowers the small group. This resembles
-# section 3, but across pairs: training lowers a style, and the group has that style. SFT also lowers it, so rejected
-# completions are not the only cause.
+# At 3e-4 the question of this section is *not resolved*.
 #
-# SFT lowers rejected completions; in the paper's figure 2a it raises them. Here most of them skip their working, which
-# chosen ones show. On GSM8K both sides are chains of thought.
+# At both learning rates DPO lowers the small group. The toy suggests why: the group resembles the rejected completions of
+# *other* pairs. SFT also lowers it, so rejected completions are not the only cause.
+#
+# SFT lowers rejected completions. In the paper's figure 2a it raises them. Most of ours skip the working that chosen ones
+# show. On GSM8K both sides are chains of thought.
 
 # %% [markdown]
 # ## What you have learnt
 #
 # - DPO is maximum likelihood under Bradley–Terry. The reward is β times a log-ratio, and $Z$ cancels.
-# - The gradient raises chosen and lowers rejected with equal size $\beta\,\sigma(-\beta\delta)$. Both can still fall.
-# - DPO sums over tokens; the NLL divides each chosen completion by its own length.
+# - The loss pushes chosen up and rejected down with equal size $\beta\,\sigma(-\beta\delta)$. Both can still fall, because they
+#   share parameters.
+# - DPO sums over tokens. The NLL term divides by the length of the chosen completion.
 # - A mean can hide a heavy tail: plot every pair.
 #
 # **Try**: change the features in section 3 until DPO raises the chosen completion.
@@ -563,25 +578,17 @@ for rate in rates:
 # **Recall**
 #
 # 1. Why can DPO ignore $Z(x)$?
-# 2. Which log-probabilities are summed, which averaged, and which tokens are in neither?
+# 2. Where does the loss sum over tokens, where does it average, and which tokens does it ignore?
 # 3. Your DPO term is 0.6931 at step 200. What do you suspect?
 # 4. When does DPO alone lower chosen completions?
 #
 # <details><summary>Answers</summary>
 #
 # 1. It cancels in the reward difference.
-# 2. Summed: both sides in the DPO term. Averaged over its own tokens: chosen in the NLL term. In neither: prompt and
-#    padding.
+# 2. It sums in the DPO term, on both sides, and averages in the NLL term. It ignores prompt and padding.
 # 3. Nothing is trained, or the reference changes with the model.
-# 4. When their style is that of many rejected completions.
-#
-# </details>
-#
-# <details><summary>Typical misunderstandings</summary>
-#
-# - "ln 2 shows that the reference is correct." It shows that training starts from the reference. It does not show which
-#   model the reference is.
-# - "The first *loss* is not ln 2, so something is broken." Only the DPO term is ln 2.
+# 4. In the toy, when chosen and rejected have similar features. In our study, when a chosen completion has the style of
+#    rejected ones.
 #
 # </details>
 #
