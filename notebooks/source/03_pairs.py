@@ -68,9 +68,9 @@ helpers_03.side_by_side(late.chosen, late.rejected)
 # %% [markdown]
 # ## 2 Walk through both lists
 #
-# A question may have two chosen and three rejected completions. The loss of the next notebook needs $K$ pairs per
-# question. Which ones? The paper walks through both lists in parallel. When it reaches the end of a list, it starts
-# that list again, and only that list ([section 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2). We call this
+# A question may have two chosen and three rejected completions. Iterative RPO makes $K$ pairs of them. Which ones? The paper
+# walks through both lists in parallel. When it reaches the end of a list, it starts that list again, and only that list
+# ([section 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2). We call this
 # [wrap-around pairing](../docs/glossary.md#wrap-around-pairing).
 #
 # **Predict**: completions 0 and 2 are correct, completions 1, 3 and 4 are not, and $K = 5$. Which completions are in pairs
@@ -88,8 +88,8 @@ print(helpers_03.walk_table(chosen=[0, 2], rejected=[1, 3, 4], k=5))
 # </details>
 #
 # The walk is not random. It does not need to be, because the completions were drawn independently. It uses the completions
-# of each list as evenly as $K$ allows: their counts differ by at most one. The number of *different* pairs is the smaller
-# of $K$ and the least common multiple of the two sizes, because after that many pairs both lists start again together.
+# of each list equally often, or once more. The number of *different* pairs is at most the least common multiple of the two
+# sizes: after that many pairs both lists start again together.
 
 # %%
 for sizes in ((2, 3), (4, 6), (1, 2)):
@@ -129,8 +129,8 @@ print(checks_03.wrap_around(wrap_around))
 # %% [markdown]
 # ## 3 Which questions give pairs?
 #
-# A question needs both kinds of completion. The heat map sorts the training questions of $M_0$ and shows 60 of them at
-# equal distances. Each row is a question, and each column is a completion.
+# A question needs both kinds of completion. The heat map sorts the training questions by their number of correct
+# completions of $M_0$, and shows about 60 of them, evenly spaced. Each row is a question, and each column is a completion.
 #
 # **Predict**: most completions of $M_0$ are incorrect. What share of the questions gives pairs?
 
@@ -169,12 +169,12 @@ helpers_03.fates(by_quarter, "prompts by length")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The longest prompts. They mostly ask for more steps, and $M_0$ answers them correctly less often.
+# The longest prompts: $M_0$ answers them correctly least often. They mostly ask for more steps.
 #
 # </details>
 #
 # Short questions are therefore over-represented in the first training set. This filter changes as the model improves: hard
-# questions start to give pairs, and easy ones stop.
+# questions start to give pairs, and easy ones stop. The next figure has a bar for each model that wrote the completions.
 
 # %% tags=["nbval-ignore-output"]
 history = helpers_03.counts_per_iteration(run, counts)
@@ -184,11 +184,13 @@ helpers_03.fates(history, "iteration")
 history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated", "pairs"]]
 
 # %% [markdown]
-# `all_wrong` and `all_right` count questions with only incorrect and only correct completions, `duplicates` counts equal
-# completions, and `repeated` counts pairs that occur again.
+# - `used` counts questions that give pairs, `all_wrong` those with only incorrect completions, and `all_right` those with only
+#   correct ones.
+# - `duplicates` counts completions that repeat another one of the same question.
+# - `repeated` counts pairs that occur again, because a list was too short for $K$ different pairs.
 #
-# At first more questions give pairs. Later more and more questions have only correct completions. On ARC the paper has about 20,000
-# pairs in the first iteration, 11,000 in the second and 5,000 in the third
+# At first more questions give pairs. Later more and more questions have only correct completions. On ARC the paper has about
+# 20,000 pairs in the first iteration, 11,000 in the second and 5,000 in the third
 # ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The authors name the fixed set of questions as one reason
 # why the gains shrink ([appendix A](https://arxiv.org/html/2404.19733v3#A1)).
 #
@@ -226,8 +228,8 @@ for row in pairs.build_pairs(toy, k=3, gold=gold)[0]:
 # %% [markdown]
 # ## 4 How many samples?
 #
-# Suppose each completion of a question is correct with probability $p$. The question gives no pair if all $N$ completions
-# are incorrect, or all are correct:
+# Suppose each completion of a question is correct with probability $p$, independently of the others. The question gives no
+# pair if all $N$ completions are incorrect, or all are correct:
 #
 # $$P(\text{no pair}) = (1-p)^N + p^N$$
 #
@@ -242,21 +244,21 @@ for n in [n for n in (1, 2, 4, 8, 16, 30) if n <= profile.n_samples]:
 helpers_03.lost_questions(measured)
 
 # %% [markdown]
-# Questions with $p$ near 0.5 need few completions. Questions with $p$ near 0 or 1 need many. The dataset has all of these,
-# so the points fall more slowly than the line of $p = 0.5$.
+# Questions with $p$ near 0.5 need few completions. Questions with $p$ near 0 or 1 need many. The training set has questions
+# of all these kinds, so the points fall more slowly than the line of $p = 0.5$.
 
 # %% [markdown]
 # ### Exercise 3.2: how many questions are lost at N = 4, and at N = 16?
 #
 # **Goal**: choose $N$ before you pay for it. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# Write `lost(chances, n)`. `chances` is a list with the probability $p$ of each question. Return a tuple: the expected
-# number of questions whose completions are all incorrect, and the expected number whose completions are all correct.
+# Write `lost(chances, n)`. `chances` is a list with the probability $p$ of each question, and `n` is $N$. Return a tuple: the
+# expected number of questions whose completions are all incorrect, and the expected number whose completions are all correct.
 #
 # <details><summary>Hint</summary>
 #
-# The expected number of lost questions is the sum of the probabilities of losing each question. The first power in the
-# formula belongs to one kind, the second to the other. Return two sums.
+# An expected number of questions is the sum of their probabilities. In the formula, $(1-p)^N$ is the probability of *all
+# incorrect*, and $p^N$ that of *all correct*. Sum each of them over the questions.
 #
 # </details>
 
@@ -274,8 +276,9 @@ def lost(chances, n):
 print(checks_03.lost(lost))
 
 # %% [markdown]
-# The worked solution is in [solutions/03_pairs.ipynb](solutions/03_pairs.ipynb). Apply your function to this run, with the
-# share of correct completions of each question as $p$.
+# The worked solution is in [solutions/03_pairs.ipynb](solutions/03_pairs.ipynb). Apply your function to this run. The share of
+# correct completions of each question is an estimate of $p$. A question without a correct completion has the estimate 0, so
+# the function never rescues it. A larger $N$ may.
 
 # %% tags=["nbval-ignore-output"]
 for n in (4, 16):
@@ -309,9 +312,10 @@ helpers_03.side_by_side(early.chosen, early.rejected)
 # equation, or with another answer after the same working, can say *calculate correctly*: 108 and 100 of the
 # 1,396 pairs of the finished run that comes with the notebooks.
 #
-# The point of divergence matters for the loss. [DPO](../docs/glossary.md#dpo) uses the difference of two sums of
-# [log-ratios](../docs/glossary.md#log-ratio), one over the chosen and one over the rejected completion (notebook [04](04_dpo_nll_training.ipynb)). Suppose
-# both start with the same three tokens.
+# The point of divergence matters for the loss of notebook [04](04_dpo_nll_training.ipynb). The
+# [log-ratio](../docs/glossary.md#log-ratio) of a token is its log-probability under the model in training minus that under
+# the reference. [DPO](../docs/glossary.md#dpo) sums the log-ratios of the chosen completion, and subtracts the sum for the
+# rejected one. Suppose both completions start with the same three tokens.
 #
 # **Predict**: which terms remain in the difference?
 
@@ -328,8 +332,8 @@ print(f"all tokens: {difference:.2f}, only after the divergence: {sum(chosen_res
 #
 # </details>
 #
-# The NLL term is different: it averages over the *whole* chosen
-# completion, so it is the only term that acts on the shared tokens. The next exercise measures how many there are.
+# The NLL term is different: it averages over the *whole* chosen completion. So it is the only term that acts on the shared
+# tokens. The next exercise measures how many there are.
 
 # %% [markdown]
 # ### Exercise 3.3: the point of divergence
@@ -369,10 +373,11 @@ shared = [helpers_03.n_shared(a, b) / len(a) for a, b in zip(frame.chosen_ids, f
 print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen completion come before the divergence, on average")
 
 # %% [markdown]
-# What follows from shared tokens? Researchers disagree. [Step-DPO](https://arxiv.org/abs/2406.18629) builds pairs that differ in one
-# step only. [Smaug](https://arxiv.org/abs/2402.13228) shows that DPO can lower the probability of the chosen
-# completion if a pair differs in few tokens. Most of our pairs differ in many. [Razin et al.](https://arxiv.org/abs/2410.08847) prefer to filter such pairs. The
-# paper adds the NLL term, and notebook [04](04_dpo_nll_training.ipynb) measures its effect.
+# Are shared tokens good or bad? Researchers disagree. [Step-DPO](https://arxiv.org/abs/2406.18629) builds pairs whose first
+# difference is one incorrect step. [Smaug](https://arxiv.org/abs/2402.13228) shows that DPO can lower the probability of the
+# chosen completion if a pair differs in few tokens. [Razin et al.](https://arxiv.org/abs/2410.08847) remove pairs whose
+# completions are similar for the model. Most of our pairs differ in many tokens. The paper adds the NLL term, and notebook
+# [04](04_dpo_nll_training.ipynb) measures its effect.
 
 # %% [markdown]
 # ## What you have learnt
@@ -383,19 +388,20 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # - For DPO only the tokens after the point of divergence count.
 # - With the seed model most pairs teach the model to show its working.
 #
-# **What to try.** Call `build_pairs` with `pairing="random"` and look at `repeated`. Take `k=20`: how many of the pairs
-# are new?
+# **What to try.** `build_pairs` returns the pairs and their counts. Call it with `pairing="random"` and look at `repeated`.
+# Then take `k=20`: how many of the pairs are new?
 #
 # **Recall** without scrolling up, then open the answers.
 #
 # 1. One chosen and four rejected completions, $K = 6$: which pairs?
 # 2. Which questions does a gold solution rescue, and which not?
-# 3. A question is correct with probability 0.02. Does it give a pair at $N = 30$?
+# 3. $M_0$ answers a question correctly with probability 0.02. Does the question give a pair at $N = 30$?
 # 4. Which term of the loss acts on the tokens that both completions share?
 #
 # <details><summary>Answers</summary>
 #
-# 1. The chosen one with rejected 1, 2, 3, 4, 1, 2: four different pairs.
+# 1. The chosen completion with the first, second, third and fourth rejected one, then with the first and second again. Four
+#    pairs are different.
 # 2. It rescues a question without correct completions. It cannot rescue one without incorrect completions.
 # 3. Probably not: all 30 completions are incorrect with probability $0.98^{30} \approx 0.55$.
 # 4. The NLL term.

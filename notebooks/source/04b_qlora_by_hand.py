@@ -47,7 +47,7 @@ print("profile", PROFILE, "· this notebook uses the seed model on the CPU")
 # %% [markdown]
 # ## 1 NF4: a weight in four bits
 #
-# The paper trains all weights of a model with 70 billion parameters on 64 GPUs with 80 GB each.
+# The paper trains all weights of a model with 70 billion parameters on [64 GPUs](https://arxiv.org/html/2404.19733v3#S3.SS1).
 # [QLoRA](../docs/glossary.md#qlora) ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)) needs far less memory. It
 # stores the base in four bits, freezes it, and trains a small adapter next to it. How can four bits hold a weight?
 #
@@ -93,7 +93,8 @@ assert torch.allclose(levels, bnb.get_4bit_type("nf4", device="cpu"), atol=1e-6)
 helpers_04.nf4_levels(scaled, levels)
 
 # %% [markdown]
-# The sixteen numbers are the same for every model. Each weight is replaced by the index of its nearest level.
+# The bars at -1 and 1 are high, because every block has a weight with the absmax. The sixteen levels are the same for every
+# model. We replace each weight by the index of its nearest level.
 
 # %%
 index = (scaled[..., None] - levels).abs().argmin(-1)
@@ -139,9 +140,9 @@ print(f"{bits:.3f} bits per weight; without double quantisation {4 + 32 / 64:.3f
 print(f"mean error {error:.0%} of the mean weight")
 
 # %% [markdown]
-# A network tolerates this error because the errors of many weights have no common direction. In this course
-# M_0 *is* the rounded model, so sampling and training see the same weights. Never merge a trained adapter into the
-# four bits: rounding would remove its small changes
+# One reason why a network tolerates such errors is that those of many weights partly cancel in a sum. In this course $M_0$
+# *is* the rounded model, so sampling and training see the same weights. Never merge a trained adapter into the four bits:
+# rounding would remove its small changes
 # ([measured by users](https://github.com/huggingface/transformers/issues/31293)).
 
 # %% [markdown]
@@ -152,8 +153,9 @@ print(f"mean error {error:.0%} of the mean weight")
 #
 # $$y = Wx + \frac{a}{r}\, B A x$$
 #
-# $A$ has shape $(r, \text{in})$ and $B$ has shape $(\text{out}, r)$. $A$ starts at random and $B$ at zero. The libraries call
-# $a$ `lora_alpha`; it is not the α of the loss.
+# Here $x$ and $y$ are the input and the output of the layer, and $r$ is the [rank](../docs/glossary.md#rank). (In notebook 04
+# these letters are a question, a completion and a reward.) $A$ has shape $(r, \text{in})$ and starts at random. $B$ has shape
+# $(\text{out}, r)$ and starts at zero. The libraries call $a$ `lora_alpha`. It is not the α of the loss.
 
 # %% tags=["nbval-ignore-output"]
 helpers_04.lora_diagram(d_in=128, d_out=128, r=16)
@@ -163,8 +165,8 @@ helpers_04.lora_diagram(d_in=128, d_out=128, r=16)
 #
 # **Goal**: write the module. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# `LoRALinear(base, r, a)` wraps a `torch.nn.Linear`. It freezes the base and has two parameters, `A` and `B`. At the start
-# its output equals the base's.
+# `LoRALinear(base, r, a)` wraps a `torch.nn.Linear`, the base. It freezes the base and has two trained parameters, `A` and
+# `B`. At the start its output equals the output of the base.
 #
 # <details><summary>Hint</summary>
 #
@@ -209,11 +211,12 @@ print("gradient of A:", A.grad, "gradient of B:", B.grad, sep="\n")
 # <details><summary>Answer</summary>
 #
 # Only $B$ has one, because the gradient of $A$ has $B$ as a factor. After one step $B$ is not zero, and both learn. If both
-# started at zero, neither ever would.
+# started at zero, neither would ever learn.
 #
 # </details>
 #
-# Now a quantised layer of the seed model with its adapter, against our formula and our dequantised weight.
+# Does the library compute the same? Take a quantised layer of the seed model with its adapter. Compare its output with our
+# formula and our dequantised weight.
 
 # %%
 seed_model, _ = models.load("seed", device="cpu")
@@ -226,7 +229,8 @@ base = layer.base_layer.weight
 print("base", tuple(base.shape), base.dtype, " A", tuple(A.shape), " B", tuple(B.shape))
 
 # %% [markdown]
-# The base is a column of bytes with two weights each. This is all of QLoRA: section 1 under section 2.
+# The assertion holds: both outputs are equal up to rounding. The base is a column of bytes with two weights each. This is all
+# of QLoRA: a frozen NF4 weight (section 1) with a LoRA adapter next to it (section 2).
 
 # %% [markdown]
 # ### Exercise 4b.2: count what is trained
@@ -259,7 +263,8 @@ print(checks_04.lora_parameters(lora_parameters))
 # %% [markdown]
 # ## 3 Memory: all weights or QLoRA
 #
-# Each block of a Llama or Qwen model has seven matrices. Their sizes follow from the model's `config.json`.
+# How much memory does this save? Each transformer block of a Llama or Qwen model has seven matrices. Their sizes follow from
+# the model's `config.json`.
 
 # %%
 # name: (hidden size, blocks, feed-forward, width of keys and values, vocabulary, embedding matrices)
@@ -276,9 +281,10 @@ def linear_shapes(d, n_blocks, ffn, kv, *_):
     return n_blocks * [(d, d), (kv, d), (kv, d), (d, d), (ffn, d), (ffn, d), (d, ffn)]
 
 # %% [markdown]
-# Bytes per number when **all weights** are trained: bf16 weight 2, gradient 2, fp32 copy 4, two Adam moments 8, and 2 for the
-# reference. With **QLoRA**: the base at the bits counted above, embeddings at 2 bytes, the adapter at 16. The reference is
-# the base with a zero adapter, so it needs nothing.
+# If **all weights** are trained, each takes 18 bytes: 2 for the bf16 weight, 2 for the gradient, 4 for an fp32 copy, 8 for two
+# Adam moments, and 2 for the reference. With **QLoRA** the base takes the bits counted above, and an embedding takes 2 bytes
+# per number. An adapter number takes 16 bytes: weight, gradient and two moments in fp32. The reference is the base with a
+# zero adapter, so it needs no extra memory.
 
 # %%
 def gigabytes(name, r=16):
@@ -296,10 +302,11 @@ for name in SIZES:
     print(f"{name:14}{base:8.3f}{embeddings:12.3f}{adapter:9.3f}{qlora:9.3f}{full:13.3f}")
 
 # %% [markdown]
-# The table counts weights, gradients and optimiser states. Activations and logits come on top; they grow with batch size and
-# length, and `python -m irpo_utils plan` estimates the total for a GPU. `micro_batch_size` and `gradient_checkpointing` lower them.
+# The table counts weights, gradients and optimiser states. Activations and logits come on top. They grow with batch size and
+# length. A smaller `micro_batch_size` and `gradient_checkpointing` reduce them. `python -m irpo_utils plan` estimates the total
+# for a GPU.
 #
-# Is the estimate true? Count the bytes of the seed model.
+# Is the number for the base correct? Count the bytes of the seed model.
 
 # %%
 held, layers = 0, 0
@@ -318,9 +325,9 @@ assert abs(gigabytes("seed")[2] * 1e9 / 16 - seed_model.get_nb_trainable_paramet
 #
 # - NF4 consists of blocks of 64, an absmax per block, and sixteen quantiles of the normal distribution.
 # - LoRA adds two thin matrices, and the layer starts unchanged because $B = 0$.
-# - Together they reduce the memory of weights and optimiser by an order of magnitude.
+# - Together they reduce the memory of weights and optimiser more than tenfold for the real models of the table.
 #
-# **Try**: replace the NF4 levels by sixteen evenly spaced ones. How much does the mean error grow?
+# **Try**: replace the NF4 levels by sixteen evenly spaced ones. How does the mean error change?
 #
 # **Recall**
 #
