@@ -34,12 +34,20 @@ NAMES = {
     "self_rewarding": "Own likelihood as reward",
 }
 METHOD_COLOURS = {"irpo": BLUE, "iterative_dpo": ORANGE, "star": GREEN, "sft_gold": GREY}
-TRIALS = {  # trial of the lesson's study: name, colour, line
-    "irpo/beta=1": ("Iterative RPO, β = 1", BLUE, "-"),
-    "irpo/beta=0.1": ("Iterative RPO, β = 0.1", BLUE, "--"),
-    "dpo/beta=1": ("DPO without NLL, β = 1", ORANGE, "-"),
-    "dpo/beta=0.1": ("DPO without NLL, β = 0.1", ORANGE, "--"),
-    "rft": ("RFT", GREEN, "-"),
+LESSON = {  # methods of the second seed model's study: name, colour
+    "irpo": ("Iterative RPO", BLUE),
+    "dpo": ("DPO without NLL", ORANGE),
+    "rft": ("RFT", GREEN),
+    "sft_gold": ("SFT on gold solutions", GREY),
+    "irpo_m0_samples": ("Iterative RPO, completions of M0 only", COLOURS[3]),
+    "grpo": ("GRPO", COLOURS[5]),
+}
+TRIALS = {  # trials of that study whose log-probabilities are drawn: name, colour, line
+    "irpo/beta=1/learning_rate=0.0003": ("Iterative RPO, β = 1, 3e-4", BLUE, "-"),
+    "irpo/beta=0.1/learning_rate=0.001": ("Iterative RPO, β = 0.1, 1e-3", BLUE, "--"),
+    "dpo/beta=1/learning_rate=0.0003": ("DPO without NLL, β = 1, 3e-4", ORANGE, "-"),
+    "dpo/beta=0.1/learning_rate=0.001": ("DPO without NLL, β = 0.1, 1e-3", ORANGE, "--"),
+    "rft/learning_rate=0.0003": ("RFT, 3e-4", GREEN, "-"),
 }
 
 
@@ -96,10 +104,29 @@ def per_iteration(table: pd.DataFrame, begins: str) -> pd.DataFrame:
     return rows.assign(iteration=[int(re.search(r"M(\d)", text)[1]) for text in rows.claim])
 
 
-def trial_key(method: str, settings: str) -> str:
-    """The key of `TRIALS` for a row of lesson_mean.csv."""
-    beta = [part for part in settings.split() if part.startswith("beta=")]
-    return "/".join([method, *beta])
+def of_second_model(name: str = "lesson_mean") -> pd.DataFrame:
+    """A table of the second seed model's study with the column `trial`: method and settings."""
+    table = read(name)
+    table = table[table.model == "misconceptions"]
+    return table.assign(trial=table.method + "/" + table.settings.str.replace(" ", "/"))
+
+
+def tuned_methods() -> pd.DataFrame:
+    """One row per method of that study at its tuned settings, with its test accuracy in %.
+
+    `last`: of M4. `chosen`: of the iteration with the best validation accuracy, for each seed.
+    """
+    table = read("lesson_results")
+    table = table[table.tuned & table.trial.str.startswith("misconceptions/")]
+    table = table.assign(trial=table.trial.str.split("/", n=1).str[1])
+    order = {method: i for i, method in enumerate(LESSON)}
+    table = table.sort_values("trial", key=lambda t: t.str.split("/").str[0].map(order))
+    for name in ("last", "chosen"):
+        ends = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
+        text = [f"{100 * x:.1f} ({100 * low:.1f} to {100 * high:.1f})" for x, low, high in ends]
+        table[name] = text
+    table["method"] = [LESSON[trial.split("/")[0]][0] for trial in table.trial]
+    return table.set_index("method")[["trial", "seeds", "last", "chosen", "chosen_iterations"]]
 
 
 # ------------------------------------------------------------------------------ completions of M_0
@@ -301,42 +328,72 @@ def nll_map(rows: pd.DataFrame) -> plots.TextFigure:
     return figure
 
 
-def lesson_accuracy(means: pd.DataFrame, limits=(60, 100)) -> plots.TextFigure:
-    """Test accuracy of M1 to M4 of the second seed model, 95 % intervals, a line per trial."""
-    rows = means[(means.metric == "greedy") & (means.split == "test") & (means.iteration > 0)]
-    figure, axes = plots.new_figure(7.6, 4.2)
+def lesson_accuracy(means: pd.DataFrame, tuned: pd.DataFrame) -> plots.TextFigure:
+    """Test accuracy per iteration of the second seed model, 95 % intervals, a line per method."""
+    rows = means[(means.metric == "greedy") & (means.split == "test")]
+    figure, axes = plots.new_figure(8.2, 4.4)
     lines = []
-    for i, (key, (name, colour, dashes)) in enumerate(TRIALS.items()):
-        of_trial = [trial_key(row.method, row.settings) == key for row in rows.itertuples()]
-        points = rows[of_trial].sort_values("iteration")
-        x, y = points.iteration + 0.06 * (i - 2), 100 * points.value
+    for i, (method, colour) in enumerate(LESSON.values()):
+        if method not in tuned.index:
+            continue
+        points = rows[rows.trial == tuned.trial[method]].sort_values("iteration")
+        x, y = points.iteration + 0.05 * (i - 2.5), 100 * points.value
         axes.vlines(x, 100 * points.low, 100 * points.high, color=colour, linewidth=1, alpha=0.6)
-        count = int(points.seeds.iloc[0])
-        label = f"{name} ({count} seed{'s' * (count > 1)})"
-        line = plots.draw_points(axes, x, y, label, colour, linestyle=dashes)
+        line = plots.draw_points(axes, x, y, f"{method} ({seeds(tuned.seeds[method])})", colour)
         numbers = (
             f"M{row.iteration} {100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
             for row in points.itertuples()
         )
         lines.append(line._replace(numbers=", ".join(numbers)))
-    axes.set(xlabel="Iteration t (model $M_t$)", ylabel="Accuracy (%)", ylim=limits)
+    axes.set(xlabel="Iteration t (model $M_t$)", ylabel="Accuracy (%)", ylim=(30, 100))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return plots.finish(figure, "Test accuracy (%) of the second seed model", {"": lines})
 
 
-def misconceptions(table: pd.DataFrame, keys=("irpo/beta=1", "rft")) -> plots.TextFigure:
+def seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+def beta_map(means: pd.DataFrame, iteration: int = 4) -> plots.TextFigure:
+    """Accuracy of M_t against β with and without the NLL term, a panel per learning rate."""
+    rows = means[(means.metric == "greedy") & (means.split == "test")]
+    rows = rows[rows.iteration == iteration]
+    rates = (0.0003, 0.001)
+    figure, axes = plots.new_figure(11.0, 4.0, panels=len(rates))
+    panels = {}
+    for panel, rate in zip(axes, rates, strict=True):
+        lines = panels[f"learning rate {rate:g}"] = []
+        for method, dashes in (("irpo", "-"), ("dpo", "--")):
+            name, colour = LESSON[method]
+            trials = {f"{method}/beta={beta:g}/learning_rate={rate:g}": beta for beta in (0.1, 0.3, 1, 3)}
+            points = rows[rows.trial.isin(trials)]
+            points = points.assign(beta=points.trial.map(trials)).sort_values("beta")
+            x = points.beta * (0.97 if method == "irpo" else 1.03)
+            panel.vlines(x, 100 * points.low, 100 * points.high, color=colour, linewidth=1, alpha=0.6)
+            line = plots.draw_points(panel, x, 100 * points.value, name, colour, linestyle=dashes)
+            numbers = (
+                f"β = {row.beta:g} {100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f}; "
+                f"{seeds(row.seeds)})"
+                for row in points.itertuples()
+            )
+            lines.append(line._replace(numbers=", ".join(numbers)))
+        panel.set(title=f"learning rate {rate:g}", xlabel="β", xscale="log", ylim=(0, 100))
+        panel.set_xticks([0.1, 0.3, 1, 3], labels=["0.1", "0.3", "1", "3"])
+    axes[0].set_ylabel(f"Accuracy of $M_{iteration}$ (%)")
+    return plots.finish(figure, f"Test accuracy of M{iteration} (%) against beta", panels)
+
+
+def misconceptions(table: pd.DataFrame, keys=tuple(TRIALS)[::4]) -> plots.TextFigure:
     """Share of lines that follow a misconception where it applies, per iteration; a panel per trial."""
     figure, axes = plots.new_figure(4.6 * len(keys) + 2.6, 3.8, panels=len(keys))
     sentences, handles = [], None
     for panel, key in zip(axes, keys, strict=True):
-        of_trial = [trial_key(row.method, row.settings) == key for row in table.itertuples()]
-        rows, spoken = table[of_trial], []
+        rows, spoken = table[table.trial == key], []
         for colour, (metric, points) in zip(COLOURS, rows.groupby("metric", sort=False)):
             name, values = metric.removeprefix("follows: "), 100 * points.value
             plots.draw_points(panel, points.iteration, values, name, colour)
             spoken.append(f"{name}: {', '.join(f'{value:.1f}' for value in values)}")
-        count = int(rows.seeds.max())
-        title = f"{TRIALS[key][0]} ({count} seed{'s' * (count > 1)})"
+        title = f"{TRIALS[key][0]} ({seeds(int(rows.seeds.max()))})"
         panel.set(title=title, xlabel="Iteration t (model $M_t$)", ylim=(0, 60))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.sharey(axes[0])
@@ -355,10 +412,8 @@ def lesson_log_probabilities(table: pd.DataFrame) -> plots.TextFigure:
     for panel, side in zip(axes, ("chosen", "rejected"), strict=True):
         lines = panels[side] = []
         for key, (name, colour, dashes) in TRIALS.items():
-            trial = "/".join(["misconceptions", key, "learning_rate=0.0003"])
-            rows = table[(table.trial == trial) & (table.metric == side)]
-            band = () if rows.seeds.max() == 1 else (rows.low, rows.high)
-            label = f"{name}{' (1 seed)' if rows.seeds.max() == 1 else ''}"
+            rows = table[(table.trial == f"misconceptions/{key}") & (table.metric == side)]
+            band, label = (rows.low, rows.high), f"{name} ({seeds(rows.seeds.max())})"
             line = plots.draw_points(
                 panel, rows.iteration, rows.value, label, colour, band, linestyle=dashes
             )

@@ -350,41 +350,38 @@ for row in stability[stability.factor == "alpha=1"].itertuples():
 # **Predict**: does DPO without NLL fall behind here?
 
 # %% tags=["nbval-ignore-output"]
-lesson = helpers_06.read("lesson_mean")
-start = lesson.query("metric == 'greedy' and split == 'test' and iteration == 0").value.iloc[0]
-print(f"M0 {100 * start:.1f} %")
-helpers_06.lesson_accuracy(lesson)
+lesson, tuned = helpers_06.of_second_model(), helpers_06.tuned_methods()
+helpers_06.lesson_accuracy(lesson, tuned)
 
 # %%
-results = helpers_06.read("lesson_results").set_index("trial")
-results.index = [text.split("/", 1)[1] for text in results.index]
-(100 * results[["last", "last_low", "last_high", "chosen", "chosen_low", "chosen_high"]]).round(1).assign(
-    seeds=results.seeds, chosen_iterations=results.chosen_iterations)
+tuned
 
 # %% [markdown]
-# `last` is M4, and `chosen` is the iteration with the best validation accuracy in each seed. These intervals overlap, but
-# they are not paired. The paired verdicts say more. Where `paper` is empty, the paper has no number, and the
-# verdict cannot be "rules out".
+# TEXT1
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
-accuracy_claims = verdicts[~verdicts.claim.str.contains("nats")]
-print(accuracy_claims.verdict.value_counts().to_string(), "\n")
-helpers_06.claims_table(accuracy_claims)
+nll_claims = verdicts.claim.str.contains("NLL term helps")
+compared = verdicts[~verdicts.claim.str.contains("nats") & ~nll_claims]
+print(compared.verdict.value_counts().to_string(), "\n")
+helpers_06.claims_table(compared)
 
 # %% [markdown]
-# The first three iterations agree with the paper: accuracy rises. Does DPO without NLL fall behind? At M1 the interval
-# rules out a gain of the paper's size from the NLL term, at both β. At M4 the term's effect is not resolved, also
-# with ten times the weight. At β = 0.1 one of three seeds without the term falls at M4.
-#
-# RFT is ahead of Iterative RPO in all seeds and iterations, by 2 to 3 points on average, but the intervals include 0. At M1
-# the interval rules out the paper's lead of Iterative RPO. A possible reason: here an incorrect step competes with *one*
-# alternative, so raising the correct one already lowers it. A model with several alternatives would have to show this.
+# TEXT2
+
+# %% tags=["nbval-ignore-output"]
+helpers_06.beta_map(lesson)
+
+# %%
+helpers_06.claims_table(verdicts[nll_claims & verdicts.claim.str.contains("M4")])
+
+# %% [markdown]
+# TEXT3
 #
 # What does the rise consist of?
 
 # %% tags=["nbval-ignore-output"]
-followed = helpers_06.read("lesson_misconceptions")
+followed = helpers_06.of_second_model("lesson_misconceptions")
 figure = helpers_06.misconceptions(followed)
 assert "forgets the carry" in plots.alt_text(figure)
 figure
