@@ -161,6 +161,8 @@ def shipped_runs() -> list[dict]:
             rows += _rows_of_comparison(longer[key])[1:]
         found.append({"name": key[0], "seed": key[1], "rows": rows})
     for record in records("lesson"):
+        if record["method"] in ("irpo_m0_samples", "sft_gold"):  # not iterative
+            continue
         rows = _rows_of_lesson(record["iterations"])
         found.append({"name": record["trial"], "seed": record["seed"], "rows": rows})
     return found
@@ -201,7 +203,8 @@ def a_fall_and_its_twin() -> pd.DataFrame:
     """M_3 and M_4 of two runs that differ in the NLL term: what the trainer and the test say."""
     rows = {}
     for record in records("lesson"):
-        if record["settings"].get("beta") == 0.1 and record["seed"] == 0:
+        same = record["settings"] == {"beta": 0.1, "learning_rate": 3e-4} and record["seed"] == 0
+        if same and record["model"] == "misconceptions":
             name = {"dpo": "DPO alone", "irpo": "with NLL"}[record["method"]]
             for entry in record["iterations"][3:]:
                 rows[f"{name}, M_{entry['iteration']}"] = {

@@ -351,7 +351,7 @@ def lesson_accuracy(means: pd.DataFrame, tuned: pd.DataFrame) -> plots.TextFigur
 
 
 def seeds(count: int) -> str:
-    return f"{count} seed{'s' * (count > 1)}"
+    return f"{count} seed" if count == 1 else f"{count} seeds"
 
 
 def beta_map(means: pd.DataFrame, iteration: int = 4) -> plots.TextFigure:
