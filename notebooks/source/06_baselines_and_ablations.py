@@ -370,7 +370,7 @@ helpers_06.claims_table(compared)
 
 # %% [markdown]
 # **The rise** agrees with the paper in three iterations. **New completions** are worth more than further steps on those of
-# M_0, even at the learning rate that suits the latter best. This is why the method iterates.
+# M_0, although this control was tuned by the same search. This is why the method iterates.
 #
 # **RFT** is ahead in every seed and iteration, but the intervals include 0. At M1 the interval rules out the paper's lead
 # of Iterative RPO. A possible reason: here an incorrect step competes with *one* alternative, so raising the correct one
