@@ -49,6 +49,7 @@ TRIALS = {  # trials of that study whose log-probabilities are drawn: name, colo
     "dpo/beta=0.1/learning_rate=0.001": ("DPO without NLL, β = 0.1, 1e-3", ORANGE, "--"),
     "rft/learning_rate=0.0003": ("RFT, 3e-4", GREEN, "-"),
 }
+SHOW_MISCONCEPTIONS = ("irpo/beta=1/learning_rate=0.0003", "rft/learning_rate=0.0003")
 
 
 # ------------------------------------------------------------------------------ result tables
@@ -383,7 +384,7 @@ def beta_map(means: pd.DataFrame, iteration: int = 4) -> plots.TextFigure:
     return plots.finish(figure, f"Test accuracy of M{iteration} (%) against beta", panels)
 
 
-def misconceptions(table: pd.DataFrame, keys=tuple(TRIALS)[::4]) -> plots.TextFigure:
+def misconceptions(table: pd.DataFrame, keys=SHOW_MISCONCEPTIONS) -> plots.TextFigure:
     """Share of lines that follow a misconception where it applies, per iteration; a panel per trial."""
     figure, axes = plots.new_figure(4.6 * len(keys) + 2.6, 3.8, panels=len(keys))
     sentences, handles = [], None

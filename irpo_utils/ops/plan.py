@@ -290,7 +290,7 @@ class Plan:
         prompts = 2 if s.sliding or self.engine == "plain" else 1  # else the two rows share it
         most = self.micro * (prompts * self.prompt + 2 * new)  # tokens of a micro-batch, at most
         positions = self.micro * (prompts * prompt + 2 * length)
-        # Gradients in fp32, again for a repeated step, and two moments of each adapter weight.
+        # Each adapter weight: a gradient in fp32, as much in reserve, and two moments.
         peak = self.adapter * (2.5 if "8bit" in p.optimizer else 4) / parts
         peak += 2 * self.micro * new * s.vocabulary * (2 * self.width + 8)  # logits, also in fp32
         peak += 2 * most * self.kept  # of one layer, and its gradients

@@ -357,9 +357,10 @@ helpers_06.lesson_accuracy(lesson, tuned)
 tuned
 
 # %% [markdown]
-# Each method has the settings with the best validation accuracy of M4, out of at least three learning rates with one seed,
-# and out of four β where it has one. `last` is M4, and `chosen` is the iteration with the best validation accuracy in each
-# seed. All methods take the same number of optimiser steps. The intervals are wide, so compare the methods in pairs:
+# Each method has the settings with the best validation accuracy of M4, out of at least three learning rates with one seed.
+# Iterative RPO and DPO were also tuned over four β. `last` is M4, and `chosen` is the iteration with the best validation
+# accuracy in each seed. All methods take the same number of optimiser steps. The intervals are wide, so compare the methods
+# in pairs:
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
@@ -370,12 +371,12 @@ helpers_06.claims_table(compared)
 
 # %% [markdown]
 # **The rise** agrees with the paper in three iterations. **New completions** are worth more than further steps on those of
-# M_0, although this control was tuned by the same search. This is why the method iterates.
+# M_0, although the control has the best of four learning rates. This is a reason to iterate.
 #
 # **RFT** is ahead in every seed and iteration, but the intervals include 0. At M1 the interval rules out the paper's lead
 # of Iterative RPO. A possible reason: here an incorrect step competes with *one* alternative, so raising the correct one
-# already lowers it. **SFT on gold solutions** is ahead at M1, which disagrees with the paper. It ends 11
-# nats from M_0, farther than any other method.
+# already lowers it. **SFT on gold solutions** is ahead at M1, which disagrees with the paper. It ends 11 nats from M_0, the
+# farthest of the six ([log](../figures/lesson_log.md)).
 #
 # **DPO without NLL** is behind at M1, and the verdict reads "agrees". Look at the settings before you believe it: the tuning
 # chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. One term at a time:
@@ -389,15 +390,15 @@ helpers_06.beta_map(lesson)
 helpers_06.claims_table(verdicts[nll_claims & verdicts.claim.str.contains("M1")])
 
 # %% [markdown]
-# At 3e-4 neither β nor the term matters much. At 1e-3 β decides. With β = 0.1 accuracy stays far below the other settings, and
+# At 3e-4 neither β nor the term matters much. At 1e-3 β decides. With β = 0.1 accuracy stays far below that at β = 1, and
 # *there* the NLL term helps: by 19 points at M1, which agrees with the paper. The last row says that it helps more at
 # β = 0.1 than at β = 1. At M4 this is not resolved ([verdicts](../figures/lesson_verdicts.csv)). With β = 3 training succeeds
-# with and without the term.
-# Points at β = 0.3 and β = 3 have one seed, and one seed gives no verdict.
+# with and without the term. The points at β = 0.3 and β = 3 in the right panel have one seed, which gives no
+# verdict.
 #
 # [Notebook 04](04_dpo_nll_training.ipynb) says why: the gradient of the DPO term is βσ(−βδ). It fades when δ is a few times
-# 1/β. These completions differ in a few nats, so at β = 0.1 it hardly fades, and training moves the model far beyond the pair. The
-# NLL term limits the damage, and a larger β prevents it.
+# 1/β. At β = 0.1 that is some tens of nats, so it hardly fades. This may be why training goes too far there: the NLL term
+# holds chosen completions, and with a larger β the gradient fades earlier.
 #
 # What does the rise consist of?
 
