@@ -34,7 +34,7 @@ $(CLUSTER): | $(READY)
 run: $(READY)    ## Iterative RPO with the default profile, about ten minutes on two cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
-test: $(REAL)    ## the fast tests, about eight minutes on two cores
+test: $(REAL)    ## the fast tests, about eleven minutes on two cores
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(REAL) $(CLUSTER)  ## the long tests: notebooks executed by nbval, kills, several processes, studies
