@@ -72,6 +72,35 @@ def accuracy_of_seeds(metrics: pd.DataFrame, means: pd.DataFrame | None = None) 
     return figure
 
 
+def accuracy_of_methods(means: pd.DataFrame) -> TextFigure:
+    """Greedy and sampled accuracy per iteration, a line per method with its 95 % intervals.
+
+    `means`: rows as `report.means` makes them, with the titles of the methods as `method`.
+    """
+    if means.empty or not {"greedy", "sampled"} <= set(means.metric):
+        raise UserError("accuracy_of_methods needs the metrics greedy and sampled.")
+    figure, both = plots.new_figure(9.6, 3.9, panels=2)
+    panels, methods = {}, list(means.method.unique())
+    for axes, metric in zip(both, ("greedy", "sampled"), strict=True):
+        name = f"{metric.capitalize()} accuracy"
+        panels[name] = []
+        for i, (method, colour) in enumerate(zip(methods, cycle(COLOURS), strict=False)):
+            rows = means[(means.metric == metric) & (means.method == method)]
+            x = rows.iteration + 0.07 * (i - (len(methods) - 1) / 2)  # intervals beside each other
+            value, low, high = (100 * rows[column] for column in ("value", "low", "high"))
+            axes.errorbar(x, value, (value - low, high - value), fmt="none", color=colour)
+            line = plots.draw_points(axes, x, value, method, colour)
+            each = [
+                f"M_{r.iteration} {plots.number_with_interval(r, 100)}" for _, r in rows.iterrows()
+            ]
+            panels[name].append(line._replace(numbers=", ".join(each)))
+        plots.label_iterations(axes, "Accuracy (%)", PERCENT)
+        axes.set_title(name, fontsize=10)
+    figure = plots.finish(figure, "Accuracy per iteration (%)", panels)
+    figure.axes[0].get_legend().remove()  # the second panel has the same lines
+    return figure
+
+
 def warning_numbers(metrics: pd.DataFrame) -> TextFigure:
     """Early signs of a collapse: KL(M_t || M_{t-1}) and log-probabilities of chosen completions."""
     chosen = [

@@ -16,6 +16,7 @@ from studies.api import seed_and_question_interval
 
 FILES = {"tuning": "tuning_of_methods", "long": "eight_iterations"}  # others: the study's name
 COST = ["factor", "level", "tokens", "seconds"]  # columns of a study's table, after the metrics
+ANSWERS = ("greedy", "sampled")  # completions of an evaluation
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OLD_COLUMNS = {"logps_chosen": figures.CHOSEN, "logps_rejected": figures.REJECTED}
 
@@ -60,7 +61,7 @@ def iteration_of(folder: Path) -> int:
 def _answers(evaluation: Path, task) -> dict:
     """Correct completions by question for greedy and sampled, as strings of digits."""
     counted = {"k": 1}
-    for metric in ("greedy", "sampled"):
+    for metric in ANSWERS:
         rows = load_from_disk(str(evaluation))[metric]
         correct = pandas.Series(rows["correct"][:]).groupby(rows["id"][:], sort=False).sum()
         if metric == "greedy" and hasattr(task, "solved"):
@@ -155,7 +156,7 @@ def write(name: str, trials: list, runs: dict, out: Path, record: dict) -> panda
     if name == "curves":
         log_probabilities(runs).to_csv(out / "log_probabilities.csv", index=False)
     for title, (figure, data) in draw(name, result, average, runs).items():
-        plots.save(figure, out, title, data, _made_by(runs, record))
+        plots.save(figure, out, title, data, made_by(runs, record))
     return result
 
 
@@ -164,11 +165,11 @@ def write_table(name: str, trials: list, runs: dict, out: Path, record: dict) ->
     result, file = table(name, trials, runs), file_of(name)
     out.mkdir(parents=True, exist_ok=True)
     result.to_csv(out / f"{file}.csv", index=False)
-    (out / f"{file}.json").write_text(json.dumps(_made_by(runs, record), indent=1) + "\n")
+    (out / f"{file}.json").write_text(json.dumps(made_by(runs, record), indent=1) + "\n")
     return result
 
 
-def _made_by(runs: dict, record: dict) -> dict:
+def made_by(runs: dict, record: dict) -> dict:
     """How the runs of a study were made, which may be on several days, commits and machines."""
     made = [run["environment"] for run in runs.values()]
     return {
@@ -205,7 +206,7 @@ def means(trials: list, runs: dict) -> pandas.DataFrame:
     """
     names, rows = {trial.name for trial in trials}, []
     for trial in trials:
-        for t, metric in itertools.product(range(9), ("greedy", "sampled", "solved")):
+        for t, metric in itertools.product(range(9), (*ANSWERS, "solved")):
             own = _accuracies(trial.name, runs, t, metric)
             if not own:
                 continue
@@ -224,17 +225,17 @@ def means(trials: list, runs: dict) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def paired(trials: list, runs: dict) -> pandas.DataFrame:
+def paired(trials: list, runs: dict, metric: str = "greedy") -> pandas.DataFrame:
     """Every method against every other at the same iteration, the previous iteration and M_0.
 
-    Columns `method`, `iteration`, `against`, `against_iteration`, `difference` (greedy accuracy of
-    the first minus the second), `low`, `high`, `n`, `seeds`; intervals as in `means`.
+    Columns `method`, `iteration`, `against`, `against_iteration`, `difference` (accuracy of the
+    first minus the second), `low`, `high`, `n`, `seeds`; intervals as in `means`.
     """
     cells = {
         (trial.method, t): found
         for trial in trials
         for t in range(9)
-        if (found := _accuracies(trial.name, runs, t, "greedy"))
+        if (found := _accuracies(trial.name, runs, t, metric))
     }
     rows = []
     for ((a, t), own), ((b, u), other) in itertools.product(cells.items(), repeat=2):

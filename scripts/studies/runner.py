@@ -60,7 +60,7 @@ def run_study(
     with tqdm(total=len(wanted) - len(todo) + len(needed), disable=not progress) as bar:
         bar.set_description("runs")
         bar.update(len(wanted) - len(todo))
-        for path in _run_all(needed, study.runs, jobs):
+        for path in run_all(needed, study.runs, jobs):
             bar.set_postfix_str(f"{path.parent.name} {path.name}")
             bar.update()
             if path in todo:
@@ -142,7 +142,7 @@ class Study:
         return self.with_prerequisites(first) | work if first else work
 
 
-def _run_all(work: dict[Path, Profile], runs: Path, jobs: int):
+def run_all(work: dict[Path, Profile], runs: Path, jobs: int):
     """Run everything, each run as soon as what it starts from is there; yields finished paths."""
     waiting = []
     for path, profile in work.items():
@@ -227,22 +227,27 @@ def share_stages(path: Path, profile: Profile, runs: Path) -> None:
     """Link M_0's completions and evaluation from other runs with the same settings in `runs`."""
     api.prepare_run_directory(path, profile)
     method = methods.get(profile.method)
-    sampled_from_m0 = method.samples and (not profile.start or method.start)
     for other in sorted(runs.glob("*/*/seed_*")):
         try:
             source = api.load_profile(other)
         except UserError:
             continue
-        other_task = method.task or methods.get(source.method).task
-        if other == path or source.start or other_task:
+        if other == path or method.task or methods.get(source.method).task:
             continue
+        same_model = _samples_from(profile) == _samples_from(source)
         same_temperature = profile.temperature_of(0) == source.temperature_of(0)
-        if sampled_from_m0 and same_temperature and _agree(profile, source, api.SAMPLING):
+        same_sampling = same_model and same_temperature and _agree(profile, source, api.SAMPLING)
+        if method.samples and same_sampling:
             _link(other, path, "samples")
             _link(other, path, "graded")
-        evaluation = (*api.EVALUATION, "eval_samples_ends")
-        if not profile.start and _agree(profile, source, evaluation):
+        evaluation = (*api.EVALUATION, "eval_samples_ends", "start")
+        if _agree(profile, source, evaluation):
             _link(other, path, "evaluation")
+
+
+def _samples_from(profile: Profile) -> str | None:
+    """The adapter that draws the completions of iteration 0; None: the base alone."""
+    return None if methods.get(profile.method).start else profile.start
 
 
 def _agree(a: Profile, b: Profile, names: tuple[str, ...]) -> bool:
