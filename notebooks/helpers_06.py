@@ -127,7 +127,10 @@ def tuned_methods() -> pd.DataFrame:
         text = [f"{100 * x:.1f} ({100 * low:.1f} to {100 * high:.1f})" for x, low, high in ends]
         table[name] = text
     table["method"] = [LESSON[trial.split("/")[0]][0] for trial in table.trial]
-    return table.set_index("method")[["trial", "seeds", "last", "chosen", "chosen_iterations"]]
+    settings = [trial.split("/", 1)[1].replace("/", ", ") for trial in table.trial]
+    table["settings"] = [text.replace("_", " ").replace("beta", "β").replace("=", " = ") for text in settings]
+    table = table.rename(columns={"chosen_iterations": "chosen iterations"})
+    return table.set_index("method")[["settings", "seeds", "last", "chosen", "chosen iterations"]]
 
 
 # ------------------------------------------------------------------------------ completions of M_0

@@ -37,6 +37,7 @@ COLOURS = dict(zip(TITLES, plots.COLOURS, strict=False))
 BETA_COLOURS = dict(zip((0.1, 0.3, 1.0, 3.0), plots.COLOURS[1:], strict=False))
 MAIN = "misconceptions"
 MIN_SEEDS = 2  # for a verdict
+GAIN = {"": "points", "_low": "low", "_high": "high", "_seeds": "seeds"}  # column: of a gain
 
 
 # ---------------------------------------------------------------------------------- reading records
@@ -179,31 +180,46 @@ def mean_table(trials: dict[str, dict[int, dict]]) -> pd.DataFrame:
     return pd.DataFrame(rows)[[*columns, "value", "low", "high", "seeds"]]
 
 
+def chosen(record: dict) -> dict:
+    """The iteration of a run with the best greedy accuracy on validation; of equals the first."""
+    return max(record["iterations"], key=lambda row: study.share(row["validation"]["greedy"]))
+
+
 def results_table(records: dict[str, dict]) -> pd.DataFrame:
-    """Test accuracy of the last iteration, and of the iteration that validation chooses for each
-    seed. `tuned`: whether these are the settings that the tuning of the method chose."""
+    """Test accuracy of M_1, of the last iteration, and of the one that validation chooses for each
+    seed, and what each is above that of tuned Iterative RPO on the same seeds and questions.
+
+    `tuned`: whether these are the settings that the tuning of the method chose.
+    """
     trials, rows = by_trial(records), []
     tuned = {trial_name(method, settings_of(method, records)) for method in TITLES}
+    irpo = trials.get(trial_name("irpo", settings_of("irpo", records)), {})
+    picks = {
+        "first": lambda record: entry(record, 1) or record["iterations"][-1],
+        "last": lambda record: record["iterations"][-1],
+        "chosen": chosen,
+    }
     for trial, runs in sorted(trials.items()):
-        last = {seed: record["iterations"][-1] for seed, record in runs.items()}
-        best = {
-            seed: max(
-                record["iterations"], key=lambda row: study.share(row["validation"]["greedy"])
-            )
-            for seed, record in runs.items()
-        }
         row = {"trial": trial, "seeds": len(runs), "tuned": trial in tuned}
-        for name, chosen in (("last", last), ("chosen", best)):
-            matrix = {s: lesson.per_question(e["test"]["greedy"]) for s, e in chosen.items()}
+        for name, pick in picks.items():
+            picked = {seed: pick(record) for seed, record in runs.items()}
+            matrix, other = (test_answers(of, pick) for of in (runs, irpo))
+            row["questions"] = len(next(iter(matrix.values())))
             made = interval_row(matrix, name, "test")
-            row |= {
-                name: made["value"],
-                f"{name}_low": made["low"],
-                f"{name}_high": made["high"],
-                f"{name}_iterations": " ".join(str(chosen[s]["iteration"]) for s in sorted(chosen)),
-            }
+            row |= {name: made["value"], f"{name}_low": made["low"], f"{name}_high": made["high"]}
+            row[f"{name}_iterations"] = " ".join(
+                str(picked[s]["iteration"]) for s in sorted(picked)
+            )
+            if runs is not irpo and set(matrix) & set(other):
+                gain = lesson.paired_interval(other, matrix)
+                row |= {f"{name}_gain{end}": gain[key] for end, key in GAIN.items()}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def test_answers(runs: dict[int, dict], pick) -> dict[int, list[float]]:
+    """Seed -> correctness per test question of the iteration that `pick` picks from a run."""
+    return {s: lesson.per_question(pick(run)["test"]["greedy"]) for s, run in runs.items()}
 
 
 # ----------------------------------------------------------------------------------------- verdicts

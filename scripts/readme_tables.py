@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 
@@ -277,32 +278,41 @@ def _interval(row) -> str:
 
 
 def findings() -> str:
-    """Five methods after one iteration, and after four where they have them."""
-    means = pandas.read_csv(FIGURES / "comparison_mean.csv")
-    greedy = means[means.metric == "greedy"].set_index(["method", "iteration"])
-    rates = json.loads((FIGURES / "comparison.json").read_text())["rates"]
-    lines = [
-        "| | learning rate | M1 | M4 | M1, difference | M4, difference |",
-        "|---|---|---|---|---|---|",
-        f"| M0 | | {_interval(greedy.loc[('irpo', 0)])} | | | |",
+    """Five methods on the second model: after one iteration, and where validation is best."""
+    results = pandas.read_csv(FIGURES / "lesson_results.csv")
+    results = results[results.tuned & results.trial.str.startswith("misconceptions/")]
+    means = pandas.read_csv(FIGURES / "lesson_mean.csv").query(
+        "metric == 'greedy' and split == 'test'"
+    )
+    start = means[
+        (means.model == "misconceptions") & (means.method == "irpo") & (means.iteration == 0)
     ]
-    for name in ("irpo", "iterative_dpo", "star", "sft_gold"):
-        cells, differences = [], []
-        for t in (1, 4):
-            known = (name, t) in greedy.index
-            cells.append(_interval(greedy.loc[name, t]) if known else "")
-            differences.append(_difference(greedy.loc[name, t]) if known else "")
-        rate = f"{rates[name]:.0e}".replace("e-0", "e-")
-        differences = [cell.replace("*-0.0 (", "*0.0 (") for cell in differences]
-        row = " | ".join([api.method_title(name), rate, *cells, *differences])
-        lines.append(f"| {row} |")
-    n, seeds = int(means.n.iloc[0]), int(means[means.method == "irpo"].seeds.max())
+    lines = [
+        "| | M1 | best on validation | M1, difference | best, difference |",
+        "|---|---|---|---|---|",
+        f"| M0 | {_interval(start.sort_values('seeds').iloc[-1])} | | | |",
+    ]
+    titles = {"irpo": "Iterative RPO", "dpo": "DPO without NLL", "rft": "Rejection-sampling SFT"}
+    titles["sft_gold"] = "SFT on gold solutions"
+    for method, title in titles.items():
+        [row] = results[results.trial.str.split("/").str[1] == method].to_dict("records")
+        cells = [title]
+        for name in ("first", "chosen"):
+            value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+            cells.append(_interval(SimpleNamespace(value=value, low=low, high=high)))
+        for name in ("first", "chosen"):
+            value, low, high = (row[f"{name}_gain{end}"] / 100 for end in ("", "_low", "_high"))
+            gain = SimpleNamespace(difference=value, difference_low=low, difference_high=high)
+            cells.append("" if method == "irpo" else _difference(gain))
+        lines.append(f"| {' | '.join(cells)} |")
+    shown = results[results.trial.str.split("/").str[1].isin(titles)]
+    [seeds], [n] = set(shown.seeds), set(shown.questions)
     lines += [
         "",
-        f"Greedy accuracy in % on {n} test questions with the default M0: mean of {seeds} seeds and "
-        "95 % interval. *Difference*: points above Iterative RPO, paired by seed and question; in "
-        "italics where the interval includes 0. *Learning rate*: the best of three on validation "
-        "after two iterations. SFT on gold solutions has one iteration.",
+        f"Greedy accuracy in % on {n} test questions with the second M0: mean of {seeds} seeds and "
+        "95 % interval. *Best on validation*: of M0 to M4, chosen in each seed. *Difference*: points "
+        "above Iterative RPO, paired by seed and question; in italics where the interval includes 0. "
+        "Learning rates and β: the best on validation after four iterations.",
     ]
     return "\n".join(lines)
 

@@ -285,6 +285,13 @@ def test_tables_and_figures(records):
     results = lesson_report.results_table(records)
     assert (results.chosen >= results["last"]).all()
     tuned = results[results.tuned]
+    irpo = tuned[tuned.trial.str.contains("/irpo/")]
+    assert irpo.first_gain.isna().all()
+    other = tuned[tuned.trial.str.contains("/rft/")]
+    for name in ("first", "last", "chosen"):
+        gain = 100 * (other[name].item() - irpo[name].item())
+        assert other[f"{name}_gain"].item() == pytest.approx(gain)
+        assert other[f"{name}_gain_low"].item() <= gain <= other[f"{name}_gain_high"].item()
     assert sorted(name.split("/")[1] for name in tuned.trial) == sorted(lesson_study.METHODS)
     assert "misconceptions/rft/learning_rate=0.003" in set(tuned.trial)
     rules = lesson_report.rules_table(records).set_index("rule")

@@ -359,8 +359,8 @@ tuned
 # %% [markdown]
 # Each method has the settings with the best validation accuracy of M4, out of at least three learning rates with one seed.
 # Iterative RPO and DPO were also tuned over four β. `last` is M4, and `chosen` is the iteration with the best validation
-# accuracy in each seed. All methods take the same number of optimiser steps. The intervals are wide, so compare the methods
-# in pairs:
+# accuracy in each seed. All methods take the same number of optimiser steps. [GRPO](../docs/glossary.md#grpo), a method of
+# reinforcement learning, has no pairs. The intervals are wide, so compare the methods in pairs:
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
@@ -370,13 +370,14 @@ print(compared.verdict.value_counts().to_string(), "\n")
 helpers_06.claims_table(compared)
 
 # %% [markdown]
-# **The rise** agrees with the paper in three iterations. **New completions** are worth more than further steps on those of
-# M_0, although the control has the best of four learning rates. This is a reason to iterate.
+# **The rise** agrees with the paper in three of four iterations. **New completions** are worth more than further steps on
+# those of M_0, although the control has the best of four learning rates. This is a reason to iterate.
 #
-# **RFT** is ahead in every seed and iteration, but the intervals include 0. At M1 the interval rules out the paper's lead
-# of Iterative RPO. A possible reason: here an incorrect step competes with *one* alternative, so raising the correct one
-# already lowers it. **SFT on gold solutions** is ahead at M1, which disagrees with the paper. It ends 11 nats from M_0, the
-# farthest of the six ([log](../figures/lesson_log.md)).
+# **RFT** is ahead at M2 and M3 in every seed, which disagrees with the paper. At M1 the interval rules out the paper's lead
+# of Iterative RPO, and at M4 the difference is not resolved. A possible reason: here an incorrect step competes with *one*
+# alternative, so raising the correct one already lowers it. A model with several plausible incorrect steps would have to
+# show whether this is the reason. **SFT on gold solutions** is ahead at M1, which also disagrees. It ends 11 nats from M_0,
+# the farthest of the six ([log](../figures/lesson_log.md)).
 #
 # **DPO without NLL** is behind at M1, and the verdict reads "agrees". Look at the settings before you believe it: the tuning
 # chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. One term at a time:
@@ -454,7 +455,7 @@ figure
 # - Pair by seed and question. "Not resolved" is a result; "equal" is not.
 # - A claim gets one of four verdicts. "Rules out an effect of the paper's size" is stronger than "not resolved".
 # - An ablation at one learning rate is one column of a map. Two methods at their own settings differ in more than the term.
-# - RFT gains much without rejected completions. Whether pairs beat it depends on the setting.
+# - RFT gains much without rejected completions. Whether pairs beat it depends on model and setting.
 #
 # **Try**: judge the claims again with `paper` halved. Which verdicts change?
 #
@@ -464,14 +465,14 @@ figure
 # 2. Why do the methods share the completions of M_0, and not those of M_1?
 # 3. Five seeds, difference +1.2 (−0.3 to 2.7), paper +6. What do you write? And with paper +2?
 # 4. A paper tunes its method and takes the baseline's settings from elsewhere. What can its gain consist of?
-# 5. Why can the second model not settle whether Iterative RPO beats RFT?
+# 5. On the second model RFT is ahead at M2 and M3. Why does this not refute the paper's table?
 #
 # <details><summary>Answers</summary>
 #
 # 1. RFT has no rejected completions in its loss. STaR retrains from M_0 and shows answers of failed questions. 2. Sharing
 # removes one source of luck; each M_1 is another model and must sample for itself. 3. It rules out an effect of the
-# paper's size; with +2, not resolved. 4. Of the tuning alone. 5. With three seeds the intervals include
-# 0, and each incorrect step has one alternative.
+# paper's size; with +2, not resolved. 4. Of the tuning alone. 5. The paper compares M1 of a model with 70 billion
+# parameters. Here an incorrect step has one alternative, which may favour RFT.
 #
 # </details>
 #
