@@ -130,7 +130,8 @@ def tuned_methods() -> pd.DataFrame:
     settings = [trial.split("/", 1)[1].replace("/", ", ") for trial in table.trial]
     table["settings"] = [text.replace("_", " ").replace("beta", "β").replace("=", " = ") for text in settings]
     table = table.rename(columns={"chosen_iterations": "chosen iterations"})
-    return table.set_index("method")[["settings", "seeds", "last", "chosen", "chosen iterations"]]
+    shown = ["settings", "seeds", "last", "chosen", "chosen iterations"]
+    return table.set_index("method")[["trial", *shown]]
 
 
 # ------------------------------------------------------------------------------ completions of M_0
