@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from irpo_utils import UserError, iteration, models, profiles, tasks
-from irpo_utils.baselines import grpo
+from studies import grpo
 
 TASK = tasks.get("word_problems")
 SMALL = {"method": "grpo", "n_samples": 4, "batch_size": 4, "max_new_tokens": 40}

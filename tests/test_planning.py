@@ -12,9 +12,10 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from irpo_utils import UserError, baselines, models, profiles, tasks  # noqa: F401  (GRPO)
+from irpo_utils import UserError, models, profiles, tasks
 from irpo_utils import __main__ as cli
 from irpo_utils.ops import plan as planning
+from studies import grpo  # noqa: F401 (it adds a method)
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "notebooks" / "shipped_run"

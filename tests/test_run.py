@@ -549,7 +549,6 @@ def test_a_start_with_other_scales_is_refused(unbroken, tmp_path, change):
         ({"lr_scheduler": "foo"}, "--lr-scheduler is 'foo'"),
         ({"optimizer": "foo"}, "--optimizer is 'foo'"),
         ({"report_to": "no_such_logger"}, "pip install no_such_logger"),
-        ({"method": "grpo", "n_samples": 1}, "--n-samples must be at least 2"),
         ({"task": "crosswords"}, "no task 'crosswords'"),
         ({"engine": "warp"}, "no engines.warp"),
     ],
@@ -594,14 +593,6 @@ def test_sft_needs_gold_solutions(tmp_path):
     data = write_jsonl(tmp_path / "mine.jsonl", sums(40))
     with pytest.raises(UserError, match="no gold solutions"):
         run(smoke(method="sft_gold", task="jsonl", data=str(data)), tmp_path / "out")
-
-
-def test_grpo_in_several_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs.processes, "count", lambda: 2)
-    monkeypatch.setattr(runs.processes, "wait", lambda: None)
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="grpo compares .* in one process.*without a launcher"):
-        run(smoke(method="grpo"), tmp_path / "run")
 
 
 # ---- disks and locks

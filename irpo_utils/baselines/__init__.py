@@ -5,10 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from irpo_utils import UserError
 from irpo_utils.methods import METHODS, Method
-from irpo_utils.profiles import Profile
-from irpo_utils.scale import processes
 from irpo_utils.training import LOSSES
 
 
@@ -37,23 +34,6 @@ def never(rows: list[dict]) -> list[float]:
     return [0.0 for _ in rows]
 
 
-def check_group(p: Profile) -> None:
-    """Refuse GRPO with one completion per question, or in several processes."""
-    if p.n_samples < 2 or processes.count() > 1:
-        raise UserError(
-            f"--method {p.method} compares the completions of a question in one process: "
-            "--n-samples must be at least 2, and the command must run without a launcher such as "
-            "torchrun."
-        )
-
-
-def by_grpo(*arguments):
-    """See `grpo.train`; imported late, because TRL's trainer takes seconds to load."""
-    from irpo_utils.baselines import grpo
-
-    return grpo.train(*arguments)
-
-
 def dpo_nll_per_token(pairs, alpha: float, beta: float):
     """Eq. 1 with the NLL averaged as TRL does: over all tokens of the micro-batch."""
     _, terms = LOSSES["dpo_nll"](pairs, alpha, beta)
@@ -76,4 +56,3 @@ METHODS["spin"] = Method(
     {"gold": True},
     reward=never,
 )
-METHODS["grpo"] = Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=by_grpo)

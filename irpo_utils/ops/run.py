@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from irpo_utils import UserError, baselines, iteration, methods, tasks, training
+import irpo_utils.baselines  # noqa: F401 (it adds methods)
+from irpo_utils import UserError, iteration, methods, tasks, training
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub
 from irpo_utils.ops.run_directory import RunDirectory
@@ -60,8 +61,6 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
             f"--report-to {p.report_to} needs that package: `pip install {p.report_to}`."
         )
     methods.check_start(p)
-    if method.train:
-        baselines.check_group(p)
     needs_gold = p.gold or not (method.samples or method.train)
     if needs_gold and not any(row.get("solution") for row in train):
         needs = "--gold true" if method.samples else f"--method {p.method}"

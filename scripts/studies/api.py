@@ -16,6 +16,7 @@ from irpo_utils.ops.run_directory import FIELDS, MAY_CHANGE, is_whole
 from irpo_utils.ops.storage import profile_from
 from irpo_utils.ops.storage import read_profile as load_profile
 from irpo_utils.profiles import Profile
+from studies import grpo  # noqa: F401 (it adds a method)
 from studies.significance import seed_and_question_interval
 
 __all__ = [

@@ -1,5 +1,7 @@
 """GRPO (Shao et al. 2024, arXiv 2402.03300) with TRL's trainer, instead of pairs and DPO.
 
+Importing this module adds it to the table of methods.
+
 One iteration is one pass over the same questions with the same N. It uses about as many completions
 as Iterative RPO: TRL leaves out a last batch that is not full. Every batch is sampled from the
 current model, rewarded, learnt from once and discarded.
@@ -19,9 +21,10 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from irpo_utils import grading, iteration, models, sampling, training
-from irpo_utils.baselines import check_group
+from irpo_utils import UserError, grading, iteration, models, sampling, training
+from irpo_utils.methods import METHODS, Method
 from irpo_utils.profiles import Profile
+from irpo_utils.scale import processes
 
 COLUMNS = ["step", "loss", "reward", "grad_norm", "learning_rate", "tokens", "seconds"]
 
@@ -83,6 +86,7 @@ def train(model, tokenizer, questions, task, p: Profile, seed: int) -> Dataset:
     no result depends on it. There is no KL term. Advantages are divided by the standard deviation
     of their group. The loss is a mean over all tokens of the batch (in the paper first one per
     completion). Returns the log: one row per optimiser step, with the columns `COLUMNS`.
+    Raises `UserError` for one completion per question, and in several processes.
     """
     check_group(p)
     with tempfile.TemporaryDirectory() as folder, training._restored(model) as trained:
@@ -95,6 +99,16 @@ def train(model, tokenizer, questions, task, p: Profile, seed: int) -> Dataset:
         running.train()
     log = [row for row in running.state.log_history if "tokens" in row]
     return Dataset.from_list(log).select_columns(COLUMNS)
+
+
+def check_group(p: Profile) -> None:
+    """Refuse one completion per question, and several processes."""
+    if p.n_samples < 2 or processes.count() > 1:
+        raise UserError(
+            f"--method {p.method} compares the completions of a question in one process: "
+            "--n-samples must be at least 2, and the command must run without a launcher such as "
+            "torchrun."
+        )
 
 
 def _config(model, p: Profile, seed: int, n_questions: int, folder: str) -> GRPOConfig:
@@ -126,3 +140,6 @@ def _config(model, p: Profile, seed: int, n_questions: int, folder: str) -> GRPO
         gradient_checkpointing=p.gradient_checkpointing,
         dataloader_pin_memory=False,
     )
+
+
+METHODS["grpo"] = Method("GRPO", "Shao et al. 2024, arXiv 2402.03300", samples=False, train=train)
