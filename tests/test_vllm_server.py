@@ -4,17 +4,24 @@ import csv
 import http.server
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from irpo_utils import UserError, iteration, models, profiles, sampling, tasks
 from irpo_utils.engines import vllm
+from irpo_utils.ops import run as runs
+from irpo_utils.ops import run_directory
 
 ROOT = Path(__file__).parent.parent
 BASE = "the-base"
@@ -170,7 +177,7 @@ def test_a_server_with_another_model_is_refused_once_per_adapter(engine, adapter
     )
     complete(parts, engine)  # M_0 has been compared before
     engine.use(parts[0], adapter)
-    with pytest.raises(UserError, match=r"with this model and adapter: .* 1\.\d+ nats per token"):
+    with pytest.raises(UserError, match=r"has another model: .* 1\.\d+ nats per token"):
         complete(parts, engine)
 
 
@@ -190,7 +197,9 @@ def test_the_seed_follows_the_seed_of_the_request_and_the_question(served):
 
 def test_what_a_user_sees_when_the_server_cannot_be_used(served):
     stand_in, url = served
-    with pytest.raises(UserError, match="no vLLM server at http://127.0.0.1:9 .*vllm serve"):
+    with pytest.raises(
+        UserError, match="at http://127.0.0.1:9 did not answer .*notebook 08, .*VLLM_URL"
+    ):
         vllm.Server("http://127.0.0.1:9")
     server, short = vllm.Server(url), request([(5,)])
     stand_in.token_ids = False
@@ -206,13 +215,198 @@ def test_a_server_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(vllm.Server._ask, "__defaults__", (None, 0.5))
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
-        pytest.raises(UserError, match="did not answer /v1/models within 0.5 seconds"),
+        pytest.raises(UserError, match=r"did not answer /v1/models: .*timeout=0\.5"),
     ):
         vllm.Server(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
 def test_pairs_share_their_prompt_in_training(engine):
     assert engine[0].trainer(engine[1]) is vllm.shared_prompt.SharedPromptTrainer
+
+
+# ---------------------------------------------------------------- a server that the run starts
+
+
+@pytest.fixture
+def program(served, tmp_path, monkeypatch):
+    """The folder of the stand-in program, which `--engine vllm` starts."""
+    folder = tmp_path / "program"
+    folder.mkdir()
+    (folder / "url").write_text(served[1])
+    (folder / "fault").write_text("")
+    (folder / "starts").write_text("")
+    vllm_bin = folder / "vllm"
+    script = Path(__file__).with_name("vllm_program.py")
+    vllm_bin.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    vllm_bin.chmod(0o755)
+    monkeypatch.setenv("VLLM_BIN", str(vllm_bin))
+    monkeypatch.setenv("STAND_IN", str(folder))
+    monkeypatch.delenv("VLLM_URL", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # for logs
+    yield folder
+    wait_for_the_end_of(starts(folder))
+
+
+def starts(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "starts").read_text().splitlines()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for_the_end_of(rows: list[dict], seconds: float = 20) -> None:
+    """All processes of these starts end in time."""
+    pids, deadline = [pid for row in rows for pid in row["pids"]], time.monotonic() + seconds
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def started_engine(**changes):
+    engine = vllm.Engine()
+    profile = profiles.get("smoke", engine="vllm", quantize=False, **changes)
+    return engine, *engine.load(profile)
+
+
+def test_a_run_starts_its_server_when_it_samples_and_ends_all_its_processes(program, adapter):
+    engine, *parts = started_engine(lora_r=12)
+    assert starts(program) == []
+    theirs, ours = complete(parts, engine), complete(parts)
+    assert theirs["completion_ids"][:] == ours["completion_ids"][:]
+    [row] = starts(program)
+    assert row["updating"] == "True" and all(map(alive, row["pids"]))
+    words = " ".join(row["words"])
+    assert words.startswith(f"serve {models.find('seed')} --host 127.0.0.1 --dtype float32 ")
+    for option in ("--enable-lora", "--max-lora-rank 16", "--enable-prefix-caching"):
+        assert option in words
+    assert "quantization" not in words and "revision" not in words and "memory" not in words
+    engine.close()
+    assert not any(map(alive, row["pids"]))
+    engine.close()  # nothing to end
+    complete(parts, engine)
+    assert len(starts(program)) == 2
+    engine.close()
+
+
+def test_the_server_of_a_gpu_gets_a_share_of_the_memory_that_is_free(program, monkeypatch):
+    """And the 4-bit base of the profile, and its commit."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    words = vllm.command(profiles.get("llama-3.1-8b", model="seed", lora_r=64), "abc")
+    with vllm.running(words):
+        [row] = starts(program)
+    assert row["words"][-2:] == ["--gpu-memory-utilization", "0.600"]
+    text = " ".join(row["words"])
+    for option in ("--dtype bfloat16", "--quantization bitsandbytes", "--max-lora-rank 64"):
+        assert option in text
+    assert "--revision abc" in text
+
+
+def test_what_vllm_cannot_do_is_refused_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.delenv("VLLM_URL", raising=False)
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setenv("VLLM_BIN", "/nowhere/vllm")
+    with pytest.raises(UserError, match="no /nowhere/vllm: .*VLLM_BIN.*VLLM_URL"):
+        started_engine()
+    monkeypatch.setenv("VLLM_BIN", sys.executable)
+    with pytest.raises(UserError, match="4-bit base: add --quantize false"):
+        vllm.Engine().load(profiles.get("smoke", engine="vllm"))
+
+
+@pytest.mark.parametrize("fault", ["ends", "loads"])
+def test_a_server_that_does_not_start_is_given_up(program, monkeypatch, fault):
+    (program / "fault").write_text(fault)
+    monkeypatch.setattr(vllm, "START", 60.0 if fault == "ends" else 3.0)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"\(log: (.*)\) did not start.*same command") as raised:
+        with vllm.running(vllm.command(profiles.get("smoke", quantize=False))):
+            pass
+    assert time.monotonic() - begun < 30
+    log = Path(re.search(r"log: (.*)\)", str(raised.value))[1]).read_text()
+    assert ("no room for the model" in log) == (fault == "ends")
+    wait_for_the_end_of(starts(program))
+
+
+TINY = {
+    "iterations": 1,
+    "n_questions": 4,
+    "n_samples": 2,
+    "n_eval_questions": 6,
+    "eval_samples": 1,
+    "eval_samples_ends": 1,
+    "max_new_tokens": 6,
+    "batch_size": 2,
+    "gold": True,
+    "quantize": False,
+    "engine": "vllm",
+}
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("dies 7", "did not answer /v1/completions"),
+        ("hangs 7", "did not answer /health: .*timed out"),
+        ("other_base", r"has another model: .* differ by (0.9|1.)\d+ nats"),
+    ],
+)
+def test_a_run_whose_server_fails_ends_with_one_message_and_resumes(
+    served, program, tmp_path, monkeypatch, fault, message
+):
+    """Blocks of two questions; with the first eight completions one block is finished."""
+    monkeypatch.setattr(run_directory, "BLOCK", 4)
+    profile, out = profiles.get("smoke", **TINY), tmp_path / "run"
+    (program / "fault").write_text(fault)
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm, "REPLY", 1.0)
+        patched.setattr(vllm.Server._ask, "__defaults__", (None, 1.0))
+        with pytest.raises(UserError, match=message) as raised:
+            runs.run(profile, out, progress=False)
+    text = str(raised.value)
+    assert Path(re.search(r"of this run \(log: (.*?)\)", text)[1]).is_file()
+    wait_for_the_end_of(starts(program), seconds=5)
+    done = len(list(out.rglob("block_*")))
+    assert done == (0 if fault == "other_base" else 1)
+    (program / "fault").write_text("")
+    seen = len(served[0].asked)
+    rows = runs.run(profile, out, progress=False)
+    asked = [content for path, content in served[0].asked[seen:] if path.endswith("completions")]
+    # M_0: greedy and sampled, for the questions of unfinished blocks. Then the 4 training
+    # questions, and 6 questions at M_1: greedy, sampled, and for the KL.
+    assert len(asked) == 2 * (6 - 2 * done) + 4 + 3 * 6
+    assert {row["iteration"] for row in rows} == {0, 1}
+    # Stopped for training, started again for M_1, whose adapter it has loaded.
+    assert len(starts(program)) == 3
+    assert len({content["model"] for content in asked}) == 2
+    wait_for_the_end_of(starts(program), seconds=5)
+
+
+PARENT = """
+import sys, time
+from irpo_utils import profiles
+from irpo_utils.engines import vllm
+with vllm.running(vllm.command(profiles.get("smoke", quantize=False))):
+    print("ready", flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_server_ends_when_the_run_is_killed_or_interrupted(program, number):
+    command = [sys.executable, "-c", PARENT]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(program)}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": environment}
+    with subprocess.Popen(command, text=True, **options) as parent:
+        lines = iter(parent.stdout.readline, "")
+        assert any(line == "ready\n" for line in lines)
+        assert all(map(alive, starts(program)[0]["pids"]))
+        parent.send_signal(number)
+    wait_for_the_end_of(starts(program))
 
 
 SMALL = {

@@ -26,6 +26,9 @@ class Engine:
         """Turn the model into the M_t of the folder `adapter` (None: M_0)."""
         models.set_adapter(model, adapter)
 
+    def close(self) -> None:
+        """End what only `decode` needs, which starts it again: before training, after the run."""
+
     def decode(self, model, request: sampling.Request, batch_size: int):
         """Yield (prompt, sample, tokens, finished, logprob) of every completion, in any order.
 

@@ -249,10 +249,13 @@ class Plan:
         fixed = self.machine.libraries + weights / parts
         if parts > 1:  # one layer at work, the next on its way, and what is outside the layers
             fixed += 2 * self.layers / s.layers + self.outside
-        if self.engine == "vllm":  # a server for each node, which stays there during training
+        if self.engine == "vllm":  # a server for each node; one GPU stops it for training
             server = weights + max(sampling.memory, evaluation.memory)
-            fixed += self.machine.libraries + server / min(NODE, self.devices)
-            sampling, evaluation = sampling._replace(memory=0), evaluation._replace(memory=0)
+            server = self.machine.libraries + server / min(NODE, self.devices)
+            stays = server if self.devices > 1 else 0
+            fixed += stays
+            sampling = sampling._replace(memory=server - stays)
+            evaluation = evaluation._replace(memory=server - stays)
         stages = sampling, self.train(parts), evaluation
         return [row._replace(memory=fixed + row.memory if row.tokens else 0) for row in stages]
 

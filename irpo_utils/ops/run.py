@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -33,12 +34,12 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     progress = progress and processes.is_first()
     p = methods.apply(profile)
     overlap = check(p, out)
-    keep = RunDirectory(out)
-    with keep.lock():
+    keep, engine = RunDirectory(out), engine_of(p)
+    with keep.lock(), contextlib.closing(engine):
         keep.write_json(keep.out / "contamination.json", dataclasses.asdict(overlap))
         if progress:
             tqdm.write(contamination.describe(overlap))
-        rows = iteration.run(profile, out, keep, engine_of(p), progress)
+        rows = iteration.run(profile, out, keep, engine, progress)
         processes.wait()
     return rows
 

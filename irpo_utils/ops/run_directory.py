@@ -190,6 +190,7 @@ class RunDirectory(storage.Folder):
         place, record = self.folder(t) / "adapter", self.record(t, "adapter")
         if not self.is_there(place, record):
             started = time.perf_counter()
+            stages.engine.close()
             if stages.method.train:
                 log = make()
             else:
