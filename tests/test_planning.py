@@ -383,6 +383,15 @@ def test_engines_differ_in_time_and_not_in_tokens():
     assert planning.plan(with_engine("cuda_graph"), "cpu")  # as plain
 
 
+def test_on_one_gpu_the_vllm_server_is_stopped_for_training():
+    for n, stays in ((1, False), (8, True)):
+        plain, vllm = (
+            stages(checked(with_engine(engine), f"{n}xH200-141GB")) for engine in ("cpu", "vllm")
+        )
+        assert n > 1 or vllm["sampling"].memory > plain["sampling"].memory
+        assert (vllm["training"].memory > plain["training"].memory) == stays
+
+
 # ---- a run that does not fit
 
 

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -283,6 +284,7 @@ def test_a_run_starts_its_server_when_it_samples_and_ends_all_its_processes(prog
     assert words.startswith(f"serve {models.find('seed')} --host 127.0.0.1 --dtype float32 ")
     for option in ("--enable-lora", "--max-lora-rank 16", "--enable-prefix-caching"):
         assert option in words
+    assert "--no-enable-chunked-prefill" in words  # else vLLM ends on a CPU when prompts are split
     assert "quantization" not in words and "revision" not in words and "memory" not in words
     engine.close()
     assert not any(map(alive, row["pids"]))
@@ -455,3 +457,52 @@ def test_processes_that_share_a_split_model_run_through_with_it(served, tmp_path
     assert value["chosen_logp_per_token"] > value["chosen_logp_per_token_before"]
     assert value["kl_to_previous"] > 0
     assert not list(tmp_path.rglob("*unfinished*"))
+
+
+# ---------------------------------------------------------------- the real server
+
+
+@pytest.mark.vllm
+def test_a_run_with_the_real_server_survives_its_death(tmp_path, monkeypatch):
+    """Two iterations with SmolLM2-135M; the server is killed while it samples from M_1."""
+    if shutil.which(os.environ.get("VLLM_BIN") or "vllm") is None:
+        pytest.skip("there is no vLLM: `make vllm-test` installs it")
+    if not (models.CACHE / "smollm2-135m" / "config.json").is_file():
+        pytest.skip("there is no SmolLM2-135M: `python scripts/smollm2.py` makes it")
+    monkeypatch.delenv("VLLM_URL", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for logs
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
+    changes = TINY | {"iterations": 2, "n_questions": 6, "max_new_tokens": 24, "k_pairs": 1}
+    small = {"task": "word_problems", "dtype": None, "dequantize": False, "start": None}
+    profile = profiles.get("smollm2-135m-cpu", **small, **changes)
+    ask, used = vllm.Server._ask, []
+
+    def kill_at_m_1(self, path, *arguments):
+        """The third request to M_1 comes too late."""
+        if path.endswith("completions"):
+            used.append(self.model)
+            if used.count(self.model) == 3 and len(set(used)) == 2:
+                [server] = [p for p in psutil.Process().children() if "serve" in p.cmdline()]
+                server.kill()
+        return ask(self, path, *arguments)
+
+    monkeypatch.setattr(vllm.Server, "_ask", kill_at_m_1)
+    with pytest.raises(UserError, match=r"of this run \(log: .*same command") as raised:
+        runs.run(profile, tmp_path / "run", progress=False)
+    print(raised.value)
+    wait_for_the_end_of(
+        [{"pids": [p.pid for p in psutil.process_iter() if p.name()[:4] == "VLLM"]}]
+    )
+    assert (tmp_path / "run" / "iteration_1" / "adapter").is_dir()
+    used.append("resumed")
+    rows = runs.run(profile, tmp_path / "run", progress=False)
+    assert {row["iteration"] for row in rows} == {0, 1, 2}
+    print((tmp_path / "run" / "timing.csv").read_text())
+    adapters = [name for name in dict.fromkeys(used) if name.startswith("irpo-")]
+    assert len(adapters) == 2  # whose log-probabilities were compared
+    resumed = used[used.index("resumed") + 1 :]
+    assert resumed[0] == adapters[0] and set(resumed) == set(adapters)  # M_0 was not asked again
+    logs = [file.read_text() for file in tmp_path.glob("vllm-*.log")]
+    loaded = [text.count('POST /v1/load_lora_adapter HTTP/1.1" 200') for text in logs]
+    assert sorted(loaded) == [0, 1, 1, 1]  # M_0; M_1, killed; M_1 again; M_2

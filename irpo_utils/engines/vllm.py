@@ -1,8 +1,7 @@
 """A vLLM server (Kwon et al. 2023, arXiv 2309.06180) completes; the model here scores and trains.
 
-A run in one process starts the server. It stops it for training, because vLLM's sleep mode, which
-also frees memory, needs a server in development mode. Several processes share a server that you
-start (notebook 08), with the same base and access to the run directory.
+A run in one process starts the server, and stops it to free memory for training: vLLM's sleep mode
+needs a server in development mode. Several processes share one that you start: see notebook 08.
 """
 
 from __future__ import annotations
@@ -190,6 +189,7 @@ def command(p, revision: str | None = None) -> list[str]:
     rank = max(8, 1 << (p.lora_r - 1).bit_length())  # vLLM takes powers of two
     words = f"--host 127.0.0.1 --dtype {dtype} --max-model-len auto --enable-prefix-caching"
     words += f" --enable-lora --max-lora-rank {rank}"
+    words += "" if torch.cuda.is_available() else " --no-enable-chunked-prefill"  # fails with seeds
     words += " --quantization bitsandbytes" if p.quantize else ""
     words += f" --revision {revision}" if revision else ""
     return [program, "serve", models.find(p.model), *words.split()]

@@ -300,8 +300,9 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 #     --eval-samples 4 --eval-samples-ends 8 --out runs/qwen2.5-0.5b
 # ```
 #
-# It prints accuracy after every iteration. `--report-to tensorboard` adds curves. The run of the next section needs no GPU. It
-# takes two commands: `python -m irpo_utils run` with `--profile smollm2-135m-sft --out runs/smollm2-135m-sft`, then with
+# It prints accuracy after every iteration. `--report-to tensorboard` adds curves. With `--engine vllm` the run starts a
+# [vLLM](../docs/results/speed.md#vllm) server, which writes the completions. The run of the next section needs no GPU. It takes
+# two commands: `python -m irpo_utils run` with `--profile smollm2-135m-sft --out runs/smollm2-135m-sft`, then with
 # `--profile smollm2-135m-cpu --out runs/smollm2-135m-cpu`.
 
 # %% [markdown]
