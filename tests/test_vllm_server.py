@@ -309,7 +309,7 @@ def test_the_server_of_a_gpu_gets_a_share_of_the_memory_that_is_free(program, mo
     assert "--revision abc" in text
 
 
-def test_what_vllm_cannot_do_is_refused_before_the_model_is_loaded(monkeypatch):
+def test_what_vllm_cannot_do_is_named_before_the_model_is_loaded(monkeypatch):
     monkeypatch.delenv("VLLM_URL", raising=False)
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setenv("VLLM_BIN", "/nowhere/vllm")
@@ -474,7 +474,13 @@ def test_a_run_with_the_real_server_survives_its_death(tmp_path, monkeypatch):
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
     changes = TINY | {"iterations": 2, "n_questions": 6, "max_new_tokens": 24, "k_pairs": 1}
-    small = {"task": "word_problems", "dtype": None, "dequantize": False, "start": None}
+    small = {
+        "task": "word_problems",
+        "dtype": None,
+        "dequantize": False,
+        "start": None,
+        "micro_batch_size": 2,
+    }
     profile = profiles.get("smollm2-135m-cpu", **small, **changes)
     ask, used = vllm.Server._ask, []
 
