@@ -33,7 +33,7 @@ MOST_DIFFERENCE = 0.3  # nats per token; rounding and another 4-bit kernel give 
 AT_ONCE = 256  # questions sent at a time; the server forms its own batches
 # Seconds for one question, which may wait behind many others; for an adapter; and for the rest.
 COMPLETION, ADAPTER, REPLY = 3600.0, 600.0, 60.0
-START, STOP = 1800.0, 30.0  # seconds to load and compile the model, and to end
+START, STOP = 1800.0, 10.0  # seconds to load and compile the model, and to end
 GPU_SHARE = 0.8  # of the memory that is free when the run's model is loaded; it scores in the rest
 AGAIN = "See its log, then run the same command to resume."
 # The shell becomes the server. A second one waits for the end of the run, and ends their group.
