@@ -18,9 +18,11 @@ import pandas as pd
 from datasets import load_from_disk
 from helpers_common import finished_stages  # noqa: F401
 
-from irpo_utils import UserError, evaluation, models, plots, tasks
+from irpo_utils import UserError, models, plots, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
+from studies import significance
+from studies.figures import annotate
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
@@ -129,9 +131,9 @@ def _gains(run: Path, last: int) -> pd.DataFrame:
         correct = []
         for t in range(last + 1):
             graded = load_from_disk(str(run / f"iteration_{t}" / "evaluation" / metric))
-            correct.append(list(evaluation.correct_per_question(graded).values()))
+            correct.append(list(significance.correct_per_question(graded).values()))
         for a, b in steps:
-            rows.append(_gain(metric, a, b, evaluation.paired_difference(correct[a], correct[b])))
+            rows.append(_gain(metric, a, b, significance.paired_difference(correct[a], correct[b])))
     return pd.DataFrame(rows)
 
 
@@ -161,7 +163,7 @@ def memory_bars(table: pd.DataFrame) -> plots.TextFigure:
         axes.barh(range(len(table)), width, left=left, color=colour, label=part, height=0.65)
         left += width
     for y, end in enumerate(left):
-        plots.annotate(axes, f"{end:.1f}", (end, y), offset=4)
+        annotate(axes, f"{end:.1f}", (end, y), offset=4)
     axes.set_yticks(range(len(table)), table.index)
     axes.invert_yaxis()
     axes.set(xlabel="Memory (GB)", xlim=(0, 1.08 * left.max()))
@@ -189,7 +191,7 @@ def hours_bars(table: pd.DataFrame) -> plots.TextFigure:
         axes.barh(range(len(table)), column.fillna(0), color=BLUE, height=0.65)
         texts = ["does not fit" if np.isnan(x) else f"{x:.1f} h" for x in column]
         for y, (hours, text) in enumerate(zip(column.fillna(0), texts, strict=True)):
-            plots.annotate(axes, text, (hours, y), offset=4)
+            annotate(axes, text, (hours, y), offset=4)
         axes.set_yticks(range(len(table)), table.index if axes is panels[0] else [""] * len(table))
         axes.invert_yaxis()
         axes.set(title=name, xlabel="Planned hours", xlim=(0, 1.35 * column.max()))
@@ -241,7 +243,7 @@ def survived(cosines: dict[str, float]) -> plots.TextFigure:
     figure, axes = plots.new_figure(6.2, 2.3)
     axes.barh(list(cosines), list(cosines.values()), color=BLUE, height=0.6)
     for y, value in enumerate(cosines.values()):
-        plots.annotate(axes, f"{value:.2f}", (max(value, 0), y), offset=4)
+        annotate(axes, f"{value:.2f}", (max(value, 0), y), offset=4)
     axes.invert_yaxis()
     axes.set(xlabel="Cosine between the trained change and the stored one", xlim=(0, 1.12))
     numbers = ", ".join(f"{name} {value:.2f}" for name, value in cosines.items())

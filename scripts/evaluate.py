@@ -1,7 +1,10 @@
 """Evaluate a finished run again: another task, more samples, another split.
 
     python scripts/evaluate.py runs/cpu --split validation --k 32
+    python scripts/evaluate.py runs/qwen2.5-0.5b --split test --iterations best
 
+With `best` the M_t of highest greedy accuracy in metrics.csv is evaluated, the earliest of equals.
+That needs a run that was evaluated on the validation split, and another split here.
 `torchrun` or `accelerate launch` before the script splits the questions over several GPUs.
 """
 
@@ -22,8 +25,8 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--task", help="another task than the run's")
     parser.add_argument("--data", help="local folder or file of that task")
     parser.add_argument("--split", help="validation or test (default: the run's)")
-    which = "which M_t (default: the first and the last)"
-    parser.add_argument("--iterations", type=int, nargs="+", help=which)
+    which = "which M_t, or best, which the run's evaluation chooses (default: the first, the last)"
+    parser.add_argument("--iterations", type=iteration, nargs="+", help=which)
     parser.add_argument("--k", type=int, default=32, help="completions per question (default: 32)")
     parser.add_argument("--out", help="folder for the table (default: RUN/evaluations)")
     allow = "continue although these questions are among the training questions"
@@ -36,6 +39,10 @@ def evaluate(arguments: list[str]) -> None:
     text = evaluate_again.evaluate_run(**vars(options))
     if processes.is_first():
         print(text)
+
+
+def iteration(word: str) -> int | str:
+    return word if word == "best" else int(word)
 
 
 if __name__ == "__main__":

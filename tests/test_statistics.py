@@ -152,3 +152,43 @@ def test_votes_are_also_counted_at_8_so_that_runs_with_another_k_compare():
     assert rows["majority", 8]["value"] == 0.5 and ("majority", 20) not in rows
     assert rows["distinct_answers", 8]["value"] == 1.5
     assert rows["distinct_answers", 20]["value"] == 2
+
+
+# ---- comparisons of two models
+
+
+def test_paired_difference_is_b_minus_a_and_uses_the_pairing():
+    rng = np.random.default_rng(3)
+    a = rng.random(400) < 0.5
+    b = a | (np.arange(400) < 20)  # b gains some of the first 20 and loses none
+    difference, low, high = significance.paired_difference(a, b)
+    assert difference == pytest.approx((b.sum() - a.sum()) / 400) and 0 < low < difference < high
+    assert high - low == pytest.approx(
+        2 * 1.96 * (b.astype(float) - a).std() / 20, rel=0.15
+    )  # unpaired: 5 times that
+    assert significance.paired_difference(b, a)[0] == -difference
+    assert significance.paired_difference(a, a) == (0.0, 0.0, 0.0)
+
+
+def answered(correct: dict[str, list]) -> Dataset:
+    """Graded completions from correct or not, by question."""
+    return Dataset.from_list(
+        [{"id": i, "correct": bool(one)} for i, each in correct.items() for one in each]
+    )
+
+
+def test_compare_matches_questions_by_id():
+    a = answered({str(i): [i < 10] for i in range(40)})
+    b = answered({str(i): [1 <= i < 19] for i in reversed(range(40))})
+    made = significance.compare(a, b)
+    difference, low, high = (made[name] for name in ("difference", "low", "high"))
+    assert difference == pytest.approx((18 - 10) / 40) and low < difference < high
+    assert significance.compare(b, a)["difference"] == -difference
+    with pytest.raises(UserError, match="37 questions are on one side"):
+        significance.compare(a, b.select(range(3)))
+
+
+def test_compare_takes_several_completions_per_question():
+    once, often = answered({"a": [1], "b": [0]}), answered({"a": [1, 0], "b": [0, 1, 0, 0]})
+    assert significance.correct_per_question(often) == {"a": 0.5, "b": 0.25}
+    assert significance.compare(once, often)["difference"] == pytest.approx(0.75 / 2 - 1 / 2)

@@ -20,9 +20,9 @@
 # - decide whether a gain is more than luck, and whether a second iteration is worth it;
 # - recognise a collapse, and choose the model to keep.
 #
-# | | `smoke` | `cpu` (default) | one GPU |
-# |---|---|---|---|
-# | time for this notebook | 20 seconds on one core | 20 seconds on one core | not measured |
+# | | `smoke` | `cpu` (default) |
+# |---|---|---|
+# | time for this notebook | 20 seconds on one core | 20 seconds on one core |
 #
 # **Needs**: the packages of this repository. The notebook reads your run (`make run`), or the run that ships with it.
 #
@@ -252,9 +252,9 @@ print(checks_05.mcnemar_p(mcnemar_p))
 # %% tags=["nbval-ignore-output"]
 def compared(t):
     """Gain of M_t over the previous model in points, and McNemar's test on the same questions."""
-    before, after = (evaluation.correct_per_question(evaluated[i]) for i in (t - 1, t))
+    before, after = (significance.correct_per_question(evaluated[i]) for i in (t - 1, t))
     test = significance.mcnemar(list(before.values()), [after[i] for i in before])
-    gain = evaluation.compare(evaluated[t - 1], evaluated[t])
+    gain = significance.compare(evaluated[t - 1], evaluated[t])
     return {"step": f"M_{t - 1} to M_{t}", **{name: 100 * gain[name] for name in ("difference", "low", "high")},
             "solved": test["only_b"], "lost": test["only_a"], "p": test["p"]}
 

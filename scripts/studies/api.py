@@ -12,11 +12,12 @@ from irpo_utils.ops import checksums, run_directory
 from irpo_utils.ops import environment as environments
 from irpo_utils.ops.cli import quiet_libraries
 from irpo_utils.ops.run import engine_of, load_model, run
-from irpo_utils.ops.run_directory import FIELDS, MAY_CHANGE, is_whole
+from irpo_utils.ops.run_directory import FIELDS, MAY_CHANGE
 from irpo_utils.ops.storage import profile_from
 from irpo_utils.ops.storage import read_profile as load_profile
 from irpo_utils.profiles import Profile
 from studies import grpo  # noqa: F401 (it adds a method)
+from studies.finished_runs import is_whole
 from studies.significance import seed_and_question_interval
 
 __all__ = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas
 from tqdm.auto import tqdm
 
-from irpo_utils import UserError, evaluation, iteration, tasks
+from irpo_utils import UserError, iteration, tasks
 from irpo_utils.ops import checksums, contamination, export, hub, statistics, trial
 from irpo_utils.ops.run import engine_of, learnt_before
 from irpo_utils.ops.storage import Folder, check_path, read_inputs, read_profile
@@ -22,7 +22,7 @@ def evaluate_run(
     task: str | None = None,
     data: str | None = None,
     split: str | None = None,
-    iterations: list[int] | None = None,
+    iterations: list[int | str] | None = None,
     k: int = 32,
     out: str | Path | None = None,
     allow_overlap: bool = False,
@@ -30,11 +30,17 @@ def evaluate_run(
     """Evaluate M_t of a run again, perhaps on another task; writes a table and returns it as text.
 
     iterations: which M_t, by default the first and the last; the text ends with their paired
-    comparison. Raises `UserError` if these are questions that the run was trained on.
+    comparison. "best" is the one that `best_iteration` chooses. Raises `UserError` if these are
+    questions that the run was trained on, or those that chose the best iteration.
     """
     hub.limit_waiting()
     p = read_profile(run)
     wanted = iterations if iterations is not None else sorted({0, p.iterations})
+    if "best" in wanted:
+        best, reason = best_iteration(run, p, split or p.eval_split)
+        wanted = list(dict.fromkeys(best if t == "best" else t for t in wanted))
+        if processes.is_first():
+            tqdm.write(reason)
     if k < 1 or not wanted or min(wanted) < 0 or max(wanted) > p.iterations:
         raise UserError(
             f"--k must be at least 1, and --iterations from 0 to {p.iterations}, the last of {run}."
@@ -63,11 +69,41 @@ def evaluate_run(
     text = pandas.DataFrame(keep.rows).to_string(index=False)
     if len(wanted) > 1:
         ends = keep.greedy[wanted[0]], keep.greedy[wanted[-1]]
-        correct = [list(evaluation.correct_per_question(rows).values()) for rows in ends]
-        difference = evaluation.compare(*ends)
+        correct = [list(significance.correct_per_question(rows).values()) for rows in ends]
+        difference = significance.compare(*ends)
         difference["p_mcnemar"] = significance.mcnemar(*correct)["p"]
         text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
     return text
+
+
+def best_iteration(run: str | Path, p: Profile, split: str) -> tuple[int, str]:
+    """The t of the highest greedy accuracy in the run's metrics, the earliest of equals, and why.
+
+    `split`: what M_t is to be evaluated on. Raises `UserError` if the run was evaluated on the same
+    split or on test: the highest of several accuracies is too high an estimate of this M_t's.
+    """
+    if p.eval_split in ("test", split):
+        raise UserError(
+            f"--iterations best would choose M_t by its accuracy on the {p.eval_split} split, and "
+            f"evaluate it on {split}. Choose on questions that are not used again: make the run "
+            "with --eval-split validation, and add --split test here."
+        )
+    try:
+        rows = pandas.read_csv(Path(run) / "metrics.csv")
+        rows = rows[rows.metric == "greedy"].sort_values("iteration")
+        complete = list(rows.iteration) == list(range(p.iterations + 1))
+    except (OSError, ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise UserError(
+            f"{run}/metrics.csv lacks the greedy accuracy of some iterations. Run the command of "
+            f"{run} again to finish it."
+        )
+    best = int(rows.loc[rows.value.idxmax(), "iteration"])  # the first of equals
+    each = ", ".join(f"M_{row.iteration} {row.value:.1%}" for row in rows.itertuples())
+    return best, (
+        f"best: M_{best}, by greedy accuracy on {rows.n.max():.0f} {p.eval_split} questions ({each})"
+    )
 
 
 class _Evaluation(Folder):

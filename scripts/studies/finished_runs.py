@@ -12,8 +12,8 @@ import pandas
 
 from irpo_utils import UserError, evaluation
 from irpo_utils.grading import group
-from irpo_utils.ops import statistics
-from irpo_utils.ops.run_directory import is_whole
+from irpo_utils.ops import checksums, statistics
+from irpo_utils.ops.run_directory import SETTINGS
 from irpo_utils.ops.storage import read_inputs, read_profile
 from irpo_utils.profiles import Profile
 from studies import significance
@@ -49,6 +49,27 @@ def collect(runs: list[str | Path]) -> tuple[pandas.DataFrame, pandas.DataFrame,
     return pandas.concat(tables, ignore_index=True), means, record
 
 
+def is_whole(run: Path) -> bool:
+    """Whether a run has all its iterations, sound, made from one another, and in its table."""
+    try:
+        iterations = range(json.loads((run / "profile.json").read_text())["iterations"] + 1)
+        folders = [run / f"iteration_{t}" for t in iterations]
+        for folder in folders:
+            json.loads((folder / "metrics.json").read_text())
+        listed = set(pandas.read_csv(run / "metrics.csv").iteration)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    artefacts = {file.parent for file in run.glob(f"iteration_*/*/{checksums.NAME}")}
+    artefacts |= {folder / "evaluation" for folder in folders}
+    artefacts |= {folder / "adapter" for folder in folders[1:]}
+    records = [checksums.read(artefact) for artefact in artefacts]
+    if listed != set(iterations) or not all(records):
+        return False
+    sources = {k: v for record in records for k, v in record.get("inputs", {}).items()}
+    sources.pop(SETTINGS, None)
+    return all(checksums.digest(run / name) == value for name, value in sources.items())
+
+
 def _check_comparable(run, p: Profile, other, first: Profile) -> None:
     if dataclasses.replace(p, seed=0) != dataclasses.replace(first, seed=0):
         raise UserError(f"{run} and {other} differ in more than their seed.")
@@ -70,7 +91,7 @@ def _made(run: str | Path, seed: int) -> dict:
 
 def accuracy_per_question(run: str | Path, t: int, metric: str) -> list[float]:
     """Share of correct completions of M_t for each question; `metric` is greedy or sampled."""
-    return list(evaluation.correct_per_question(_evaluated(run, t)[metric]).values())
+    return list(significance.correct_per_question(_evaluated(run, t)[metric]).values())
 
 
 def majority_per_question(run: str | Path, t: int, k: int) -> list[float]:
