@@ -272,6 +272,7 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
         # On a CPU large batches do not fit into the cache, and more of them is padding.
         "precompute_ref_batch_size": 16 if on_cpu else 64,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would wait for the GPU at every micro-batch
         "save_strategy": "no",
         # The base has its dtype, the adapter stays in fp32; fp16 scales the loss.
         "bf16": False,

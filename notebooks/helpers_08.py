@@ -238,12 +238,14 @@ def plans(names, counts, gpu: str = "A100-80GB", **changes) -> dict:
 def two_ways(name: str, counts) -> pd.DataFrame:
     """Training with whole copies and with split layers: GB on a GPU and hours, from two plans.
 
-    A process needs a pair, so at most as many GPUs train as a batch has pairs.
+    A process needs a pair, so at most as many GPUs train as a batch has pairs. Both plans have the
+    settings that need the least memory.
     """
     rows = []
+    least = {"quantize": True, "gradient_checkpointing": True, "micro_batch_size": 1}
     for n in counts:
         for way, shard in (("copies", False), ("split", True)):
-            made = plans([name], [n], shard=shard)[name, n]
+            made = plans([name], [n], shard=shard, **least)[name, n]
             [stage] = [stage for stage in made.stages if stage.name == "training"]
             busy = min(n, made.profile.batch_size)
             gigabytes = {"memory (GB)": stage.memory / 1e9, "room (GB)": made.room / 1e9}

@@ -104,6 +104,27 @@ def test_evaluate_again(run, tmp_path, capsys):
     assert (run[0] / "evaluations" / "jsonl_test.csv").exists()
 
 
+def test_evaluate_the_best_iteration(run, capsys):
+    message = refused(capsys, "evaluate", run[0], "--iterations", "best", "--split", "test")
+    assert "accuracy on the test split" in message and "--eval-split validation" in message
+    with pytest.raises(SystemExit):
+        command("evaluate", run[0], "--iterations", "worst")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_run_ends_with_the_next_command(monkeypatch, tmp_path, capsys, split):
+    from irpo_utils.ops import run as runs
+
+    metrics = ROOT / "notebooks" / "shipped_run" / "metrics.csv"
+    rows = pandas.read_csv(metrics).to_dict("records")
+    monkeypatch.setattr(runs, "run", lambda *arguments, **options: rows)
+    words = ["--profile", "smoke", "--eval-split", split, "--quiet", "--out", str(tmp_path)]
+    assert cli.main(["run", *words]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    following = f"python scripts/evaluate.py {tmp_path} --iterations best --split test"
+    assert last.endswith(following) == (split == "validation")
+
+
 def test_accuracy_table_shows_intervals():
     rows = [
         {"iteration": 0, "metric": "greedy", "k": 1, "value": 0.25, "low": 0.2, "high": 0.3},

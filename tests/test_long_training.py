@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import traceback
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from irpo_utils import UserError, logprobs, models, profiles, training
 from irpo_utils.engines import shared_prompt
 from irpo_utils.ops import checksums, trainer, warnings
+from irpo_utils.ops import plan as planning
 
 
 @pytest.fixture(scope="module")
@@ -208,19 +211,21 @@ def out_of_memory_above(monkeypatch, limit: int, trainer_class) -> list[int]:
     return tried
 
 
-def train_in_a_run(model, tokenizer, pairs, kept, base, micro=None, checkpointing=False):
+def train_in_a_run(model, tokenizer, pairs, kept, base, callbacks=(), **settings):
     """`trainer.train` as a run calls it: two epochs of eight pairs per step, from M_0."""
-    settings = {"batch_size": 8, "gradient_checkpointing": checkpointing}
-    p = profiles.get("smoke", micro_batch_size=micro, **settings)
+    p = profiles.get("smoke", batch_size=8, **settings)
     engine = SimpleNamespace(trainer=lambda model: base)
-    stages = SimpleNamespace(p=p, engine=engine, model=model, tokenizer=tokenizer)
+    stages = {"p": p, "engine": engine, "model": model, "tokenizer": tokenizer, "history": [pairs]}
 
     def make(**options):
         models.set_adapter(model, None)
-        how = settings | {"num_train_epochs": 2, "disable_tqdm": True, "learning_rate": 1e-3}
+        options["callbacks"] += callbacks
+        how = {"batch_size": 8, "num_train_epochs": 2, "disable_tqdm": True, "learning_rate": 1e-3}
         return training.train(model, tokenizer, pairs, **how, **options)
 
-    return trainer.train(make, stages, kept, print), adapter_of(model)
+    log, how = trainer.train(make, SimpleNamespace(**stages), kept, print)
+    train_in_a_run.how = how
+    return log, adapter_of(model)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(
@@ -272,7 +277,102 @@ def test_out_of_memory_that_cannot_be_helped_says_what_to_lower(
     monkeypatch.setattr(trainer.processes, "is_first", lambda: True)
     size, smaller = (1, "") if n_processes == 1 else (4, "a smaller --micro-batch-size, ")
     with pytest.raises(UserError, match=f"--micro-batch-size {size}.*with {smaller}--gradient"):
-        train_in_a_run(model, tokenizer, pairs, tmp_path, base, checkpointing=True)
+        train_in_a_run(model, tokenizer, pairs, tmp_path, base, gradient_checkpointing=True)
+
+
+# ---- what a GPU's memory allows
+
+
+@pytest.fixture()
+def gpu_with(monkeypatch):
+    """A function that lets training choose as if a GPU had so many free bytes."""
+
+    def set_free(n_bytes: float) -> None:
+        machine = lambda: planning.find_machine("L4-24GB")  # noqa: E731
+        monkeypatch.setattr(trainer, "find_machine", machine)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(n_bytes), 24 * 10**9))
+
+    return set_free
+
+
+LARGE, SMALL = 10e9, 12e6  # bytes: for all eight pairs at once, and for two
+
+
+def test_the_free_memory_chooses_the_micro_batch_and_the_loss_does_not_depend_on_it(
+    model, tokenizer, pairs, tmp_path, gpu_with, capsys, base
+):
+    found = {}
+    for name, free, given in (
+        ("large", LARGE, {}),
+        ("small", SMALL, {"gradient_checkpointing": True}),
+    ):
+        gpu_with(free)
+        log, weights = train_in_a_run(model, tokenizer, pairs, tmp_path / name, base, **given)
+        found[name] = log, weights, train_in_a_run.how
+        assert f"Chosen for {free / 1e9:.1f} GB of free memory" in "".join(capsys.readouterr())
+    (large, one, how), (small, other, less) = found.values()
+    assert (how["micro_batch_size"], how["gradient_checkpointing"]) == (8, False)
+    assert less["micro_batch_size"] < 8 and less["gradient_checkpointing"]
+    for name in ("loss", "loss_dpo", "loss_nll", "grad_norm", "rewards/margins", "logps/chosen"):
+        assert small[name][:] == pytest.approx(large[name][:], rel=1e-5, abs=1e-5), name
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+def test_training_resumes_on_a_gpu_with_less_memory(
+    model, tokenizer, pairs, tmp_path, gpu_with, often
+):
+    base, parts = shared_prompt.SharedPromptTrainer, (model, tokenizer, pairs)
+    gpu_with(LARGE)
+    whole, expected = train_in_a_run(*parts, tmp_path / "whole", base)
+    kept = tmp_path / "killed"
+    with pytest.raises(Killed):
+        train_in_a_run(*parts, kept, base, callbacks=[Kill(3, kept)])
+    gpu_with(SMALL)
+    log, ours = train_in_a_run(*parts, kept, base)
+    assert train_in_a_run.how["micro_batch_size"] == 2 and log["step"][:] == whole["step"][:]
+    assert log["loss"][:] == pytest.approx(whole["loss"][:], rel=1e-5, abs=1e-5)
+    assert all(torch.allclose(ours[name], expected[name], atol=1e-5) for name in expected)
+
+
+def test_options_that_are_given_are_not_chosen(model, tokenizer, pairs, tmp_path, gpu_with):
+    gpu_with(SMALL)
+    base, given = training.IterativeRPOTrainer, {"micro_batch_size": 4}
+    train_in_a_run(model, tokenizer, pairs, tmp_path / "one", base, **given)
+    assert train_in_a_run.how["micro_batch_size"] == 4
+    given |= {"gradient_checkpointing": False}
+    train_in_a_run(model, tokenizer, pairs, tmp_path / "both", base, **given)
+    assert train_in_a_run.how == given
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python reads a number of a tensor, which on a GPU waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.places.append("".join(traceback.format_stack(limit=8)))
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_micro_batch_waits_for_the_gpu(model, tokenizer, pairs):
+    """Logs are read once per optimiser step."""
+    found = []
+
+    class Watched(shared_prompt.SharedPromptTrainer):
+        def training_step(self, *arguments, **options):
+            with Reads() as reads:
+                loss = super().training_step(*arguments, **options)
+            found.append(reads.places)
+            return loss
+
+    settings = {"batch_size": 8, "micro_batch_size": 2, "disable_tqdm": True}
+    training.train(model, tokenizer, pairs, trainer=Watched, **settings)
+    assert len(found) == 6 and not any(found), found
+    args = training._config(model, {"output_dir": "unused"}, "dpo_nll", 8, 2)
+    assert not args.logging_nan_inf_filter  # it reads the loss after each of them
 
 
 # ---- disks

@@ -10,7 +10,9 @@ import pandas
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors import safe_open
+from transformers import LlamaConfig
 
 from irpo_utils import UserError, models, profiles, tasks
 from irpo_utils import __main__ as cli
@@ -25,6 +27,8 @@ BENCH = (
 )
 STAGES = {"samples": "sampling", "adapter": "training", "evaluation": "evaluation"}
 GPU = "1xA100-80GB"
+ON_GPU = [name for name in profiles.names() if profiles.get(name).model in models.HUB_NAMES]
+ON_GPU = [name for name in ON_GPU if profiles.get(name).engine != "cpu"]
 
 
 def stages(made) -> dict:
@@ -273,8 +277,7 @@ def test_length_and_share_of_pairs_are_those_of_the_shipped_run():
 
 def test_four_bits_hold_the_base_in_a_quarter():
     large, small = (
-        memory("llama-3.1-8b", quantize=False)["sampling"],
-        memory("llama-3.1-8b")["sampling"],
+        memory("llama-3.1-8b", quantize=quantize)["sampling"] for quantize in (False, True)
     )
     assert large - small == pytest.approx(6_979_321_856 * (2 - 4.127 / 8))
 
@@ -298,7 +301,8 @@ def test_checkpointing_smaller_batches_and_8_bit_moments_lower_training_alone():
 
 
 def test_memory_is_that_of_one_gpu_and_time_that_of_all():
-    one, eight = (checked(profiles.get("smollm2-135m"), f"{n}xA100-80GB") for n in (1, 8))
+    profile = profiles.get("smollm2-135m", micro_batch_size=8, gradient_checkpointing=True)
+    one, eight = (checked(profile, f"{n}xA100-80GB") for n in (1, 8))
     assert one.total.memory == eight.total.memory and one.total.tokens == eight.total.tokens
     assert stages(one)["sampling"].hours == pytest.approx(8 * stages(eight)["sampling"].hours)
     # Each GPU has 2 pairs of a step instead of 8: less arithmetic, the same overhead of layers.
@@ -334,7 +338,7 @@ def test_grpo_draws_as_much_and_learns_about_as_much():
     each = size.prompt + min(size.completion, p.max_new_tokens)
     assert within(online["training"].tokens, completions * each, 3)
     assert (
-        memory(method="grpo", micro_batch_size=None)["training"]
+        memory(method="grpo", micro_batch_size=16)["training"]
         > 5 * memory(method="grpo", micro_batch_size=2)["training"]
     )
 
@@ -403,7 +407,8 @@ def test_on_one_gpu_the_vllm_server_is_stopped_for_training():
         ("llama-3.2-3b", "1xRTX4090-24GB", {"sampling_batch_size": 320}, "--sampling"),
         ("smollm2-1.7b", "1xT4-16GB", {"micro_batch_size": 16}, "--sampling.*--micro"),
         ("llama-3.1-8b", "1xT4-16GB", {"quantize": False}, "--sampling.*--quantize"),
-        ("qwen2.5-1.5b", "1xT4-16GB", {"method": "grpo", "micro_batch_size": None}, "--micro"),
+        ("qwen2.5-1.5b", "1xT4-16GB", {"method": "grpo", "micro_batch_size": 16}, "--micro"),
+        ("llama-3.1-8b", "1xT4-16GB", {}, "--sampling-batch-size 60[.]"),
         ("paper", "8xV100-32GB", {"micro_batch_size": None}, "--shard true --engine vllm"),
     ],
 )
@@ -436,6 +441,142 @@ def test_the_refusal_says_by_how_much():
 def test_no_setting_helps_where_the_base_alone_is_too_large():
     with pytest.raises(UserError, match="No setting makes it fit.*larger GPUs"):
         checked(profiles.get("paper"), "1xT4-16GB")
+
+
+# ---- options that are left open
+
+
+def pairs_of(prompt: int, response: int, n: int = 3) -> Dataset:
+    """n pairs with `prompt` + 2 x `response` tokens; all but one are half as long."""
+    lengths = [(prompt, response), *[(prompt // 2, response // 2)] * (n - 1)]
+    return Dataset.from_list(
+        [
+            {"prompt_ids": [1] * p, "chosen_ids": [1] * r, "rejected_ids": [1] * r}
+            for p, r in lengths
+        ]
+    )
+
+
+def chosen(model, pairs, gigabytes, machine="H200-141GB", **changes) -> tuple[int, bool]:
+    """Micro-batch and checkpointing on a GPU with so much free memory."""
+    here, p = planning.find_machine(machine), profiles.get("smollm2-135m", model=model, **changes)
+    here.memory = 1e9 * gigabytes
+    config = LlamaConfig(**planning.DATA["models"][model])
+    found = planning.choose_training(p, config, pairs, here)
+    assert found["micro_batch_size"] <= found["precompute_ref_batch_size"] <= 64
+    return found["micro_batch_size"], found["gradient_checkpointing"]
+
+
+SHORT, LONG = pairs_of(110, 130), pairs_of(265, 400)
+
+
+@pytest.mark.parametrize(
+    "model, pairs, gigabytes, changes, expected",
+    [
+        ("smollm2-135m", SHORT, 139, {"batch_size": 64}, (64, False)),
+        ("smollm2-135m", SHORT, 22, {"batch_size": 64}, (64, True)),
+        ("smollm2-135m", SHORT, 22, {}, (16, False)),
+        ("smollm2-135m", SHORT, 12, {}, (8, False)),
+        ("smollm2-135m", LONG, 22, {}, (8, False)),
+        ("qwen2.5-0.5b", LONG, 14, {}, (2, False)),
+        ("llama-3.1-8b", LONG, 60, {}, (16, True)),
+        ("llama-3.1-8b", LONG, 6, {}, (1, True)),
+        ("smollm2-135m", SHORT, 22, {"batch_size": 45}, (45, True)),
+        # nothing fits: what takes the least memory is tried, and its error names the fix
+        ("llama-3.1-8b", LONG, 0.5, {}, (1, True)),
+        # what is given is kept
+        ("smollm2-135m", SHORT, 139, {"micro_batch_size": 2}, (2, False)),
+        ("smollm2-135m", SHORT, 139, {"gradient_checkpointing": True}, (16, True)),
+        ("smollm2-135m", LONG, 3, {"micro_batch_size": 8}, (8, True)),
+        ("llama-3.1-8b", LONG, 60, {"gradient_checkpointing": False}, (2, False)),
+    ],
+)
+def test_micro_batch_and_checkpointing_follow_lengths_and_free_memory(
+    model, pairs, gigabytes, changes, expected
+):
+    assert chosen(model, pairs, gigabytes, **changes) == expected
+
+
+def hours(made) -> float:
+    return made.training.hours * (4 / 3 if made.profile.gradient_checkpointing else 1)
+
+
+def test_what_is_chosen_fits_and_is_the_fastest_that_does():
+    """Checkpointing counts as a third slower than planned."""
+    for gigabytes in (2, 4, 8, 16, 32, 64, 128):
+        p = profiles.get("smollm2-360m", quantize=False)
+        machine, shape = planning.find_machine("H200-141GB"), planning.SHAPES["smollm2-360m"]
+        machine.memory = 1e9 * gigabytes
+        made = planning.choose(p, shape, machine, planning.TASKS["gsm8k"])
+        plans = [
+            planning.Plan(
+                dataclasses.replace(p, micro_batch_size=n, gradient_checkpointing=checkpointing),
+                shape,
+                machine,
+                planning.TASKS["gsm8k"],
+            )
+            for n in (1, 2, 4, 8, 16)
+            for checkpointing in (False, True)
+        ]
+        fitting = [each for each in plans if each.total.memory <= 0.8 * machine.memory]
+        if fitting:
+            assert made.total.memory <= 0.8 * machine.memory
+            assert hours(made) == min(map(hours, fitting))
+        else:
+            assert made.total.memory == min(each.total.memory for each in plans)
+
+
+@pytest.mark.parametrize(
+    "model, machine, changes, in_four_bits",
+    [
+        ("llama-3.1-8b", "RTX4090-24GB", {}, True),
+        ("llama-3.1-8b", "A100-80GB", {}, False),
+        ("llama-3.1-8b", "A100-80GB", {"quantize": True}, True),
+        ("llama-3.1-8b", "RTX4090-24GB", {"quantize": False}, False),
+        ("smollm2-1.7b", "T4-16GB", {}, True),
+        ("smollm2-360m", "T4-16GB", {}, False),
+        ("smollm2-360m", "2xcpu", {}, True),  # as on a CPU before
+    ],
+)
+def test_the_base_has_four_bits_only_where_sixteen_do_not_fit(
+    model, machine, changes, in_four_bits
+):
+    made = planning.plan(profiles.get(model, **changes), machine)
+    assert made.nf4 == in_four_bits == ("4-bit base" in planning.table(made))
+
+
+def test_a_cpu_keeps_its_defaults():
+    profile = profiles.get("cpu")
+    assert planning.plan(profile, "2xcpu").profile == profile
+    assert (profile.quantize, profile.micro_batch_size) == (True, None)
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_a_run_on_a_gpu_evaluates_less_than_it_samples(name):
+    profile = profiles.get(name)
+    made = stages(planning.plan(profile, "8xA100-80GB"))
+    assert made["evaluation"].tokens <= made["sampling"].tokens
+    assert profile.eval_split == "validation"  # test is for the best iteration alone
+    assert profile.n_eval_questions is None or profile.n_eval_questions <= 300
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_recipes_of_small_models_stay_at_temperature_1_and_leave_memory_to_the_run(name):
+    profile = profiles.get(name)
+    if planning.find_shape(profile.model).parameters < 8.5e9:
+        assert max(profile.temperature) <= 1.0
+        assert profile.quantize is None and profile.micro_batch_size is None
+        assert profile.gradient_checkpointing is None
+
+
+def test_the_questions_that_choose_an_iteration_are_there(real_data):
+    for task in {profiles.get(name).task for name in profiles.names()}:
+        folder = real_data / task
+        rows = tasks.get(task).load("validation", str(folder) if folder.is_dir() else None)
+        assert len(rows) == planning.TASKS[task].validation
 
 
 # ---- several GPUs

@@ -17,7 +17,9 @@ from datasets import DatasetDict, load_from_disk
 from filelock import FileLock
 
 from irpo_utils import UserError, evaluation, logprobs, models, profiles, sampling, tasks
+from irpo_utils.engines import plain
 from irpo_utils.ops import environment, run_directory, storage, warnings
+from irpo_utils.ops import plan as planning
 from irpo_utils.ops import run as runs
 from studies import evaluate_again, finished_runs
 
@@ -701,7 +703,7 @@ def test_a_start_from_sft_on_gold_solutions(unbroken, tmp_path):
     run(smoke(start=str(sft), iterations=1), out)
     shutil.rmtree(sft / "iteration_1" / "adapter")
     again = run(smoke(start=str(sft), iterations=1), out)
-    assert run_directory.is_whole(out)
+    assert finished_runs.is_whole(out)
 
     def tokens(rows, t):
         [value] = [r["value"] for r in rows if (r["metric"], r["iteration"]) == ("mean_tokens", t)]
@@ -813,9 +815,9 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_that_is_not_whole_is_not_collected(finished, damage):
-    assert run_directory.is_whole(finished)
+    assert finished_runs.is_whole(finished)
     damage(finished)
-    assert not run_directory.is_whole(finished)
+    assert not finished_runs.is_whole(finished)
     with pytest.raises(UserError, match="is not finished, or something in it is damaged"):
         finished_runs.collect([finished])
 
@@ -905,11 +907,107 @@ def test_evaluate_needs_the_training_questions_of_the_run(tmp_path):
         evaluate_again.evaluate_run(out, k=1)
 
 
+# ---- the best iteration
+
+
+def evaluated_on(folder, split: str, greedy: list[float]):
+    """The run as if it had been evaluated on `split` with these greedy accuracies."""
+    settings = json.loads((folder / "profile.json").read_text())
+    (folder / "profile.json").write_text(json.dumps(settings | {"eval_split": split}))
+    table = pandas.read_csv(folder / "metrics.csv")
+    for t, value in enumerate(greedy):
+        table.loc[(table.metric == "greedy") & (table.iteration == t), "value"] = value
+    table.to_csv(folder / "metrics.csv", index=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "greedy, best", [([0.1, 0.4, 0.3], 1), ([0.1, 0.4, 0.4], 1), ([0.4, 0.4, 0.2], 0)]
+)
+def test_the_best_iteration_is_the_earliest_of_equals(finished, greedy, best):
+    folder = evaluated_on(finished, "validation", greedy)
+    t, reason = evaluate_again.best_iteration(folder, storage.read_profile(folder), "test")
+    assert t == best and reason.startswith(f"best: M_{best}, by greedy accuracy on 10 validation")
+    assert "(M_0 " in reason and f"M_2 {greedy[2]:.1%})" in reason
+
+
+def test_the_best_iteration_is_evaluated_alone_or_next_to_others(finished, others, capsys):
+    folder = evaluated_on(finished, "validation", [0.1, 0.4, 0.3])
+    evaluate_again.evaluate_run(folder, "jsonl", others, "test", ["best"], 2)
+    table = pandas.read_csv(folder / "evaluations" / "jsonl_test.csv")
+    assert set(table.iteration) == {1} and {"greedy", "majority"} <= set(table.metric)
+    assert "best: M_1" in "".join(capsys.readouterr())
+    text = evaluate_again.evaluate_run(folder, "jsonl", others, "test", [0, "best", 1], 2)
+    assert "M_1 against M_0" in text
+    table = pandas.read_csv(folder / "evaluations" / "jsonl_test.csv")
+    assert list(dict.fromkeys(table.iteration)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "chosen_on, split", [("test", None), ("test", "validation"), ("validation", None)]
+)
+def test_questions_that_chose_an_iteration_do_not_evaluate_it(finished, chosen_on, split):
+    folder = evaluated_on(finished, chosen_on, [0.1, 0.4, 0.3])
+    with pytest.raises(UserError, match=f"accuracy on the {chosen_on} split.*--split test"):
+        evaluate_again.evaluate_run(folder, split=split, iterations=["best"], k=1)
+
+
+def test_the_best_iteration_of_an_unfinished_run_is_not_known(finished):
+    folder = evaluated_on(finished, "validation", [0.1, 0.4, 0.3])
+    table = pandas.read_csv(folder / "metrics.csv")
+    table[table.iteration < 2].to_csv(folder / "metrics.csv", index=False)
+    for _ in range(2):
+        with pytest.raises(UserError, match="lacks the greedy accuracy of some iterations"):
+            evaluate_again.evaluate_run(folder, split="test", iterations=["best"], k=1)
+        (folder / "metrics.csv").unlink(missing_ok=True)
+
+
+# ---- what is chosen before the model is loaded
+
+
+def on_gpu(monkeypatch, name: str) -> None:
+    real = planning.find_machine
+    monkeypatch.setattr(planning, "find_machine", lambda text=None: real(text or name))
+
+
+def test_the_record_of_an_adapter_says_how_it_was_trained(unbroken):
+    record = json.loads((unbroken / "iteration_1" / "adapter" / "checksums.json").read_text())
+    assert (record["micro_batch_size"], record["gradient_checkpointing"]) == (4, False)
+    settings = json.loads((unbroken / "profile.json").read_text())  # as they were given
+    assert (settings["micro_batch_size"], settings["gradient_checkpointing"]) == (None, None)
+
+
+def test_the_base_is_chosen_for_the_gpu_and_kept_on_another(tmp_path, monkeypatch):
+    profile = profiles.get("llama-3.1-8b")
+    assert runs.settled(profile).quantize is None  # a CPU keeps NF4, see `Engine.load`
+    for gpu, quantize in (("A100-80GB", False), ("RTX4090-24GB", True)):
+        on_gpu(monkeypatch, gpu)
+        settled = runs.settled(profile, tmp_path)
+        assert settled == dataclasses.replace(profile, quantize=quantize)
+        assert runs.settled(settled, tmp_path) is settled
+    given = dataclasses.replace(profile, quantize=False)
+    assert runs.settled(given) is given
+    (tmp_path / "profile.json").write_text(json.dumps(dataclasses.asdict(given)))
+    assert runs.settled(profile, tmp_path).quantize is False
+
+
+def test_a_method_that_samples_in_training_gets_its_batches_before(monkeypatch):
+    on_gpu(monkeypatch, "RTX4090-24GB")
+    p = runs.settled(profiles.get("qwen2.5-0.5b", method="grpo"))
+    assert p.micro_batch_size in (1, 2, 4, 8) and p.gradient_checkpointing is not None
+    assert runs.settled(profiles.get("qwen2.5-0.5b")).micro_batch_size is None  # by the pairs
+
+
+def test_an_open_base_is_nf4_where_nothing_chooses_it():
+    model, _ = plain.Engine().load(profiles.get("smoke", quantize=None))
+    assert any(hasattr(p, "quant_state") for p in model.parameters())
+
+
 # ---- a run of version 0.1
 
 
 def test_a_run_of_version_0_1_can_be_read_collected_and_evaluated(others, tmp_path):
-    assert run_directory.is_whole(SHIPPED)
+    assert finished_runs.is_whole(SHIPPED)
     p = storage.read_profile(SHIPPED)
     assert (p.loss, p.engine, p.iterations) == ("dpo_nll", "cpu", 4)
     metrics, means, record = finished_runs.collect([SHIPPED])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
@@ -18,9 +19,13 @@ class Engine:
 
     def load(self, p, revision: str | None = None, **options):
         """The model and the tokenizer of a profile: M_0. options: others of `models.load`."""
-        names = ("quantize", "lora_r", "lora_alpha", "pad_token", "dtype")
-        settings = {name: getattr(p, name) for name in names}
-        return models.load(p.model, revision=revision, **settings | options)
+        settings = {"quantize": p.quantize is not False}
+        settings |= {n: getattr(p, n) for n in ("lora_r", "lora_alpha", "pad_token", "dtype")}
+        model, tokenizer = models.load(p.model, revision=revision, **settings | options)
+        # The adapter computes in fp32. Next to a base in 16 bits, TF32 is exact enough on a GPU.
+        tf32 = model.device.type != "cpu" and model.dtype != torch.float32
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        return model, tokenizer
 
     def use(self, model, adapter) -> None:
         """Turn the model into the M_t of the folder `adapter` (None: M_0)."""

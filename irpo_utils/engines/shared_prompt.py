@@ -39,13 +39,13 @@ def pair_batch(prompts, chosen, rejected, pad_id: int, dtype=torch.float32) -> d
         "position_ids": positions,
         "attention_mask": mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None],
         "response_mask": filled[:, widths[0] :].long(),
-        "n_columns": torch.tensor(widths[1]),
+        "n_columns": widths[1],  # no tensor: reading it would wait for the GPU
     }
 
 
 def pair_logps(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the chosen and the rejected responses of a `pair_batch`, (B,), nats."""
-    width, split = batch["response_mask"].shape[1], int(batch["n_columns"])
+    width, split = batch["response_mask"].shape[1], batch["n_columns"]
     logits = logprobs.response_logits(model, batch)
     # The last prompt token predicts the first token of both responses.
     predicting = torch.cat([logits[:, :split], logits[:, :1], logits[:, split + 1 : -1]], 1)

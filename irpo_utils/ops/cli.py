@@ -118,7 +118,7 @@ def run(arguments: list[str]) -> None:
     from irpo_utils.ops.environment import environment
 
     try:
-        planned = planning.plan(profile, price=options.price)
+        planned = planning.plan(runs.settled(profile, options.out), price=options.price)
         if not options.quiet and processes.is_first():
             print(f"{planning.table(planned)}\n", flush=True)
         planning.check(planned)
@@ -133,6 +133,8 @@ def run(arguments: list[str]) -> None:
         plots.save(figure, options.out, "accuracy_per_iteration", metrics, record)
         path = Path(options.out) / "accuracy_per_iteration.png"
         print(f"\n{accuracy_table(metrics)}\n\nFigure: {path}")
+        if profile.eval_split == "validation":
+            print(f"Next: python scripts/evaluate.py {options.out} --iterations best --split test")
 
 
 def plan(arguments: list[str]) -> None:

@@ -32,7 +32,7 @@ def parse_profile(arguments: list[str], command: str = "run", text: str | None =
     for action in parser._actions:
         if action.dest in defaults:  # without a default, what was not given stays out of `given`
             action.default = defaults[action.dest] if shows_defaults else argparse.SUPPRESS
-        if "None" in profiles.Profile.__annotations__.get(action.dest, ""):
+        if action.type and "None" in profiles.Profile.__annotations__.get(action.dest, ""):
             action.type = _optional(action.type)
     given, unknown = parser.parse_known_args(words)
     if unknown:

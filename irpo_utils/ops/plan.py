@@ -29,6 +29,7 @@ GPUS = DATA["gpus"]
 NODE = 8  # GPUs of a node
 OVERVIEW = ("cpu", "T4-16GB", "RTX4090-24GB", "A100-80GB", "H200-141GB")
 RESERVE = 0.05  # share of the memory that stays free: the allocator cannot use every gap
+COMFORT = 0.8  # share that settings which are chosen here may take: estimates are not exact
 PAIR_SHARE = 0.75  # of the possible pairs are built: 0.58 to 0.86 in notebooks/shipped_run
 NF4_BYTES = (4 + 0.127) / 8  # per weight, with its share of the constants (Dettmers et al. 2023)
 CHARACTERS, TEMPLATE = 4, 26  # per token; tokens around a question. Fits GSM8K, SVAMP and ARC.
@@ -155,7 +156,52 @@ def plan(profile: Profile, machine=None, price=None) -> Plan:
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price is {price}: give the machine's cost per hour, 0 or more.")
     p, price = methods.apply(profile), math.nan if price is None else price
-    return Plan(p, find_shape(p.model), find_machine(machine), task_size(p), price)
+    return choose(p, find_shape(p.model), find_machine(machine), task_size(p), price)
+
+
+def choose(p: Profile, s: Shape, machine: Machine, size, price=math.nan, need=None) -> Plan:
+    """The fastest plan that fits comfortably, with a base in 16 bits if any does.
+
+    On a GPU it chooses those of `quantize`, `gradient_checkpointing` and `micro_batch_size` that
+    are None. `need(plan)`: bytes of a plan, by default its peak. If none fits, the least is taken.
+    """
+    given = Plan(p, s, machine, size, price)
+    if machine.name == "cpu":
+        return given
+    share = p.batch_size // given.ranks
+    values = {"quantize": (False, True), "gradient_checkpointing": (False, True)}
+    values["micro_batch_size"] = [n for n in range(share, 0, -1) if share % n == 0]
+    left = {name: tried for name, tried in values.items() if getattr(p, name) is None}
+    settings = [dict(zip(left, tried, strict=True)) for tried in itertools.product(*left.values())]
+    plans = [Plan(dataclasses.replace(p, **new), s, machine, size, price) for new in settings]
+    need, room = need or (lambda made: made.total.memory), COMFORT * machine.memory
+
+    def order(made: Plan):
+        # What checkpointing saves is a rough estimate, so it must be a quarter of the time.
+        doubt = 4 / 3 if made.profile.gradient_checkpointing else 1
+        return max(need(made), room), made.nf4, doubt * made.training.hours
+
+    made = min(plans, key=order)
+    made.given = p
+    return made
+
+
+def choose_training(p: Profile, config, pairs, machine: Machine) -> dict:
+    """Arguments of `training.train` by `choose`, for these pairs and a model that is loaded.
+
+    `config`: of the text model in transformers. `machine.memory`: the bytes that are still free.
+    """
+    responses = [*pairs["chosen_ids"], *pairs["rejected_ids"]]
+    lengths = [list(map(len, texts)) for texts in (pairs["prompt_ids"], responses)]
+    (prompt, longest), (response, new) = ((sum(n) // len(n), max(n)) for n in lengths)
+    size = TaskSize(prompt, longest, response, len(pairs), 1, 1, "the pairs")
+    p = dataclasses.replace(p, max_new_tokens=new, max_length=None)
+    made = choose(p, Shape(config), machine, size, need=lambda made: made.training.memory)
+    # The reference is scored without gradients, so that its logits take the most memory.
+    logits = 2 * new * made.shape.vocabulary * (made.width + 8)  # bytes of a pair
+    scored = max(made.micro, min(64, int(COMFORT * machine.memory / logits)))
+    sizes = {"micro_batch_size": made.micro, "precompute_ref_batch_size": scored}
+    return sizes | {"gradient_checkpointing": made.profile.gradient_checkpointing}
 
 
 def check(made: Plan) -> None:
@@ -173,7 +219,7 @@ def check(made: Plan) -> None:
 
 def advice(made: Plan) -> str:
     """Settings with which the run fits: smaller batches, and others if these are not enough."""
-    p = made.profile
+    p = made.given
     others = [{}, {"gradient_checkpointing": True, "quantize": True}]
     if made.ranks > 1:  # FSDP2 cannot split the states of 8-bit and paged optimisers
         others.append({"shard": True, "engine": "vllm", "optimizer": "adamw_torch"})
@@ -181,7 +227,7 @@ def advice(made: Plan) -> str:
     pairs = [n for n in range(made.micro - 1, 0, -1) if p.batch_size // made.ranks % n == 0]
     for changes, n, micro in itertools.product(others, rows, [p.micro_batch_size, *pairs]):
         new = {"sampling_batch_size": n, "micro_batch_size": micro, **changes}
-        if Plan(dataclasses.replace(p, **new), made.shape, made.machine, made.size).fits:
+        if choose(dataclasses.replace(p, **new), made.shape, made.machine, made.size).fits:
             options = [f"--{k.replace('_', '-')} {v}" for k, v in new.items() if v != getattr(p, k)]
             return f"It fits with {' '.join(options).lower()}"
     return "No setting makes it fit: choose a smaller --model or larger GPUs"
@@ -192,11 +238,12 @@ class Plan:
 
     def __init__(self, p: Profile, s: Shape, machine: Machine, size: TaskSize, price=math.nan):
         """`price`: per hour. Raises `UserError` if processes cannot share a batch."""
-        self.profile, self.shape, self.machine, self.size, self.price = p, s, machine, size, price
+        self.shape, self.machine, self.size, self.price = s, machine, size, price
+        self.profile = self.given = p  # `choose` sets the one that was given
         self.engine = p.engine if p.engine in machine.overhead else "plain"
         self.dtype = p.dtype or machine.dtype
         self.width = 4 if self.dtype == "float32" else 2
-        self.nf4 = p.quantize and not p.dequantize
+        self.nf4 = p.quantize is not False and not p.dequantize
         # Bytes of the weights: adapter, all layers with it, embeddings and output layer.
         self.adapter = 4 * s.lora(p.lora_r)
         self.layers = s.linear * (NF4_BYTES if self.nf4 else self.width) + self.adapter
@@ -256,7 +303,8 @@ class Plan:
             fixed += stays
             sampling = sampling._replace(memory=server - stays)
             evaluation = evaluation._replace(memory=server - stays)
-        stages = sampling, self.train(parts), evaluation
+        self.training = self.train(parts)  # without its weights
+        stages = sampling, self.training, evaluation
         return [row._replace(memory=fixed + row.memory if row.tokens else 0) for row in stages]
 
     def decode(self, name: str, draws: list[tuple[int, int, int]]) -> Stage:
@@ -338,7 +386,8 @@ def table(made: Plan) -> str:
         rows.to_string(formatters=formats, index_names=False),
         f"sizes: prompts of {size.prompt} tokens, completions of {made.length}: {size.source}; "
         f"{PAIR_SHARE:.0%} of the possible pairs",
-        f"speed: {m.note}; engine {made.engine}",
+        f"speed: {m.note}; engine {made.engine}, micro-batch {made.micro}"
+        f"{' with checkpointing' if p.gradient_checkpointing else ''}",
     ]
     if made.engine == "vllm":
         notes.append("memory: the vLLM server is counted on the same GPUs")

@@ -16,6 +16,7 @@ import irpo_utils.baselines  # noqa: F401 (it adds methods)
 from irpo_utils import UserError, iteration, methods, tasks, training
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub
+from irpo_utils.ops import plan as planning
 from irpo_utils.ops.run_directory import RunDirectory
 from irpo_utils.ops.storage import read_profile
 from irpo_utils.profiles import Profile
@@ -31,7 +32,7 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     hub.limit_waiting()
     datasets.disable_caching()  # else a shuffle adds a file to the artefact that it reads
     processes.wait()  # joins the processes, if there are several
-    progress = progress and processes.is_first()
+    progress, profile = progress and processes.is_first(), settled(profile, out)
     p = methods.apply(profile)
     overlap = check(p, out)
     keep, engine = RunDirectory(out), engine_of(p)
@@ -77,10 +78,26 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     return contamination.check([*train, *learnt_before(p)], questions, p.allow_overlap)
 
 
+def settled(p: Profile, out: str | Path | None = None) -> Profile:
+    """The profile with the choices of `plan.choose` that the loading of the model needs.
+
+    The run `out` keeps those that it was started with, so that M_0 is the same on another GPU.
+    """
+    names = ["quantize"]
+    if methods.get(p.method).train:  # it draws completions itself: their lengths are never known
+        names += ["micro_batch_size", "gradient_checkpointing"]
+    if None not in (getattr(p, name) for name in names):
+        return p
+    started = out is not None and (Path(out) / "profile.json").is_file()
+    chosen = read_profile(out) if started else planning.plan(p).profile
+    left = [name for name in names if getattr(p, name) is None]
+    return dataclasses.replace(p, **{name: getattr(chosen, name) for name in left})
+
+
 def load_model(p: Profile):
     """M_0 and its tokenizer, as a run of this profile loads them."""
     hub.limit_waiting()
-    return engine_of(p).load(p)
+    return engine_of(p).load(settled(p))
 
 
 def engine_of(p: Profile) -> Engine:

@@ -21,17 +21,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError, iteration
-from irpo_utils.ops import (
-    checksums,
-    drift,
-    environment,
-    export,
-    statistics,
-    storage,
-    trainer,
-    trial,
-)
+from irpo_utils.ops import checksums, drift, environment, export, storage, trainer, trial
 from irpo_utils.ops import warnings as signs
+from irpo_utils.ops.statistics import further_rows
 from irpo_utils.scale import processes
 
 BLOCK = 2400  # completions stored at a time: a kill costs one block at most
@@ -110,8 +102,9 @@ class RunDirectory(storage.Folder):
                     "--data now give something else. Restore it, or choose another --out."
                 )
         self.write_json(self.out / "inputs.json", self.known)
-        path = self.out / "environment.json"
-        self.write_json(path, environment.record(path, stages.model, not is_whole(self.out)))
+        path, last = self.out / "environment.json", self.folder(self.p.iterations) / "metrics.json"
+        finished = (self.out / "metrics.csv").exists() and last.exists()
+        self.write_json(path, environment.record(path, stages.model, not finished))
         stages.prompts(stages.eval_questions)  # one that is too long is refused now
         if stages.p.iterations and (stages.method.samples or stages.method.train):
             stages.prompts(stages.questions(0))
@@ -189,7 +182,7 @@ class RunDirectory(storage.Folder):
         """Make the adapter of M_t with `make(**options)`, which returns the training log."""
         place, record = self.folder(t) / "adapter", self.record(t, "adapter")
         if not self.is_there(place, record):
-            started = time.perf_counter()
+            started, how = time.perf_counter(), {}
             stages.engine.close()
             if stages.method.train:
                 log = make()
@@ -198,10 +191,10 @@ class RunDirectory(storage.Folder):
                 if newest := trainer.newest_checkpoint(kept):
                     started -= checksums.read(Path(newest))["seconds"]
                 warn = functools.partial(self.warn, t, "training")
-                log = trainer.train(make, stages, kept, warn)
+                log, how = trainer.train(make, stages, kept, warn)
             weights = stages.engine.state_dict(stages.model)  # all processes must call this
             write = functools.partial(storage.save_adapter, stages.model, weights, log)
-            self.put(place, write, notes("adapter", log, started, record))
+            self.put(place, write, how | notes("adapter", log, started, record))
         self.clear(place)
         log = place / "training_log.jsonl"
         if log.exists():
@@ -217,7 +210,7 @@ class RunDirectory(storage.Folder):
 
     def evaluated(self, t: int, stages: iteration.Stages, answers) -> list[dict]:
         """Further metrics of the evaluation, and how far M_t moved from M_{t-1}."""
-        rows = statistics.further_rows(answers, stages.eval_questions)
+        rows = further_rows(answers, stages.eval_questions)
         if t > 0:
             rows += drift.rows(self.dataset(t, "drift", lambda: drift.measure(t, stages)))
         return rows
@@ -271,27 +264,6 @@ class RunDirectory(storage.Folder):
         lines = path.read_text(errors="replace") if path.exists() else ""
         if line not in lines:
             self.write(path, lines + line)
-
-
-def is_whole(run: Path) -> bool:
-    """Whether a run has all its iterations, sound, made from one another, and in its table."""
-    try:
-        iterations = range(json.loads((run / "profile.json").read_text())["iterations"] + 1)
-        folders = [run / f"iteration_{t}" for t in iterations]
-        for folder in folders:
-            json.loads((folder / "metrics.json").read_text())
-        listed = set(pandas.read_csv(run / "metrics.csv").iteration)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    artefacts = {file.parent for file in run.glob(f"iteration_*/*/{checksums.NAME}")}
-    artefacts |= {folder / "evaluation" for folder in folders}
-    artefacts |= {folder / "adapter" for folder in folders[1:]}
-    records = [checksums.read(artefact) for artefact in artefacts]
-    if listed != set(iterations) or not all(records):
-        return False
-    sources = {k: v for record in records for k, v in record.get("inputs", {}).items()}
-    sources.pop(SETTINGS, None)
-    return all(checksums.digest(run / name) == value for name, value in sources.items())
 
 
 def joined(parts: list):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -17,24 +17,25 @@ from transformers import TrainerCallback
 from irpo_utils import UserError, iteration, training
 from irpo_utils.ops import checksums, trial, warnings
 from irpo_utils.ops.drift import PAIRS, Probe
+from irpo_utils.ops.plan import choose_training, find_machine
 from irpo_utils.scale import processes
 
 CHECKPOINT_SECONDS = 10.0  # between two checkpoints, at least
 CHECKPOINT_SHARE = 0.02  # of the time may be spent on writing them
 
 
-def train(make, stages: iteration.Stages, kept: Path, warn) -> Dataset:
+def train(make, stages: iteration.Stages, kept: Path, warn) -> tuple[Dataset, dict]:
     """The log of `make(**arguments of training.train)`, which starts from M_{t-1} at each call.
 
     It resumes from the newest checkpoint in `kept`. If memory runs out, it does so with about half
-    the micro-batch. Raises `UserError` if one pair needs too much memory.
+    the micro-batch. Raises `UserError` if one pair does not fit. Also returns `chosen`, as used.
     """
     batch_size = max(stages.p.batch_size // processes.count(), 1)
-    micro = stages.p.micro_batch_size or batch_size
-    sizes = {"micro_batch_size": micro}
+    sizes = processes.from_first(functools.partial(chosen, stages))
     while True:
+        micro = sizes["micro_batch_size"]
         try:
-            return make(**sizes, **options(stages, kept, warn))
+            return make(**sizes, **options(stages, kept, warn)), sizes
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -49,8 +50,23 @@ def train(make, stages: iteration.Stages, kept: Path, warn) -> Dataset:
         # Outside the except block, which keeps the tensors of the failed attempt alive.
         clear_device_cache(garbage_collection=True)
         micro = next(size for size in range(micro // 2, 0, -1) if batch_size % size == 0)
-        sizes = {"micro_batch_size": micro, "precompute_ref_batch_size": micro}
+        sizes |= {"micro_batch_size": micro, "precompute_ref_batch_size": micro}
         tqdm.write(f"Out of memory: continuing with --micro-batch-size {micro}.")
+
+
+def chosen(stages: iteration.Stages) -> dict:
+    """Micro-batch and checkpointing: what the profile leaves open follows from free GPU memory."""
+    p, model, machine = stages.p, stages.model, find_machine()
+    if machine.name == "cpu" or None not in (p.micro_batch_size, p.gradient_checkpointing):
+        micro = p.micro_batch_size or max(p.batch_size // processes.count(), 1)
+        return {"micro_batch_size": micro, "gradient_checkpointing": bool(p.gradient_checkpointing)}
+    clear_device_cache(garbage_collection=True)
+    machine.memory, _ = torch.cuda.mem_get_info(model.device)  # bytes that are free, and all
+    pairs = concatenate_datasets(stages.history if p.keep_pairs else stages.history[-1:])
+    sizes = choose_training(p, model.config.get_text_config(), pairs, machine)
+    listed = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    tqdm.write(f"Chosen for {machine.memory / 1e9:.1f} GB of free memory: {listed}.")
+    return sizes
 
 
 def options(stages: iteration.Stages, kept: Path, warn) -> dict:

@@ -137,7 +137,7 @@ def _config(model, p: Profile, seed: int, n_questions: int, folder: str) -> GRPO
         bf16=False,  # the base has its dtype, and the adapter stays in fp32
         fp16=model.dtype == torch.float16 and model.device.type != "cpu",  # loss scaling
         use_cpu=model.device.type == "cpu",
-        gradient_checkpointing=p.gradient_checkpointing,
+        gradient_checkpointing=bool(p.gradient_checkpointing),
         dataloader_pin_memory=False,
     )
 

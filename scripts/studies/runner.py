@@ -118,8 +118,9 @@ class Study:
         except (TypeError, UserError):
             return False
         wanted = trials.portable(profile, self.runs)
-        rows = wanted["sampling_batch_size"]  # no result depends on it beyond rounding
-        return settings | {"sampling_batch_size": rows} == wanted
+        names = ("sampling_batch_size", "gradient_checkpointing")
+        rounding = {name: wanted[name] for name in names}  # no result depends on them beyond it
+        return settings | rounding == wanted
 
     def keep(self, path: Path, profile: Profile) -> None:
         """Add a finished run to the results and write the table anew."""
