@@ -20,9 +20,9 @@
 # - decide whether a gain is more than luck, and whether a second iteration is worth it;
 # - recognise a collapse, and choose the model to keep.
 #
-# | | `smoke` | `cpu` (default) |
-# |---|---|---|
-# | time for this notebook | 20 seconds on one core | 20 seconds on one core |
+# | | `smoke` | `cpu` (default) | one GPU |
+# |---|---|---|---|
+# | time for this notebook | 20 seconds on one core | 20 seconds on one core | depends on the model |
 #
 # **Needs**: the packages of this repository. The notebook reads your run (`make run`), or the run that ships with it.
 #

@@ -22,7 +22,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | 10 seconds on one core | 10 seconds on one core | not measured |
+# | time for this notebook | 10 seconds on one core | 10 seconds on one core | depends on the model |
 #
 # **Needs**: the packages of this repository. The runs took hours. Their results are in `figures/`, each with the command
 # that made it, and this notebook reads them. **Optional sequel**: [06b · Judges, luck and

@@ -22,7 +22,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook | 30 seconds on one core | 1 minute on one core | not measured |
+# | time for this notebook | 30 seconds on one core | 1 minute on one core | depends on the model |
 #
 # **Needs**: the packages of this repository. No other notebook needs this one. Sections 1 and 5 sample and train; the other
 # sections read files of `figures/`.

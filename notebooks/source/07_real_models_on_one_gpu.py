@@ -159,17 +159,17 @@ print(checks_07.minutes_lost(minutes_lost))
 # %% [markdown]
 # ## 2 Choose model and GPU
 #
-# Does it fit? Four things take memory: the base in 4 bits (its embeddings in 16), the [adapter](../docs/glossary.md#adapter)
-# with its gradients and optimiser state, the [KV cache](../docs/glossary.md#kv-cache) in sampling or the
-# [activations](../docs/glossary.md#activation) in training, and the [logits](../docs/glossary.md#logit). The model's shape and
-# the profile determine all four.
+# Does it fit? Four things take memory: the base, here in 4 bits (its embeddings in 16), the
+# [adapter](../docs/glossary.md#adapter) with its gradients and optimiser state, the [KV cache](../docs/glossary.md#kv-cache) in
+# sampling or the [activations](../docs/glossary.md#activation) in training, and the [logits](../docs/glossary.md#logit). The
+# model's shape, the profile, and the pairs that are trained on at once determine all four.
 
 # %%
-def memory(name):
-    """Bytes of each part when sampling and when training, for the longest GSM8K prompts."""
+def memory(name, pairs):
+    """Bytes of each part when sampling, and when training on `pairs` at once, for the longest GSM8K prompts."""
     p, m = profiles.get(name), planning.SHAPES[name]
     length = planning.TASKS["gsm8k"].longest + p.max_new_tokens
-    rows, pairs, adapter = p.sampling_batch_size, p.micro_batch_size, m.lora(p.lora_r)
+    rows, adapter = p.sampling_batch_size, m.lora(p.lora_r)
     base = 4.127 / 8 * m.linear + 2 * (m.parameters - m.linear)       # 4.127 bits per NF4 weight
     cache = rows * length * m.layers * 2 * m.kv * 2                    # keys and values, 16 bits
     inputs = 2 * pairs * length * m.layers * m.hidden * 2              # gradient checkpointing
@@ -177,7 +177,7 @@ def memory(name):
     return {f"{name}, sampling {rows} at once": {"base": base, "adapter": 4 * adapter, "cache": cache, "logits": 22 * one_token},
             f"{name}, training {pairs} at once": {"base": base, "adapter": 14 * adapter, "activations": inputs, "logits": 12 * all_tokens}}
 
-table = pd.DataFrame(memory("qwen2.5-0.5b") | memory("llama-3.1-8b")).T[["base", "adapter", "cache", "activations", "logits"]]
+table = pd.DataFrame(memory("qwen2.5-0.5b", 4) | memory("llama-3.1-8b", 1)).T[["base", "adapter", "cache", "activations", "logits"]]
 
 # %% [markdown]
 # **Predict**: which part is largest when the model with 0.5 billion weights trains? Which part is largest when the model
@@ -190,8 +190,11 @@ helpers_07.memory_bars(table)
 # When the small model trains, the logits: its vocabulary is as large as that of a large model. When the large model samples,
 # the cache: it is larger than the base. `--micro-batch-size` and `--sampling-batch-size` lower them. Smaller values cost time
 # and change the loss and the samples only by rounding.
-# [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing) keeps the activations small. If memory still runs out,
-# the run halves both numbers itself and continues.
+# [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing) keeps the activations small.
+#
+# You need not set any of this. On a GPU the run chooses the fastest settings that fit: 16 bits for the base if there is room,
+# and then micro-batch and checkpointing from the lengths of the pairs and the free memory. Options that you give are kept.
+# If memory still runs out, the run halves the batch itself and continues.
 
 # %% [markdown]
 # ### Exercise 7.2: the cache
@@ -237,7 +240,7 @@ assert planned.notna().any().all()
 helpers_07.hours_bars(planned)
 
 # %% [markdown]
-# By this estimate, only 1.3 times. For small models most of the time goes into launching the kernels of each layer, not
+# By this estimate, only 2.5 times. For small models most of the time goes into launching the kernels of each layer, not
 # into arithmetic. So compare the *cost of the run*: hours times price. Prefer GPUs of 2020 or later: a T4 has no
 # [bf16](../docs/glossary.md#bf16) and needs `--dtype float16`, with [loss scaling](../docs/glossary.md#loss-scaling).
 
@@ -253,16 +256,19 @@ print(planning.table(plan))
 assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
 # %% [markdown]
-# For the choice above, evaluation: it uses the whole test set after every iteration. During the run, use a few hundred
-# validation questions. Evaluate the best model on the test split once, at the end.
+# For the choice above, sampling. Evaluation takes less, because it asks 300 validation questions. **Predict**: what would it
+# take to evaluate every model on the whole test split, with 32 completions per question?
 
 # %% tags=["nbval-ignore-output"]
-cheaper = dict(eval_split="validation", n_eval_questions=300, eval_samples=4, eval_samples_ends=8)
-plan = planning.plan(profiles.get(CHOICE, **cheaper), f"1x{GPU}", PRICE)
+expensive = dict(eval_split="test", n_eval_questions=None, eval_samples=32, eval_samples_ends=32)
+plan = planning.plan(profiles.get(CHOICE, **expensive), f"1x{GPU}", PRICE)
 print(planning.table(plan))
-assert plan.stages[-1].hours < plan.total.hours
+assert plan.stages[-1].tokens > plan.stages[0].tokens
 
 # %% [markdown]
+# More than sampling. It would also mislead: the best of five accuracies on the test split is too high an estimate. So choose
+# the best model on validation questions, and evaluate it on the test split once, at the end.
+#
 # The plan prints its assumptions. It can be off by a factor of two. Compare it with the `timing.csv` of your run.
 #
 # ## 4 Run
@@ -296,13 +302,15 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # ```bash
 # export HF_HOME=$BIG_DISK/hf               # often the home folder is small
 # hf download Qwen/Qwen2.5-0.5B-Instruct
-# python -m irpo_utils run --profile qwen2.5-0.5b --eval-split validation --n-eval-questions 300 \
-#     --eval-samples 4 --eval-samples-ends 8 --out runs/qwen2.5-0.5b
+# python -m irpo_utils run --profile qwen2.5-0.5b --out runs/qwen2.5-0.5b
+# python scripts/evaluate.py runs/qwen2.5-0.5b --iterations best --split test
 # ```
 #
-# It prints accuracy after every iteration. `--report-to tensorboard` adds curves. With `--engine vllm` the run starts a
-# [vLLM](../docs/results/speed.md#vllm) server, which writes the completions. The run of the next section needs no GPU. It takes
-# two commands: `python -m irpo_utils run` with `--profile smollm2-135m-sft --out runs/smollm2-135m-sft`, then with
+# The run prints accuracy on the validation questions after every iteration. `--report-to tensorboard` adds curves. With
+# `--engine vllm` it starts a [vLLM](../docs/results/speed.md#vllm) server, which writes the completions. The last command
+# evaluates the iteration with the highest greedy accuracy on the whole test split, with a
+# [majority vote](../docs/glossary.md#majority-vote) over 32 completions. The run of the next section needs no GPU. It
+# takes two commands: `python -m irpo_utils run` with `--profile smollm2-135m-sft --out runs/smollm2-135m-sft`, then with
 # `--profile smollm2-135m-cpu --out runs/smollm2-135m-cpu`.
 
 # %% [markdown]
