@@ -4,10 +4,9 @@
         ▲                                                                                │
         └──────────────── next iteration: sample from M_{t+1} ◀─────── evaluate ◀────────┘
 
-Each arrow is one function in the module of that name, and the last one a method in `iteration`,
-whose `run` calls them in this order. The modules in this folder and the basic tasks are the whole
-algorithm. What makes it faster is in `engines/`, what makes long runs safe is in `ops/`, and what
-needs several GPUs is in `scale/`.
+Each arrow is one function in the module of that name, and `iteration.run` calls them in this order.
+The modules in this folder and the basic tasks are the whole algorithm. What makes it faster is in
+`engines/`, what makes long runs safe is in `ops/`, and what needs several GPUs is in `scale/`.
 """
 
 import os

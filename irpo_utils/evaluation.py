@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
 from irpo_utils import UserError
 from irpo_utils.grading import grade, group
+from irpo_utils.sampling import sample
 
 Z = 1.959964  # two-sided 95 % point of the normal distribution
 RESAMPLES = 2000
@@ -52,6 +54,14 @@ def bootstrap_mean(values, seed: int = 0) -> tuple[float, float, float]:
     means = [values[rng.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, (2.5, 97.5))
     return float(values.mean()), float(low), float(high)
+
+
+def paired_difference(correct_a, correct_b, seed: int = 0) -> tuple[float, float, float]:
+    """(mean of b - a, low, high): what b gains over a on the same questions."""
+    a, b = np.asarray(correct_a, dtype=float), np.asarray(correct_b, dtype=float)
+    if a.shape != b.shape:
+        raise UserError("A paired comparison needs the same questions on both sides.")
+    return bootstrap_mean(b - a, seed)
 
 
 def bootstrap_row(metric: str, values, k: int = 1, seed: int = 0) -> dict:
@@ -111,7 +121,42 @@ def majority(rows: list[dict]) -> float:
     return majority_vote([row["extracted"] for row in rows], lambda answer: answer in correct)
 
 
+@dataclass
+class Evaluation:
+    """What `evaluate` returns: `metrics` as `score` makes them, and the graded completions."""
+
+    metrics: Dataset
+    greedy: Dataset
+    sampled: Dataset
+
+
+def evaluate(model, tokenizer, questions, task, k=8, temperature=0.8, top_p=1.0, **options):
+    """Greedy accuracy, and accuracy, majority vote, pass@k and lengths over k samples.
+
+    The paper votes over 32 samples at temperature 0.8 (section 3.1). options: of `sampling.sample`.
+    """
+    greedy = sample(model, tokenizer, questions, task, 1, 0.0, **options)
+    sampled = sample(model, tokenizer, questions, task, k, temperature, top_p, **options)
+    both = graded(greedy, sampled, task)
+    return Evaluation(Dataset.from_list(score(**both, k=k)), **both)
+
+
 def graded(greedy: Dataset, sampled: Dataset, task) -> DatasetDict:
     """Both graded, without the prompts, which are those of the questions and most of the size."""
     both = DatasetDict({"greedy": grade(greedy, task), "sampled": grade(sampled, task)})
     return both.remove_columns(["prompt", "prompt_ids"])
+
+
+def correct_per_question(graded: Dataset) -> dict[str, float]:
+    """Share of correct completions by question id."""
+    groups = group(graded.select_columns(["id", "correct"]))
+    return dict(zip(groups, per_question(groups, lambda row: row["correct"]), strict=True))
+
+
+def compare(graded_a: Dataset, graded_b: Dataset) -> dict:
+    """What b gains over a on the same questions: `difference` in accuracy, `low`, `high`, `n`."""
+    a, b = correct_per_question(graded_a), correct_per_question(graded_b)
+    if set(a) != set(b):
+        raise UserError(f"{len(set(a) ^ set(b))} questions are on one side only: nothing to pair.")
+    difference, low, high = paired_difference(list(a.values()), [b[i] for i in a])
+    return {"difference": difference, "low": low, "high": high, "n": len(a)}

@@ -18,10 +18,9 @@ import pandas as pd
 from datasets import load_from_disk
 from helpers_common import finished_stages  # noqa: F401
 
-from irpo_utils import UserError, models, plots, tasks
+from irpo_utils import UserError, evaluation, models, plots, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
-from studies import significance
 from studies.figures import annotate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,9 +130,9 @@ def _gains(run: Path, last: int) -> pd.DataFrame:
         correct = []
         for t in range(last + 1):
             graded = load_from_disk(str(run / f"iteration_{t}" / "evaluation" / metric))
-            correct.append(list(significance.correct_per_question(graded).values()))
+            correct.append(list(evaluation.correct_per_question(graded).values()))
         for a, b in steps:
-            rows.append(_gain(metric, a, b, significance.paired_difference(correct[a], correct[b])))
+            rows.append(_gain(metric, a, b, evaluation.paired_difference(correct[a], correct[b])))
     return pd.DataFrame(rows)
 
 

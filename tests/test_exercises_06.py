@@ -308,7 +308,7 @@ def over_seeds(a, b):
         (of(separate), "compared their ends"),
         (of(quadrature), "in quadrature"),
         (of(lambda a, b: evaluation.bootstrap_mean((b - a).mean(0))), "averaged the seeds first"),
-        (of(lambda a, b: significance.paired_difference(a.ravel(), b.ravel())), "into one list"),
+        (of(lambda a, b: evaluation.paired_difference(a.ravel(), b.ravel())), "into one list"),
         (of(over_seeds), "averaged the questions first"),
         (of(resampled), "without the stretch"),
         (of(lambda a, b: both((b - a).T)), "without the stretch"),

@@ -252,9 +252,9 @@ print(checks_05.mcnemar_p(mcnemar_p))
 # %% tags=["nbval-ignore-output"]
 def compared(t):
     """Gain of M_t over the previous model in points, and McNemar's test on the same questions."""
-    before, after = (significance.correct_per_question(evaluated[i]) for i in (t - 1, t))
+    before, after = (evaluation.correct_per_question(evaluated[i]) for i in (t - 1, t))
     test = significance.mcnemar(list(before.values()), [after[i] for i in before])
-    gain = significance.compare(evaluated[t - 1], evaluated[t])
+    gain = evaluation.compare(evaluated[t - 1], evaluated[t])
     return {"step": f"M_{t - 1} to M_{t}", **{name: 100 * gain[name] for name in ("difference", "low", "high")},
             "solved": test["only_b"], "lost": test["only_a"], "p": test["p"]}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas
 from tqdm.auto import tqdm
 
-from irpo_utils import UserError, iteration, tasks
+from irpo_utils import UserError, evaluation, iteration, tasks
 from irpo_utils.ops import checksums, contamination, export, hub, statistics, trial
 from irpo_utils.ops.run import engine_of, learnt_before
 from irpo_utils.ops.storage import Folder, check_path, read_inputs, read_profile
@@ -69,8 +69,8 @@ def evaluate_run(
     text = pandas.DataFrame(keep.rows).to_string(index=False)
     if len(wanted) > 1:
         ends = keep.greedy[wanted[0]], keep.greedy[wanted[-1]]
-        correct = [list(significance.correct_per_question(rows).values()) for rows in ends]
-        difference = significance.compare(*ends)
+        correct = [list(evaluation.correct_per_question(rows).values()) for rows in ends]
+        difference = evaluation.compare(*ends)
         difference["p_mcnemar"] = significance.mcnemar(*correct)["p"]
         text += f"\n\nM_{wanted[-1]} against M_{wanted[0]}, greedy: {difference}"
     return text

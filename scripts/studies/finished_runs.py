@@ -91,7 +91,7 @@ def _made(run: str | Path, seed: int) -> dict:
 
 def accuracy_per_question(run: str | Path, t: int, metric: str) -> list[float]:
     """Share of correct completions of M_t for each question; `metric` is greedy or sampled."""
-    return list(significance.correct_per_question(_evaluated(run, t)[metric]).values())
+    return list(evaluation.correct_per_question(_evaluated(run, t)[metric]).values())
 
 
 def majority_per_question(run: str | Path, t: int, k: int) -> list[float]:

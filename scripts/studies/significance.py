@@ -1,15 +1,13 @@
-"""Is a difference more than chance? Paired comparisons, over seeds as well, and McNemar's test."""
+"""Is a difference more than chance? Intervals over seeds and questions, and McNemar's test."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from datasets import Dataset
 from scipy import stats
 
 from irpo_utils import UserError, evaluation
-from irpo_utils.grading import group
 
 
 def t_quantile(degrees: int) -> float:
@@ -58,28 +56,3 @@ def mcnemar(correct_a, correct_b) -> dict:
     neither, n = len(a) - only_a - only_b - both, only_a + only_b
     p = float(stats.binomtest(only_a, n).pvalue) if n else 1.0
     return {"p": p, "only_a": only_a, "only_b": only_b, "both": both, "neither": neither}
-
-
-def paired_difference(correct_a, correct_b, seed: int = 0) -> tuple[float, float, float]:
-    """(mean of b - a, low, high): what b gains over a on the same questions."""
-    a, b = np.asarray(correct_a, dtype=float), np.asarray(correct_b, dtype=float)
-    if a.shape != b.shape:
-        raise UserError("A paired comparison needs the same questions on both sides.")
-    return evaluation.bootstrap_mean(b - a, seed)
-
-
-def correct_per_question(graded: Dataset) -> dict[str, float]:
-    """Share of correct completions by question id."""
-    groups = group(graded.select_columns(["id", "correct"]))
-    return dict(
-        zip(groups, evaluation.per_question(groups, lambda row: row["correct"]), strict=True)
-    )
-
-
-def compare(graded_a: Dataset, graded_b: Dataset) -> dict:
-    """What b gains over a on the same questions: `difference` in accuracy, `low`, `high`, `n`."""
-    a, b = correct_per_question(graded_a), correct_per_question(graded_b)
-    if set(a) != set(b):
-        raise UserError(f"{len(set(a) ^ set(b))} questions are on one side only: nothing to pair.")
-    difference, low, high = paired_difference(list(a.values()), [b[i] for i in a])
-    return {"difference": difference, "low": low, "high": high, "n": len(a)}

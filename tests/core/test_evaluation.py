@@ -102,6 +102,19 @@ def test_bootstrap_mean_covers_the_truth(monkeypatch):
     assert 0.90 <= np.mean([low <= 0.3 <= high for low, high in intervals]) <= 0.98
 
 
+def test_paired_difference_is_b_minus_a_and_uses_the_pairing():
+    rng = np.random.default_rng(3)
+    a = rng.random(400) < 0.5
+    b = a | (np.arange(400) < 20)  # b gains some of the first 20 and loses none
+    difference, low, high = evaluation.paired_difference(a, b)
+    assert difference == pytest.approx((b.sum() - a.sum()) / 400) and 0 < low < difference < high
+    assert high - low == pytest.approx(
+        2 * 1.96 * (b.astype(float) - a).std() / 20, rel=0.15
+    )  # unpaired: 5 times that
+    assert evaluation.paired_difference(b, a)[0] == -difference
+    assert evaluation.paired_difference(a, a) == (0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_shares_that_are_all_equal_still_have_an_interval(value):
     row = evaluation.share_row("pass_at_k", [float(value)] * 100, 4)
@@ -188,3 +201,68 @@ def test_score_refuses_completions_that_do_not_belong_together():
     ):
         with pytest.raises(UserError, match="one greedy and k"):
             evaluation.score(greedy, sampled, k)
+
+
+def test_compare_matches_questions_by_id():
+    a = graded(*((str(i), [RIGHT if i < 10 else WRONG]) for i in range(40)))
+    b = graded(*((str(i), [RIGHT if 1 <= i < 19 else WRONG]) for i in reversed(range(40))))
+    made = evaluation.compare(a, b)
+    difference, low, high = (made[name] for name in ("difference", "low", "high"))
+    assert difference == pytest.approx((18 - 10) / 40) and low < difference < high
+    assert evaluation.compare(b, a)["difference"] == -difference
+    with pytest.raises(UserError, match="37 questions are on one side"):
+        evaluation.compare(a, b.select(range(3)))
+
+
+def test_compare_takes_several_completions_per_question():
+    mean = {"a": 0.5, "b": 0.25, "c": 0.25, "d": 0.0}
+    assert evaluation.correct_per_question(SAMPLED) == mean
+    assert evaluation.compare(GREEDY, SAMPLED)["difference"] == pytest.approx(
+        sum(mean.values()) / 4 - 2 / 4
+    )
+
+
+# ---------------------------------------------------------------- the stage
+
+
+class SumTask:
+    def prompt(self, row):
+        return row["question"]
+
+    def extract(self, completion, row=None):
+        return completion if completion.isdigit() else None
+
+    def is_correct(self, extracted, answer):
+        return extracted == answer
+
+
+def test_evaluate_samples_grades_and_scores(monkeypatch):
+    """A sampler that is correct when greedy, and for every second sample otherwise."""
+    calls = []
+
+    def sample(model, tokenizer, questions, task, n=8, temperature=1.0, top_p=1.0, **options):
+        calls.append((n, temperature, top_p, options))
+        rows = []
+        for question in questions:
+            for i in range(n):
+                correct = temperature == 0 or i % 2 == 1
+                row = {**question, "sample": i, "prompt": "?", "prompt_ids": [1], "n_tokens": 3}
+                row |= {"completion": question["answer"] if correct else "no", "finished": True}
+                rows.append(row)
+        return Dataset.from_list(rows)
+
+    monkeypatch.setattr(evaluation, "sample", sample)
+    questions = Dataset.from_list(
+        [{"id": str(i), "question": "?", "answer": str(i)} for i in range(6)]
+    )
+    same = {"max_new_tokens": 9, "seed": 3, "batch_size": 2, "progress": False}
+    result = evaluation.evaluate(
+        "model", "tokenizer", questions, SumTask(), k=4, temperature=0.7, top_p=0.9, **same
+    )
+    assert calls == [(1, 0.0, 1.0, same), (4, 0.7, 0.9, same)]
+    rows = rows_by_name(result.metrics)
+    assert rows["greedy", 1]["value"] == 1 and rows["sampled", 1]["value"] == 0.5
+    assert rows["no_answer_rate", 1]["value"] == 0.5
+    assert rows["majority", 4]["value"] == 1
+    assert len(result.greedy) == 6 and len(result.sampled) == 24
+    assert "correct" in result.sampled.column_names
