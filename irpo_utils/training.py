@@ -31,8 +31,7 @@ from trl import DPOConfig, DPOTrainer
 from irpo_utils import UserError, models
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
-# At the first step the policy is the reference: log-ratios differ from 0 by rounding only, at most
-# this share of a response's log-probability.
+# At the first step log-ratios are rounding errors, at most this share of a log-probability.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
