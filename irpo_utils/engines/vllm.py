@@ -183,14 +183,15 @@ def command(p, revision: str | None = None) -> list[str]:
     program = os.environ.get("VLLM_BIN") or "vllm"
     if shutil.which(program) is None:
         raise UserError(f"There is no {program}: set VLLM_BIN to vLLM's program, or VLLM_URL.")
-    if p.quantize and not torch.cuda.is_available():
+    quantized = p.quantize is not False
+    if quantized and not torch.cuda.is_available():
         raise UserError("On a CPU vLLM cannot serve a 4-bit base: add --quantize false.")
     dtype = str(models.default_dtype(models.default_device(), p.dtype)).removeprefix("torch.")
     rank = max(8, 1 << (p.lora_r - 1).bit_length())  # vLLM takes powers of two
     words = f"--host 127.0.0.1 --dtype {dtype} --max-model-len auto --enable-prefix-caching"
     words += f" --enable-lora --max-lora-rank {rank}"
     words += "" if torch.cuda.is_available() else " --no-enable-chunked-prefill"  # fails with seeds
-    words += " --quantization bitsandbytes" if p.quantize else ""
+    words += " --quantization bitsandbytes" if quantized else ""
     words += f" --revision {revision}" if revision else ""
     return [program, "serve", models.find(p.model), *words.split()]
 
