@@ -389,9 +389,10 @@ def test_a_run_whose_server_fails_ends_with_one_message_and_resumes(
 
 
 PARENT = """
-import sys, time
+import signal, time
 from irpo_utils import profiles
 from irpo_utils.engines import vllm
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 with vllm.running(vllm.command(profiles.get("smoke", quantize=False))):
     print("ready", flush=True)
     time.sleep(1000)
