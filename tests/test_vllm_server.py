@@ -1,6 +1,7 @@
 """Sampling with a vLLM server, against a stand-in with its interface that uses the seed model."""
 
 import csv
+import dataclasses
 import http.server
 import json
 import os
@@ -318,6 +319,17 @@ def test_what_vllm_cannot_do_is_named_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setenv("VLLM_BIN", sys.executable)
     with pytest.raises(UserError, match="4-bit base: add --quantize false"):
         vllm.Engine().load(profiles.get("smoke", engine="vllm"))
+
+
+def test_a_run_that_is_refused_before_its_engine_has_loaded_says_why(monkeypatch, tmp_path):
+    monkeypatch.delenv("VLLM_URL", raising=False)
+    monkeypatch.setenv("VLLM_BIN", "/nowhere/vllm")
+    profile = profiles.get("smoke", engine="vllm", quantize=False)
+    with pytest.raises(UserError, match="no /nowhere/vllm"):
+        runs.run(profile, tmp_path, progress=False)
+    (tmp_path / "iteration_0" / "samples").mkdir(parents=True)
+    with pytest.raises(UserError, match="made with other settings: seed"):
+        runs.run(dataclasses.replace(profile, seed=1), tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("fault", ["ends", "loads"])

@@ -46,6 +46,8 @@ PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 class Engine(shared_prompt.Engine):
     """Decoding with the vLLM server at VLLM_URL, or with one that the run starts."""
 
+    command: list[str] | None = None  # starts the server; none before `load`, and with VLLM_URL
+
     def load(self, p, revision: str | None = None, **options):
         given = os.environ.get("VLLM_URL") or processes.count() > 1
         self.command = None if given else command(p, revision)  # first: the model takes longer
