@@ -32,8 +32,11 @@ def parse_profile(arguments: list[str], command: str = "run", text: str | None =
     for action in parser._actions:
         if action.dest in defaults:  # without a default, what was not given stays out of `given`
             action.default = defaults[action.dest] if shows_defaults else argparse.SUPPRESS
-        if action.type and "None" in profiles.Profile.__annotations__.get(action.dest, ""):
+        kind = profiles.Profile.__annotations__.get(action.dest, "")
+        if action.type and "None" in kind:
             action.type = _optional(action.type)
+            if "bool" in kind:  # the option alone means true, as for every bool
+                action.nargs, action.const = "?", True
     given, unknown = parser.parse_known_args(words)
     if unknown:
         option = unknown[0].partition("=")[0]
