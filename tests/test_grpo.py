@@ -1,5 +1,9 @@
 """GRPO on TRL's trainer: the same log for any micro-batch, and a model that is left as it was."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +13,7 @@ from safetensors.torch import load_file
 from irpo_utils import UserError, iteration, models, profiles, tasks
 from studies import grpo
 
+ROOT = Path(__file__).parent.parent
 TASK = tasks.get("word_problems")
 SMALL = {"method": "grpo", "n_samples": 4, "batch_size": 4, "max_new_tokens": 40}
 
@@ -64,6 +69,14 @@ def test_what_grpo_cannot_do_is_refused(monkeypatch):
     profile = profiles.get("smoke", method="grpo")
     with pytest.raises(UserError, match="in one process.*without a launcher"):
         grpo.train(None, None, [], None, profile, 0)
+
+
+def test_a_run_of_grpo_can_be_evaluated_again():
+    """In a fresh process, where no other module has added the method."""
+    code = "from irpo_utils import methods; import studies.evaluate_again; methods.get('grpo')"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
 
 
 @pytest.mark.slow

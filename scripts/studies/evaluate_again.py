@@ -14,7 +14,7 @@ from irpo_utils.ops.run import engine_of, learnt_before
 from irpo_utils.ops.storage import Folder, check_path, read_inputs, read_profile
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
-from studies import few_shot, significance  # noqa: F401 (few_shot adds a method)
+from studies import few_shot, grpo, significance  # noqa: F401 (two of them add methods)
 
 
 def evaluate_run(
