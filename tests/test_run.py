@@ -988,6 +988,8 @@ def test_the_base_is_chosen_for_the_gpu_and_kept_on_another(tmp_path, monkeypatc
     given = dataclasses.replace(profile, quantize=False)
     assert runs.settled(given) is given
     (tmp_path / "profile.json").write_text(json.dumps(dataclasses.asdict(given)))
+    assert runs.settled(profile, tmp_path).quantize is True  # nothing is made with it yet
+    (tmp_path / "iteration_0" / "evaluation").mkdir(parents=True)
     assert runs.settled(profile, tmp_path).quantize is False
 
 

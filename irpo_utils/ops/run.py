@@ -88,7 +88,7 @@ def settled(p: Profile, out: str | Path | None = None) -> Profile:
         names += ["micro_batch_size", "gradient_checkpointing"]
     if None not in (getattr(p, name) for name in names):
         return p
-    started = out is not None and (Path(out) / "profile.json").is_file()
+    started = out is not None and any(Path(out).glob("iteration_*/*"))
     chosen = read_profile(out) if started else planning.plan(p).profile
     left = [name for name in names if getattr(p, name) is None]
     return dataclasses.replace(p, **{name: getattr(chosen, name) for name in left})
