@@ -306,7 +306,7 @@ class Plain(Ours):
         path, device = models.find(profile.model), models.default_device()
         dtype = models.default_dtype(device, profile.dtype)
         options = {"dtype": dtype, "device_map": device}
-        if profile.quantize:
+        if profile.quantize is not False:  # as the other side loads it
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
