@@ -134,7 +134,7 @@ class Study:
         if kept and kept["profile"] != self.settings(profile):
             raise UserError(
                 f"{self.records.file} has {path.parent.name} with other settings. Give another "
-                "--out, or remove that line."
+                "--out and --runs, or remove that line."
             )
         # The others start from the adapter of M_0, so its run directory must be there.
         return bool(kept) and (path != self.m0 or (path / "iteration_1" / "adapter").exists())

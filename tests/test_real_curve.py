@@ -45,7 +45,7 @@ def test_a_run_that_is_kept_with_other_settings_is_not_taken(tmp_path):
     made.records.runs[trial.name, 0] = {"profile": made.settings(profile)}
     assert made.is_kept(folder, profile)
     made.records.runs[trial.name, 0]["profile"] |= {"beta": 0.7}
-    with pytest.raises(UserError, match="other settings. Give another --out"):
+    with pytest.raises(UserError, match="other settings. Give another --out and --runs"):
         made.is_kept(folder, profile)
 
 
