@@ -2,8 +2,8 @@
 
     python scripts/merge.py qwen2.5-0.5b runs/qwen2.5-0.5b/iteration_4/adapter merged
 
-W + (alpha / r) B A from the base before quantisation, rounded once. The adapter was trained on the
-4-bit base, so the merged model differs a little from M_t: evaluate it again.
+W + (alpha / r) B A from the base before quantisation, rounded once. If the adapter was trained on a
+4-bit base, the merged model differs a little from M_t: evaluate it again.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def accuracy_of_methods(means: pd.DataFrame) -> TextFigure:
         panels[name] = []
         for i, (method, colour) in enumerate(zip(methods, cycle(COLOURS), strict=False)):
             rows = means[(means.metric == metric) & (means.method == method)]
-            x = rows.iteration + 0.07 * (i - (len(methods) - 1) / 2)  # intervals beside each other
+            x = rows.iteration + 0.07 * (i - (len(methods) - 1) / 2)  # intervals side by side
             value, low, high = (100 * rows[column] for column in ("value", "low", "high"))
             axes.errorbar(x, value, (value - low, high - value), fmt="none", color=colour)
             line = plots.draw_points(axes, x, value, method, colour)
