@@ -128,9 +128,9 @@ assert f"M_{T}" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# They shrink. One reason is that each iteration leaves less to gain. The paper's gains are 17.5, 4.9, 3.1 and 0.5 points
-# ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). The *majority* curve takes the most frequent answer of k
-# completions ([self-consistency](https://arxiv.org/abs/2203.11171)).
+# They shrink. A likely reason is that each iteration leaves less to gain. The paper's gains are 17.5, 4.9, 3.1 and 0.5
+# points ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). The *majority* curve takes the most frequent answer of
+# eight completions ([self-consistency](https://arxiv.org/abs/2203.11171)).
 #
 # The next figure has five seeds of the same profile ([data](../figures/accuracy_per_iteration.csv)). Thin lines are single
 # runs.
@@ -141,7 +141,7 @@ mean = pd.read_csv(helpers_05.FIGURES / "accuracy_per_iteration_mean.csv")
 figures.accuracy_of_seeds(five, mean)
 
 # %% [markdown]
-# What does the model spend for these gains? [pass@k](../docs/glossary.md#passk) is the share of questions that at least
+# What do these gains cost? [pass@k](../docs/glossary.md#passk) is the share of questions that at least
 # one of k completions solves. **Predict**: does the number of distinct answers grow or shrink?
 
 # %% tags=["nbval-ignore-output"]
@@ -150,8 +150,8 @@ assert "distinct answers" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# It shrinks: the model spends variety. At the end, further samples add less to the first one, so the pass@k curves
-# approach each other.
+# It shrinks: completions become less varied. The gap between pass@1 and pass@8 also becomes smaller, because further
+# samples of M_4 add less to the first one.
 
 # %% [markdown]
 # ## 3 Read: what changes in the completions?
@@ -169,7 +169,7 @@ by_steps.round(2)
 
 # %% [markdown]
 # Read the table by rows. Working becomes complete on short questions first, then on long ones. The model learns to show
-# its working where it answered without reasoning before. This is [elicitation](../docs/glossary.md#elicitation). How much
+# all steps where it skipped some before. This is [elicitation](../docs/glossary.md#elicitation). How much
 # of the gain of real models is elicitation is [disputed](https://arxiv.org/abs/2504.13837). The next cell prints one
 # question. We selected it because it shows the change.
 
@@ -287,17 +287,18 @@ for name, matrix in (("M_2 against the control", twice - control), ("control aga
 helpers_05.control({"M_1": once, "twice the pairs\nof M_0": control, "M_2": twice})
 
 # %% [markdown]
-# M_2 is better: the interval excludes 0. It had slightly more training steps. Whether the control differs from M_1 is not
-# resolved. So new samples were worth more than more pairs of old ones. A likely reason is that new samples show the errors
-# of the *new* model. In the paper M_2 is 3.2 points above this control. At this learning rate the gains of iterations 3
+# M_2 is better: the interval excludes 0. It had about 12 % more pairs. Whether the control differs from M_1 is not
+# resolved. So new samples helped more than additional pairs of old samples. A likely reason is that new samples show the
+# errors of the *new* model. In the paper M_2 is 3.2 points above this control. At this learning rate the gains of iterations 3
 # and 4 are not resolved ([claims](../figures/lesson_claims.csv)).
 
 # %% [markdown]
 # ## 6 How far did training move the model?
 #
 # The [KL divergence](../docs/glossary.md#kl-divergence) $\text{KL}(M_t \| M_{t-1}) = \sum_y M_t(y)
-# \log\frac{M_t(y)}{M_{t-1}(y)}$ measures it in nats. We cannot list all completions $y$. But the sum is a mean over
-# completions that $M_t$ samples, so we can estimate it. With four possible completions we can do both, 1,000 times.
+# \log\frac{M_t(y)}{M_{t-1}(y)}$ measures how far, in nats. We cannot list all completions $y$. But the sum is the
+# mean log-ratio of completions that $M_t$ samples, so we can estimate it. With four possible completions we can compute the
+# sum and repeat the estimate 1,000 times.
 #
 # **Predict**: a KL divergence is never negative. Can its estimate be?
 
@@ -368,9 +369,9 @@ figure
 
 # %% [markdown]
 # KL stays small, and training raises the log-probability of chosen completions. Compare both curves at the same t,
-# because each iteration has other pairs.
+# because each iteration has different pairs.
 #
-# Now we compare 1e-4 with a learning rate that is too high, 3e-4, with (α = 1) and without (α = 0) the NLL term
+# Now compare two learning rates, 1e-4 and 3e-4, each with the NLL term (α = 1) and without it (α = 0)
 # ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which of the four
 # settings is M_2 far below 80 %?
 
@@ -381,20 +382,22 @@ helpers_05.stability()
 helpers_05.stability_table()
 
 # %% [markdown]
-# Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations. At 3e-4 with the NLL term the
-# intervals of M_1 and M_2 overlap: whether M_2 is below M_1 is not resolved.
+# Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations. At 3e-4 with the NLL term M_2
+# stays near M_1.
 #
-# Does the trainer notice? The next runs train the second miniature model ([notebook 06](06_baselines_and_ablations.ipynb))
-# at β = 0.1 and 3e-4. One of three seeds of DPO alone, without the NLL term, fell from M_3 to M_4. The same seed with the NLL term
-# did not ([runs](../figures/lesson_runs.jsonl)). **Predict**: which of the two has the higher reward accuracy?
+# Does the trainer notice? The next runs train a second miniature model ([notebook 06](06_baselines_and_ablations.ipynb))
+# at β = 0.1 and 3e-4. With DPO alone, without the NLL term, one of three seeds fell from M_3 to M_4. The same seed with the
+# NLL term did not ([runs](../figures/lesson_runs.jsonl)). [Reward accuracy](../docs/glossary.md#reward-accuracy) is the share
+# of training pairs with a positive reward margin. **Predict**: in which of the two runs is it higher?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
-# The run that falls, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
-# completions are good. KL jumps in the iteration of the fall. The other two seeds of DPO alone at these settings do not fall.
-# The fall is 4.7 points on 300 questions: the test of section 4 gives p = 0.07, so KL is the clearer sign here.
+# In the run that falls, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
+# completions are good. KL jumps in the iteration of the fall. The fall is 4.7 points on 300 questions. The test of section 4
+# gives p = 0.06, so KL is the clearer sign here. The other two seeds of DPO alone do not fall. With the NLL term another
+# seed falls by 3.3 points, without a jump in KL.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
@@ -435,8 +438,8 @@ print(checks_05.keep(keep))
 
 # %% [markdown]
 # The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). Now we score rules on the
-# shipped runs. Most of them stored one split. There, half of the questions select the model and the other half measures
-# its accuracy.
+# shipped runs. The 34 runs of the first model stored one split. There, half of the questions select the model and the other
+# half measures its accuracy.
 #
 # **Predict**: is a limit on KL, or on a fall of the chosen completions, a better rule than patience 1?
 
@@ -478,9 +481,9 @@ assert (table >= 0).all().all()
 helpers_05.regrets(table)
 
 # %% [markdown]
-# Intervals are over runs. Of these four rules, patience 1 loses least. The other two signs, KL and the chosen
-# log-probability, lose most as *automatic* rules. In section 7 a healthy first iteration at 1e-4 moved by more than a nat.
-# And the log-probability of chosen completions can fall while accuracy rises. Patience 1 keeps M_0 mostly in `shuffled`,
+# Intervals are over runs. Of these four rules, patience 1 loses least on average, but in one run it loses 38 points. As
+# *automatic* rules, KL and the chosen log-probability lose most. In section 7 the KL of a healthy first iteration at 1e-4
+# is above 1 nat. And the log-probability of chosen completions can fall while accuracy rises. Patience 1 keeps M_0 mostly in `shuffled`,
 # which trains on random labels and has no better model.
 #
 # So use KL and the chosen log-probability as signs to *look*. Read ten completions, check how many hit the token limit
@@ -513,9 +516,9 @@ assert len(table) == len(shipped)
 # %% [markdown]
 # ## What you have learnt
 #
-# - The loop is four calls. Gains shrink, and the model spends variety.
+# - The loop is four calls. Gains shrink, and completions become less varied.
 # - An average needs an interval, and two models need a paired test.
-# - New samples were worth more than more training on old ones.
+# - New samples helped more than further training on old ones.
 # - Accuracy can fall while the reward accuracy of the training looks good.
 # - Select by validation accuracy. KL and the chosen log-probability tell you when to look.
 #
