@@ -157,7 +157,7 @@ helpers_06.accuracy_dots(main, iterations=(1, 4))
 #
 # ### Which differences are real?
 #
-# The intervals above are too wide for that. All methods answer the same questions, and with the same seed they start from
+# The intervals above are too wide to tell. All methods answer the same questions, and with the same seed they start from
 # the same completions of M_0. So subtract question by question and seed by seed. The result is a matrix, one row per seed
 # and one column per question. A new experiment would have other questions *and* other seeds, so the bootstrap draws both.
 #
@@ -225,8 +225,8 @@ for name, rows in (("the NLL term", nll), ("Iterative RPO against RFT", rft)):
 
 # %% [markdown]
 # The mean gain of the NLL term is 0 at M1 and grows with every iteration. At M4 the interval excludes 0: without the term
-# accuracy is lower. At M2 and M3 it is not resolved. Against RFT, Iterative RPO is better at M1. Its mean is below RFT at M2,
-# M3 and M4, and each of these intervals includes 0: not resolved.
+# accuracy is lower. At M2 and M3 the gain is not resolved. Iterative RPO is better than RFT at M1. At M2, M3 and M4 its mean
+# is below that of RFT, but each interval includes 0: not resolved.
 
 # %% [markdown]
 # ## 4 Which of the paper's claims hold?
@@ -291,9 +291,10 @@ helpers_06.claims_table(judged)
 # pairs. The later iterations are not resolved. For the NLL term after one iteration the interval rules out a gain of the
 # paper's size. The comparison with SFT on gold solutions disagrees, probably for the reason given in section 3.
 #
-# **One claim depends on the setting.** After one iteration Iterative RPO beats RFT with 600 questions, and loses to it with
-# 150. Fewer questions make fewer optimiser steps. RFT has the higher tuned learning rate, so it may simply get further in
-# few steps. A run with equal steps would have to test this hypothesis.
+# **One claim depends on the setting.** After one iteration Iterative RPO is better than RFT with 600 questions, and worse
+# with 150. *Few samples* means N = 3, and *hot sampling* means temperature 1.5. Fewer questions make fewer optimiser steps.
+# RFT has the higher tuned learning rate, so it may get further in few steps. A run with equal steps would have to test this
+# hypothesis.
 
 # %%
 later = claims[claims.claim.str.startswith(("Iterative RPO gains from 1e-4", "M4 falls"))]
@@ -301,11 +302,11 @@ for row in later[later.seeds == 5].itertuples():
     print(f"{row.a:25} -> {row.b:25} {helpers_06.with_interval(row):24} {row.claim}")
 
 # %% [markdown]
-# **Falls at M4**, by 3 points or more. Iterative RPO falls in one of five seeds. Iterative RPO from RFT, DPO without NLL
-# and random labels fall in four of five. RFT falls in none.
+# **Falls at M4**, by 3 points or more. Iterative RPO falls in one of five seeds, and RFT in none. DPO without NLL, random
+# labels, and Iterative RPO that starts from the M1 of RFT fall in four of five.
 #
-# **The headline figure of the [README](../README.md)** uses 2e-5, chosen among the learning rates that gain in every iteration. The
-# comparison uses 1e-4, which is ahead in iterations 1 to 3. At M4 the difference is not resolved.
+# **The headline figure of the [README](../README.md)** uses 2e-5, chosen among the learning rates that gain in every
+# iteration. The comparison uses 1e-4, which is better at M1, M2 and M3. At M4 the difference is not resolved.
 
 # %% [markdown]
 # ## 5 When does the NLL term matter?
@@ -337,15 +338,15 @@ for row in stability[stability.factor == "alpha=1"].itertuples():
 # At 1e-4 and below the effect is not resolved after two iterations. At 3e-4 training without the term collapses. RFT, the
 # limit of large α, never does. The KL of the first iteration shows the danger. Section 3 points the same way at 1e-4: the
 # gain grows with the iterations and is resolved at M4. So here training with the NLL term tolerates a higher learning rate
-# and more iterations. The term does not bring a higher peak.
+# and more iterations. Whether the term also raises the best accuracy is not resolved.
 
 # %% [markdown]
 # ## 6 A second model, whose working errs
 #
 # The first M_0 makes the comparison too easy: any training that restores the working succeeds. In the paper, chosen and
-# rejected completions are both chains of thought. So there is a second miniature
-# ([model card](../docs/model_card_misconceptions.md)). It always shows its working and errs as pupils do. For example,
-# it forgets the carry, or subtracts the smaller digit from the larger one.
+# rejected completions are both chains of thought. So there is a second miniature model
+# ([model card](../docs/model_card_misconceptions.md)). It always shows its working and makes errors that pupils
+# make. For example, it forgets the carry, or subtracts the smaller digit from the larger one.
 #
 # **Predict**: does DPO without NLL fall behind here?
 
@@ -359,8 +360,12 @@ tuned.drop(columns="trial")
 # %% [markdown]
 # Each method has the settings with the best validation accuracy of M4, out of at least three learning rates with one seed.
 # Iterative RPO and DPO were also tuned over four β. `last` is M4, and `chosen` is the iteration with the best validation
-# accuracy in each seed. All methods take the same number of optimiser steps. [GRPO](../docs/glossary.md#grpo), a method of
-# reinforcement learning, has no pairs. The intervals are wide, so compare the methods in pairs:
+# accuracy in each seed. All methods take 20 optimiser steps per iteration. SFT on gold solutions and Iterative RPO on M0's
+# completions do not iterate: their M_t is M_0 after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement
+# learning, has no pairs.
+#
+# The intervals are wide, so look at paired differences. Where `paper` is empty, the paper has no number for that model, and
+# the verdict is about the direction alone.
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
@@ -371,16 +376,16 @@ helpers_06.claims_table(compared)
 
 # %% [markdown]
 # **The rise** agrees with the paper in three of four iterations. **New completions** are worth more than further steps on
-# those of M_0, although the control has the best of four learning rates. This is a reason to iterate.
+# those of M_0. The control has the best of four learning rates, which is the lowest that was tried.
 #
-# **RFT** is ahead at M2 and M3 in every seed, which disagrees with the paper. At M1 the interval rules out the paper's lead
-# of Iterative RPO, and at M4 the difference is not resolved. A possible reason: here an incorrect step competes with *one*
-# alternative, so raising the correct one already lowers it. A model with several plausible incorrect steps would have to
-# show whether this is the reason. **SFT on gold solutions** is ahead at M1, which also disagrees. It ends 11 nats from M_0,
-# the farthest of the six ([log](../figures/lesson_log.md)).
+# **RFT** is ahead at M2 and M3 in every seed. At M1 the interval rules out a lead of the paper's size for Iterative RPO, and
+# at M4 the difference is not resolved. A possible reason: here an incorrect step competes with *one* alternative, so raising
+# the correct one already lowers it. A model with several plausible incorrect steps would have to test this. **SFT on gold
+# solutions** is ahead at M1, which disagrees with the paper. Its M4 has the largest KL to M_0 of the six methods, 11 nats
+# ([log](../figures/lesson_log.md)).
 #
 # **DPO without NLL** is behind at M1, and the verdict reads "agrees". Look at the settings before you believe it: the tuning
-# chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. One term at a time:
+# chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. The next cells compare both methods at the same β.
 #
 # **Predict**: at which β does the NLL term help?
 
@@ -391,15 +396,16 @@ helpers_06.beta_map(lesson)
 helpers_06.claims_table(verdicts[nll_claims & verdicts.claim.str.contains("M1")])
 
 # %% [markdown]
-# At 3e-4 neither β nor the term matters much. At 1e-3 β decides. With β = 0.1 accuracy stays far below that at β = 1, and
-# *there* the NLL term helps: by 19 points at M1, which agrees with the paper. The last row says that it helps more at
-# β = 0.1 than at β = 1. At M4 this is not resolved ([verdicts](../figures/lesson_verdicts.csv)). With β = 3 training succeeds
-# with and without the term. The points at β = 0.3 and β = 3 in the right panel have one seed, which gives no
-# verdict.
+# The figure shows M4, the table M1. At 3e-4 all means of M4 are between 83 and 89 %, and at M1 the term adds at most about 1
+# point. At 1e-3 β matters. With β = 0.1 the NLL term helps at M1, by 19 points, which agrees with the paper. The last row says
+# that it helps more there than at β = 1. At M4 its effect is not resolved ([verdicts](../figures/lesson_verdicts.csv)): both
+# methods are at about 60 %. With β = 3 both reach more than 80 %. At 1e-3 the points at β = 0.3 and β = 3 have one seed, and a
+# single seed gives no verdict but "not resolved".
 #
-# [Notebook 04](04_dpo_nll_training.ipynb) says why: the gradient of the DPO term is βσ(−βδ). It fades when δ is a few times
-# 1/β. At β = 0.1 that is some tens of nats, so it hardly fades. This may be why training goes too far there: the NLL term
-# holds chosen completions, and with a larger β the gradient fades earlier.
+# [Notebook 04](04_dpo_nll_training.ipynb) suggests a reason: the gradient of the DPO term is βσ(−βδ), where δ says how far
+# training has moved chosen and rejected completions apart. The gradient fades when δ is a few times 1/β. At β = 0.1 that is
+# some tens of nats, so it hardly fades. Training may go too far there. The NLL term keeps chosen completions probable, and
+# with a larger β the gradient fades earlier.
 #
 # What does the rise consist of?
 
@@ -411,7 +417,7 @@ figure
 
 # %% [markdown]
 # All five misconceptions become rarer from M0 to M4, mostly in the first two iterations. Nothing told the model which line
-# was incorrect: the reward looks at the final answer alone.
+# was incorrect: the reward looks only at the final answer.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?
@@ -431,9 +437,9 @@ helpers_06.claims_table(verdicts[verdicts.claim.str.contains("nats")])
 
 # %% [markdown]
 # At 3e-4 chosen completions rise in the first iteration, with the NLL term and without it. At 1e-3 with β = 0.1 they fall,
-# and on average they fall more without the term. There the paper's figure 3 appears: DPO pushes so far that it also lowers
-# chosen completions. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. A possible reason:
-# correct and incorrect result share one token's probability, so raising one lowers the other.
+# and on average they fall more without the term. This agrees with the paper's figure 3, where DPO without NLL also lowers
+# chosen completions. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. A possible reason: the
+# correct and the incorrect result are two values of one token, so raising the probability of one lowers that of the other.
 #
 # The next figure shows the first model during its first iteration, at the tuned learning rates and for one seed.
 
@@ -445,14 +451,14 @@ assert probes.seed.nunique() == 1 and "rejected" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# In this model rejected completions also fall with every method, and RFT lowers them the least.
+# In this model rejected completions also fall with all three methods, and RFT lowers them the least.
 # [Notebook 04](04_dpo_nll_training.ipynb) shows the distribution behind such means.
 
 # %% [markdown]
 # ## What you have learnt
 #
-# - Tune every method with the same search, for as many iterations as you judge, and look for choices at the edge.
-# - Pair by seed and question. "Not resolved" is a result; "equal" is not.
+# - Tune every method with the same search, over as many iterations as you compare, and look for choices at the edge.
+# - Pair by seed and question. "Not resolved" does not mean equal.
 # - A claim gets one of four verdicts. "Rules out an effect of the paper's size" is stronger than "not resolved".
 # - An ablation at one learning rate is one column of a map. Two methods at their own settings differ in more than the term.
 # - RFT gains much without rejected completions. Whether pairs beat it depends on model and setting.
@@ -470,8 +476,8 @@ figure
 # <details><summary>Answers</summary>
 #
 # 1. RFT has no rejected completions in its loss. STaR retrains from M_0 and shows answers of failed questions. 2. Sharing
-# removes one source of luck; each M_1 is another model and must sample for itself. 3. It rules out an effect of the
-# paper's size; with +2, not resolved. 4. Of the tuning alone. 5. The paper compares M1 of a model with 70 billion
+# removes one source of luck. But each M_1 is another model and must sample for itself. 3. It rules out an effect of the
+# paper's size. With +2: not resolved. 4. Of the tuning alone. 5. The paper compares M1 of a model with 70 billion
 # parameters. Here an incorrect step has one alternative, which may favour RFT.
 #
 # </details>
