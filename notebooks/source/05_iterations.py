@@ -150,8 +150,7 @@ assert "distinct answers" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# It shrinks: completions become less varied. The gap between pass@1 and pass@8 also becomes smaller, because further
-# samples of M_4 add less to the first one.
+# It shrinks: completions become less varied. Further samples add less, so the gap between pass@1 and pass@8 also shrinks.
 
 # %% [markdown]
 # ## 3 Read: what changes in the completions?
@@ -169,9 +168,9 @@ by_steps.round(2)
 
 # %% [markdown]
 # Read the table by rows. Working becomes complete on short questions first, then on long ones. The model learns to show
-# all steps where it skipped some before. This is [elicitation](../docs/glossary.md#elicitation). How much
-# of the gain of real models is elicitation is [disputed](https://arxiv.org/abs/2504.13837). The next cell prints one
-# question. We selected it because it shows the change.
+# all steps where it skipped some before. This is [elicitation](../docs/glossary.md#elicitation). How far it
+# explains the gains of real models is [disputed](https://arxiv.org/abs/2504.13837). The next cell prints one
+# question, selected because it shows the change.
 
 # %% tags=["nbval-ignore-output"]
 i = helpers_05.learned_question(evaluated, lines)
@@ -297,8 +296,8 @@ helpers_05.control({"M_1": once, "twice the pairs\nof M_0": control, "M_2": twic
 #
 # The [KL divergence](../docs/glossary.md#kl-divergence) $\text{KL}(M_t \| M_{t-1}) = \sum_y M_t(y)
 # \log\frac{M_t(y)}{M_{t-1}(y)}$ measures how far, in nats. We cannot list all completions $y$. But the sum is the
-# mean log-ratio of completions that $M_t$ samples, so we can estimate it. With four possible completions we can compute the
-# sum and repeat the estimate 1,000 times.
+# mean log-ratio of completions that $M_t$ samples, so we can estimate it. Here are both for four possible completions, with
+# 1,000 repeated estimates.
 #
 # **Predict**: a KL divergence is never negative. Can its estimate be?
 
@@ -371,7 +370,7 @@ figure
 # KL stays small, and training raises the log-probability of chosen completions. Compare both curves at the same t,
 # because each iteration has different pairs.
 #
-# Now compare two learning rates, 1e-4 and 3e-4, each with the NLL term (α = 1) and without it (α = 0)
+# Now compare 1e-4 and 3e-4, each with the NLL term (α = 1) and without it (α = 0)
 # ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which of the four
 # settings is M_2 far below 80 %?
 
@@ -382,8 +381,7 @@ helpers_05.stability()
 helpers_05.stability_table()
 
 # %% [markdown]
-# Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations. At 3e-4 with the NLL term M_2
-# stays near M_1.
+# Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations.
 #
 # Does the trainer notice? The next runs train a second miniature model ([notebook 06](06_baselines_and_ablations.ipynb))
 # at β = 0.1 and 3e-4. With DPO alone, without the NLL term, one of three seeds fell from M_3 to M_4. The same seed with the
@@ -438,8 +436,8 @@ print(checks_05.keep(keep))
 
 # %% [markdown]
 # The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). Now we score rules on the
-# shipped runs. The 34 runs of the first model stored one split. There, half of the questions select the model and the other
-# half measures its accuracy.
+# shipped runs. Those of the first model stored one split: half of its questions select the model, the other half measures
+# its accuracy.
 #
 # **Predict**: is a limit on KL, or on a fall of the chosen completions, a better rule than patience 1?
 
@@ -483,8 +481,8 @@ helpers_05.regrets(table)
 # %% [markdown]
 # Intervals are over runs. Of these four rules, patience 1 loses least on average, but in one run it loses 38 points. As
 # *automatic* rules, KL and the chosen log-probability lose most. In section 7 the KL of a healthy first iteration at 1e-4
-# is above 1 nat. And the log-probability of chosen completions can fall while accuracy rises. Patience 1 keeps M_0 mostly in `shuffled`,
-# which trains on random labels and has no better model.
+# is above 1 nat. And the log-probability of chosen completions can fall while accuracy rises. Patience 1 keeps M_0 mostly in
+# `shuffled`, which trains on random labels and has no better model.
 #
 # So use KL and the chosen log-probability as signs to *look*. Read ten completions, check how many hit the token limit
 # (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by validation accuracy. Also stop when no pairs are

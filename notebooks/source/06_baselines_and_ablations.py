@@ -153,7 +153,7 @@ helpers_06.accuracy_dots(main, iterations=(1, 4))
 # %% [markdown]
 # Here SFT on gold solutions is first after one iteration. This M_0 first learnt to work out most questions, and was then
 # trained to skip its working. The gold solutions show the working in the form that it once learnt, and any training that
-# restores it succeeds. Methods with three seeds are in [06b](06b_judges_luck_ablations.ipynb).
+# restores it succeeds.
 #
 # ### Which differences are real?
 #
@@ -292,9 +292,8 @@ helpers_06.claims_table(judged)
 # paper's size. The comparison with SFT on gold solutions disagrees, probably for the reason given in section 3.
 #
 # **One claim depends on the setting.** After one iteration Iterative RPO is better than RFT with 600 questions, and worse
-# with 150. *Few samples* means N = 3, and *hot sampling* means temperature 1.5. Fewer questions make fewer optimiser steps.
-# RFT has the higher tuned learning rate, so it may get further in few steps. A run with equal steps would have to test this
-# hypothesis.
+# with 150. (*Few samples* is N = 3, *hot sampling* is temperature 1.5.) Fewer questions make fewer optimiser steps. RFT has
+# the higher tuned learning rate, so it may get further in few steps. This hypothesis needs a run with equal steps.
 
 # %%
 later = claims[claims.claim.str.startswith(("Iterative RPO gains from 1e-4", "M4 falls"))]
@@ -324,7 +323,7 @@ assert "α = 0 at 0.0003" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# Each cell shows its number of seeds. Columns with one seed show only a tendency. What does the term add at each learning
+# Columns with one seed show only a tendency. What does the term add at each learning
 # rate? And does the KL of the first iteration (`first step` below) tell which runs fail?
 
 # %%
@@ -346,7 +345,7 @@ for row in stability[stability.factor == "alpha=1"].itertuples():
 # The first M_0 makes the comparison too easy: any training that restores the working succeeds. In the paper, chosen and
 # rejected completions are both chains of thought. So there is a second miniature model
 # ([model card](../docs/model_card_misconceptions.md)). It always shows its working and makes errors that pupils
-# make. For example, it forgets the carry, or subtracts the smaller digit from the larger one.
+# make. For example, it forgets the carry.
 #
 # **Predict**: does DPO without NLL fall behind here?
 
@@ -364,8 +363,8 @@ tuned.drop(columns="trial")
 # completions do not iterate: their M_t is M_0 after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement
 # learning, has no pairs.
 #
-# The intervals are wide, so look at paired differences. Where `paper` is empty, the paper has no number for that model, and
-# the verdict is about the direction alone.
+# The intervals are wide, so look at paired differences. Where `paper` is empty, the paper has no number, and the
+# verdict is about the direction alone.
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
@@ -376,13 +375,12 @@ helpers_06.claims_table(compared)
 
 # %% [markdown]
 # **The rise** agrees with the paper in three of four iterations. **New completions** are worth more than further steps on
-# those of M_0. The control has the best of four learning rates, which is the lowest that was tried.
+# those of M_0. The best learning rate of this control is the lowest of four that were tried.
 #
 # **RFT** is ahead at M2 and M3 in every seed. At M1 the interval rules out a lead of the paper's size for Iterative RPO, and
 # at M4 the difference is not resolved. A possible reason: here an incorrect step competes with *one* alternative, so raising
-# the correct one already lowers it. A model with several plausible incorrect steps would have to test this. **SFT on gold
-# solutions** is ahead at M1, which disagrees with the paper. Its M4 has the largest KL to M_0 of the six methods, 11 nats
-# ([log](../figures/lesson_log.md)).
+# the correct one already lowers it. **SFT on gold solutions** is ahead at M1, which disagrees with the paper. At M4 its KL to
+# M_0 is the largest of the six methods, 11 nats ([log](../figures/lesson_log.md)).
 #
 # **DPO without NLL** is behind at M1, and the verdict reads "agrees". Look at the settings before you believe it: the tuning
 # chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. The next cells compare both methods at the same β.
@@ -399,13 +397,12 @@ helpers_06.claims_table(verdicts[nll_claims & verdicts.claim.str.contains("M1")]
 # The figure shows M4, the table M1. At 3e-4 all means of M4 are between 83 and 89 %, and at M1 the term adds at most about 1
 # point. At 1e-3 β matters. With β = 0.1 the NLL term helps at M1, by 19 points, which agrees with the paper. The last row says
 # that it helps more there than at β = 1. At M4 its effect is not resolved ([verdicts](../figures/lesson_verdicts.csv)): both
-# methods are at about 60 %. With β = 3 both reach more than 80 %. At 1e-3 the points at β = 0.3 and β = 3 have one seed, and a
-# single seed gives no verdict but "not resolved".
+# methods are at about 60 %. With β = 3 both exceed 80 %. A difference with one seed gets no verdict but "not resolved".
 #
 # [Notebook 04](04_dpo_nll_training.ipynb) suggests a reason: the gradient of the DPO term is βσ(−βδ), where δ says how far
 # training has moved chosen and rejected completions apart. The gradient fades when δ is a few times 1/β. At β = 0.1 that is
-# some tens of nats, so it hardly fades. Training may go too far there. The NLL term keeps chosen completions probable, and
-# with a larger β the gradient fades earlier.
+# some tens of nats, so it hardly fades. Training may go too far there unless the NLL term keeps chosen completions
+# probable.
 #
 # What does the rise consist of?
 
@@ -437,9 +434,9 @@ helpers_06.claims_table(verdicts[verdicts.claim.str.contains("nats")])
 
 # %% [markdown]
 # At 3e-4 chosen completions rise in the first iteration, with the NLL term and without it. At 1e-3 with β = 0.1 they fall,
-# and on average they fall more without the term. This agrees with the paper's figure 3, where DPO without NLL also lowers
-# chosen completions. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. A possible reason: the
-# correct and the incorrect result are two values of one token, so raising the probability of one lowers that of the other.
+# and on average they fall more without the term. The fall without the
+# term agrees with figure 3. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. A possible
+# reason: the correct and the incorrect result compete for the probability of one token, so raising one lowers the other.
 #
 # The next figure shows the first model during its first iteration, at the tuned learning rates and for one seed.
 
@@ -452,7 +449,6 @@ figure
 
 # %% [markdown]
 # In this model rejected completions also fall with all three methods, and RFT lowers them the least.
-# [Notebook 04](04_dpo_nll_training.ipynb) shows the distribution behind such means.
 
 # %% [markdown]
 # ## What you have learnt
