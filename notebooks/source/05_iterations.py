@@ -386,13 +386,13 @@ helpers_05.stability_table()
 # Does the trainer notice? The next runs train a second miniature model ([notebook 06](06_baselines_and_ablations.ipynb))
 # at β = 0.1 and 3e-4. With DPO alone, without the NLL term, one of three seeds fell from M_3 to M_4. The same seed with the
 # NLL term did not ([runs](../figures/lesson_runs.jsonl)). [Reward accuracy](../docs/glossary.md#reward-accuracy) is the share
-# of training pairs with a positive reward margin. **Predict**: in which of the two runs is it higher?
+# of training pairs with a positive reward margin. **Predict**: which of the two has the higher reward accuracy?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
-# In the run that falls, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
+# The run that falls has it, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
 # completions are good. KL jumps in the iteration of the fall. The fall is 4.7 points on 300 questions. The test of section 4
 # gives p = 0.06, so KL is the clearer sign here. The other two seeds of DPO alone do not fall. With the NLL term another
 # seed falls by 3.3 points, without a jump in KL.
