@@ -434,9 +434,9 @@ helpers_06.claims_table(verdicts[verdicts.claim.str.contains("nats")])
 
 # %% [markdown]
 # At 3e-4 chosen completions rise in the first iteration, with the NLL term and without it. At 1e-3 with β = 0.1 they fall,
-# and on average they fall more without the term. The fall without the
-# term agrees with figure 3. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. A possible
-# reason: the correct and the incorrect result compete for the probability of one token, so raising one lowers the other.
+# and on average they fall more without the term. The fall without the term agrees with figure 3. With RFT rejected
+# completions *fall* in all seeds, which disagrees with figure 2. A possible reason: the correct and the incorrect result
+# compete for the probability of one token, so raising one lowers the other.
 #
 # The next figure shows the first model during its first iteration, at the tuned learning rates and for one seed.
 
