@@ -51,8 +51,8 @@ print("profile", PROFILE, "· device", models.default_device())
 # %% [markdown]
 # ## 1 Get in
 #
-# What must work before you pay by the hour? First the driver. The pinned torch brings CUDA 13, which needs **driver 580 or
-# newer** and a GPU from 2018 or later. Run `nvidia-smi` *before* you install 3 GB.
+# What must work before you pay by the hour? Check the driver first. The pinned torch brings CUDA 13, which needs **driver 580
+# or newer** and a GPU from 2018 or later. Run `nvidia-smi` *before* you install 3 GB.
 
 # %% tags=["nbval-ignore-output"]
 print(helpers_07.driver())
@@ -159,10 +159,14 @@ print(checks_07.minutes_lost(minutes_lost))
 # %% [markdown]
 # ## 2 Choose model and GPU
 #
-# Does it fit? Four things take memory: the base, here in 4 bits (its embeddings in 16), the
-# [adapter](../docs/glossary.md#adapter) with its gradients and optimiser state, the [KV cache](../docs/glossary.md#kv-cache) in
-# sampling or the [activations](../docs/glossary.md#activation) in training, and the [logits](../docs/glossary.md#logit). The
-# model's shape, the profile, and the pairs that are trained on at once determine all four.
+# Does it fit? Four parts take memory:
+#
+# - the base, here in 4 bits ([NF4](../docs/glossary.md#nf4)) with embeddings in 16 bits;
+# - the [adapter](../docs/glossary.md#adapter) with its gradients and optimiser state;
+# - the [KV cache](../docs/glossary.md#kv-cache) in sampling, or the [activations](../docs/glossary.md#activation) in training;
+# - the [logits](../docs/glossary.md#logit).
+#
+# The model's shape, the profile and the [micro-batch](../docs/glossary.md#micro-batch) determine all four.
 
 # %%
 def memory(name, pairs):
@@ -187,14 +191,14 @@ table = pd.DataFrame(memory("qwen2.5-0.5b", 4) | memory("llama-3.1-8b", 1)).T[["
 helpers_07.memory_bars(table)
 
 # %% [markdown]
-# When the small model trains, the logits: its vocabulary is as large as that of a large model. When the large model samples,
-# the cache: it is larger than the base. `--micro-batch-size` and `--sampling-batch-size` lower them. Smaller values cost time
-# and change the loss and the samples only by rounding.
+# The logits, when the small model trains: its vocabulary is as large as that of a large model. The cache, when the large model
+# samples: it is larger than the base. `--micro-batch-size` lowers the first, `--sampling-batch-size` the second. Smaller
+# values cost time. They change the loss and the samples only by rounding.
 # [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing) keeps the activations small.
 #
-# You need not set any of this. On a GPU the run chooses the fastest settings that fit: 16 bits for the base if there is room,
-# and then micro-batch and checkpointing from the lengths of the pairs and the free memory. Options that you give are kept.
-# If memory still runs out, the run halves the batch itself and continues.
+# You need not set any of this. On a GPU the run chooses what you leave open. It takes a base in 16 bits if there is room. Before
+# training it chooses micro-batch and checkpointing from the lengths of the pairs and the free memory. If memory still runs
+# out, the run halves the batch and continues.
 
 # %% [markdown]
 # ### Exercise 7.2: the cache
@@ -241,8 +245,8 @@ helpers_07.hours_bars(planned)
 
 # %% [markdown]
 # By this estimate, only 2.5 times. For small models most of the time goes into launching the kernels of each layer, not
-# into arithmetic. So compare the *cost of the run*: hours times price. Prefer GPUs of 2020 or later: a T4 has no
-# [bf16](../docs/glossary.md#bf16) and needs `--dtype float16`, with [loss scaling](../docs/glossary.md#loss-scaling).
+# into arithmetic. So compare the *cost of the run*: hours times price. Prefer GPUs of 2020 or later. A T4 has no
+# [bf16](../docs/glossary.md#bf16), so the run uses fp16 with [loss scaling](../docs/glossary.md#loss-scaling).
 
 # %% [markdown]
 # ## 3 Estimate
@@ -256,8 +260,10 @@ print(planning.table(plan))
 assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
 # %% [markdown]
-# For the choice above, sampling. Evaluation takes less, because it asks 300 validation questions. **Predict**: what would it
-# take to evaluate every model on the whole test split, with 32 completions per question?
+# For the choice above, sampling. Evaluation takes less, because it asks 300 validation questions. Training needs more memory
+# than its bar in section 2. This GPU has room for a base in 16 bits, and for all activations without checkpointing.
+#
+# **Predict**: what would it take to evaluate every model on the whole test split, with 32 completions per question?
 
 # %% tags=["nbval-ignore-output"]
 expensive = dict(eval_split="test", n_eval_questions=None, eval_samples=32, eval_samples_ends=32)
@@ -307,11 +313,19 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # ```
 #
 # The run prints accuracy on the validation questions after every iteration. `--report-to tensorboard` adds curves. With
-# `--engine vllm` it starts a [vLLM](../docs/results/speed.md#vllm) server, which writes the completions. The last command
-# evaluates the iteration with the highest greedy accuracy on the whole test split, with a
-# [majority vote](../docs/glossary.md#majority-vote) over 32 completions. The run of the next section needs no GPU. It
-# takes two commands: `python -m irpo_utils run` with `--profile smollm2-135m-sft --out runs/smollm2-135m-sft`, then with
-# `--profile smollm2-135m-cpu --out runs/smollm2-135m-cpu`.
+# `--engine vllm` it starts a [vLLM](../docs/results/speed.md#vllm) server, which writes the completions.
+#
+# The last command chooses the iteration with the highest greedy accuracy. It evaluates this model once on the whole test split,
+# with a [majority vote](../docs/glossary.md#majority-vote) over 32 completions. With `--iterations 0 best` it also evaluates
+# M_0 and compares the two.
+#
+# **Without a GPU**, two commands train SmolLM2-135M in some hours. They use more questions than the
+# [stored run](../docs/results/smollm2.md) of the next section.
+#
+# ```bash
+# python -m irpo_utils run --profile smollm2-135m-sft --out runs/smollm2-135m-sft
+# python -m irpo_utils run --profile smollm2-135m-cpu --out runs/smollm2-135m-cpu
+# ```
 
 # %% [markdown]
 # ## 5 Read the curve
@@ -350,9 +364,9 @@ gains.round(1)
 #
 # **Goal**: plan an evaluation that can decide. **Difficulty**: 2 of 3. **Time**: 10 minutes.
 #
-# On `n` questions a gain of `gain` points has an interval of plus or minus `half_width` points. The half-width falls with
-# $1/\sqrt n$. `questions_needed(gain, half_width, n)` returns how many questions, at least, make the half-width as small as
-# the gain, if the gain stays the same.
+# On `n` questions a gain of `gain` points has an interval of plus or minus `half_width` points. The half-width is proportional
+# to $1/\sqrt n$. `questions_needed(gain, half_width, n)` returns the smallest number of questions for which the half-width is
+# at most the gain. Assume that the gain stays the same.
 #
 # <details><summary>Hint</summary>
 #
@@ -423,8 +437,9 @@ figure
 # %% [markdown]
 # ## 7 Merge, serve, push
 #
-# Your result is an adapter of some megabytes. Which model do you publish? Take one layer of M_1 of the small run: $W$ is
-# the published weight, $\hat W$ its [NF4](../docs/glossary.md#nf4) version, and $\Delta = \frac{a}{r} B A$ what training added.
+# Your result is an adapter of some megabytes. Which model do you publish? That depends on the base of your run: 16 bits or NF4
+# (`quantize` in `profile.json`). The next cells load M_1 of the small run on an NF4 base, as a run on a small GPU does. In one
+# layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ what training added.
 
 # %% tags=["nbval-ignore-output"]
 adapter = out / "iteration_1/adapter"
@@ -455,8 +470,8 @@ helpers_07.survived(cosines)
 
 # %% [markdown]
 # Rounding, by far. Never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. bf16 keeps only
-# a part of so small a $\Delta$. The next cell loads the model without NF4, and PEFT writes $W + \Delta$. This is *not* the
-# model that you measured, which was $\hat W + \Delta$. **Predict**: do M_1 and the merged model write the same completions?
+# a part of so small a $\Delta$. The next cell loads the model without NF4, and PEFT stores $W + \Delta$ in bf16. A run with an
+# NF4 base measures *another* model, $\hat W + \Delta$. **Predict**: do M_1 and the merged model write the same completions?
 
 # %% tags=["nbval-ignore-output"]
 folder = Path(tempfile.mkdtemp()) / "merged"
@@ -477,10 +492,13 @@ print(f"{same} of {len(asked)} greedy completions are the same")
 assert 0 <= same <= len(asked)
 
 # %% [markdown]
-# Hardly any: these are two models. Evaluate the model that you publish on the test questions of the run. Report *its* accuracy.
+# Hardly any: these are two models. With a base in 16 bits they differ only by the rounding of the merged weights. In both cases
+# evaluate the merged model on the test questions (second command). Report *its* accuracy.
 #
 # ```bash
-# python scripts/merge.py qwen2.5-0.5b runs/qwen2.5-0.5b/iteration_4/adapter merged
+# python scripts/merge.py qwen2.5-0.5b runs/qwen2.5-0.5b/iteration_4/adapter merged     # or the best iteration
+# python -m irpo_utils run --profile qwen2.5-0.5b --model merged --iterations 0 --eval-split test \
+#     --n-eval-questions none --eval-samples-ends 32 --out runs/merged
 # vllm serve merged                         # pip install vllm, in a separate environment
 # curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" \
 #     -d '{"model": "merged", "temperature": 0, "messages": [{"role": "user", "content": "..."}]}'

@@ -48,9 +48,9 @@ print("profile", PROFILE, "· seed", profiles.get(PROFILE).seed)
 # %% [markdown]
 # ## 1 What can several GPUs share?
 #
-# A launcher starts the same program once per GPU. Each process knows its number, the
-# [rank](../docs/glossary.md#rank-of-a-process), and how many there are, the
-# [world size](../docs/glossary.md#world-size). They can share the work in three ways.
+# A launcher starts the same program once per GPU. Each process knows its number (the
+# [rank](../docs/glossary.md#rank-of-a-process)) and the number of processes (the
+# [world size](../docs/glossary.md#world-size)). The processes can share the work in three ways.
 #
 # | | each GPU holds | each GPU computes | what is sent |
 # |---|---|---|---|
@@ -74,8 +74,9 @@ print("their sum is the whole product:", torch.allclose(sum(parts), whole, atol=
 # Their results, to form one sum. But a block needs two such sums, one after attention and one after the feed-forward part, and
 # the next layer waits for them. This needs fast links.
 #
-# Sampling and evaluation only split the questions. (If the model does not fit on one GPU, a vLLM server with tensor
-# parallelism samples.) Training needs one gradient per step, so it uses whole copies or split layers.
+# Sampling and evaluation only split the questions. (If the model does not fit on one GPU, a
+# [vLLM](../docs/results/speed.md#vllm) server with tensor parallelism samples.) Training needs one gradient per step, so it
+# uses whole copies or split layers.
 #
 # ## 2 Split the questions
 #
@@ -270,7 +271,7 @@ helpers_08.ring_traffic(measured)
 
 # %% [markdown]
 # Each GPU sends $2\frac{P-1}{P}S$ bytes, less than twice the gradient for any number of GPUs. **Predict**: for
-# Llama-3.1-8B, how many times smaller is $S$ with QLoRA than with all weights?
+# Llama-3.1-8B, how many times smaller is $S$ with [QLoRA](../docs/glossary.md#qlora) than with all weights?
 
 # %%
 sizes = helpers_08.sizes(["smollm2-135m", "qwen2.5-0.5b", "llama-3.1-8b", "llama-2-70b-chat"])
@@ -342,8 +343,8 @@ assert sum(found["shares"], []) == list(range(7)) and (differences < 1e-4).all(a
 differences.map("{:.0e}".format)
 
 # %% [markdown]
-# Only by rounding: the processes add the numbers in another order. A wrong average, a pair that counts twice, or a badly gathered layer
-# would show here.
+# They differ only by rounding, because the processes add the same numbers in another order. An incorrect average, a pair that
+# counts twice or an incorrectly gathered layer would show here.
 #
 # Both processes send through one interface, so we expect twice the bytes of one GPU. **Predict**: for which of
 # the two ways does the formula hold?
@@ -395,16 +396,16 @@ metrics[metrics.metric.isin(["greedy", "sampled"])][["iteration", "metric", "val
 #
 # ## 7 Whole copies or split layers?
 #
-# How much time do more GPUs save? `python -m irpo_utils plan` estimates it from data sheets. **Predict**: is a run on 64
-# GPUs eight times faster than on eight?
+# How much time do more GPUs save? `python -m irpo_utils plan` estimates it from data sheets and a few measurements.
+# **Predict**: is a run on 64 GPUs eight times faster than on eight?
 
 # %%
 plans = helpers_08.plans(["smollm2-135m", "llama-3.1-8b", "paper"], [1, 8, 64])
 helpers_08.shares_of_time(plans)
 
 # %% [markdown]
-# No, at most twice. A step has 16 pairs, and a process needs at least one pair, so 48 of 64 GPUs have no work. *The batch
-# is the limit.*
+# No, at most twice: compare the hours above the bars. A step has 16 pairs, and a process needs at least one pair. So 48 of 64
+# GPUs have no work. *The batch is the limit.*
 #
 # With split layers a GPU gathers the next layer while it computes the current one. If computing takes longer, the traffic
 # costs no time. A micro-batch of $n$ tokens needs $2Wn$ operations for each of three passes through the $W$ weights:
@@ -453,8 +454,9 @@ helpers_08.two_ways("paper", [8, 64]).round(1)
 helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 
 # %% [markdown]
-# On 64. Inside one machine, by this estimate, split layers cost no extra time. But whole copies are as fast, and with the base
-# in NF4 they fit.
+# On 64: there a micro-batch has too few tokens. Inside one machine, by this estimate, split layers cost no extra time. But
+# whole copies are as fast, and with the base in [NF4](../docs/glossary.md#nf4) they fit.
+#
 # The paper trains all weights, on [64 GPUs](https://arxiv.org/html/2404.19733v3#S3.SS1).
 
 # %% [markdown]
@@ -467,8 +469,8 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # ```
 #
 # **A model that does not fit on one GPU**: split layers, and a vLLM server on other GPUs for sampling. Only a run in one process
-# [starts its server itself](../docs/results/speed.md#vllm), so start this one first. It must see the run directory, from which it
-# loads the adapters.
+# [starts its server itself](../docs/results/speed.md#vllm). Here you start the server first. It must see the run directory, from
+# which it loads the adapters.
 #
 # ```bash
 # VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve meta-llama/Llama-2-70b-chat-hf --enable-lora --max-lora-rank 16 \
