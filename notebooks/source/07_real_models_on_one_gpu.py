@@ -205,9 +205,8 @@ helpers_07.memory_bars(table)
 #
 # **Goal**: know the part that grows with every completion. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# `kv_cache_bytes` takes the number of `layers`, of attention `heads`, of heads with keys and values (`kv_heads`), the size of
-# a head (`head_dim`), completions at once (`rows`), positions of each (`columns`), and the bytes of a number. It returns the
-# bytes of the cache.
+# `kv_cache_bytes` returns the bytes of the cache for `rows` completions of `columns` positions each. Every layer has `heads`
+# attention heads with `head_dim` numbers per position, and `kv_heads` heads with keys and values.
 #
 # <details><summary>Hint</summary>
 #
@@ -279,8 +278,8 @@ assert plan.stages[-1].tokens > plan.stages[0].tokens
 #
 # ## 4 Run
 #
-# Does every stage work with a real model, its tokenizer and its chat template? Find out with minutes of work, before you
-# spend hours: 24 easy questions, one iteration, gold solutions as chosen completions.
+# Does every stage work with a real model, its tokenizer and its chat template? Find out in minutes, before you spend hours.
+# The next cell makes a small run: one iteration on 24 easy questions, with gold solutions as chosen completions.
 
 # %% tags=["nbval-ignore-output"]
 profile = profiles.get(NAME)
@@ -312,8 +311,9 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # python scripts/evaluate.py runs/qwen2.5-0.5b --iterations best --split test
 # ```
 #
-# The run prints accuracy on the validation questions after every iteration. `--report-to tensorboard` adds curves. With
-# `--engine vllm` it starts a [vLLM](../docs/results/speed.md#vllm) server, which writes the completions.
+# The run prints accuracy on the validation questions after every iteration. `--report-to tensorboard` adds curves
+# (first `pip install tensorboard`). With `--engine vllm` the run starts a [vLLM](../docs/results/speed.md#vllm) server, which
+# writes the completions.
 #
 # The last command chooses the iteration with the highest greedy accuracy. It evaluates this model once on the whole test split,
 # with a [majority vote](../docs/glossary.md#majority-vote) over 32 completions. With `--iterations 0 best` it also evaluates
@@ -388,7 +388,7 @@ print(checks_07.questions_needed(questions_needed))
 # %% [markdown]
 # The worked solution is in [solutions/07_real_models_on_one_gpu.ipynb](solutions/07_real_models_on_one_gpu.ipynb).
 #
-# What do larger models reach? Published numbers, each with its own prompt and grader. Compare gains, not levels:
+# What do larger models reach? Each of these published numbers has its own prompt and grader. Compare gains, not levels:
 #
 # | model, questions | M_0 | after each iteration |
 # |---|---|---|
@@ -492,13 +492,13 @@ print(f"{same} of {len(asked)} greedy completions are the same")
 assert 0 <= same <= len(asked)
 
 # %% [markdown]
-# Hardly any: these are two models. With a base in 16 bits they differ only by the rounding of the merged weights. In both cases
-# evaluate the merged model on the test questions (second command). Report *its* accuracy.
+# Hardly any: these are two models. With a base in 16 bits they differ only by the rounding of the merged weights. In both
+# cases evaluate the merged model on the test questions (second command). Report *its* accuracy.
 #
 # ```bash
 # python scripts/merge.py qwen2.5-0.5b runs/qwen2.5-0.5b/iteration_4/adapter merged     # or the best iteration
 # python -m irpo_utils run --profile qwen2.5-0.5b --model merged --iterations 0 --eval-split test \
-#     --n-eval-questions none --eval-samples-ends 32 --out runs/merged
+#     --n-eval-questions none --eval-samples-ends 32 --quantize false --out runs/merged
 # vllm serve merged                         # pip install vllm, in a separate environment
 # curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" \
 #     -d '{"model": "merged", "temperature": 0, "messages": [{"role": "user", "content": "..."}]}'

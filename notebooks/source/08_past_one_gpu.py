@@ -58,7 +58,7 @@ print("profile", PROFILE, "· seed", profiles.get(PROFILE).seed)
 # | split layers ([FSDP](../docs/glossary.md#fsdp), ZeRO-3) | a part of every layer | its share of the data | weights and gradients, in every micro-batch |
 # | [tensor parallel](../docs/glossary.md#tensor-parallel) | a part of every matrix | its part of every product | activations, in every layer |
 #
-# The first two share the data, the third shares each product. Here is the third by hand, for the feed-forward part of a
+# The first two ways share the data. The third shares each product. Here is the third by hand, for the feed-forward part of a
 # block ([Shoeybi et al. 2019](https://arxiv.org/abs/1909.08053)). The first matrix is split by its outputs, the second by
 # its inputs. **Predict**: what must two GPUs send each other?
 
@@ -408,7 +408,7 @@ helpers_08.shares_of_time(plans)
 # GPUs have no work. *The batch is the limit.*
 #
 # With split layers a GPU gathers the next layer while it computes the current one. If computing takes longer, the traffic
-# costs no time. A micro-batch of $n$ tokens needs $2Wn$ operations for each of three passes through the $W$ weights:
+# costs no time. A pass of $n$ tokens through $W$ weights needs $2Wn$ operations. A micro-batch has three passes:
 # forward, forward again (checkpointing), and backward.
 
 # %% [markdown]
@@ -499,14 +499,14 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 #
 # 1. Two processes sample with `seed=0` and one generator each. What is wrong with their samples?
 # 2. Why may the loss per completion be averaged over processes, and the mean over tokens not?
-# 3. Sixteen GPUs in place of eight, whole copies: how much more does each GPU send per step?
+# 3. You train whole copies on 16 GPUs instead of 8. How much more does each GPU send per step?
 # 4. You rent 64 GPUs for steps of 16 pairs. What happens?
 #
 # <details><summary>Answers</summary>
 #
 # 1. Both draw the same random numbers.
 # 2. All parts have equally many pairs, but different numbers of tokens.
-# 3. 2 · 15/16 in place of 2 · 7/8 of the gradient: a fourteenth more.
+# 3. 2 · 15/16 instead of 2 · 7/8 of the gradient: a fourteenth more.
 # 4. The trainer refuses, because a process needs at least one pair. 16 GPUs have work.
 #
 # </details>
