@@ -142,6 +142,12 @@ def draw_points(axes, x, y, label, colour, band=(), **style) -> Line:
     return line._replace(numbers=", ".join(f"{y:.1f} at {x:.3g}" for x, y in points))
 
 
+def annotate(axes, text: str, point, offset: float = 7, **options) -> None:
+    """Text to the right of a point, `offset` points (1/72 inch) away."""
+    options = {"color": INK, "fontsize": 9, "va": "center", "annotation_clip": False, **options}
+    axes.annotate(text, point, xytext=(offset, 0), textcoords="offset points", **options)
+
+
 def finish(figure: TextFigure, title: str, panels: dict[str, list[Line]]) -> TextFigure:
     """Add a legend to each panel, in the order in which the lines end, and the alt text."""
     sentences = []

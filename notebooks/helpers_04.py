@@ -16,7 +16,6 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from irpo_utils import models, pairs, plots
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
-from studies.figures import annotate
 from studies.significance import seed_and_question_interval
 
 STUDY = ROOT / "figures" / "pair_log_probabilities.jsonl"
@@ -102,7 +101,7 @@ def loss_and_slope(betas=(0.05, 0.1, 0.5)) -> plots.TextFigure:
         losses.append(loss._replace(numbers=f"{loss.y[0]:.2f} at -40, {loss.y[-1]:.2f} at 40"))
         slopes.append(slope._replace(numbers=f"{slope.y[0]:.3f} at -40, {slope.y[-1]:.3f} at 40"))
     left.plot(0, np.log(2), "o", color=INK, markersize=6)
-    annotate(left, "ln 2 at δ = 0", (0, np.log(2)), offset=8, va="bottom")
+    plots.annotate(left, "ln 2 at δ = 0", (0, np.log(2)), offset=8, va="bottom")
     left.set(xlabel="δ (nats)", ylabel="−log σ(βδ)", ylim=(0, 6))
     right.set(xlabel="δ (nats)", ylabel="Size of the slope, β σ(−βδ)")
     title = "DPO loss of a pair over δ; ln 2 = 0.69 at δ = 0 for every β"
@@ -120,7 +119,7 @@ def gradient_arrows(beta: float, deltas=(-20.0, 0.0, 20.0)) -> plots.TextFigure:
             style = {"arrowstyle": "-|>", "color": colour, "linewidth": 3, "mutation_scale": 13}
             style |= {"shrinkA": 0, "shrinkB": 0}
             axes.annotate("", (x, sign * size), (x, 0), arrowprops=style)
-        annotate(axes, f"{size:.3f}", (i - 0.13, size / 2), offset=-38)
+        plots.annotate(axes, f"{size:.3f}", (i - 0.13, size / 2), offset=-38)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set(xlim=(-0.6, len(deltas) - 0.4), ylim=(-1.1 * beta, 1.1 * beta))
     order = {-1: "in reverse order", 0: "equal", 1: "in the correct order"}

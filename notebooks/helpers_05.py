@@ -16,7 +16,6 @@ from datasets import load_from_disk
 from irpo_utils import plots, profiles, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, GREY, INK, ORANGE
-from studies.figures import annotate
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
@@ -251,7 +250,7 @@ def control(columns: dict[str, np.ndarray]) -> plots.TextFigure:
     for x, mean in enumerate(means):
         axes.plot([x - 0.12, x + 0.12], [mean, mean], color=BLUE, linewidth=3)
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        annotate(axes, f"{mean:.1f}", (x + 0.12, mean), bbox=white)
+        plots.annotate(axes, f"{mean:.1f}", (x + 0.12, mean), bbox=white)
     axes.set_xticks(range(len(columns)), list(columns))
     axes.set(ylabel="Greedy accuracy (%)", xlim=(-0.4, len(columns) - 0.4))
     numbers = "; ".join(f"{name}: {mean:.1f}" for name, mean in zip(columns, means))

@@ -15,7 +15,6 @@ from matplotlib.ticker import MaxNLocator
 from irpo_utils import grading, models, plots, sampling
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PAPER
-from studies.figures import annotate
 
 ROOT = Path(__file__).resolve().parents[1]
 # Methods of the comparison with five seeds, under the names that the notebooks use.
@@ -234,7 +233,7 @@ def accuracy_dots(means: pd.DataFrame, iterations, limits=(70, 100)) -> plots.Te
                 _dot(panel, y, value, max(low, limits[0]), high, colour)
             if low < limits[0]:  # the interval continues to the left
                 panel.plot(limits[0], y, "<", color=colour, markersize=8, clip_on=False)
-            annotate(panel, f"{value:.1f}", (1, y), xycoords=("axes fraction", "data"))
+            plots.annotate(panel, f"{value:.1f}", (1, y), xycoords=("axes fraction", "data"))
             spoken.append(f"{NAMES[row.method]} {value:.1f} ({low:.1f} to {high:.1f})")
         _rows_axis(panel, [NAMES[name] for name in rows.method])
         panel.set(xlim=limits, title=f"M{t}", xlabel="Accuracy (%), 95 % interval")
@@ -269,7 +268,7 @@ def gains(panels: dict[str, pd.DataFrame]) -> plots.TextFigure:
         for row in rows.itertuples():
             panel.plot([row.iteration] * 2, [row.low, row.high], color=BLUE, linewidth=2)
             panel.plot(row.iteration, row.points, "o", color=BLUE, markersize=7)
-            annotate(panel, f"{row.points:+.1f}", (row.iteration, row.points), offset=6)
+            plots.annotate(panel, f"{row.points:+.1f}", (row.iteration, row.points), offset=6)
         panel.axhline(0, color=INK, linewidth=1)
         panel.set(title=title, xlim=(0.6, 4.7), xlabel="Iteration t (model $M_t$)")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -291,7 +290,7 @@ def forest(rows: pd.DataFrame) -> plots.TextFigure:
     for y, row in zip(range(len(rows) - 1, -1, -1), rows.itertuples(), strict=True):
         _dot(axes, y, row.points, row.low, row.high, colours.get(row.verdict, GREEN))
         axes.plot(row.paper, y, "D", color=INK, markersize=5, fillstyle="none")
-        annotate(axes, row.verdict, (1, y), xycoords=("axes fraction", "data"))
+        plots.annotate(axes, row.verdict, (1, y), xycoords=("axes fraction", "data"))
         spoken.append(f"{row.claim}: {with_interval(row)}, paper {row.paper:+.1f}, {row.verdict}")
     axes.axvline(0, color=INK, linewidth=1)
     _rows_axis(axes, list(rows.claim))

@@ -21,7 +21,6 @@ from helpers_common import finished_stages  # noqa: F401
 from irpo_utils import UserError, evaluation, models, plots, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
-from studies.figures import annotate
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
@@ -162,7 +161,7 @@ def memory_bars(table: pd.DataFrame) -> plots.TextFigure:
         axes.barh(range(len(table)), width, left=left, color=colour, label=part, height=0.65)
         left += width
     for y, end in enumerate(left):
-        annotate(axes, f"{end:.1f}", (end, y), offset=4)
+        plots.annotate(axes, f"{end:.1f}", (end, y), offset=4)
     axes.set_yticks(range(len(table)), table.index)
     axes.invert_yaxis()
     axes.set(xlabel="Memory (GB)", xlim=(0, 1.08 * left.max()))
@@ -190,7 +189,7 @@ def hours_bars(table: pd.DataFrame) -> plots.TextFigure:
         axes.barh(range(len(table)), column.fillna(0), color=BLUE, height=0.65)
         texts = ["does not fit" if np.isnan(x) else f"{x:.1f} h" for x in column]
         for y, (hours, text) in enumerate(zip(column.fillna(0), texts, strict=True)):
-            annotate(axes, text, (hours, y), offset=4)
+            plots.annotate(axes, text, (hours, y), offset=4)
         axes.set_yticks(range(len(table)), table.index if axes is panels[0] else [""] * len(table))
         axes.invert_yaxis()
         axes.set(title=name, xlabel="Planned hours", xlim=(0, 1.35 * column.max()))
@@ -242,7 +241,7 @@ def survived(cosines: dict[str, float]) -> plots.TextFigure:
     figure, axes = plots.new_figure(6.2, 2.3)
     axes.barh(list(cosines), list(cosines.values()), color=BLUE, height=0.6)
     for y, value in enumerate(cosines.values()):
-        annotate(axes, f"{value:.2f}", (max(value, 0), y), offset=4)
+        plots.annotate(axes, f"{value:.2f}", (max(value, 0), y), offset=4)
     axes.invert_yaxis()
     axes.set(xlabel="Cosine between the trained change and the stored one", xlim=(0, 1.12))
     numbers = ", ".join(f"{name} {value:.2f}" for name, value in cosines.items())

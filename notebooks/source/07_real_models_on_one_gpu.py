@@ -443,7 +443,7 @@ figure
 
 # %% tags=["nbval-ignore-output"]
 adapter = out / "iteration_1/adapter"
-m1, tokenizer = models.load(MODEL, adapter, dtype=small.dtype, pad_token=small.pad_token)      # as trained: NF4
+m1, tokenizer = models.load(MODEL, adapter, dtype=small.dtype, pad_token=small.pad_token)      # on an NF4 base
 original, _ = models.load(MODEL, quantize=False, dtype=small.dtype, pad_token=small.pad_token)
 layer, plain = (next(m for name, m in model.named_modules() if name.endswith("layers.1.mlp.up_proj")) for model in (m1, original))
 A, B = (matrix["default"].weight.data.float() for matrix in (layer.lora_A, layer.lora_B))

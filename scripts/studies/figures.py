@@ -24,12 +24,6 @@ COSTS = {  # column: what the axis divides it by, and its label
 }
 
 
-def annotate(axes, text: str, point, offset: float = 7, **options) -> None:
-    """Text to the right of a point, `offset` points (1/72 inch) away."""
-    options = {"color": INK, "fontsize": 9, "va": "center", "annotation_clip": False, **options}
-    axes.annotate(text, point, xytext=(offset, 0), textcoords="offset points", **options)
-
-
 def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row per number of a table with several seeds: mean, 95 % interval, `n`, `seeds`.
 
@@ -361,7 +355,7 @@ def _draw_dot(axes, y: float, numbers, colour: str, label: str) -> None:
 
 
 def _annotate_right(axes, y: float, text: str) -> None:
-    annotate(axes, text, (1, y), xycoords=("axes fraction", "data"))
+    plots.annotate(axes, text, (1, y), xycoords=("axes fraction", "data"))
 
 
 def _row_label(row, table: pd.DataFrame) -> str:
