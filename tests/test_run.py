@@ -16,8 +16,8 @@ import pytest
 from datasets import DatasetDict, load_from_disk
 from filelock import FileLock
 
-from irpo_utils import UserError, evaluation, logprobs, models, profiles, sampling, tasks
-from irpo_utils.engines import plain
+from irpo_utils import UserError, evaluation, iteration, logprobs, models, profiles, sampling, tasks
+from irpo_utils.engines import Engine, plain
 from irpo_utils.ops import environment, run_directory, storage, warnings
 from irpo_utils.ops import plan as planning
 from irpo_utils.ops import run as runs
@@ -905,6 +905,16 @@ def test_evaluate_needs_the_training_questions_of_the_run(tmp_path):
     write_jsonl(file, rows[:80])
     with pytest.raises(UserError, match="training questions .* have changed.*--allow-overlap"):
         evaluate_again.evaluate_run(out, k=1)
+
+
+def test_evaluate_ends_the_server_of_its_engine(finished, others, monkeypatch):
+    closed = []
+    monkeypatch.setattr(Engine, "close", lambda self: closed.append(self))
+    evaluate_again.evaluate_run(finished, "jsonl", others, iterations=[0], k=1)
+    monkeypatch.setattr(iteration.Stages, "evaluate", lambda self, t: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_again.evaluate_run(finished, "jsonl", others, iterations=[0], k=1)
+    assert len(closed) == 2
 
 
 # ---- the best iteration

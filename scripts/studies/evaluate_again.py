@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -63,9 +64,10 @@ def evaluate_run(
         shard=False,
     )
     keep = _Evaluation(run, p, folder / f"{now.task}_{now.eval_split}.csv")
-    stages = iteration.Stages(now, keep, engine_of(now), processes.is_first())
-    for t in wanted:
-        stages.evaluate(t)
+    with contextlib.closing(engine_of(now)) as engine:
+        stages = iteration.Stages(now, keep, engine, processes.is_first())
+        for t in wanted:
+            stages.evaluate(t)
     text = pandas.DataFrame(keep.rows).to_string(index=False)
     if len(wanted) > 1:
         ends = keep.greedy[wanted[0]], keep.greedy[wanted[-1]]
