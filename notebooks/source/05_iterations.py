@@ -525,17 +525,15 @@ assert len(table) == len(shipped)
 # **Recall**
 #
 # 1. Which three roles does M_t have in iteration t?
-# 2. Both models answer 430 questions correctly and 40 incorrectly. Only a is correct on 12, only b on 18. Which of these
-#    numbers enter McNemar's test?
-# 3. What does the control of section 5 rule out?
-# 4. Your KL estimate is -0.02. Is something broken?
-# 5. Reward accuracy 0.97, margin rising, chosen log-probability falling. What do you do?
+# 2. What does the control of section 5 rule out?
+# 3. Your KL estimate is -0.02. Is something broken?
+# 4. Reward accuracy 0.97, margin rising, chosen log-probability falling. What do you do?
 #
 # <details><summary>Answers</summary>
 #
-# 1. It samples, it is the reference, and training starts from it. 2. Only 12 and 18. 3. That more pairs of M_0 explain
-# the gain of M_2. 4. Not necessarily. Look at the standard error: an estimate many standard errors below 0 means a bug.
-# 5. Read completions and look at validation accuracy before you trust the model.
+# 1. It samples, it is the reference, and training starts from it. 2. That more pairs of M_0 explain the gain of M_2.
+# 3. Not necessarily. Look at the standard error: an estimate many standard errors below 0 means a bug. 4. Read completions
+# and look at validation accuracy before you trust the model.
 #
 # </details>
 #

@@ -25,8 +25,7 @@
 # | time for this notebook | 10 seconds on one core | 10 seconds on one core | depends on the model |
 #
 # **Needs**: the packages of this repository. The runs took hours. Their results are in `figures/`, each with the command
-# that made it, and this notebook reads them. **Optional sequel**: [06b · Judges, luck and
-# ablations](06b_judges_luck_ablations.ipynb).
+# that made it, and this notebook reads them.
 #
 # **Before this**: [05 · Iterations](05_iterations.ipynb).
 
@@ -39,7 +38,6 @@ sys.path += ["../scripts", "../../scripts"]    # the package `studies`
 import checks_06, helpers_06
 from irpo_utils import evaluation, methods, models, plots, profiles
 from irpo_utils.ops.cli import quiet_libraries
-from studies import figures
 from studies.significance import seed_and_question_interval
 
 quiet_libraries()
@@ -296,16 +294,13 @@ helpers_06.claims_table(judged)
 # the higher tuned learning rate, so it may get further in few steps. This hypothesis needs a run with equal steps.
 
 # %%
-later = claims[claims.claim.str.startswith(("Iterative RPO gains from 1e-4", "M4 falls"))]
+later = claims[claims.claim.str.startswith("M4 falls")]
 for row in later[later.seeds == 5].itertuples():
     print(f"{row.a:25} -> {row.b:25} {helpers_06.with_interval(row):24} {row.claim}")
 
 # %% [markdown]
 # **Falls at M4**, by 3 points or more. Iterative RPO falls in one of five seeds, and RFT in none. DPO without NLL, random
 # labels, and Iterative RPO that starts from the M1 of RFT fall in four of five.
-#
-# **The headline figure of the [README](../README.md)** uses 2e-5, chosen among the learning rates that gain in every
-# iteration. The comparison uses 1e-4, which is better at M1, M2 and M3. At M4 the difference is not resolved.
 
 # %% [markdown]
 # ## 5 When does the NLL term matter?
@@ -335,9 +330,8 @@ for row in stability[stability.factor == "alpha=1"].itertuples():
 
 # %% [markdown]
 # At 1e-4 and below the effect is not resolved after two iterations. At 3e-4 training without the term collapses. RFT, the
-# limit of large α, never does. The KL of the first iteration shows the danger. Section 3 points the same way at 1e-4: the
-# gain grows with the iterations and is resolved at M4. So here training with the NLL term tolerates a higher learning rate
-# and more iterations. Whether the term also raises the best accuracy is not resolved.
+# limit of large α, never does. The KL of the first iteration shows the danger. So here training with the NLL term tolerates
+# a higher learning rate, and by section 3 more iterations. Whether it also raises the best accuracy is not resolved.
 
 # %% [markdown]
 # ## 6 A second model, whose working errs
@@ -363,8 +357,7 @@ tuned.drop(columns="trial")
 # completions do not iterate: their M_t is M_0 after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement
 # learning, has no pairs.
 #
-# The intervals are wide, so look at paired differences. Where `paper` is empty, the paper has no number, and the
-# verdict is about the direction alone.
+# Now the paired differences. Where `paper` is empty, the paper has no number, and the verdict is about the direction alone.
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
@@ -399,10 +392,9 @@ helpers_06.claims_table(verdicts[nll_claims & verdicts.claim.str.contains("M1")]
 # that it helps more there than at β = 1. At M4 its effect is not resolved ([verdicts](../figures/lesson_verdicts.csv)): both
 # methods are at about 60 %. With β = 3 both exceed 80 %. A difference with one seed gets no verdict but "not resolved".
 #
-# [Notebook 04](04_dpo_nll_training.ipynb) suggests a reason: the gradient of the DPO term is βσ(−βδ), where δ says how far
-# training has moved chosen and rejected completions apart. The gradient fades when δ is a few times 1/β. At β = 0.1 that is
-# some tens of nats, so it hardly fades. Training may go too far there unless the NLL term keeps chosen completions
-# probable.
+# [Notebook 04](04_dpo_nll_training.ipynb) suggests a reason. The gradient of the DPO term fades when δ, by which training has
+# moved chosen and rejected completions apart, is a few times 1/β. At β = 0.1 that is some tens of nats. Training may go too
+# far there unless the NLL term keeps chosen completions probable.
 #
 # What does the rise consist of?
 
@@ -437,18 +429,6 @@ helpers_06.claims_table(verdicts[verdicts.claim.str.contains("nats")])
 # and on average they fall more without the term. The fall without the term agrees with figure 3. With RFT rejected
 # completions *fall* in all seeds, which disagrees with figure 2. A possible reason: the correct and the incorrect result
 # compete for the probability of one token, so raising one lowers the other.
-#
-# The next figure shows the first model during its first iteration, at the tuned learning rates and for one seed.
-
-# %% tags=["nbval-ignore-output"]
-probes = helpers_06.read("log_probabilities_from_m0")
-curves = {helpers_06.NAMES[name]: rows for name, rows in probes.groupby("method", sort=False)}
-figure = figures.training_curves(curves)
-assert probes.seed.nunique() == 1 and "rejected" in plots.alt_text(figure)
-figure
-
-# %% [markdown]
-# In this model rejected completions also fall with all three methods, and RFT lowers them the least.
 
 # %% [markdown]
 # ## What you have learnt
@@ -464,17 +444,15 @@ figure
 # **Recall**
 #
 # 1. RFT and Iterative RPO use the same correct completions. What differs, and how does RFT differ from STaR?
-# 2. Why do the methods share the completions of M_0, and not those of M_1?
-# 3. Five seeds, difference +1.2 (−0.3 to 2.7), paper +6. What do you write? And with paper +2?
-# 4. A paper tunes its method and takes the baseline's settings from elsewhere. What can its gain consist of?
-# 5. On the second model RFT is ahead at M2 and M3. Why does this not refute the paper's table?
+# 2. Five seeds, difference +1.2 (−0.3 to 2.7), paper +6. What do you write? And with paper +2?
+# 3. A paper tunes its method and takes the baseline's settings from elsewhere. What can its gain consist of?
+# 4. On the second model RFT is ahead at M2 and M3. Why does this not refute the paper's table?
 #
 # <details><summary>Answers</summary>
 #
-# 1. RFT has no rejected completions in its loss. STaR retrains from M_0 and shows answers of failed questions. 2. Sharing
-# removes one source of luck. But each M_1 is another model and must sample for itself. 3. It rules out an effect of the
-# paper's size. With +2: not resolved. 4. Of the tuning alone. 5. The paper compares M1 of a model with 70 billion
-# parameters. Here an incorrect step has one alternative, which may favour RFT.
+# 1. RFT has no rejected completions in its loss. STaR retrains from M_0 and shows answers of failed questions. 2. It rules
+# out an effect of the paper's size. With +2: not resolved. 3. Of the tuning alone. 4. The paper compares M1 of a model with
+# 70 billion parameters. Here an incorrect step has one alternative, which may favour RFT.
 #
 # </details>
 #
