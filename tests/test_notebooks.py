@@ -207,6 +207,23 @@ def test_beginning_says_what_it_takes_and_what_it_gives(name):
     assert not after or f"]({after[0]}.ipynb)" in last.source
 
 
+LONGER = {"06_baselines_and_ablations": 2200, "07_real_models_on_one_gpu": 2250}
+LONGER["08_past_one_gpu"] = 1900
+
+
+@by_name
+def test_the_prose_is_read_in_half_an_hour(name):
+    """Words without tables, formulas and the targets of links."""
+    words = 0
+    for cell in view(name, solved=False).cells:
+        if cell.cell_type == "markdown":
+            lines = [line for line in cell.source.splitlines() if not line.startswith("|")]
+            text = re.sub(r"\]\([^)]*\)", "]", "\n".join(lines))
+            text = re.sub(r"\$\$.*?\$\$|\$[^$]*\$", "", text, flags=re.S)
+            words += len(re.findall(r"\S*\w\S*", text))
+    assert words <= LONGER.get(name, 1800)
+
+
 @by_name
 def test_setting_comes_first_and_predictions_and_recall_are_asked_for(name):
     notebook = view(name, solved=False)

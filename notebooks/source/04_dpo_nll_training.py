@@ -568,9 +568,8 @@ for rate in rates:
 # ## What you have learnt
 #
 # - DPO is maximum likelihood under Bradley–Terry. The reward is β times a log-ratio, and $Z$ cancels.
-# - The loss pushes chosen up and rejected down with equal size $\beta\,\sigma(-\beta\delta)$. Both can still fall, because they
-#   share parameters.
-# - DPO sums over tokens. The NLL term divides by the length of the chosen completion.
+# - The loss pushes chosen up and rejected down with equal size $\beta\,\sigma(-\beta\delta)$. Both can still fall: they share
+#   parameters.
 # - A mean can hide a heavy tail: plot every pair.
 #
 # **Try**: change the features in section 3 until DPO raises the chosen completion.
@@ -585,7 +584,7 @@ for rate in rates:
 # <details><summary>Answers</summary>
 #
 # 1. It cancels in the reward difference.
-# 2. It sums in the DPO term, on both sides, and averages in the NLL term. It ignores prompt and padding.
+# 2. It sums in the DPO term and averages in the NLL term. It ignores prompt and padding.
 # 3. Nothing is trained, or the reference changes with the model.
 # 4. In the toy, when chosen and rejected have similar features. In our study, when a chosen completion has the style of
 #    rejected ones.

@@ -485,8 +485,7 @@ helpers_05.regrets(table)
 # `shuffled`, which trains on random labels and has no better model.
 #
 # So use KL and the chosen log-probability as signs to *look*. Read ten completions, check how many hit the token limit
-# (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by validation accuracy. Also stop when no pairs are
-# left.
+# (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by validation accuracy.
 #
 # ### Open exercise: a rule of your own
 #
@@ -515,8 +514,7 @@ assert len(table) == len(shipped)
 # ## What you have learnt
 #
 # - The loop is four calls. Gains shrink, and completions become less varied.
-# - An average needs an interval, and two models need a paired test.
-# - New samples helped more than further training on old ones.
+# - Two models need a paired test.
 # - Accuracy can fall while the reward accuracy of the training looks good.
 # - Select by validation accuracy. KL and the chosen log-probability tell you when to look.
 #
