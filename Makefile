@@ -47,7 +47,7 @@ $(VLLM)/.ready: | $(READY)
 run: $(READY)    ## Iterative RPO with the default profile, about ten minutes on two cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
-test: $(REAL)    ## the fast tests, about eleven minutes on two cores
+test: $(REAL)    ## the fast tests, a quarter of an hour on two cores
 	$(BIN)/python -m pytest -m "not slow and not vllm"
 
 test-slow: $(REAL) $(CLUSTER)  ## the long tests: notebooks executed by nbval, kills, several processes, studies
