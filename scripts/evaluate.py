@@ -3,7 +3,7 @@
     python scripts/evaluate.py runs/cpu --split validation --k 32
     python scripts/evaluate.py runs/qwen2.5-0.5b --split test --iterations best
 
-With `best` the M_t of highest greedy accuracy in metrics.csv is evaluated, the earliest of equals.
+With `best` the M_t of highest greedy accuracy in metrics.csv is evaluated, the earliest of a tie.
 That needs a run that was evaluated on the validation split, and another split here.
 `torchrun` or `accelerate launch` before the script splits the questions over several GPUs.
 """

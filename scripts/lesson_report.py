@@ -181,7 +181,7 @@ def mean_table(trials: dict[str, dict[int, dict]]) -> pd.DataFrame:
 
 
 def chosen(record: dict) -> dict:
-    """The iteration of a run with the best greedy accuracy on validation; of equals the first."""
+    """The iteration of a run with the best greedy accuracy on validation; the first of a tie."""
     return max(record["iterations"], key=lambda row: study.share(row["validation"]["greedy"]))
 
 

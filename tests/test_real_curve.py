@@ -82,6 +82,10 @@ def test_one_command_makes_the_curve_and_resumes(tmp_path, monkeypatch):
         for m in real_curve.METHODS
     ]
     assert samples[0] == samples[1]
+    # They were drawn once for all methods: every run has a link to the same file.
+    for part in ("sweep", "curve"):
+        drawn = (tmp_path / "runs" / part).glob("*/seed_0/iteration_0/samples/*.arrow")
+        assert [file.stat().st_nlink for file in drawn] == [2, 2]
     assert means[(means.iteration == 0) & (means.metric == "sampled")].value.nunique() == 1
     before = kept.stat().st_mtime_ns
     real_curve.main(options)  # nothing is left to do

@@ -55,6 +55,13 @@ def adapter(run, t):
 # Without runs
 
 
+def test_a_kept_run_may_differ_in_settings_that_change_only_the_rounding():
+    wanted = {"beta": 0.1, "sampling_batch_size": 256, "gradient_checkpointing": None}
+    kept = {"beta": 0.1, "sampling_batch_size": 512, "gradient_checkpointing": False}
+    assert runner._same_settings(kept, wanted)
+    assert not runner._same_settings(kept | {"beta": 0.3}, wanted)
+
+
 def test_the_learning_rate_of_a_method_is_the_best_of_its_last_iteration(tmp_path):
     rates = trials.tuned_learning_rates(write_tuning(tmp_path))
     assert {name: rates[name] for name in BEST} == BEST  # of two equal ones the smaller

@@ -79,7 +79,7 @@ def evaluate_run(
 
 
 def best_iteration(run: str | Path, p: Profile, split: str) -> tuple[int, str]:
-    """The t of the highest greedy accuracy in the run's metrics, the earliest of equals, and why.
+    """The t of the highest greedy accuracy in the run's metrics, the earliest of a tie, and why.
 
     `split`: what M_t is to be evaluated on. Raises `UserError` if the run was evaluated on the same
     split or on test: the highest of several accuracies is too high an estimate of this M_t's.
@@ -101,7 +101,7 @@ def best_iteration(run: str | Path, p: Profile, split: str) -> tuple[int, str]:
             f"{run}/metrics.csv lacks the greedy accuracy of some iterations. Run the command of "
             f"{run} again to finish it."
         )
-    best = int(rows.loc[rows.value.idxmax(), "iteration"])  # the first of equals
+    best = int(rows.loc[rows.value.idxmax(), "iteration"])  # the first of a tie
     each = ", ".join(f"M_{row.iteration} {row.value:.1%}" for row in rows.itertuples())
     return best, (
         f"best: M_{best}, by greedy accuracy on {rows.n.max():.0f} {p.eval_split} questions ({each})"

@@ -23,6 +23,8 @@ from irpo_utils import UserError, methods
 from studies import api, report, trials
 from studies.api import Profile
 
+# No result depends on these settings beyond rounding.
+ROUNDING = ("sampling_batch_size", "gradient_checkpointing")
 # Errors of a run that are a result of its settings.
 RESULTS = ("no pairs", "Training stopped")
 # The C library keeps freed memory: to fetch it again for every tensor costs a tenth of the time.
@@ -117,10 +119,7 @@ class Study:
             settings = dataclasses.asdict(api.profile_from(kept["profile"]))
         except (TypeError, UserError):
             return False
-        wanted = trials.portable(profile, self.runs)
-        names = ("sampling_batch_size", "gradient_checkpointing")
-        rounding = {name: wanted[name] for name in names}  # no result depends on them beyond it
-        return settings | rounding == wanted
+        return _same_settings(settings, trials.portable(profile, self.runs))
 
     def keep(self, path: Path, profile: Profile) -> None:
         """Add a finished run to the results and write the table anew."""
@@ -214,7 +213,12 @@ def _is_finished(path: Path, profile: Profile) -> bool:
     if not report.is_over(path):
         return False
     settings = dataclasses.asdict(methods.apply(profile))
-    return json.loads((path / "profile.json").read_text()) == settings
+    return _same_settings(json.loads((path / "profile.json").read_text()), settings)
+
+
+def _same_settings(kept: dict, wanted: dict) -> bool:
+    """Whether two profiles give the same results up to rounding."""
+    return kept | {name: wanted[name] for name in ROUNDING} == wanted
 
 
 def _is_ready(path: Path, profile: Profile) -> bool:
