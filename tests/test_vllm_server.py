@@ -24,6 +24,7 @@ from irpo_utils import UserError, iteration, models, profiles, sampling, tasks
 from irpo_utils.engines import vllm
 from irpo_utils.ops import run as runs
 from irpo_utils.ops import run_directory
+from studies import gpu_phases, gpu_report
 
 ROOT = Path(__file__).parent.parent
 BASE = "the-base"
@@ -293,6 +294,15 @@ def test_a_run_starts_its_server_when_it_samples_and_ends_all_its_processes(prog
     complete(parts, engine)
     assert len(starts(program)) == 2
     engine.close()
+
+
+def test_the_report_of_a_gpu_measures_a_server_that_it_starts_and_ends(program, tmp_path):
+    sides = gpu_phases.Sides(gpu_report.Settings.of(device="cpu", tiny=True, work=str(tmp_path)))
+    values = gpu_phases.sample_from_vllm(sides, "vllm", quantize=False, rows=16)
+    assert values["rows"] == 16 <= values["tokens"] <= 16 * 4 and values["tokens_per_second"] > 0
+    assert "peak_mb" not in values
+    [row] = starts(program)
+    assert not any(map(alive, row["pids"]))
 
 
 def test_the_server_of_a_gpu_gets_a_share_of_the_memory_that_is_free(program, monkeypatch):

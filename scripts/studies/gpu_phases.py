@@ -17,20 +17,16 @@ import itertools
 import json
 import os
 import pkgutil
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 from irpo_utils import UserError
-from studies.gpu_report import ROOT, Records, Settings, end, last_line, reason_of, run_limited
+from studies.gpu_report import ROOT, Records, Settings, last_line, reason_of, run_limited
 
 NOTEBOOK_SECONDS = 120.0
-VLLM_SECONDS = 600.0  # to load a model and to compile
 N_SAMPLES = 8
 
 
@@ -346,46 +342,12 @@ def sample(sides: Sides, engine: str, quantize: bool, rows: int) -> dict[str, fl
     return values | {"rows": min(rows, side.engine.most)}  # fewer if memory ran out
 
 
-def sample_from_vllm(sides: Sides, **settings) -> dict[str, float]:
-    """As `sample`, with a server that is started for it."""
-    with vllm_server(model_folder(sides.s), Path(sides.s.work) / "vllm.log") as url:
-        os.environ["VLLM_URL"] = url
-        values = sample(sides, **settings)
+def sample_from_vllm(sides: Sides, engine: str, quantize: bool, rows: int) -> dict[str, float]:
+    """As `sample`; the engine starts a server for it, and stops it."""
+    with contextlib.closing(sides.get(engine, quantize).engine):
+        values = sample(sides, engine, quantize, rows)
     del values["peak_mb"], values["reserved_mb"]  # the server has most of it
     return values
-
-
-@contextlib.contextmanager
-def vllm_server(model: str, log: Path):
-    """The URL of a vLLM server with this model; it leaves most of the GPU's memory to others."""
-    if shutil.which("vllm") is None:
-        raise UserError("vLLM is not on the PATH (pip install vllm, in a separate environment)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    words = ["vllm", "serve", model, "--port", port, "--dtype", "bfloat16"]
-    words += ["--max-model-len", "1024", "--enable-lora", "--max-lora-rank", "16"]
-    words += ["--enable-prefix-caching", "--gpu-memory-utilization", "0.3"]
-    changes = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    with log.open("a") as file:
-        output = {"stdout": file, "stderr": subprocess.STDOUT, "env": {**os.environ, **changes}}
-        server = subprocess.Popen(words, start_new_session=True, **output)
-    try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + VLLM_SECONDS
-        while not _answers(url):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"The vLLM server does not answer: {last_line(log)}")
-            time.sleep(1)
-        yield url
-    finally:
-        end(server)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
-    except OSError:
-        return False
 
 
 def training(s: Settings, records: Records) -> None:
