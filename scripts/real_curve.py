@@ -24,7 +24,7 @@ from irpo_utils.ops import cli
 
 NAME = "real_curve"
 METHODS = ("irpo", "star", "iterative_dpo")
-LEARNING_RATES = (1e-4, 3e-4)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 SWEEP = {"iterations": 1, "eval_split": "validation"}
 SEEDS = 2
 
