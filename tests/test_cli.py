@@ -58,6 +58,13 @@ def run(tmp_path_factory):
 # ---- run, plot, evaluate
 
 
+def test_the_methods_of_the_studies_run_with_a_script():
+    words = [sys.executable, "scripts/run.py", "--method", "ppo"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: There is no method 'ppo'")
+    assert all(name in done.stderr for name in ("irpo", "self_consistency", "grpo"))
+
+
 def test_run_ends_with_the_table_and_the_place_of_the_figure(run):
     out, result = run
     assert result.returncode == 0, result.stderr

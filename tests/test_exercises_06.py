@@ -8,14 +8,14 @@ import numpy as np
 import pandas
 import pytest
 
-from irpo_utils import baselines, evaluation, methods
+from irpo_utils import evaluation, methods
 
 pytest.importorskip("jupytext")
 
 import checks_06 as checks  # noqa: E402
 
+from studies import baselines, significance  # noqa: E402
 from studies import lesson_statistics as lesson  # noqa: E402
-from studies import significance  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

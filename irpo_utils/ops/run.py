@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-import irpo_utils.baselines  # noqa: F401 (it adds methods)
 from irpo_utils import UserError, iteration, methods, tasks, training
 from irpo_utils.engines import Engine
 from irpo_utils.ops import checksums, contamination, export, hub

@@ -38,10 +38,10 @@ import pandas as pd
 sys.path[:0] = [".", ".."]                     # checks_06.py and helpers_06.py are next to the notebooks
 sys.path += ["../scripts", "../../scripts"]    # the package `studies`
 import checks_06, helpers_06
-from irpo_utils import UserError, baselines, methods, models, pairs, plots, profiles, tasks
+from irpo_utils import UserError, methods, models, pairs, plots, profiles, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.ops.cli import quiet_libraries
-from studies import figures, lucky
+from studies import baselines, figures, lucky
 
 quiet_libraries()
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from irpo_utils import baselines, methods, profiles
+from irpo_utils import methods, profiles
 from irpo_utils.ops import checksums, run_directory
 from irpo_utils.ops import environment as environments
 from irpo_utils.ops.cli import quiet_libraries
@@ -16,7 +16,7 @@ from irpo_utils.ops.run_directory import FIELDS, MAY_CHANGE
 from irpo_utils.ops.storage import profile_from
 from irpo_utils.ops.storage import read_profile as load_profile
 from irpo_utils.profiles import Profile
-from studies import grpo  # noqa: F401 (it adds a method)
+from studies import baselines, grpo  # noqa: F401 (they add methods)
 from studies.finished_runs import is_whole
 from studies.significance import seed_and_question_interval
 
@@ -25,7 +25,6 @@ __all__ = [
     "MAY_CHANGE",
     "SAMPLING",
     "Profile",
-    "baselines",
     "checksums",
     "engine_of",
     "environment",

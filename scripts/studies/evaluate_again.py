@@ -15,7 +15,7 @@ from irpo_utils.ops.run import engine_of, learnt_before
 from irpo_utils.ops.storage import Folder, check_path, read_inputs, read_profile
 from irpo_utils.profiles import Profile
 from irpo_utils.scale import processes
-from studies import few_shot, grpo, significance  # noqa: F401 (two of them add methods)
+from studies import baselines, few_shot, grpo, significance  # noqa: F401 (three add methods)
 
 
 def evaluate_run(

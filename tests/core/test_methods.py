@@ -3,8 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from irpo_utils import UserError, baselines, methods, models, pairs, profiles
-from studies import few_shot
+from irpo_utils import UserError, methods, models, pairs, profiles
+from studies import baselines, few_shot
 
 PAPERS = "irpo irpo_2x irpo_from_sft iterative_dpo dpo_from_sft star star_2x sft_gold".split()
 

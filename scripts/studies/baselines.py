@@ -1,4 +1,4 @@
-"""Methods beyond the paper's own tables; importing this package adds them to the tables."""
+"""Methods and a loss beyond the paper's tables; importing this module adds them to the tables."""
 
 from __future__ import annotations
 
