@@ -21,11 +21,12 @@ from datasets import Dataset, load_from_disk
 from helpers_common import finished_stages as finished  # noqa: F401
 from safetensors.torch import load_file, save_file
 
+from cluster import fsdp
 from irpo_utils import models, plots, profiles, tasks, training
 from irpo_utils.engines.plain import Engine
 from irpo_utils.ops import plan as planning
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
-from irpo_utils.scale import fsdp, processes
+from irpo_utils.scale import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 16  # of the LoRA matrices
@@ -52,7 +53,8 @@ def environment() -> dict[str, str]:
     GPUs are hidden however many there are. Two processes need two of them, the bytes of gloo can
     be counted, and every machine gives the same losses.
     """
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    folders = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(folders).rstrip(os.pathsep)
     fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **fixed}
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster import fsdp
 from irpo_utils import UserError, profiles
 from irpo_utils.ops import checksums, cli
-from irpo_utils.scale import fsdp
+from irpo_utils.ops.run import engine_of
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "scripts" / "cluster"
@@ -50,9 +51,8 @@ def documented(name: str, start: str) -> list[str]:
 
 
 def accepted_by_run(words: list[str]) -> profiles.Profile:
-    """The profile that `python -m irpo_utils` makes of these words."""
-    assert words[0] == "run"
-    return cli.parse_profile(words[1:])[0]
+    """The profile that a run makes of these options."""
+    return cli.parse_profile(words)[0]
 
 
 def executable(path: Path, text: str) -> Path:
@@ -120,7 +120,7 @@ def test_accelerate_takes_file_and_command(monkeypatch, name, machines, processe
         and not arguments.use_fsdp
         and environment["ACCELERATE_MIXED_PRECISION"] == "no"
     )
-    assert arguments.module and arguments.training_script == "irpo_utils"
+    assert not arguments.module and arguments.training_script == "scripts/run.py"
     if machines > 1:
         assert (
             arguments.nnodes,
@@ -131,11 +131,12 @@ def test_accelerate_takes_file_and_command(monkeypatch, name, machines, processe
     profile = accepted_by_run(arguments.training_script_args)
     launched = {"WORLD_SIZE": str(processes), "RANK": "0", "MASTER_ADDR": "localhost"}
     monkeypatch.setattr(os, "environ", {**environment, **launched})
-    fsdp.check(profile)
+    assert not profile.shard and engine_of(profile)
     [added] = re.findall(
         r"options: (--shard.*?adamw_torch)", (CLUSTER / "accelerate_1x8.yaml").read_text()
     )
-    fsdp.check(accepted_by_run([*arguments.training_script_args, *added.split()]))
+    profile = accepted_by_run([*arguments.training_script_args, *added.split()])
+    assert profile.shard and fsdp.split(profile, None)
 
 
 def test_accelerate_would_refuse_a_wrong_file_and_a_run_its_fsdp(monkeypatch, tmp_path):
@@ -143,7 +144,7 @@ def test_accelerate_would_refuse_a_wrong_file_and_a_run_its_fsdp(monkeypatch, tm
     wrong, splitting = tmp_path / "wrong.yaml", tmp_path / "fsdp.yaml"
     wrong.write_text(text.replace("num_processes:", "num_procs:"))
     with pytest.raises(ValueError, match="num_procs"):
-        merged(["--config_file", str(wrong), "-m", "irpo_utils", "run"])
+        merged(["--config_file", str(wrong), "scripts/run.py"])
     with pytest.raises(SystemExit):
         merged(
             [
@@ -151,17 +152,15 @@ def test_accelerate_would_refuse_a_wrong_file_and_a_run_its_fsdp(monkeypatch, tm
                 str(CLUSTER / "accelerate_1x8.yaml"),
                 "--machines",
                 "2",
-                "-m",
-                "irpo_utils",
-                "run",
+                "scripts/run.py",
             ]
         )
     splitting.write_text(text.replace("MULTI_GPU", "FSDP"))
     monkeypatch.setattr(
-        os, "environ", merged(["--config_file", str(splitting), "-m", "irpo_utils", "run"])[1]
+        os, "environ", merged(["--config_file", str(splitting), "scripts/run.py"])[1]
     )
     with pytest.raises(UserError, match="without FSDP, and use --shard true"):
-        fsdp.check(profiles.get("smoke"))
+        engine_of(profiles.get("smoke"))
 
 
 @pytest.mark.slow
@@ -186,9 +185,7 @@ def test_two_machines_of_accelerate_make_one_run(tmp_path):
                 str(port),
                 "--machine_rank",
                 str(rank),
-                "-m",
-                "irpo_utils",
-                "run",
+                ROOT / "scripts" / "run.py",
                 *SMALL,
                 "--out",
                 tmp_path / "run",
@@ -310,11 +307,8 @@ def test_the_words_after_the_script_reach_the_run_as_they_are(slurm, tmp_path):
         seen.rdzv_endpoint,
         seen.rdzv_id,
     ) == ("2", "8", "c10d", "127.0.0.1:29500", "77")
-    assert (
-        seen.module
-        and seen.training_script == "irpo_utils"
-        and seen.training_script_args == ["run", *words]
-    )
+    assert not seen.module and seen.training_script == "scripts/run.py"
+    assert seen.training_script_args == words
     assert accepted_by_run(seen.training_script_args).data == "my own questions.jsonl"
     assert "requeue" not in calls(tmp_path) and "--cpus-per-task=32" in calls(tmp_path)
 
@@ -574,7 +568,7 @@ def test_the_container_file_is_sound_and_takes_what_there_is(tmp_path):
     assert all(is_json for name, is_json, _, _ in lines if name in ("ENTRYPOINT", "CMD"))
     [entrypoint], [command] = of["ENTRYPOINT"], of["CMD"]
     assert entrypoint == ["python", "-m", "irpo_utils"]
-    accepted_by_run(command)
+    assert command[0] == "run" and accepted_by_run(command[1:])
 
 
 def test_the_linter_takes_the_container_file_and_would_refuse_a_wrong_one(tmp_path):
@@ -598,7 +592,8 @@ def test_the_linter_takes_the_container_file_and_would_refuse_a_wrong_one(tmp_pa
 def test_the_commands_for_the_container_are_taken(monkeypatch):
     monkeypatch.chdir(ROOT)
     words = documented("Dockerfile", "docker run")
-    accepted_by_run(words[words.index("irpo") + 1 :])
+    command, *options = words[words.index("irpo") + 1 :]
+    assert command == "run" and accepted_by_run(options)
     arguments, _ = merged(documented("Dockerfile", "launch --config_file")[1:])
     assert arguments.num_processes == 8
     accepted_by_run(arguments.training_script_args)

@@ -16,8 +16,10 @@ import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
+from cluster import fsdp
 from irpo_utils import UserError, engines, models, profiles, training
-from irpo_utils.scale import fsdp, processes
+from irpo_utils.ops.run import engine_of
+from irpo_utils.scale import processes
 
 ROOT = Path(__file__).parent.parent
 PAIRS = str(ROOT / "notebooks" / "shipped_run" / "iteration_0" / "pairs")
@@ -26,7 +28,7 @@ SMALL = (
     "--n-eval-questions 21 --eval-samples 2 --eval-samples-ends 2 --learning-rate 1e-3 --alpha 0.5"
 ).split()
 # One thread per process.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/scripts"}
 
 
 def launcher(*words, n=2) -> list[str]:
@@ -136,14 +138,24 @@ def test_the_launcher_says_how_many_processes_there_are(monkeypatch):
 def test_what_a_split_model_cannot_do_is_refused(monkeypatch, changes, count, message):
     as_one_of(monkeypatch, count)
     with pytest.raises(UserError, match=message):
-        fsdp.check(profiles.get("smoke", **{"shard": True, "engine": "vllm", **changes}))
-    fsdp.check(profiles.get("smoke", shard=False, **changes))
+        fsdp.split(profiles.get("smoke", **{"shard": True, "engine": "vllm", **changes}), None)
+
+
+def test_a_run_splits_a_model_with_what_scripts_run_adds(monkeypatch):
+    as_one_of(monkeypatch, 2)
+    profile = profiles.get("smoke", shard=True, engine="vllm")
+    with pytest.raises(UserError, match="torchrun --nproc_per_node 8 scripts/run.py"):
+        engine_of(profile)
+    monkeypatch.setattr(processes, "split", fsdp.split)
+    engine = engine_of(profile)
+    assert type(engine) is processes.SharedEngine and type(engine.inner) is fsdp.ShardedEngine
+    assert not isinstance(engine_of(profiles.get("smoke")).inner, fsdp.ShardedEngine)
 
 
 def test_the_fsdp_of_accelerate_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="without FSDP, and use --shard true"):
-        fsdp.check(profiles.get("smoke"))
+        engine_of(profiles.get("smoke"))
 
 
 def test_a_model_to_be_split_is_loaded_on_the_cpu_in_the_type_of_its_device(monkeypatch):

@@ -464,7 +464,8 @@ def test_processes_that_share_a_split_model_run_through_with_it(served, tmp_path
         word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)
     ]
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    command = [*torchrun, *"-m irpo_utils run --profile smoke --quiet --engine vllm".split()]
+    command = [*torchrun, str(ROOT / "scripts/run.py")]
+    command += "--profile smoke --quiet --engine vllm".split()
     command += [*settings, "--shard", "true", "--out", tmp_path / "run"]
     done = subprocess.run(
         [sys.executable, *map(str, command)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import os
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,7 @@ from irpo_utils.ops import plan as planning
 from irpo_utils.ops.run_directory import RunDirectory
 from irpo_utils.ops.storage import read_profile
 from irpo_utils.profiles import Profile
-from irpo_utils.scale import fsdp, processes
+from irpo_utils.scale import processes
 
 
 def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
@@ -103,9 +104,13 @@ def engine_of(p: Profile) -> Engine:
     """The engine of the profile, for the processes of this run; its errors name cause and fix."""
     engine = iteration.plugin(f"engines.{p.engine}").Engine()
     engine.load = hub.explained(p.model)(engine.load)
-    fsdp.check(p)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            "accelerate would split the model itself (FSDP). Configure it for several GPUs without "
+            "FSDP, and use --shard true."
+        )
     if p.shard:
-        engine = fsdp.ShardedEngine(engine)
+        engine = processes.split(p, engine)
     return processes.SharedEngine(engine) if processes.count() > 1 else engine
 
 

@@ -1,1 +1,1 @@
-"""More than one process: `torchrun` and split models."""
+"""More than one process, as `torchrun` starts them."""

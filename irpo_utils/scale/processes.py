@@ -10,6 +10,8 @@ import dataclasses
 import os
 from collections.abc import Callable
 
+from irpo_utils import UserError
+
 
 def count() -> int:
     """The number of processes that share this run; WORLD_SIZE without a launcher is ignored."""
@@ -70,6 +72,14 @@ def from_first(decide: Callable):
 def wait() -> None:
     """Wait until all processes are here."""
     _state().wait_for_everyone()
+
+
+def split(p, engine):
+    """The engine of a profile with `shard`; scripts/run.py puts another function in this place."""
+    raise UserError(
+        "--shard true needs scripts/run.py, which splits the model over several processes: start "
+        "them with `torchrun --nproc_per_node 8 scripts/run.py ...`, or leave --shard out."
+    )
 
 
 class SharedEngine:

@@ -37,6 +37,7 @@ import numpy as np
 import pandas as pd
 import torch
 sys.path[:0] = [".", ".."]                          # checks_08.py and helpers_08.py are next to the notebooks
+sys.path += ["../scripts", "../../scripts"]         # the package `cluster`
 import checks_08, helpers_08
 from irpo_utils import models, profiles, sampling, tasks
 from irpo_utils.ops.cli import quiet_libraries
@@ -475,7 +476,7 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # ```bash
 # VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve meta-llama/Llama-2-70b-chat-hf --enable-lora --max-lora-rank 16 \
 #      --enable-prefix-caching --quantization bitsandbytes --tensor-parallel-size 4 --data-parallel-size 2 --api-server-count 1
-# VLLM_URL=http://SERVER:8000 torchrun --standalone --nproc_per_node 8 -m irpo_utils run --profile paper \
+# VLLM_URL=http://SERVER:8000 torchrun --standalone --nproc_per_node 8 scripts/run.py --profile paper \
 #      --shard true --engine vllm --out /shared/runs/paper
 # ```
 #

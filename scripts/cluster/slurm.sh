@@ -31,7 +31,7 @@ trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
     "$BIN/torchrun" --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" \
     --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$head:${PORT:-29500}" \
-    -m irpo_utils run "$@" &
+    scripts/run.py "$@" &
 step=$!
 status=0
 wait "$step" || status=$?

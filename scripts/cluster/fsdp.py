@@ -1,12 +1,10 @@
 """A model whose layers are split over the processes (FSDP2), for bases that do not fit one GPU.
 
 Training and scoring put a layer together when it is computed. Decoding would do so for every token,
-so a vLLM server writes the completions.
+so a vLLM server writes the completions. `scripts/run.py` adds this to a run, as `--shard true`.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 from torch.distributed.fsdp import fully_shard
@@ -17,19 +15,12 @@ from irpo_utils.scale import processes
 from irpo_utils.training import IterativeRPOTrainer
 
 
-def check(p) -> None:
-    """Refuse what a model that is split over processes cannot do, and accelerate's own FSDP."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError(
-            "accelerate would split the model itself (FSDP). Configure it for several GPUs without "
-            "FSDP, and use --shard true."
-        )
-    if not p.shard:
-        return
+def split(p, engine) -> ShardedEngine:
+    """The engine of a profile with `shard`, around `engine`; `UserError` for what cannot be split."""
     if processes.count() == 1:
         raise UserError(
             "--shard true splits the model over several processes, but there is only one. Start "
-            "them with `torchrun --nproc_per_node 8 -m irpo_utils run ...`, or leave --shard out."
+            "them with `torchrun --nproc_per_node 8 scripts/run.py ...`, or leave --shard out."
         )
     if p.engine != "vllm":
         raise UserError(
@@ -41,6 +32,7 @@ def check(p) -> None:
             f"--optimizer {p.optimizer} cannot split its state over processes. Use --optimizer "
             "adamw_torch: split, its state is small."
         )
+    return ShardedEngine(engine)
 
 
 def shard_layers(model, device: str) -> None:

@@ -1,0 +1,1 @@
+"""Several GPUs and machines: configurations, and models that are split over processes."""
