@@ -50,7 +50,7 @@ class Profile:
 
     quantize: bool | None = _option(True, "base in 4 bits (NF4); none: if 16 need too much memory")
     dequantize: bool = _option(False, "unpack the 4-bit weights once: same numbers, more memory")
-    shard: bool = _option(False, "split every layer over the processes of torchrun (FSDP2)")
+    shard: bool = _option(False, "split every layer over processes (FSDP2, scripts/run.py)")
     dtype: str | None = _option(None, "float32, bfloat16, float16; none: the device's best")
     lora_r: int = _option(16, "rank of the LoRA matrices")
     lora_alpha: int = _option(32, "LoRA scale times rank")
@@ -87,7 +87,7 @@ class Profile:
     gradient_checkpointing: bool | None = _option(None, "recompute activations; none: if needed")
     optimizer: str = _option("adamw_torch", "optimiser as named in transformers")
     probe: str | None = _option(None, "pairs whose log-probabilities are logged; none: the run's")
-    probe_every: int | None = _option(None, "log them every so many steps")
+    probe_every: int | None = _option(None, "log them every so many steps (scripts/run.py)")
     report_to: str = _option("none", "tensorboard, trackio, wandb or none")
 
     allow_overlap: bool = _option(False, "allow evaluation questions among the training ones")

@@ -16,6 +16,7 @@ from irpo_utils import UserError, logprobs, models, profiles, training
 from irpo_utils.engines import shared_prompt
 from irpo_utils.ops import checksums, trainer, warnings
 from irpo_utils.ops import plan as planning
+from studies.probe import Probe
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_training_that_was_killed_resumes_to_the_same_weights(
 ):
     """From the newest sound checkpoint: a damaged one is passed over."""
     options = {"seed": 3, "base": base} | options
-    probes = [trainer.Probe(pairs.select(range(4)), tokenizer, 2, tmp_path / n / "x") for n in "ab"]
+    probes = [Probe(pairs.select(range(4)), tokenizer, 2, tmp_path / n / "x") for n in "ab"]
     warned = {}
 
     def warnings_of(name):
@@ -167,7 +168,7 @@ def test_training_that_was_killed_resumes_to_the_same_weights(
     assert trainer.newest_checkpoint(kept) == str(kept / f"checkpoint-{kill_at - 2}")
 
     models.set_adapter(model, None)
-    probe = trainer.Probe(pairs.select(range(4)), tokenizer, 2, tmp_path / "b" / "x")
+    probe = Probe(pairs.select(range(4)), tokenizer, 2, tmp_path / "b" / "x")
     callbacks = [probe, warnings_of("resumed")]
     log = train(model, tokenizer, pairs, kept, callbacks=callbacks, **options)
     assert [row["step"] for row in log] == list(range(1, steps + 1))
@@ -441,7 +442,7 @@ def test_a_probe_measures_fixed_pairs_while_others_are_trained_on(
     fixed = pairs.select([0, 3])
     texts = list(fixed["prompt_ids"]), list(fixed["chosen_ids"])
     before = logprobs.score(model, tokenizer, *texts)
-    probe = trainer.Probe(fixed, tokenizer, 2, tmp_path / "kept")
+    probe = Probe(fixed, tokenizer, 2, tmp_path / "kept")
     others = pairs.select(range(4, 11))
     settings = {"num_train_epochs": 5, "batch_size": 8}
     train(model, tokenizer, others, tmp_path / "kept", callbacks=[probe], **settings)
@@ -466,7 +467,7 @@ def test_the_trainer_of_a_run_logs_where_it_says_and_measures_the_runs_own_pairs
     options = trainer.options(stages, tmp_path / "iteration_1" / "kept", print)
     assert options["report_to"] == "tensorboard" and options["resume_from_checkpoint"] is None
     assert options["output_dir"] == options["run_name"] == str(tmp_path / "iteration_1" / "logs")
-    [probe] = [c for c in options["callbacks"] if isinstance(c, trainer.Probe)]
+    [probe] = [c for c in options["callbacks"] if isinstance(c, Probe)]
     assert len(probe.pairs) == len(pairs) and probe.every == 5
 
 

@@ -18,10 +18,11 @@ from filelock import FileLock
 
 from irpo_utils import UserError, evaluation, iteration, logprobs, models, profiles, sampling, tasks
 from irpo_utils.engines import Engine, plain
-from irpo_utils.ops import environment, run_directory, storage, warnings
+from irpo_utils.ops import environment, run_directory, storage, trainer, warnings
 from irpo_utils.ops import plan as planning
 from irpo_utils.ops import run as runs
 from studies import evaluate_again, finished_runs
+from studies import probe as probes
 
 SHIPPED = Path(__file__).parent.parent / "notebooks" / "shipped_run"
 STAGES = ("evaluation", "samples", "graded", "pairs")
@@ -716,8 +717,16 @@ def test_a_start_from_sft_on_gold_solutions(unbroken, tmp_path):
     assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # the reference is the start
 
 
+def test_a_probe_is_refused_where_the_script_that_has_it_was_not_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "CALLBACKS", [])
+    with pytest.raises(UserError, match="need scripts/run.py"):
+        run(smoke(probe_every=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
-def test_the_start_as_the_reference_and_a_probe_of_other_pairs(unbroken, tmp_path):
+def test_the_start_as_the_reference_and_a_probe_of_other_pairs(unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "CALLBACKS", [probes.of_run])
     run(smoke(reference="start", learning_rate=3e-3), tmp_path / "start")
     first, second = (
         read_log(tmp_path / "start" / f"iteration_{t}" / "training_log.jsonl")[0] for t in (1, 2)

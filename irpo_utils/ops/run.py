@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from irpo_utils import UserError, iteration, methods, tasks, training
 from irpo_utils.engines import Engine
-from irpo_utils.ops import checksums, contamination, export, hub
+from irpo_utils.ops import checksums, contamination, export, hub, trainer
 from irpo_utils.ops import plan as planning
 from irpo_utils.ops.run_directory import RunDirectory
 from irpo_utils.ops.storage import read_profile
@@ -73,6 +73,8 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     first, probe = Path(out).resolve() / "iteration_0", Path(p.probe or "").expanduser().resolve()
     if p.probe and probe != first / "pairs" and not (probe / "state.json").is_file():
         raise UserError(f"--probe {p.probe} is no folder of pairs, such as RUN/iteration_0/pairs.")
+    if (p.probe or p.probe_every) and not trainer.CALLBACKS:
+        raise UserError("--probe and --probe-every need scripts/run.py: give it the same options.")
     if p.start and checksums.read(first / "adapter") is None:
         export.find_start(p)
     return contamination.check([*train, *learnt_before(p)], questions, p.allow_overlap)

@@ -9,19 +9,20 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from irpo_utils import UserError, iteration, training
 from irpo_utils.ops import checksums, trial, warnings
-from irpo_utils.ops.drift import PAIRS, Probe
 from irpo_utils.ops.plan import choose_training, find_machine
 from irpo_utils.scale import processes
 
 CHECKPOINT_SECONDS = 10.0  # between two checkpoints, at least
 CHECKPOINT_SHARE = 0.02  # of the time may be spent on writing them
+# Functions of the stages and the folder of checkpoints, which return lists of further callbacks.
+CALLBACKS: list = []
 
 
 def train(make, stages: iteration.Stages, kept: Path, warn) -> tuple[Dataset, dict]:
@@ -73,11 +74,7 @@ def options(stages: iteration.Stages, kept: Path, warn) -> dict:
     """Arguments of `training.train` for a long run; `kept` is the folder of its checkpoints."""
     p, base = stages.p, stages.engine.trainer(stages.model) or training.IterativeRPOTrainer
     options = {"callbacks": [warnings.CollapseWarning(warn)]}
-    if p.probe or p.probe_every:
-        pairs = load_from_disk(str(Path(p.probe).expanduser())) if p.probe else stages.history[-1]
-        rows = iteration.first(pairs, PAIRS)
-        probe = Probe(rows, stages.tokenizer, p.probe_every or 10**9, kept)
-        options["callbacks"].append(probe)
+    options["callbacks"] += [callback for make in CALLBACKS for callback in make(stages, kept)]
     if not p.shard:  # a split model keeps no checkpoints
         options["callbacks"].append(Checkpoints())
         newest = processes.from_first(functools.partial(newest_checkpoint, kept))

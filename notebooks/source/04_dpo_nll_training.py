@@ -38,8 +38,8 @@ sys.path += ["../scripts", "../../scripts"]    # the package `studies`
 import checks_04, helpers_04
 from irpo_utils import logprobs, models, profiles, training
 from irpo_utils.ops.cli import quiet_libraries
-from irpo_utils.ops.drift import Probe
 from studies import figures
+from studies.probe import Probe
 
 quiet_libraries()
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile

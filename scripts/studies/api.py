@@ -16,7 +16,7 @@ from irpo_utils.ops.run_directory import FIELDS, MAY_CHANGE
 from irpo_utils.ops.storage import profile_from
 from irpo_utils.ops.storage import read_profile as load_profile
 from irpo_utils.profiles import Profile
-from studies import baselines, grpo  # noqa: F401 (they add methods)
+from studies import baselines, grpo, probe  # noqa: F401 (they add methods and callbacks)
 from studies.finished_runs import is_whole
 from studies.significance import seed_and_question_interval
 
