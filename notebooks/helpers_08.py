@@ -26,7 +26,7 @@ from irpo_utils import models, plots, profiles, tasks, training
 from irpo_utils.engines.plain import Engine
 from irpo_utils.ops import plan as planning
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
-from irpo_utils.scale import processes
+from irpo_utils.scale import processes, shared
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 16  # of the LoRA matrices
@@ -142,8 +142,7 @@ def main(folder: str, many: str, few: str) -> None:
     The bytes of a step are a difference of two trainings, without what is sent once at the start.
     """
     pairs = load_from_disk(f"{folder}/pairs")
-    shared = processes.SharedEngine
-    ways = {"copies": shared(Engine()), "split": shared(fsdp.ShardedEngine(Engine()))}
+    ways = {"copies": shared.SharedEngine(Engine()), "split": fsdp.ShardedEngine(Engine())}
     found = {"shares": processes.gather([processes.share(list(range(7)))])}
     for way, engine in ways.items() if processes.count() > 1 else [("one", Engine())]:
         log, adapter, bytes_sent = train(pairs, int(many), engine)

@@ -15,7 +15,7 @@ from datasets import load_from_disk
 
 from cluster import fsdp
 from irpo_utils import engines, profiles, sampling, tasks, training
-from irpo_utils.scale import processes
+from irpo_utils.scale import processes, shared
 
 
 def complete(engine, model, tokenizer, n_questions: int) -> list:
@@ -49,8 +49,7 @@ def train(engine, model, tokenizer, pairs: str, **options) -> list[dict]:
 def main(pairs: str, out: str, *words: str) -> None:
     torch.set_num_threads(1)
     split = "split" in words
-    engine = fsdp.ShardedEngine(engines.Engine()) if split else engines.Engine()
-    engine = processes.SharedEngine(engine)
+    engine = (fsdp.ShardedEngine if split else shared.SharedEngine)(engines.Engine())
     profile = profiles.get("smoke", shard=split, engine="vllm" if split else "plain")
     model, tokenizer = engine.load(profile)
     result = {"split": hasattr(next(model.parameters()), "device_mesh")}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from cluster import fsdp
 from irpo_utils import UserError, engines, models, profiles, training
 from irpo_utils.ops.run import engine_of
-from irpo_utils.scale import processes
+from irpo_utils.scale import processes, shared
 
 ROOT = Path(__file__).parent.parent
 PAIRS = str(ROOT / "notebooks" / "shipped_run" / "iteration_0" / "pairs")
@@ -147,9 +147,8 @@ def test_a_run_splits_a_model_with_what_scripts_run_adds(monkeypatch):
     with pytest.raises(UserError, match="torchrun --nproc_per_node 8 scripts/run.py"):
         engine_of(profile)
     monkeypatch.setattr(processes, "split", fsdp.split)
-    engine = engine_of(profile)
-    assert type(engine) is processes.SharedEngine and type(engine.inner) is fsdp.ShardedEngine
-    assert not isinstance(engine_of(profiles.get("smoke")).inner, fsdp.ShardedEngine)
+    assert type(engine_of(profile)) is fsdp.ShardedEngine
+    assert type(engine_of(profiles.get("smoke"))) is shared.SharedEngine
 
 
 def test_the_fsdp_of_accelerate_is_refused(monkeypatch):

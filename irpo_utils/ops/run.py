@@ -20,7 +20,7 @@ from irpo_utils.ops import plan as planning
 from irpo_utils.ops.run_directory import RunDirectory
 from irpo_utils.ops.storage import read_profile
 from irpo_utils.profiles import Profile
-from irpo_utils.scale import processes
+from irpo_utils.scale import processes, shared
 
 
 def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
@@ -112,8 +112,8 @@ def engine_of(p: Profile) -> Engine:
             "FSDP, and use --shard true."
         )
     if p.shard:
-        engine = processes.split(p, engine)
-    return processes.SharedEngine(engine) if processes.count() > 1 else engine
+        return processes.split(p, engine)
+    return shared.SharedEngine(engine) if processes.count() > 1 else engine
 
 
 def learnt_before(p: Profile) -> list[dict]:

@@ -6,7 +6,6 @@ one writes. With one process nothing here has an effect.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 
@@ -80,32 +79,3 @@ def split(p, engine):
         "--shard true needs scripts/run.py, which splits the model over several processes: start "
         "them with `torchrun --nproc_per_node 8 scripts/run.py ...`, or leave --shard out."
     )
-
-
-class SharedEngine:
-    """An `engines.Engine` around another one: each process completes a share of the prompts."""
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __getattr__(self, name: str):
-        return getattr(self.inner, name)  # what is not defined here
-
-    def load(self, p, revision: str | None = None, **options):
-        wait()  # connects the processes
-        return self.inner.load(p, revision, **options)
-
-    def decode(self, model, request, batch_size: int):
-        """All completions of all processes in every process, in the order of the prompts."""
-        # A process without a prompt takes the first one: engines may need all processes to decode.
-        mine = share(list(range(len(request.prompts)))) or [0]
-        prompts, ids = ([column[i] for i in mine] for column in (request.prompts, request.ids))
-        part = dataclasses.replace(request, prompts=prompts, ids=ids)
-        found = [(mine[i], *rest) for i, *rest in self.inner.decode(model, part, batch_size)]
-        unique = {(i, k): (i, k, *rest) for i, k, *rest in gather(found)}
-        yield from (unique[key] for key in sorted(unique))
-
-    def trainer(self, model):
-        from irpo_utils.scale import trainer
-
-        return trainer.distributed(self.inner.trainer(model))

@@ -6,13 +6,14 @@ so a vLLM server writes the completions. `scripts/run.py` adds this to a run, as
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from irpo_utils import UserError, models
-from irpo_utils.scale import processes
-from irpo_utils.training import IterativeRPOTrainer
+from irpo_utils import UserError, logprobs, models
+from irpo_utils.scale import processes, shared
 
 
 def split(p, engine) -> ShardedEngine:
@@ -56,7 +57,7 @@ def whole_adapter(model) -> dict[str, torch.Tensor]:
 def sharded(trainer_class=None):
     """A subclass of an `IterativeRPOTrainer` for a model that is split already."""
 
-    class ShardedTrainer(trainer_class or IterativeRPOTrainer):
+    class ShardedTrainer(shared.distributed(trainer_class)):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             prepare = self.accelerator.prepare_model
@@ -64,11 +65,25 @@ def sharded(trainer_class=None):
             as_it_is = {"device_placement": False, "evaluation_mode": True}
             self.accelerator.prepare_model = lambda model, **_: prepare(model, **as_it_is)
 
+        def score(self, prompts, responses) -> list[float]:
+            """As for whole copies, but with the same number of batches in every process.
+
+            That number depends on the number of rows and on the longest response, so the longest
+            one fills up every part.
+            """
+            mine = processes.share(list(range(len(prompts))))
+            longest = max(range(len(prompts)), key=lambda i: len(responses[i]))
+            room = math.ceil(len(prompts) / processes.count()) + 1
+            rows = [*mine, *[longest] * (room - len(mine))]
+            columns = [[column[i] for i in rows] for column in (prompts, responses)]
+            scores = logprobs.score(self.model.eval(), self.processing_class, *columns)
+            return processes.gather(scores[: len(mine)])
+
     return ShardedTrainer
 
 
-class ShardedEngine(processes.SharedEngine):
-    """An `engines.Engine` around another one: the model is split over the processes."""
+class ShardedEngine(shared.SharedEngine):
+    """A `SharedEngine` whose model is split over the processes."""
 
     def load(self, p, revision: str | None = None, **options):
         """The model is loaded on the CPU, and each process moves its part to its GPU."""
@@ -80,9 +95,6 @@ class ShardedEngine(processes.SharedEngine):
         model, tokenizer = self.inner.load(p, revision, dtype=dtype, **options)
         shard_layers(model, device)
         return model, tokenizer
-
-    def decode(self, model, request, batch_size: int):
-        return self.inner.decode(model, request, batch_size)
 
     def trainer(self, model):
         return sharded(self.inner.trainer(model))

@@ -1,30 +1,42 @@
-"""The trainer of several processes: each computes the gradients of its share of a batch."""
+"""The engine of several processes, and its trainer: each does its share of a batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from irpo_utils import logprobs
+from irpo_utils.scale import processes
 from irpo_utils.training import IterativeRPOTrainer
 
 
-def score(model, tokenizer, prompts, responses) -> list[float]:
-    """`logprobs.score` with the rows shared between the processes."""
-    state = PartialState()
-    with state.split_between_processes(list(range(len(prompts)))) as part:
-        mine = list(part)
-    # Processes with parts of one model need the same number of batches. That depends on the number
-    # of rows and on the longest response, so the longest one fills up every part.
-    longest = max(range(len(prompts)), key=lambda i: len(responses[i]))
-    room = math.ceil(len(prompts) / state.num_processes) + 1
-    rows = [*mine, *[longest] * (room - len(mine))]
-    columns = [[column[i] for i in rows] for column in (prompts, responses)]
-    scores = logprobs.score(model, tokenizer, *columns)[: len(mine)]
-    return gather_object(scores) if state.num_processes > 1 else scores
+class SharedEngine:
+    """An `engines.Engine` around another one: each process completes a share of the prompts."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)  # what is not defined here
+
+    def load(self, p, revision: str | None = None, **options):
+        processes.wait()  # connects the processes
+        return self.inner.load(p, revision, **options)
+
+    def decode(self, model, request, batch_size: int):
+        """All completions of all processes in every process, in the order of the prompts."""
+        # A process without a prompt takes the first one: engines may need all processes to decode.
+        mine = processes.share(list(range(len(request.prompts)))) or [0]
+        prompts, ids = ([column[i] for i in mine] for column in (request.prompts, request.ids))
+        part = dataclasses.replace(request, prompts=prompts, ids=ids)
+        found = [(mine[i], *rest) for i, *rest in self.inner.decode(model, part, batch_size)]
+        unique = {(i, k): (i, k, *rest) for i, k, *rest in processes.gather(found)}
+        yield from (unique[key] for key in sorted(unique))
+
+    def trainer(self, model):
+        return distributed(self.inner.trainer(model))
 
 
 def distributed(trainer_class=None):
@@ -40,10 +52,15 @@ def distributed(trainer_class=None):
             """The pairs with the scores of the model as it is; TRL exchanges them through files."""
             prompts = list(pairs["prompt_ids"])
             for side in ("chosen", "rejected"):
-                parts = self.processing_class, prompts, list(pairs[f"{side}_ids"])
-                scores = score(self.model.eval(), *parts)
+                scores = self.score(prompts, list(pairs[f"{side}_ids"]))
                 pairs = pairs.add_column(f"ref_{side}_logps", scores)
             return pairs
+
+        def score(self, prompts, responses) -> list[float]:
+            """`logprobs.score` with the rows shared between the processes."""
+            part = processes.share(prompts), processes.share(responses)
+            scores = logprobs.score(self.model.eval(), self.processing_class, *part)
+            return processes.gather(scores)
 
         def _get_train_sampler(self, dataset=None):
             """The order by length, which must not depend on the number of processes."""
