@@ -6,7 +6,7 @@
 
 Each arrow is one function in the module of that name, and `iteration.run` calls them in this order.
 The modules in this folder and the basic tasks are the whole algorithm. What makes it faster is in
-`engines/`, what makes long runs safe is in `ops/`, and what needs several GPUs is in `scale/`.
+`engines/`, what makes long runs safe is in `ops/`, and how processes agree is in `scale/`.
 """
 
 import os

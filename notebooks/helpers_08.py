@@ -21,12 +21,12 @@ from datasets import Dataset, load_from_disk
 from helpers_common import finished_stages as finished  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from cluster import fsdp
+from cluster import fsdp, shared
 from irpo_utils import models, plots, profiles, tasks, training
 from irpo_utils.engines.plain import Engine
 from irpo_utils.ops import plan as planning
 from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
-from irpo_utils.scale import processes, shared
+from irpo_utils.scale import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 16  # of the LoRA matrices
@@ -66,8 +66,8 @@ def torchrun(count: int, *words) -> list[str]:
 
 
 def run_tiny(out: Path) -> list[str]:
-    """The words of `python -m irpo_utils run` for a run of one iteration and a few questions."""
-    words = ["-m", "irpo_utils", "run", "--profile", "smoke", "--quiet", "--out", str(out)]
+    """The words of `python scripts/run.py` for a run of one iteration and a few questions."""
+    words = [str(ROOT / "scripts" / "run.py"), "--profile", "smoke", "--quiet", "--out", str(out)]
     for name, value in TINY_RUN.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return words

@@ -33,9 +33,11 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--allow-overlap", type=string_to_bool, nargs="?", const=True, help=allow)
     options = parser.parse_args(arguments)
     cli.quiet_libraries()
+    from cluster import fsdp
     from irpo_utils.scale import processes
     from studies import evaluate_again
 
+    processes.engine = fsdp.engine
     text = evaluate_again.evaluate_run(**vars(options))
     if processes.is_first():
         print(text)

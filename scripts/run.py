@@ -1,11 +1,12 @@
-"""`python -m irpo_utils run` with the methods, losses and probes of the studies, and split models.
+"""`python -m irpo_utils run` in several processes, and with the methods and losses of the studies.
 
+    torchrun --nproc_per_node 8 scripts/run.py --profile llama-3.1-8b --out runs/llama
     python scripts/run.py --method self_consistency --out runs/majority
-    torchrun --nproc_per_node 8 scripts/run.py --profile paper --shard true --engine vllm
 
-The methods are those of `scripts/studies/baselines.py` and `scripts/studies/grpo.py`. `--shard`
-splits the model over the processes as in `scripts/cluster/fsdp.py`. `--probe-every` logs the
-log-probabilities of fixed pairs during training (`scripts/studies/probe.py`).
+Processes share the run as in `scripts/cluster/shared.py`. `--shard` splits the model over them as
+in `scripts/cluster/fsdp.py`. The methods are those of `scripts/studies/baselines.py` and
+`scripts/studies/grpo.py`. `--probe-every` logs the log-probabilities of fixed pairs during training
+(`scripts/studies/probe.py`).
 """
 
 import sys
@@ -14,13 +15,13 @@ from irpo_utils.ops import cli
 
 
 def run(arguments: list[str]) -> None:
-    """Add the methods, losses and callbacks, and what splits a model, then run."""
+    """Add the methods, losses and callbacks, and the engine of several processes, then run."""
     cli.quiet_libraries()
     from cluster import fsdp
     from irpo_utils.scale import processes
     from studies import baselines, grpo, probe  # noqa: F401 (they add methods and callbacks)
 
-    processes.split = fsdp.split
+    processes.engine = fsdp.engine
     cli.run(arguments)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from cluster import fsdp
+from cluster import fsdp, shared
 from irpo_utils import engines, profiles, sampling, tasks, training
-from irpo_utils.scale import processes, shared
+from irpo_utils.scale import processes
 
 
 def complete(engine, model, tokenizer, n_questions: int) -> list:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import fsdp
+from cluster import fsdp, shared
 from irpo_utils import UserError, profiles
 from irpo_utils.ops import checksums, cli
 from irpo_utils.ops.run import engine_of
+from irpo_utils.scale import processes as started
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "scripts" / "cluster"
@@ -131,12 +132,13 @@ def test_accelerate_takes_file_and_command(monkeypatch, name, machines, processe
     profile = accepted_by_run(arguments.training_script_args)
     launched = {"WORLD_SIZE": str(processes), "RANK": "0", "MASTER_ADDR": "localhost"}
     monkeypatch.setattr(os, "environ", {**environment, **launched})
-    assert not profile.shard and engine_of(profile)
+    monkeypatch.setattr(started, "engine", fsdp.engine)
+    assert type(engine_of(profile)) is shared.SharedEngine
     [added] = re.findall(
         r"options: (--shard.*?adamw_torch)", (CLUSTER / "accelerate_1x8.yaml").read_text()
     )
     profile = accepted_by_run([*arguments.training_script_args, *added.split()])
-    assert profile.shard and fsdp.split(profile, None)
+    assert profile.shard and type(fsdp.engine(profile, None)) is fsdp.ShardedEngine
 
 
 def test_accelerate_would_refuse_a_wrong_file_and_a_run_its_fsdp(monkeypatch, tmp_path):

@@ -16,12 +16,13 @@ import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
-from cluster import fsdp
+from cluster import fsdp, shared
 from irpo_utils import UserError, engines, models, profiles, training
 from irpo_utils.ops.run import engine_of
-from irpo_utils.scale import processes, shared
+from irpo_utils.scale import processes
 
 ROOT = Path(__file__).parent.parent
+RUN = ROOT / "scripts" / "run.py"
 PAIRS = str(ROOT / "notebooks" / "shipped_run" / "iteration_0" / "pairs")
 SMALL = (
     "--profile smoke --quiet --iterations 1 --n-questions 24 --n-samples 4 --k-pairs 4 "
@@ -138,17 +139,19 @@ def test_the_launcher_says_how_many_processes_there_are(monkeypatch):
 def test_what_a_split_model_cannot_do_is_refused(monkeypatch, changes, count, message):
     as_one_of(monkeypatch, count)
     with pytest.raises(UserError, match=message):
-        fsdp.split(profiles.get("smoke", **{"shard": True, "engine": "vllm", **changes}), None)
+        fsdp.engine(profiles.get("smoke", **{"shard": True, "engine": "vllm", **changes}), None)
 
 
-def test_a_run_splits_a_model_with_what_scripts_run_adds(monkeypatch):
+def test_processes_share_a_run_with_what_scripts_run_adds(monkeypatch):
+    whole, split = profiles.get("smoke"), profiles.get("smoke", shard=True, engine="vllm")
+    assert type(engine_of(whole)) is engines.Engine
     as_one_of(monkeypatch, 2)
-    profile = profiles.get("smoke", shard=True, engine="vllm")
-    with pytest.raises(UserError, match="torchrun --nproc_per_node 8 scripts/run.py"):
-        engine_of(profile)
-    monkeypatch.setattr(processes, "split", fsdp.split)
-    assert type(engine_of(profile)) is fsdp.ShardedEngine
-    assert type(engine_of(profiles.get("smoke"))) is shared.SharedEngine
+    for profile in (whole, split):
+        with pytest.raises(UserError, match="torchrun --nproc_per_node 8 scripts/run.py"):
+            engine_of(profile)
+    monkeypatch.setattr(processes, "engine", fsdp.engine)
+    assert type(engine_of(whole)) is shared.SharedEngine
+    assert type(engine_of(split)) is fsdp.ShardedEngine
 
 
 def test_the_fsdp_of_accelerate_is_refused(monkeypatch):
@@ -233,7 +236,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_the_run_of_one(alone, tmp_path):
     out = tmp_path / "run"
-    done = launch("-m", "irpo_utils", "run", *SMALL, "--out", out)
+    done = launch(RUN, *SMALL, "--out", out)
     assert json.loads((out / "environment.json").read_text())["world_size"] == 2
     assert done.stdout.count("M_1: greedy") == 1  # one of them prints
     tables = [
@@ -259,7 +262,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(alone, tmp_path):
 def test_one_process_that_dies_ends_all_and_another_number_resumes(alone, tmp_path, rank):
     out = tmp_path / "run"
     group = subprocess.Popen(
-        launcher("-m", "irpo_utils", "run", *SMALL, "--out", out),
+        launcher(RUN, *SMALL, "--out", out),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -20,7 +20,7 @@ from irpo_utils.ops import plan as planning
 from irpo_utils.ops.run_directory import RunDirectory
 from irpo_utils.ops.storage import read_profile
 from irpo_utils.profiles import Profile
-from irpo_utils.scale import processes, shared
+from irpo_utils.scale import processes
 
 
 def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
@@ -111,9 +111,7 @@ def engine_of(p: Profile) -> Engine:
             "accelerate would split the model itself (FSDP). Configure it for several GPUs without "
             "FSDP, and use --shard true."
         )
-    if p.shard:
-        return processes.split(p, engine)
-    return shared.SharedEngine(engine) if processes.count() > 1 else engine
+    return processes.engine(p, engine) if p.shard or processes.count() > 1 else engine
 
 
 def learnt_before(p: Profile) -> list[dict]:

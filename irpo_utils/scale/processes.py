@@ -73,9 +73,9 @@ def wait() -> None:
     _state().wait_for_everyone()
 
 
-def split(p, engine):
-    """The engine of a profile with `shard`; scripts/run.py puts another function in this place."""
+def engine(p, alone):
+    """The engine of several processes, from that of one; scripts/run.py replaces this function."""
     raise UserError(
-        "--shard true needs scripts/run.py, which splits the model over several processes: start "
-        "them with `torchrun --nproc_per_node 8 scripts/run.py ...`, or leave --shard out."
+        "Several processes, and --shard true, need scripts/run.py: start them with `torchrun "
+        "--nproc_per_node 8 scripts/run.py ...`, or run in one process without --shard."
     )

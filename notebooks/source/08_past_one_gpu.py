@@ -463,10 +463,10 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # %% [markdown]
 # ## 8 Commands
 #
-# **One machine**, whole copies:
+# **One machine**, whole copies. `scripts/run.py` is the command `run` for several processes.
 #
 # ```bash
-# torchrun --standalone --nproc_per_node 8 -m irpo_utils run --profile llama-3.1-8b --out runs/llama
+# torchrun --standalone --nproc_per_node 8 scripts/run.py --profile llama-3.1-8b --out runs/llama
 # ```
 #
 # **A model that does not fit on one GPU**: split layers, and a vLLM server on other GPUs for sampling. Only a run in one process

@@ -1,1 +1,1 @@
-"""Several GPUs and machines: configurations, and models that are split over processes."""
+"""Several GPUs and machines: how processes share a run, and the files that start them."""

@@ -1,7 +1,7 @@
 """A model whose layers are split over the processes (FSDP2), for bases that do not fit one GPU.
 
 Training and scoring put a layer together when it is computed. Decoding would do so for every token,
-so a vLLM server writes the completions. `scripts/run.py` adds this to a run, as `--shard true`.
+so a vLLM server writes the completions. `engine` makes this of a run with `--shard true`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from cluster import shared
 from irpo_utils import UserError, logprobs, models
-from irpo_utils.scale import processes, shared
+from irpo_utils.scale import processes
 
 
-def split(p, engine) -> ShardedEngine:
-    """The engine of a profile with `shard`, around `engine`; `UserError` for what cannot be split."""
+def engine(p, alone) -> shared.SharedEngine:
+    """The engine of several processes, from that of one: with whole copies, or split by `shard`.
+
+    Raises `UserError` for what cannot be split.
+    """
+    if not p.shard:
+        return shared.SharedEngine(alone)
     if processes.count() == 1:
         raise UserError(
             "--shard true splits the model over several processes, but there is only one. Start "
@@ -33,7 +39,7 @@ def split(p, engine) -> ShardedEngine:
             f"--optimizer {p.optimizer} cannot split its state over processes. Use --optimizer "
             "adamw_torch: split, its state is small."
         )
-    return ShardedEngine(engine)
+    return ShardedEngine(alone)
 
 
 def shard_layers(model, device: str) -> None:

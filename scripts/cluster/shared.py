@@ -78,11 +78,11 @@ def distributed(trainer_class=None):
             They come last, and would make the last step depend on the number of processes.
             """
             n, micro = len(self.train_dataset), self.args.per_device_train_batch_size
-            processes, process = self.accelerator.num_processes, self.accelerator.process_index
-            step = micro * processes * self.args.gradient_accumulation_steps
+            count, process = self.accelerator.num_processes, self.accelerator.process_index
+            step = micro * count * self.args.gradient_accumulation_steps
             first = self.state.global_step % math.ceil(n / step) * step  # place in the epoch
             for i, batch in enumerate(batches):
-                start = first + (i * processes + process) * micro
+                start = first + (i * count + process) * micro
                 places = start + torch.arange(self.n_pairs(batch), device=device)
                 batch["weights"] = (places < n).float()
             return min(step, n - first)
