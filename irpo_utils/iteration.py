@@ -160,7 +160,7 @@ def plugin(name: str):
     try:
         return importlib.import_module(f"irpo_utils.{name}")
     except ModuleNotFoundError as error:
-        raise UserError(f"There is no {name} ({error}). --engine is plain or cpu.") from error
+        raise UserError(f"{error}. --engine is plain, cpu, cuda_graph or vllm.") from error
 
 
 def first(data: Dataset, n: int | None) -> Dataset:

@@ -120,7 +120,7 @@ def next_tokens(logits, uniforms, temperature: float, top_p: float) -> torch.Ten
     probabilities = torch.softmax(logits / temperature, -1)
     if top_p < 1:
         ranked, order = probabilities.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        ranked.masked_fill_(ranked.cumsum(-1) - ranked >= top_p, 0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ranked)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
@@ -131,23 +131,15 @@ def next_tokens(logits, uniforms, temperature: float, top_p: float) -> torch.Ten
     return token.clamp_(max=logits.shape[-1] - 1)
 
 
-def decode(model, request: Request, batch_size: int):
-    """Yield (index of the prompt, sample, tokens, finished, logprob), longest prompts first."""
-    at_once = max(1, batch_size // request.n)
-    order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
-    for start in range(0, len(order), at_once):
-        yield from _decode_batch(model, request, order[start : start + at_once])
-
-
 @torch.inference_mode()
-def _decode_batch(model, request: Request, part: list[int]):
+def decode_batch(model, request: Request, part: list[int]):
+    """As `decode`: each prompt of `part` once, then n copies of its cache, which grow together."""
     device, n, prompts = model.device, request.n, [request.prompts[i] for i in part]
     width = max(map(len, prompts))
     ids = torch.tensor([[request.pad_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=model.config)
 
-    # 1. Each prompt once, then n copies of its cache.
     def next_logits(ids, mask, positions) -> torch.Tensor:
         """Logits (rows, vocabulary) after the last column."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -160,7 +152,7 @@ def _decode_batch(model, request: Request, part: list[int]):
     position = mask.sum(-1)
     uniforms = torch.from_numpy(np.concatenate([request.uniforms(i) for i in part])).to(device)
 
-    # 2. One token per step; a row that has ended leaves the batch.
+    # One token per step; a row that has ended leaves the batch.
     ends, rows = torch.tensor(request.ends, device=device), torch.arange(len(mask), device=device)
     tokens: list[list[int]] = [[] for _ in rows]
     logprob = torch.zeros(len(rows), dtype=torch.double, device=device)
@@ -180,6 +172,14 @@ def _decode_batch(model, request: Request, part: list[int]):
         logits, position = next_logits(token[:, None], mask, position[:, None]), position + 1
     for row, (drawn, value) in enumerate(zip(tokens, logprob.tolist(), strict=True)):
         yield part[row // n], row % n, drawn, drawn[-1] in request.ends, value
+
+
+def decode(model, request: Request, batch_size: int, decode_batch=decode_batch):
+    """Yield (index of the prompt, sample, tokens, finished, logprob), longest prompts first."""
+    at_once = max(1, batch_size // request.n)
+    order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
+    for start in range(0, len(order), at_once):
+        yield from decode_batch(model, request, order[start : start + at_once])
 
 
 def check_ids(ids, where: str) -> None:

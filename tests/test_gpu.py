@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from irpo_utils import logprobs, models, profiles, sampling, tasks, training
-from irpo_utils.engines import cpu, shared_prompt
+from irpo_utils.engines import cpu, cuda_graph, shared_prompt
 from irpo_utils.ops import plan as planning
 from irpo_utils.ops import run as runs
 from irpo_utils.ops import trainer
@@ -78,7 +78,7 @@ def skip_without(dtype: str) -> None:
         pytest.skip("this GPU has no bf16")
 
 
-@pytest.mark.parametrize("engine", [None, cpu.Engine()])
+@pytest.mark.parametrize("engine", [None, cpu.Engine(), cuda_graph.Engine()])
 def test_greedy_is_generate_token_for_token(in_fp32, questions, task, engine):
     model, tokenizer = in_fp32
     settings = {"max_new_tokens": 60, "progress": False, "engine": engine}
@@ -257,3 +257,141 @@ def test_vllm_completes_as_the_loaded_model_with_and_without_an_adapter(
 )
 def test_the_notebooks_run_unchanged_on_the_gpu(notebook, tmp_path):
     gpu_phases.execute(ROOT / "notebooks" / "solutions" / notebook, tmp_path, seconds=900)
+
+
+# ---- CUDA graphs
+
+
+@pytest.fixture()
+def graphs():
+    """An engine whose memory is free again after the test."""
+    engine = cuda_graph.Engine()
+    yield engine
+    engine.close()
+
+
+def draw(loaded, questions, task, engine=None, **settings):
+    defaults = {"n": 8, "max_new_tokens": 100, "progress": False, "seed": 5}
+    return sampling.sample(*loaded, questions, task, engine=engine, **defaults | settings)
+
+
+def randomised(seed: int, **options):
+    """The seed model with an adapter that is not zero."""
+    model, tokenizer = models.load("seed", device=DEVICE, **options)
+    torch.manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight.data, std=0.02)
+    return model, tokenizer
+
+
+def assert_agree(ours, theirs, share: float, tolerance: float):
+    """So many tokens are equal; where a whole completion is, its log-probability (nats) is close."""
+    pairs = list(zip(ours["completion_ids"], theirs["completion_ids"], strict=True))
+    equal = sum(sum(a == b for a, b in zip(*pair)) for pair in pairs)
+    assert equal >= share * sum(max(map(len, pair)) for pair in pairs)
+    rows = [i for i, (a, b) in enumerate(pairs) if a == b]
+    differences = [abs(ours["logprob"][i] - theirs["logprob"][i]) for i in rows]
+    assert max(differences) < tolerance
+
+
+def assert_recorded(engine):
+    """Several buckets have a graph; those of a single step have none."""
+    assert not engine.refused
+    assert sum(graph is not None for graph in engine.static.graphs.values()) >= 2
+
+
+@pytest.mark.parametrize(
+    "dtype, quantize, settings",
+    [
+        ("bfloat16", True, {}),
+        ("bfloat16", True, {"temperature": 0.0}),
+        ("bfloat16", False, {"temperature": 1.3, "top_p": 0.9}),
+        ("float16", True, {}),
+        ("float32", False, {}),
+    ],
+)
+def test_a_graph_is_the_step_called_directly(
+    questions, task, graphs, dtype, quantize, settings, monkeypatch
+):
+    skip_without(dtype)
+    loaded = randomised(1, dtype=dtype, quantize=quantize)
+    ours = [draw(loaded, questions, task, graphs, **settings) for _ in range(2)]
+    assert_recorded(graphs)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    direct = cuda_graph.Engine()
+    theirs = draw(loaded, questions, task, direct, **settings)
+    assert not any(direct.static.graphs.values())
+    for found in ours:
+        assert_agree(found, theirs, 0.99, 0.05)
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_graphs_draw_the_completions_of_the_plain_decoder(questions, task, graphs, quantize):
+    loaded = randomised(1, dtype="float32", quantize=quantize)
+    assert_agree(draw(loaded, questions, task, graphs), draw(loaded, questions, task), 0.97, 1e-2)
+    assert_recorded(graphs)
+
+
+def test_log_probabilities_of_graphs_in_bf16_are_those_of_the_scorer(questions, task, graphs):
+    skip_without("bfloat16")
+    loaded = randomised(1, dtype="bfloat16")
+    rows = draw(loaded, questions, task, graphs)
+    scores = logprobs.score(*loaded, list(rows["prompt_ids"]), list(rows["completion_ids"]))
+    per_token = [abs(a - b) / n for a, b, n in zip(rows["logprob"], scores, rows["n_tokens"])]
+    assert sum(per_token) / len(per_token) < 0.05
+
+
+def test_a_completion_of_a_graph_does_not_depend_on_its_batch(questions, task, graphs):
+    loaded = randomised(1, dtype="float32", quantize=False)
+    whole = draw(loaded, questions, task, graphs)
+    few = draw(loaded, questions.select([7, 2]), task, graphs)
+    alone = draw(loaded, questions.select([7, 2]), task, cuda_graph.Engine())
+    expected = whole.select([*range(56, 64), *range(16, 24)])
+    for found in (few, alone):
+        assert_agree(found, expected, 0.97, 1e-2)
+
+
+def test_graphs_compute_with_the_adapter_in_use(questions, task, graphs, tmp_path):
+    loaded = randomised(1, dtype="float32")
+    loaded[0].save_pretrained(tmp_path)
+    first = draw(loaded, questions, task, graphs)
+    kept = dict(graphs.static.graphs)
+    found = {}
+    for adapter in (None, tmp_path):
+        graphs.use(loaded[0], adapter)
+        found[adapter] = draw(loaded, questions, task, graphs)
+        assert_agree(found[adapter], draw(loaded, questions, task), 0.97, 1e-2)
+    assert all(graphs.static.graphs[bucket] is graph for bucket, graph in kept.items() if graph)
+    assert_agree(found[tmp_path], first, 0.99, 1e-2)
+    assert found[None]["completion_ids"][:] != first["completion_ids"][:]
+
+
+def test_training_gets_the_memory_of_the_graphs(preferences, questions, task, graphs):
+    loaded = randomised(1, dtype="float32")
+    draw(loaded, questions.select([0]), task)  # workspaces of the libraries
+    torch.cuda.empty_cache()
+    before, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    draw(loaded, questions, task, graphs)
+    held = torch.cuda.memory_allocated() - before
+    assert held > 10e6
+    graphs.close()
+    assert torch.cuda.memory_allocated() - before < 0.1 * held + 64e6
+    assert free - torch.cuda.mem_get_info()[0] < 0.1 * held + 512e6  # CUDA keeps some for graphs
+    train(*loaded, preferences, num_train_epochs=1)
+    assert_agree(draw(loaded, questions, task, graphs), draw(loaded, questions, task), 0.97, 1e-2)
+
+
+def test_graphs_with_little_memory_take_fewer_rows(questions, task, graphs, capsys):
+    """The process may use less than the GPU says is free, so the first attempts fail."""
+    loaded = randomised(1, dtype="float32")
+    expected = draw(loaded, questions, task, n=32, batch_size=256)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 1.5e9) / total)
+    try:
+        ours = draw(loaded, questions, task, graphs, n=32, batch_size=2**14)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Out of memory: continuing with" in "".join(capsys.readouterr())
+    assert_agree(ours, expected, 0.97, 1e-2)

@@ -268,7 +268,7 @@ def measured(tmp_path_factory):
 
 def test_sampling_measures_every_engine_and_generate_in_both_precisions(measured):
     found = measured["sampling"]
-    for engine in ("plain", "cpu", "generate"):
+    for engine in ("plain", "cpu", "cuda_graph", "generate"):
         for kind in ("nf4", gpu_phases.precision(False)):
             record = found[f"{engine} {kind} 16"]
             assert record["status"] == "done", record

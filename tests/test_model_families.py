@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from irpo_utils import UserError, logprobs, models, profiles, sampling, tasks, training
 from irpo_utils.engines import Engine as PlainEngine
-from irpo_utils.engines import cpu
+from irpo_utils.engines import cpu, cuda_graph
 from irpo_utils.ops import run, trial
 from studies import evaluate_again
 
@@ -151,6 +151,24 @@ def test_a_family_with_the_plain_engine(load, name):
     loaded = load(name, PlainEngine())
     trial.check(*loaded)
     sample_and_train(*loaded)
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_the_engine_of_a_gpu_draws_the_completions_of_the_plain_decoder(load, name, capsys):
+    """With a static cache also for sliding windows and ALiBi; the plain decoder for sinks."""
+    engine, task = cuda_graph.Engine(), tasks.get("word_problems")
+    model, tokenizer, *_ = load(name, engine)
+    questions = task.load("validation").select(range(4))
+    settings = {"n": 3, "max_new_tokens": 16, "seed": 1, "batch_size": 6, "progress": False}
+    plain, ours = (
+        sampling.sample(model, tokenizer, questions, task, engine=given, **settings)
+        for given in (None, engine)
+    )
+    assert ours["completion_ids"][:] == plain["completion_ids"][:]
+    assert np.allclose(ours["logprob"][:], plain["logprob"][:], atol=1e-4)
+    lines = [line for line in "".join(capsys.readouterr()).splitlines() if "plain decoder" in line]
+    assert len(lines) == (name == "gpt-oss") and all("'s_aux'" in line for line in lines)
+    assert (engine.static is None) == (name == "gpt-oss")
 
 
 def test_experts_are_computed_by_one_thread_at_a_time(load, monkeypatch):

@@ -706,7 +706,7 @@ def test_an_unknown_gpu_has_its_own_memory_and_the_least_speed(monkeypatch, majo
 def test_the_table_says_what_its_speeds_rest_on():
     text = planning.table(checked(profiles.get("smollm2-135m"), "A100-80GB"))
     assert "35% of FLOPS (assumed), 37% of bandwidth (measured on an H200)" in text
-    assert "engine plain" in text
+    assert "engine cuda_graph" in text
 
 
 @pytest.mark.parametrize("text", ["8xFOO", "0xT4-16GB", "A100", "x"])

@@ -43,7 +43,8 @@ class Engine:
         while waiting:
             size, drawn = min(batch_size, self.most), set()
             try:
-                for i, *rest in sampling.decode(model, part_of(request, waiting), size):
+                left = part_of(request, waiting)
+                for i, *rest in sampling.decode(model, left, size, self.decode_batch):
                     drawn.add(waiting[i])
                     yield waiting[i], *rest
                 return
@@ -56,9 +57,14 @@ class Engine:
                         "Lower --n-samples or --max-new-tokens, or use a GPU with more memory."
                     ) from error
             waiting = [i for i in waiting if i not in drawn]
+            self.close()
             clear_device_cache(garbage_collection=True)
             self.most = min(self.most, size // 2)  # another core may have lowered it
             tqdm.write(f"Out of memory: continuing with --sampling-batch-size {self.most}.")
+
+    def decode_batch(self, model, request: sampling.Request, part: list[int]):
+        """The completions of the prompts `part`, all at once."""
+        return sampling.decode_batch(model, request, part)
 
     def trainer(self, model):
         """The class that trains this model, or None for `training.IterativeRPOTrainer`."""

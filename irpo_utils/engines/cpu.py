@@ -106,16 +106,25 @@ AttentionInterface.register("grouped", grouped_attention)
 AttentionMaskInterface.register("grouped", eager_mask)
 
 
-def use_grouped_attention(base) -> None:
-    """Let the base compute with `grouped_attention`, unless it needs an argument of another one."""
+@contextlib.contextmanager
+def grouped(base):
+    """Inside the context the base computes with `grouped_attention`."""
     library = base.config._attn_implementation
     base.set_attn_implementation("grouped")
     try:
-        with torch.no_grad():
-            base(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    except TypeError as error:
+        yield
+    finally:
         base.set_attn_implementation(library)
-        kind = base.config.model_type
+
+
+def use_grouped_attention(base) -> None:
+    """Let the base compute with `grouped_attention`, unless it needs an argument of another one."""
+    try:
+        with grouped(base), torch.no_grad():
+            base(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        base.set_attn_implementation("grouped")
+    except TypeError as error:
+        library, kind = base.config._attn_implementation, base.config.model_type
         tqdm.write(
             f"The attention of {kind} is the library's {library!r}, which is slower: {error}."
         )

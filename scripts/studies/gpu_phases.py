@@ -319,7 +319,10 @@ def sampling(s: Settings, records: Records) -> None:
 
 
 def sample(sides: Sides, engine: str, quantize: bool, rows: int) -> dict[str, float]:
-    """One batch of `rows` completions, after one of two tokens."""
+    """One batch of `rows` completions, after one of two tokens, which `cuda_graph` draws whole.
+
+    A run records its graphs once and replays them in all later batches.
+    """
     from studies import bench
 
     side, n = sides.get(engine, quantize), N_SAMPLES
@@ -327,8 +330,9 @@ def sample(sides: Sides, engine: str, quantize: bool, rows: int) -> dict[str, fl
     questions = questions.select([i % len(questions) for i in range(rows // n)])
     questions = questions.remove_columns("id").add_column("id", [f"{i}" for i in range(rows // n)])
     side.batch = rows // n  # of `generate`, in prompts
-    profile = dataclasses.replace(side.profile, sampling_batch_size=rows)
-    side.profile = dataclasses.replace(profile, max_new_tokens=2)
+    profile = side.profile = dataclasses.replace(side.profile, sampling_batch_size=rows)
+    if engine != "cuda_graph":
+        side.profile = dataclasses.replace(profile, max_new_tokens=2)
     side.sample(questions)
     side.profile = profile
     reset_memory()

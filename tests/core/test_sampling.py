@@ -256,7 +256,7 @@ def test_a_model_whose_logits_are_not_finite_is_refused(engine, questions, task,
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(UserError, match="no engines.warp.*plain or cpu"):
+    with pytest.raises(UserError, match="engines.warp.*plain, cpu, cuda_graph or vllm"):
         iteration.plugin("engines.warp")
 
 
@@ -269,7 +269,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_completions(
     """What was drawn before is not drawn again, and later calls begin with the smaller batch."""
     settings = {"n": 4, "batch_size": 24, "max_new_tokens": 40, "engine": engine}
     expected = draw(ready, questions, task, **settings)
-    real, asked = sampling._decode_batch, []
+    real, asked = sampling.decode_batch, []
 
     def decode_batch(model, request, part):
         asked.append([request.ids[i] for i in part])
@@ -277,7 +277,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_completions(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         yield from real(model, request, part)
 
-    monkeypatch.setattr(sampling, "_decode_batch", decode_batch)
+    monkeypatch.setattr(sampling, "decode_batch", decode_batch)
     found = draw(ready, questions, task, **settings)
     assert "continuing with --sampling-batch-size 12" in "".join(capsys.readouterr())
     assert found["completion_ids"][:] == expected["completion_ids"][:]
