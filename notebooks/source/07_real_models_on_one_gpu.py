@@ -243,9 +243,10 @@ assert planned.notna().any().all()
 helpers_07.hours_bars(planned)
 
 # %% [markdown]
-# By this estimate, only 2.5 times. For small models most of the time goes into launching the kernels of each layer, not
-# into arithmetic. So compare the *cost of the run*: hours times price. Prefer GPUs of 2020 or later. A T4 has no
-# [bf16](../docs/glossary.md#bf16), so the run uses fp16 with [loss scaling](../docs/glossary.md#loss-scaling).
+# By this estimate, 9 times. Most of the time is training: decoding replays CUDA graphs, each of which launches all kernels of
+# a step ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours times price.
+# Prefer GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with
+# [loss scaling](../docs/glossary.md#loss-scaling).
 
 # %% [markdown]
 # ## 3 Estimate
@@ -259,8 +260,8 @@ print(planning.table(plan))
 assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
 # %% [markdown]
-# For the choice above, sampling. Evaluation takes less, because it asks 300 validation questions. Training needs more memory
-# than its bar in section 2. This GPU has room for a base in 16 bits, and for all activations without checkpointing.
+# For the choice above, training. Evaluation takes the least, because it asks 300 validation questions. Training needs more
+# memory than its bar in section 2. This GPU has room for a base in 16 bits, and for all activations without checkpointing.
 #
 # **Predict**: what would it take to evaluate every model on the whole test split, with 32 completions per question?
 
