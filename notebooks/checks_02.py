@@ -49,6 +49,7 @@ def extract_number(function) -> str:
             {
                 1: "The comma between thousands cut your number short: take it out first.",
                 1080: "The decimals are lost.",
+                50: "The comma or the point split your number, and you read only its last part.",
                 None: "The comma or the point split your number in two: take out the commas between thousands and allow decimals.",
             },
         ),
@@ -343,6 +344,8 @@ def sound(function) -> str:
             "Right: a completion without an equation, with a false one, or whose last equation gives another number is not "
             "sound."
         )
+    if any(value is None and solution(*case) for case, value in zip(cases, values)):
+        return NO_RETURN
     for message, wrong in mistakes.items():
         if verdicts == [bool(wrong(*case)) for case in cases]:
             return message

@@ -205,9 +205,7 @@ def lost(function) -> str:
             return message or (NO_RETURN if value is None else _unsolved(function))
         if _number(value) is not None:
             if _same(value, sum(solution(n))):
-                return (
-                    "The sum is right. Return its two parts as a tuple: all incorrect, all correct."
-                )
+                return "The sum is correct. Return its two parts as a tuple: all incorrect, all correct."
             return f"You return one number, {value!r}. Return two: the expected number that is all incorrect, and the number that is all correct."
         try:
             wrong, right = (float(x) for x in value)
@@ -228,7 +226,16 @@ def lost(function) -> str:
     for message, wrong in mistakes.items():
         if matches(wrong):
             return message
-    side = 0 if not _same(values[4][0], solution(4)[0]) else 1
+    n, side = next(
+        (n, side)
+        for n in values
+        for side in (0, 1)
+        if not _same(values[n][side], solution(n)[side])
+    )
+    if n != 4:
+        return (
+            f"Your numbers are correct for n = 4, but not for n = {n}. Does your function use `n`?"
+        )
     return (
         f"For chances {chances} and n = 4 you expect {values[4][side]:.4g} questions that are all {('incorrect', 'correct')[side]}; it "
         f"should be {solution(4)[side]:.4g}. The other number is {'correct' if _same(values[4][1 - side], solution(4)[1 - side]) else 'also incorrect'}."

@@ -55,6 +55,7 @@ def loss(function) -> str:
             "on the NLL term.",
             ALPHA * dpo + nll,
         ),
+        ("α is on both terms. In Eq. 1 it is on the NLL term alone.", ALPHA * (dpo + nll)),
         ("The NLL term is missing. This is DPO alone.", dpo),
         ("The DPO term is missing. This is SFT on the chosen completions.", ALPHA * nll),
     ]

@@ -103,6 +103,7 @@ def one(found):
             "Small and capital letters",
         ),
         (lambda text: one(set(re.findall(r"[\d.,-]*\d", last_line(text)))), "return a Fraction"),
+        (lambda text: Fraction(re.findall(r"\d+", text)[-1]), "only its last part"),
         (
             lambda text: (number(last_line(text)) or [None])[0],
             "took the first. That rewards hedging",
@@ -288,6 +289,10 @@ def true(e):
         (lambda text, x: True, "True for every"),
         (lambda text, x: False, "False for every"),
         (lambda text, x: SOLVED["sound"](text, x) or None, "Return False there"),
+        (
+            lambda text, x: None if equations(text) and x is not None else False,
+            "is a `return` missing?",
+        ),
         (
             lambda text, x: (
                 bool(equations(text)) and x is not None and all(map(true, equations(text)))

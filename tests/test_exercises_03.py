@@ -159,6 +159,7 @@ def wrong(p, n):
         ),
         (lambda p, n: (p.count(0.0), p.count(1.0)), "lost for certain"),
         (lambda p, n: (wrong(p, n), right(p, n) + 1), "all correct; it should be"),
+        (lambda p, n: (wrong(p, 4), right(p, 4)), "not for n = 16"),
         (lambda p, n: p**n, "raised TypeError"),
     ],
 )

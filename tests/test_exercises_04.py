@@ -79,6 +79,7 @@ def dpo(w, l, rw, rl, n, alpha, beta):
     "wrong, words",
     [
         (lambda w, l, rw, rl, n, a, b: a * dpo(w, l, rw, rl, n, a, b) - w / n, ["α is on the DPO"]),
+        (lambda w, l, rw, rl, n, a, b: a * eq1(w, l, rw, rl, n, 1, b), ["α is on both terms"]),
         (
             lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b) - a * w.sum() / n.sum(),
             ["In the NLL term", "tokens of the whole batch"],
