@@ -115,12 +115,10 @@ print(checks_01.nucleus(nucleus))
 # **Predict**: at $T = 1.6$, how does top-p 0.8 change the share of correct completions?
 
 # %% tags=["nbval-ignore-output"]
-shares = {}
 for temperature, top_p in ((1.0, 1.0), (1.6, 1.0), (1.6, 0.8)):
     graded = grading.grade(draw(questions, temperature=temperature, top_p=top_p), task)
-    shares[temperature, top_p] = sum(graded["correct"]) / len(graded)
-    print(f"T = {temperature}, top-p {top_p}: {100 * shares[temperature, top_p]:.1f} % of {len(graded)} completions are correct")
-assert profile.model != "seed" or shares[1.6, 0.8] > shares[1.6, 1.0]
+    share = sum(graded["correct"]) / len(graded)
+    print(f"T = {temperature}, top-p {top_p}: {100 * share:.1f} % of {len(graded)} completions are correct")
 
 # %% [markdown]
 # Top-p undoes much of a high temperature. The paper does not say whether it used top-p. Our profiles do not: the samples
@@ -137,7 +135,6 @@ example = max(greedy, key=lambda row: row["n_tokens"])
 start = torch.tensor([example["prompt_ids"]], device=model.device)
 ends = models.end_tokens(model, tokenizer)
 print(f"prompt of {start.shape[1]} tokens, completion of {example['n_tokens']}:\n{example['completion'][-300:]}")
-assert example["n_tokens"] > 1
 
 # %%
 @torch.inference_mode()
@@ -182,15 +179,13 @@ def decode_with_cache(ids, limit):
 cached, positions_cached = decode_with_cache(start, profile.max_new_tokens)
 print(f"the same tokens: {cached == plain}; {positions_cached} positions instead of {positions_plainly}")
 assert positions_cached == P + len(cached) - 1
-assert cached == plain == example["completion_ids"] or not ON_CPU
 
 # %% [markdown]
 # **Predict**: the cache saves nearly all positions. Does it save as much of the *time*?
 
 # %% tags=["nbval-ignore-output"]
 t_plain, t_cached = (helpers_01.seconds(decode, start, L) for decode in (decode_plainly, decode_with_cache))
-print(f"positions: {positions_plainly / positions_cached:.1f} times as few; time: {t_plain / t_cached:.1f} times as fast")
-assert t_plain > 0 and t_cached > 0
+print(f"positions: {positions_plainly / positions_cached:.1f} times fewer; time: {t_plain / t_cached:.1f} times as fast")
 
 # %% [markdown]
 # Not for one completion of a small model. Each step has a fixed cost (Python, launching the operations, reading the
@@ -226,6 +221,13 @@ def prefill(ids):
 
 t_once, t_copies = helpers_01.seconds(prefill, prompt_ids, repeats=7), helpers_01.seconds(prefill, prompt_ids.repeat(32, 1), repeats=7)
 print(f"one prompt {1000 * t_once:.1f} ms, 32 copies {1000 * t_copies:.1f} ms: {t_copies / t_once:.1f} times as long")
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Fewer than 32 times as long, because all copies share the fixed cost of a step. One shared prompt is still far cheaper.
+#
+# </details>
 
 # %% [markdown]
 # ### Exercise 1b.2: what sharing the prompt saves
@@ -284,7 +286,6 @@ crowded = draw(questions.select(range(8)), n=2, batch_size=16)
 lonely = draw(questions.select(range(8)), n=2, batch_size=2, engine=None)           # None: the plain loop
 same = sum(a == b for a, b in zip(crowded["completion_ids"], lonely["completion_ids"]))
 print(f"{same} of {len(crowded)} completions are the same, drawn sixteen at a time and, in the plain loop, two at a time")
-assert same == len(crowded) or not ON_CPU
 
 # %% [markdown]
 # ## What you have learnt
