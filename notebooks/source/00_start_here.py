@@ -61,7 +61,7 @@ print("profile", PROFILE, "· device", models.default_device(), "· seed", profi
 #
 # We draw $N$ random completions for each of 16 questions and [grade](../docs/glossary.md#reward) them: the reward is 1 if
 # the final answer equals the known one, else 0. [Greedy decoding](../docs/glossary.md#greedy-decoding) gives one
-# more: it takes the most probable token each time.
+# more completion: it always takes the most probable token.
 
 # %% tags=["nbval-ignore-output"]
 task = tasks.get(profile.task)
@@ -182,8 +182,8 @@ assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_s
 #
 # The model should prefer the chosen completion $w$ over the rejected one $l$ *more than $M_t$ does*. The
 # [DPO](../docs/glossary.md#dpo) term (direct preference optimization) asks for this. It allows both probabilities to fall.
-# The [NLL term](../docs/glossary.md#nll-term) (negative log-likelihood) therefore raises that of $w$. The loss of one pair
-# for a question $x$ is Eq. 1 of the paper:
+# The [NLL term](../docs/glossary.md#nll-term) (negative log-likelihood) therefore raises the probability of $w$. The loss
+# of one pair for a question $x$ is Eq. 1 of the paper:
 #
 # $$L = \underbrace{-\log\sigma\Big(\beta\log\frac{M_\theta(w|x)}{M_t(w|x)} - \beta\log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{\text{DPO}}
 # \;\underbrace{-\;\alpha\,\frac{\log M_\theta(w|x)}{|w|}}_{\text{NLL}}$$

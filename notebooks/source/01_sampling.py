@@ -55,7 +55,8 @@ profile = profiles.get(PROFILE)
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
 
 # %% [markdown]
-# The questions come from the validation split, because we choose the temperature by looking at results.
+# We will choose a temperature by its results. The questions therefore come from the validation split, not from the test
+# split.
 
 # %% tags=["nbval-ignore-output"]
 task = tasks.get(profile.task)
@@ -106,7 +107,6 @@ assert by_hand == models.render_prompt(seed_tokenizer, text)
 # %%
 ids = seed_tokenizer(by_hand, add_special_tokens=False).input_ids
 print(len(ids), "tokens:", [seed_tokenizer.decode([i]) for i in ids])
-assert ids.count(seed_tokenizer.eos_token_id) == 1
 
 # %% [markdown]
 # Each marker is one token, and so is each digit. `add_special_tokens=False` is necessary because the template already
@@ -137,8 +137,7 @@ for name, texts in prompts.items():
 # ## 2 The distribution of the next token
 #
 # The model maps the prompt to one [logit](../docs/glossary.md#logit) per token of its vocabulary. The softmax turns logits
-# into probabilities. We take the question whose solution has
-# the most steps.
+# into probabilities. We take the question whose solution has the most steps.
 
 # %% tags=["nbval-ignore-output"]
 longest = max(questions, key=lambda row: (row.get("steps", 0), len(row["question"])))
@@ -253,12 +252,12 @@ few = questions.select(range(12))
 small, large = draw(few, batch_size=2 * profile.n_samples), draw(few)
 same = [a == b for a, b in zip(small["completion_ids"], large["completion_ids"])]
 print(f"{sum(same)} of {len(same)} completions are the same, token for token")
-assert all(same) or TOLERANCE > 1
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# On a CPU none differ. On a GPU in 16 bits a few may differ, because another batch rounds sums in another order.
+# On a CPU none differ. On a GPU in 16 bits a few may differ: a batch of another size adds numbers in another order, which
+# changes the rounding.
 #
 # </details>
 #
@@ -530,8 +529,8 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questi
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In this run it is higher: 1.3 against 1.0, although the bands of $M_0$ overlap there. At low temperatures the last
-# model makes few mistakes to learn from.
+# In this run it is higher: 1.3 against 1.0. For $M_0$ the order of these two temperatures is not resolved. At low
+# temperatures the last model makes few mistakes to learn from.
 #
 # </details>
 #

@@ -365,7 +365,7 @@ helpers_02.behaviours(samples)
 #
 # </details>
 #
-# Answers without working are almost never correct, because a guess can be any of many numbers. What goes wrong in
+# Answers without working are almost never correct, because there are many numbers to guess from. What goes wrong in
 # incorrect completions *with* equations?
 
 # %% tags=["nbval-ignore-output"]
@@ -391,8 +391,8 @@ for row in odd.sort_values(["false", "gold_steps"]).iloc[[0, -1]].itertuples():
 #
 # **Goal**: a reward for correct answers with sound working. **Difficulty**: 3 of 3. **Time**: 15 minutes.
 #
-# Write `sound(completion, extracted)`. It returns True if there is at least one equation, all equations are true, and the
-# *last* one results in the extracted answer (a text such as `"112"`, or None). Otherwise it returns False.
+# Write `sound(completion, extracted)`. The extracted answer is a text such as `"112"`, or None. Return True if there is at
+# least one equation, all equations are true, and the *last* one results in the extracted answer. Otherwise return False.
 #
 # <details><summary>Hint</summary>
 #

@@ -391,6 +391,14 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # **What to try.** `build_pairs` returns the pairs and their counts. Call it with `pairing="random"` and look at `repeated`.
 # Then take `k=20`: how many of the pairs are new?
 #
+# <details><summary>Typical misunderstandings</summary>
+#
+# - *When one list ends, both start again.* Only the list that ended starts again.
+# - *$K$ pairs are $K$ different pairs.* After the least common multiple of the two sizes, the pairs repeat.
+# - *The model trains on all questions.* It trains only on those that it sometimes answers correctly.
+#
+# </details>
+#
 # **Recall** without scrolling up, then open the answers.
 #
 # 1. One chosen and four rejected completions, $K = 6$: which pairs?
