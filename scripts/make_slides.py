@@ -4,8 +4,9 @@
 
 `make book` writes the slides of all notebooks. A deck has 10 to 15 slides: the goals, one slide for
 each section (its first paragraphs and formulas, with one output), further questions that ask for a
-prediction with the output that answers them, the summary, and the questions to recall. The rest of
-a section's text is in the speaker notes (key S). Exercises, hints and code are not shown.
+prediction with the output that answers them, the summary, and the questions to recall. Outputs keep
+the order of the notebook, so a question comes before its answer. The rest of a section's text is in
+the speaker notes (key S). Exercises, hints and code are not shown.
 
 The pages use reveal.js and MathJax from installed packages and need no network.
 """
@@ -28,11 +29,13 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 FEWEST, SLIDES = 10, 15  # of a deck, where the notebook has enough outputs
-HEIGHT, LEAD = 600, 260  # pixels for what is under the title, and for the text before an output
+HEIGHT = 600  # pixels for what is under the title
+LEAD, LEAST = 260, 99  # pixels for the text before an output, the most and the least
 FIGURE = 330  # pixels, the smallest height of a figure
 WORDS = 60  # of a paragraph
 CHARACTERS = 80  # in a line of text
 LINES, COLUMNS = 14, 110  # of printed output
+LARGE_LINES, LARGE_COLUMNS = 6, 70  # of printed output in large type
 TABLE_ROWS, TABLE_COLUMNS = 9, 8
 REVEAL = ("dist/reveal.css", "dist/reveal.js", "plugin/notes/notes.js")
 
@@ -97,9 +100,10 @@ class Item:
         if self.kind == "figure":
             return FIGURE
         if self.kind == "output":
-            printed = re.findall("<pre>(.*?)</pre>", self.content, re.S)
-            lines = sum(text.count("\n") + 1 for text in printed)
-            return 45 * self.content.count("<tr") + 25 * lines + 45 * len(printed) + 15
+            height = 45 * self.content.count("<tr") + 15
+            for large, text in re.findall("<pre( class=.*?)?>(.*?)</pre>", self.content, re.S):
+                height += (36 if large else 25) * (text.count("\n") + 1) + 45
+            return height
         if self.kind == "code":
             return 25 * rows + 45
         if self.kind == "math":
@@ -155,12 +159,12 @@ class Section:
     def text(self) -> list[Item]:
         return [item for item in self.items if item.kind not in ("output", "figure")]
 
-    def lead(self) -> list[Item]:
-        """The text before the first question or output."""
+    def lead(self, limit: int) -> list[Item]:
+        """The text before the first question or output, in at most `limit` pixels."""
         shown, height = [], 0
-        limit = LEAD if self.steps() else HEIGHT
         for item in self.items:
-            item = shorten(item) if item.height > limit - height else item
+            if item.height > limit - height:
+                item = shorten(item, limit - height)
             if item.kind in ("predict", "output", "figure") or height + item.height > limit:
                 break
             shown.append(item)
@@ -184,19 +188,23 @@ class Section:
         return found
 
 
-def shorten(item: Item) -> Item:
-    """Of a paragraph the first sentences, without a last one that ends in a colon."""
+def shorten(item: Item, height: int = HEIGHT) -> Item:
+    """Of a paragraph the first sentences, without a last one that ends in a colon.
+
+    There is always one. Further ones have room in `height` pixels and in WORDS.
+    """
     if item.kind != "paragraph":
         return item
     sentences = re.split(r"(?<=[.?!:])\s+(?=[A-Z*`$\[])", item.content)
     if len(sentences) > 1 and sentences[-1].endswith(":"):
         sentences.pop()
-    kept = sentences[:1]
+    kept = Item(item.kind, sentences[0])
     for sentence in sentences[1:]:
-        if len(" ".join([*kept, sentence]).split()) > WORDS:
+        longer = Item(item.kind, f"{kept.content} {sentence}")
+        if len(longer.content.split()) > WORDS or longer.height > height:
             break
-        kept.append(sentence)
-    return Item(item.kind, " ".join(kept))
+        kept = longer
+    return kept
 
 
 # From a notebook to sections
@@ -309,7 +317,8 @@ def printed(text: str) -> str | None:
     lines = text.split("\n")
     if not text or len(lines) > LINES or max(map(len, lines)) > COLUMNS:
         return None
-    return f"<pre>{html.escape(text)}</pre>"
+    large = len(lines) <= LARGE_LINES and max(map(len, lines)) <= LARGE_COLUMNS
+    return f"<pre{' class=large' if large else ''}>{html.escape(text)}</pre>"
 
 
 # From sections to slides
@@ -320,29 +329,64 @@ def deck(notebook: nbformat.NotebookNode) -> str:
     first, *sections, last = read_sections(notebook)
     goals = [item.html for item in first.items if item.kind == "list"][:1]
     endings = summary(last)
-    plans = [plan(section) for section in sections]
-    planned = 1 + len(plans) + len(endings)
-    further = sorted((step for _, _, rest in plans for step in rest), key=lambda step: step.rank)
-    asked = sum(step.rank < 3 for step in further)
-    further = further[: max(min(asked, SLIDES - planned), FEWEST - planned, 0)]
     slides = [slide(first.title, goals, level=1)]
-    for section, (lead, step, rest) in zip(sections, plans, strict=True):
-        body = [item.html for item in lead]
-        if step:
-            body += step.html(HEIGHT - sum(item.height for item in lead))
-        slides.append(slide(section.title, body, notes=[item.html for item in section.text()]))
-        slides += [slide(section.title, s.html(HEIGHT)) for s in rest if s in further]
+    fixed = 1 + len(endings)
+    for section, parts in zip(
+        sections, arrange(sections, FEWEST - fixed, SLIDES - fixed), strict=True
+    ):
+        notes = [item.html for item in section.text()]
+        for lead, step in parts:
+            body = [item.html for item in lead]
+            if step:
+                body += step.html(HEIGHT - sum(item.height for item in lead))
+            slides.append(slide(section.title, body, notes=notes if lead is parts[0][0] else ()))
     return "\n".join(slides + endings)
 
 
-def plan(section: Section) -> tuple[list[Item], Step | None, list[Step]]:
-    """What the slide of a section shows, text and a step, and steps for further slides."""
-    lead = section.lead()
-    room = HEIGHT - sum(item.height for item in lead)
-    steps = [step for step in section.steps() if step.height <= HEIGHT]
-    fitting = [step for step in steps if step.height <= room]
-    first = min(fitting, key=lambda step: step.rank, default=None)
-    return lead, first, [step for step in steps if step is not first]
+Part = tuple[list[Item], Step | None]  # what is on a slide: text, and an output with its question
+
+
+def arrange(sections: list[Section], fewest: int, most: int) -> list[list[Part]]:
+    """The slides of each section: the best step of each, then further questions and figures.
+
+    At most `most` slides, and at least `fewest` if the sections have enough outputs.
+    """
+    steps = [[s for s in section.steps() if s.height <= HEIGHT] for section in sections]
+    best = [step for found in steps for step in sorted(found, key=_rank)[:1]]
+    further = sorted((s for found in steps for s in found if s not in best), key=_rank)
+    asked = sum(step.rank < 3 for step in further)
+    layout = []
+    for count in range(len(further), -1, -1):
+        shown = best + further[:count]
+        layout = [
+            parts_of(section, [step for step in found if step in shown])
+            for section, found in zip(sections, steps, strict=True)
+        ]
+        slides = sum(map(len, layout))
+        if slides <= most and (count <= asked or slides <= fewest):
+            break
+    return layout
+
+
+def parts_of(section: Section, steps: list[Step]) -> list[Part]:
+    """The slides of a section: its text with the first step, then one for each further step.
+
+    Paragraphs are shortened for the first step. A formula, list or table that leaves it no room has
+    a slide. Steps keep the order of the notebook, so that a question comes before its answer.
+    """
+    lead = section.lead(LEAD if steps else HEIGHT)
+    if not steps:
+        return [(lead, None)]
+    room = HEIGHT - steps[0].height
+    if sum(item.height for item in lead) > room:
+        if any(item.kind != "paragraph" for item in lead) or room < LEAST:
+            return [(lead, None), *(([], step) for step in steps)]
+        lead = section.lead(room)
+    return [(lead, steps[0]), *(([], step) for step in steps[1:])]
+
+
+def _rank(step: Step) -> int:
+    return step.rank
 
 
 def summary(section: Section) -> list[str]:
