@@ -5,6 +5,7 @@ and pictures therefore work here as they do on GitHub. Notebooks keep the output
 committed with; nothing is executed, and neither the build nor the finished pages use a network.
 """
 
+import base64
 import importlib.util
 import json
 import os
@@ -97,25 +98,32 @@ def copy_mathjax(app, exception) -> None:
 
 # Notebooks
 
+WIDE = 800  # pixels, from which a figure on a phone is wider than the screen and scrolls
+
+
+def is_wide(png: str) -> bool:
+    """Whether a picture in base64 is WIDE: a PNG has its width in the bytes 16 to 19."""
+    return int.from_bytes(base64.b64decode(png[:32])[16:20]) >= WIDE
+
 
 def prepare_notebook(app, docname: str, source: list[str]) -> None:
     """Prepare a notebook for myst-nb: texts of figures, marks for nbval, titles of solutions.
 
     The alternative text of a figure is in the metadata of its output, where JupyterLab reads it.
-    myst-nb takes it from the metadata of the cell.
+    myst-nb takes it from the metadata of the cell. Wide figures get a class for the style sheet.
     """
     if not docname.startswith("notebooks/"):
         return
     notebook = json.loads(source[0])
     for cell in notebook["cells"]:
         cell["source"] = "".join(cell["source"]).removeprefix("# NBVAL_IGNORE_OUTPUT\n")
-        texts = [
-            output.get("metadata", {}).get("image/png", {}).get("alt", "")
-            for output in cell.get("outputs", [])
-            if "image/png" in output.get("data", {})
-        ]
-        if texts:
-            cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(texts)}}
+        drawn = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        if drawn:
+            texts = [o.get("metadata", {}).get("image/png", {}).get("alt", "") for o in drawn]
+            image = {"alt": " ".join(texts)}
+            if any(is_wide("".join(o["data"]["image/png"])) for o in drawn):
+                image["classes"] = "wide"
+            cell["metadata"]["mystnb"] = {"image": image}
     first = notebook["cells"][0]
     if REPOSITORY:
         page = "../" * docname.count("/") + "docs/colab.md"
