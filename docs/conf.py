@@ -139,17 +139,28 @@ def fill_in_address(app, docname: str, source: list[str]) -> None:
         source[0] = source[0].replace("https://github.com/OWNER/NAME", REPOSITORY)
 
 
-# Slides: a page of reveal.js for each notebook, and the list of them
+# Slides: a page of reveal.js for each notebook, the list of them, and links from the teaching plan
 
 DECKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
 def list_slides(app, docname: str, source: list[str]) -> None:
     if docname == "docs/slides":
+        session = 0
         for name in DECKS:
             first = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"][0]
             title = "".join(first["source"]).split("\n")[0].removeprefix("# ")
-            source[0] += f'\n- <a href="../slides/{name}.html">{title}</a>'
+            in_course = re.match(r"\d+_", name)  # 04b is optional
+            session += bool(in_course)
+            before = f"Session {session}: " if in_course else ""
+            source[0] += f'\n- {before}<a href="../slides/{name}.html">{title}</a>'
+
+
+def link_slides(app, docname: str, source: list[str]) -> None:
+    """Add the deck of a session to its links to the notebook and the solutions."""
+    if docname == "docs/teaching":
+        link = r"\[solutions\]\(\.\./notebooks/solutions/(.*?)\.ipynb\)"
+        source[0] = re.sub(link, r'\g<0>, <a href="../slides/\1.html">slides</a>', source[0])
 
 
 def write_slides(app, exception) -> None:
@@ -191,6 +202,7 @@ def setup(app) -> None:
     app.connect("source-read", prepare_notebook)
     app.connect("source-read", fill_in_address)
     app.connect("source-read", list_slides)
+    app.connect("source-read", link_slides)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", write_slides)
     app.add_transform(LinksToFiles)
