@@ -284,7 +284,7 @@ def keep(function) -> str:
             if message.startswith("Not solved"):
                 return message
             return f"Where {name}: {message[0].lower()}{message[1:]}"
-    right = {name: _patience(rows) for name, rows in cases.items()}
+    right = {name: patience(rows) for name, rows in cases.items()}
     if values == right:
         return _ties(function) or (
             "Right: the first iteration that does not improve ends the run, and later models are not trained."
@@ -323,7 +323,7 @@ def _rows(validation, test=None, kl=None, chosen=None) -> list[dict]:
     return [dict(zip(("validation", "test", "kl", "chosen_change"), row)) for row in columns]
 
 
-def _patience(rows, patience=1, column="validation") -> int:
+def patience(rows, patience=1, column="validation") -> int:
     """The best model when `patience` iterations in a row have not exceeded it."""
     best = 0
     for t in range(1, len(rows)):
@@ -349,7 +349,7 @@ def _before(rows, is_bad) -> int:
 _KEEP_MISTAKES = [
     (
         "You return the iteration at which you stop. Keep the best model before it.",
-        lambda rows: min(_patience(rows) + 1, len(rows) - 1),
+        lambda rows: min(patience(rows) + 1, len(rows) - 1),
     ),
     (
         "You return the best of all iterations. With patience 1 the run stops at the first iteration that does not "
@@ -359,7 +359,7 @@ _KEEP_MISTAKES = [
     ("You always return the last model.", lambda rows: len(rows) - 1),
     (
         "You select by test accuracy. The test split measures the kept model once; select with `validation`.",
-        lambda rows: _patience(rows, column="test"),
+        lambda rows: patience(rows, column="test"),
     ),
     (
         "You select the best test accuracy. The test split measures the kept model once; select with `validation`.",
@@ -367,11 +367,11 @@ _KEEP_MISTAKES = [
     ),
     (
         "You wait for two iterations without improvement: that is patience 2.",
-        lambda rows: _patience(rows, patience=2),
+        lambda rows: patience(rows, patience=2),
     ),
     (
         "M_0 is a candidate: if the first iteration lowers accuracy, keep M_0.",
-        lambda rows: min(max(1, _patience(rows)), len(rows) - 1),
+        lambda rows: min(max(1, patience(rows)), len(rows) - 1),
     ),
     (
         "You compare with M_0. Compare with the best model so far.",
@@ -387,15 +387,15 @@ _KEEP_MISTAKES = [
     ),
     (
         "You return an accuracy. Return the number of the iteration.",
-        lambda rows: rows[_patience(rows)]["validation"],
+        lambda rows: rows[patience(rows)]["validation"],
     ),
     (
         "You also stop if KL is large. KL is a sign to look at; this rule uses validation accuracy alone.",
-        lambda rows: min(_patience(rows), _before(rows, lambda t: rows[t]["kl"] > 1)),
+        lambda rows: min(patience(rows), _before(rows, lambda t: rows[t]["kl"] > 1)),
     ),
     (
         "You also stop if chosen completions fall. That is a sign to look at; this rule uses validation accuracy alone.",
-        lambda rows: min(_patience(rows), _before(rows, lambda t: rows[t]["chosen_change"] < 0)),
+        lambda rows: min(patience(rows), _before(rows, lambda t: rows[t]["chosen_change"] < 0)),
     ),
     (
         "You stop by KL. It is a sign to look at; use validation accuracy.",

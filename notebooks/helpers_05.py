@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from datasets import load_from_disk
+from helpers_06 import LESSON, NAMES, settings_in_words
 
 from irpo_utils import plots, profiles, tasks
 from irpo_utils.ops import run as runs
@@ -143,7 +144,8 @@ def _metric(record: dict, name: str) -> dict[int, float]:
 
 
 def shipped_runs() -> list[dict]:
-    """Finished runs to try rules on: `name`, `seed`, and `rows`, one dict per iteration.
+    """Finished runs to try rules on: `name` (method and settings), `seed`, and `rows`, one dict per
+    iteration.
 
     A row has accuracies as `validation` and `test`, and, from M_1 on, `kl` to the previous model in
     nats and `chosen_change` of the log-probability of chosen completions in that training. The
@@ -159,12 +161,14 @@ def shipped_runs() -> list[dict]:
         key = record["trial"], record["seed"]
         if key in longer:
             rows += _rows_of_comparison(longer[key])[1:]
-        found.append({"name": key[0], "seed": key[1], "rows": rows})
+        found.append({"name": NAMES[key[0]], "seed": key[1], "rows": rows})
     for record in records("lesson"):
         if record["method"] in ("irpo_m0_samples", "sft_gold"):  # not iterative
             continue
+        _, _, settings = record["trial"].split("/", 2)
+        name = f"{LESSON[record['method']][0]}, {settings_in_words(settings)}"
         rows = _rows_of_lesson(record["iterations"])
-        found.append({"name": record["trial"], "seed": record["seed"], "rows": rows})
+        found.append({"name": name, "seed": record["seed"], "rows": rows})
     return found
 
 
@@ -199,22 +203,47 @@ def _rows_of_lesson(entries: list[dict]) -> list[dict]:
     return rows
 
 
+def twins() -> list[dict]:
+    """Runs of the second model at β = 0.1 and 3e-4, with the NLL term and without it."""
+    settings = {"beta": 0.1, "learning_rate": 3e-4}
+    return [
+        record | {"name": {"dpo": "without NLL", "irpo": "with NLL"}[record["method"]]}
+        for record in records("lesson")
+        if record["settings"] == settings and record["model"] == "misconceptions"
+    ]
+
+
 def a_fall_and_its_twin() -> pd.DataFrame:
     """M_3 and M_4 of two runs that differ in the NLL term: what the trainer and the test say."""
     rows = {}
-    for record in records("lesson"):
-        same = record["settings"] == {"beta": 0.1, "learning_rate": 3e-4} and record["seed"] == 0
-        if same and record["model"] == "misconceptions":
-            name = {"dpo": "DPO alone", "irpo": "with NLL"}[record["method"]]
+    for record in twins():
+        if record["seed"] == 0:
             for entry in record["iterations"][3:]:
-                rows[f"{name}, M_{entry['iteration']}"] = {
+                rows[f"{record['name']}, M_{entry['iteration']}"] = {
                     "reward accuracy in training": entry["train_accuracy"],
                     "reward margin in training": entry["train_margin"],
                     "KL to the previous model (nats)": entry["kl_previous"][0],
                     "tokens per completion": entry["tokens"],
                     "test accuracy (%)": 100 * np.mean(correct(entry["test"]["greedy"])),
                 }
-    return pd.DataFrame(rows).sort_index(axis=1)
+    columns = [f"{name}, M_{t}" for name in ("without NLL", "with NLL") for t in (3, 4)]
+    return pd.DataFrame(rows)[columns]
+
+
+def last_steps(test) -> pd.DataFrame:
+    """From M_3 to M_4 in all these runs: change of test accuracy, p value of `test`, and KL.
+
+    `test` takes the correct answers of both models, per question, and returns a dict with `p`.
+    """
+    rows = {}
+    for record in sorted(twins(), key=lambda record: (record["method"], record["seed"])):
+        before, after = (correct(entry["test"]["greedy"]) for entry in record["iterations"][3:5])
+        rows[f"{record['name']}, seed {record['seed']}"] = {
+            "change (points)": 100 * (np.mean(after) - np.mean(before)),
+            "p": test(before, after)["p"],
+            "KL to M_3 (nats)": record["iterations"][4]["kl_previous"][0],
+        }
+    return pd.DataFrame(rows).T
 
 
 def stability_table() -> pd.DataFrame:

@@ -69,7 +69,15 @@ def final(rows: pd.DataFrame, metrics=("greedy",)) -> pd.DataFrame:
 
 def in_words(claim: str) -> str:
     """A claim of lesson_claims.csv or lesson_verdicts.csv under the names of the notebooks."""
-    return claim.replace("rejection-sampling SFT", "RFT").replace("SFT on chosen", "RFT")
+    claim = claim.replace("rejection-sampling SFT", "RFT").replace("SFT on chosen", "RFT")
+    return re.sub(r"\bbeta (?=\d)", "β = ", claim)
+
+
+def settings_in_words(settings: str) -> str:
+    """ "beta=0.3/learning_rate=0.0003" as "β = 0.3, learning rate = 0.0003"."""
+    for old, new in {"/": ", ", "_": " ", "alpha": "α", "beta": "β", "=": " = "}.items():
+        settings = settings.replace(old, new)
+    return settings
 
 
 def claims(name: str = "lesson_claims") -> pd.DataFrame:
@@ -115,7 +123,7 @@ def of_second_model(name: str = "lesson_mean") -> pd.DataFrame:
 def tuned_methods() -> pd.DataFrame:
     """One row per method of that study at its tuned settings, with its test accuracy in %.
 
-    `last`: of M4. `chosen`: of the iteration with the best validation accuracy, for each seed.
+    `last`: of M4. `selected`: of the iteration with the best validation accuracy, for each seed.
     """
     table = read("lesson_results")
     table = table[table.tuned & table.trial.str.startswith("misconceptions/")]
@@ -127,10 +135,10 @@ def tuned_methods() -> pd.DataFrame:
         text = [f"{100 * x:.1f} ({100 * low:.1f} to {100 * high:.1f})" for x, low, high in ends]
         table[name] = text
     table["method"] = [LESSON[trial.split("/")[0]][0] for trial in table.trial]
-    settings = [trial.split("/", 1)[1].replace("/", ", ") for trial in table.trial]
-    table["settings"] = [text.replace("_", " ").replace("beta", "β").replace("=", " = ") for text in settings]
-    table = table.rename(columns={"chosen_iterations": "chosen iterations"})
-    shown = ["settings", "seeds", "last", "chosen", "chosen iterations"]
+    table["settings"] = [settings_in_words(trial.split("/", 1)[1]) for trial in table.trial]
+    names = {"chosen": "selected", "chosen_iterations": "selected iterations"}
+    shown = ["settings", "seeds", "last", *names.values()]
+    table = table.rename(columns=names)
     return table.set_index("method")[["trial", *shown]]
 
 
@@ -355,6 +363,15 @@ def lesson_accuracy(means: pd.DataFrame, tuned: pd.DataFrame) -> plots.TextFigur
     return plots.finish(figure, "Test accuracy (%) of the second seed model", {"": lines})
 
 
+def _one_legend(figure: plots.TextFigure, columns: int) -> plots.TextFigure:
+    """The same figure with one legend below instead of one in each panel."""
+    for axes in figure.axes:
+        axes.get_legend().remove()
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=9, ncols=columns, loc="outside lower center")
+    return figure
+
+
 def seeds(count: int) -> str:
     return f"{count} seed" if count == 1 else f"{count} seeds"
 
@@ -364,7 +381,7 @@ def beta_map(means: pd.DataFrame, iteration: int = 4) -> plots.TextFigure:
     rows = means[(means.metric == "greedy") & (means.split == "test")]
     rows = rows[rows.iteration == iteration]
     rates = (0.0003, 0.001)
-    figure, axes = plots.new_figure(11.0, 4.0, panels=len(rates))
+    figure, axes = plots.new_figure(9.0, 4.0, panels=len(rates))
     panels = {}
     for panel, rate in zip(axes, rates, strict=True):
         lines = panels[f"learning rate {rate:g}"] = []
@@ -385,7 +402,8 @@ def beta_map(means: pd.DataFrame, iteration: int = 4) -> plots.TextFigure:
         panel.set(title=f"learning rate {rate:g}", xlabel="β", xscale="log", ylim=(0, 100))
         panel.set_xticks([0.1, 0.3, 1, 3], labels=["0.1", "0.3", "1", "3"])
     axes[0].set_ylabel(f"Accuracy of $M_{iteration}$ (%)")
-    return plots.finish(figure, f"Test accuracy of M{iteration} (%) against beta", panels)
+    figure = plots.finish(figure, f"Test accuracy of M{iteration} (%) against beta", panels)
+    return _one_legend(figure, columns=2)
 
 
 def misconceptions(table: pd.DataFrame, keys=SHOW_MISCONCEPTIONS) -> plots.TextFigure:
@@ -412,7 +430,7 @@ def misconceptions(table: pd.DataFrame, keys=SHOW_MISCONCEPTIONS) -> plots.TextF
 
 def lesson_log_probabilities(table: pd.DataFrame) -> plots.TextFigure:
     """Change since M0 of chosen and rejected held-out completions (nats), 95 % bands."""
-    figure, axes = plots.new_figure(11.0, 4.0, panels=2)
+    figure, axes = plots.new_figure(9.6, 4.4, panels=2)
     panels = {}
     for panel, side in zip(axes, ("chosen", "rejected"), strict=True):
         lines = panels[side] = []
@@ -429,4 +447,5 @@ def lesson_log_probabilities(table: pd.DataFrame) -> plots.TextFigure:
         panel.set(title=side, xlabel="Iteration t (model $M_t$)")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("Change since M0 (nats per completion)")
-    return plots.finish(figure, "Log-probabilities of held-out completions since M0", panels)
+    figure = plots.finish(figure, "Log-probabilities of held-out completions since M0", panels)
+    return _one_legend(figure, columns=3)
