@@ -211,7 +211,7 @@ def comparison() -> str:
         f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over seeds. Differences are in points, on the "
         "same questions and seeds. A method with three seeds is compared with the same three seeds of Iterative RPO, "
         f"whose accuracy is {100 * same:.1f} % with these after its last iteration. 95 % intervals are over seeds and "
-        "questions; differences in italics are within noise. The learning rate of each method is the best of three "
+        "questions; differences in italics are not resolved. The learning rate of each method is the best of three "
         "on the validation split; variants take that of the method that they are most like. "
         f"{record['runs']} runs on {', '.join(record['processors'])}. `{record['command']}`",
     ]

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # 06b · Judges, luck and ablations
+# # 06b · Judges, luck and ablations (optional)
 #
 # **What you will be able to do**
 #

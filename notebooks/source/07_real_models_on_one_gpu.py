@@ -261,7 +261,7 @@ assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
 # %% [markdown]
 # For the choice above, training. Evaluation takes the least, because it asks 300 validation questions. Training needs more
-# memory than its bar in section 2. This GPU has room for a base in 16 bits, and for all activations without checkpointing.
+# memory than its bar in section 2: this GPU has room for a base in 16 bits and for all activations, and the run uses it.
 #
 # **Predict**: what would it take to evaluate every model on the whole test split, with 32 completions per question?
 
@@ -280,7 +280,9 @@ assert plan.stages[-1].tokens > plan.stages[0].tokens
 # ## 4 Run
 #
 # Does every stage work with a real model, its tokenizer and its chat template? Find out in minutes, before you spend hours.
-# The next cell makes a small run: one iteration on 24 easy questions, with gold solutions as chosen completions.
+# The next cell makes a small run: one iteration on 24 easy questions, with gold solutions as chosen completions. Its learning
+# rate is high, so that one iteration shows a change. The run therefore warns that M_1 is far from M_0 in
+# [KL](../docs/glossary.md#kl-divergence).
 
 # %% tags=["nbval-ignore-output"]
 profile = profiles.get(NAME)
@@ -302,8 +304,8 @@ assert (shown.low <= shown.value).all()
 shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 
 # %% [markdown]
-# Accuracy on ten questions has an interval that is too wide for any conclusion. But every stage works. (Section 6 explains the
-# warnings of a run.) Now start the real run. Download the model first, so that errors come early:
+# Accuracy on ten questions has an interval that is too wide for any conclusion. But every stage works. Now start the real
+# run. Download the model first, so that errors come early:
 #
 # ```bash
 # export HF_HOME=$BIG_DISK/hf               # often the home folder is small

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # 07b · What the data must be
+# # 07b · What the data must be (optional)
 #
 # **What you will be able to do**
 #

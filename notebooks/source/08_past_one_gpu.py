@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # 08 · Past one GPU
+# # 08 · Past one GPU (optional)
 #
 # **This notebook is optional.** You need it if a model or a run is too large for one GPU.
 #
