@@ -368,7 +368,8 @@ def _one_legend(figure: plots.TextFigure, columns: int) -> plots.TextFigure:
     for axes in figure.axes:
         axes.get_legend().remove()
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, fontsize=9, ncols=columns, loc="outside lower center")
+    style = {"frameon": False, "fontsize": 9, "handlelength": 3.5}  # long enough to show dashes
+    figure.legend(handles, names, ncols=columns, loc="outside lower center", **style)
     return figure
 
 
@@ -387,11 +388,15 @@ def beta_map(means: pd.DataFrame, iteration: int = 4) -> plots.TextFigure:
         lines = panels[f"learning rate {rate:g}"] = []
         for method, dashes in (("irpo", "-"), ("dpo", "--")):
             name, colour = LESSON[method]
-            trials = {f"{method}/beta={beta:g}/learning_rate={rate:g}": beta for beta in (0.1, 0.3, 1, 3)}
+            trials = {
+                f"{method}/beta={beta:g}/learning_rate={rate:g}": beta for beta in (0.1, 0.3, 1, 3)
+            }
             points = rows[rows.trial.isin(trials)]
             points = points.assign(beta=points.trial.map(trials)).sort_values("beta")
             x = points.beta * (0.97 if method == "irpo" else 1.03)
-            panel.vlines(x, 100 * points.low, 100 * points.high, color=colour, linewidth=1, alpha=0.6)
+            panel.vlines(
+                x, 100 * points.low, 100 * points.high, color=colour, linewidth=1, alpha=0.6
+            )
             line = plots.draw_points(panel, x, 100 * points.value, name, colour, linestyle=dashes)
             numbers = (
                 f"β = {row.beta:g} {100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f}; "

@@ -299,8 +299,8 @@ for row in later[later.seeds == 5].itertuples():
     print(f"{row.a:25} -> {row.b:25} {helpers_06.with_interval(row):24} {row.claim}")
 
 # %% [markdown]
-# **Falls at M4**, by 3 points or more. Iterative RPO falls in one of five seeds, and RFT in none. DPO without NLL, random
-# labels, and Iterative RPO that starts from the M1 of RFT fall in four of five.
+# By 3 points or more, Iterative RPO falls at M4 in one of five seeds, and RFT in none. DPO without NLL, random labels, and
+# Iterative RPO that starts from the M1 of RFT fall in four of five.
 
 # %% [markdown]
 # ## 5 When does the NLL term matter?
@@ -318,20 +318,20 @@ assert "α = 0 at 0.0003" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# Columns with one seed show only a tendency. What does the term add at each learning
-# rate? And does the KL of the first iteration (`first step` below) tell which runs fail?
+# Columns with one seed show only a tendency. What does the term add at each learning rate? And does the KL of the first
+# iteration tell which runs fail?
 
 # %%
 kl = helpers_06.read("stability").query("metric == 'kl_to_previous' and iteration == 1").groupby(["factor", "level"]).value.mean()
 for row in stability[stability.factor == "alpha=1"].itertuples():
     gain = [100 * x for x in (row.difference, row.difference_low, row.difference_high)]
     print(f"learning rate {row.level:7} NLL term {gain[0]:+5.1f} ({gain[1]:+.1f} to {gain[2]:+.1f}), {row.seeds} seed(s);",
-          f"KL of the first step {kl['alpha=1', row.level]:.2f} with, {kl['alpha=0', row.level]:.2f} nats without")
+          f"KL of M1 to M0 {kl['alpha=1', row.level]:.2f} nats with, {kl['alpha=0', row.level]:.2f} without")
 
 # %% [markdown]
 # At 1e-4 and below the effect is not resolved after two iterations. At 3e-4 training without the term collapses. RFT, the
 # limit of large α, never does. The KL of the first iteration shows the danger. So here training with the NLL term tolerates
-# a higher learning rate, and by section 3 more iterations. Whether it also raises the best accuracy is not resolved.
+# a higher learning rate, and as section 3 shows, more iterations. Whether it also raises the best accuracy is not resolved.
 
 # %% [markdown]
 # ## 6 A second model, whose working errs
@@ -352,7 +352,7 @@ tuned.drop(columns="trial")
 
 # %% [markdown]
 # Each method has the settings with the best validation accuracy of M4, out of at least three learning rates with one seed.
-# Iterative RPO and DPO were also tuned over four β. `last` is M4, and `chosen` is the iteration with the best validation
+# Iterative RPO and DPO were also tuned over four β. `last` is M4, and `selected` is the iteration with the best validation
 # accuracy in each seed. All methods take 20 optimiser steps per iteration. SFT on gold solutions and Iterative RPO on M0's
 # completions do not iterate: their M_t is M_0 after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement
 # learning, has no pairs.
@@ -392,9 +392,9 @@ helpers_06.claims_table(verdicts[nll_claims & verdicts.claim.str.contains("M1")]
 # that it helps more there than at β = 1. At M4 its effect is not resolved ([verdicts](../figures/lesson_verdicts.csv)): both
 # methods are at about 60 %. With β = 3 both exceed 80 %. A difference with one seed gets no verdict but "not resolved".
 #
-# [Notebook 04](04_dpo_nll_training.ipynb) suggests a reason. The gradient of the DPO term fades when δ, by which training has
-# moved chosen and rejected completions apart, is a few times 1/β. At β = 0.1 that is some tens of nats. Training may go too
-# far there unless the NLL term keeps chosen completions probable.
+# [Notebook 04](04_dpo_nll_training.ipynb) suggests a reason. Training moves chosen and rejected completions apart by δ. The
+# gradient of the DPO term fades when δ is a few times 1/β. At β = 0.1 that is some tens of nats. Training may go too far there
+# unless the NLL term keeps chosen completions probable.
 #
 # What does the rise consist of?
 
