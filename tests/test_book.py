@@ -245,11 +245,26 @@ def test_slides_of_a_small_notebook():
     section, notes = slides[1].split("<aside")
     assert '<a href="../docs/glossary.html#dpo">term</a>' in section and "See:" not in section
     assert r"\(x &lt; y\)" in section
-    assert section.index("how many?") < section.index('<div class="fragment"><pre>42</pre>')
+    assert section.index("how many?") < section.index('<div class="fragment"><pre class=large>42')
     assert section.index("42</pre>") < section.index("Forty-two.")
     assert "See:" in notes and "Afterwards." in notes and "Solution" not in notes
     assert not re.search("not on|Do it|hidden", "".join(slides))
     assert "counting" in slides[2] and "How many?" in slides[3]
+
+
+def test_slides_keep_the_order_of_a_section():
+    """A figure ranks above printed text, but the question that it also answers comes first."""
+    drawn = nbformat.v4.new_output("display_data", {"image/png": "aGk="})
+    cells = [
+        nbformat.v4.new_markdown_cell("# Title\n\n- one goal"),
+        nbformat.v4.new_markdown_cell("## 1 First\n\nSome text.\n\n**Predict**: how many?"),
+        nbformat.v4.new_code_cell("print()", outputs=[nbformat.v4.new_output("stream", text="42")]),
+        nbformat.v4.new_code_cell("draw()", outputs=[drawn]),
+        nbformat.v4.new_markdown_cell("## What you have learnt\n\n- counting\n\n1. How many?"),
+    ]
+    slides = make_slides.deck(nbformat.v4.new_notebook(cells=cells)).split("<section>")[2:4]
+    assert "Some text." in slides[0] and slides[0].index("how many?") < slides[0].index("42")
+    assert "<img" in slides[1] and "<img" not in slides[0]
 
 
 def test_workflow_publishes_what_make_book_builds():
