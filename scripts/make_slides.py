@@ -14,6 +14,7 @@ The pages use reveal.js and MathJax from installed packages and need no network.
 from __future__ import annotations
 
 import argparse
+import base64
 import html
 import importlib.util
 import posixpath
@@ -32,6 +33,7 @@ FEWEST, SLIDES = 10, 15  # of a deck, where the notebook has enough outputs
 HEIGHT = 600  # pixels for what is under the title
 LEAD, LEAST = 260, 99  # pixels for the text before an output, the most and the least
 FIGURE = 330  # pixels, the smallest height of a figure
+TALL = 500  # pixels of a figure in the notebook that needs all the room on a slide
 WORDS = 60  # of a paragraph
 CHARACTERS = 80  # in a line of text
 LINES, COLUMNS = 14, 110  # of printed output
@@ -94,6 +96,12 @@ class Item:
         return self.content if self.kind in ("output", "figure") else to_html(self.content)
 
     @property
+    def tall(self) -> bool:
+        """Whether it is a figure of TALL pixels: a PNG has its height in the bytes 20 to 23."""
+        _, found, png = self.content.partition("data:image/png;base64,")
+        return bool(found) and int.from_bytes(base64.b64decode(png[:32])[20:24]) >= TALL
+
+    @property
     def height(self) -> int:
         """Pixels on a slide, an estimate that is rather too large."""
         rows = self.content.count("\n") + 1
@@ -139,7 +147,9 @@ class Step:
             parts.append(f'<div class="question">{self.question.html}</div>')
         shown = self.output.html
         takeaway = shorten(self.takeaway) if self.takeaway else None
-        if takeaway and takeaway.height <= left and not takeaway.content.endswith(":"):
+        if self.output.tall or (takeaway and takeaway.content.endswith(":")):
+            takeaway = None
+        if takeaway and takeaway.height <= left:
             left -= takeaway.height
         else:
             takeaway = None

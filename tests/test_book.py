@@ -254,7 +254,7 @@ def test_slides_of_a_small_notebook():
 
 def test_slides_keep_the_order_of_a_section():
     """A figure ranks above printed text, but the question that it also answers comes first."""
-    drawn = nbformat.v4.new_output("display_data", {"image/png": "aGk="})
+    drawn = nbformat.v4.new_output("display_data", {"image/png": "aGk=" * 8})
     cells = [
         nbformat.v4.new_markdown_cell("# Title\n\n- one goal"),
         nbformat.v4.new_markdown_cell("## 1 First\n\nSome text.\n\n**Predict**: how many?"),
