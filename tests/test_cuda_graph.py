@@ -258,7 +258,7 @@ def test_a_graph_serves_other_questions_seeds_and_adapters(
     loaded, questions, task, monkeypatch, tmp_path
 ):
     """Nothing of the batch in which it was recorded is in it, but the addresses of tensors."""
-    settings = {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 30}
+    settings = {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 20}
     recorder, engine, model = Recorder(monkeypatch), cuda_graph.Engine(), loaded[0]
     model.save_pretrained(tmp_path)
     draw(loaded, questions, task, engine, **settings)
@@ -341,14 +341,14 @@ def test_after_any_error_but_full_memory_the_plain_decoder_takes_over(
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("where", ["allocation", "prompts", "step", "recording"])
+@pytest.mark.parametrize("where", ["allocation", "step", "recording"])
 def test_out_of_memory_halves_the_rows_and_keeps_the_completions(
     loaded, questions, task, where, monkeypatch, capsys
 ):
-    plain, asked = draw(loaded, questions, task), []
+    plain, asked = draw(loaded, questions, task, max_new_tokens=12), []
     if where == "recording":
         Recorder(monkeypatch).error = torch.OutOfMemoryError(TOO_LARGE)
-    names = {"allocation": "__init__", "prompts": "begin", "step": "call", "recording": "complete"}
+    names = {"allocation": "__init__", "step": "call", "recording": "complete"}
     name = names[where]
     real, complete = getattr(cuda_graph.Static, name), cuda_graph.Static.complete
     failed = where == "recording"
@@ -368,7 +368,7 @@ def test_out_of_memory_halves_the_rows_and_keeps_the_completions(
     monkeypatch.setattr(cuda_graph.Static, name, once)
     monkeypatch.setattr(cuda_graph.Static, "complete", listed)
     engine = cuda_graph.Engine()
-    assert_equal(draw(loaded, questions, task, engine), plain)
+    assert_equal(draw(loaded, questions, task, engine, max_new_tokens=12), plain)
     assert "continuing with --sampling-batch-size 10" in "".join(capsys.readouterr())
     assert engine.most == 10 and engine.static.rows == 8
     drawn = [name for part in asked for name in part]
@@ -413,9 +413,10 @@ def test_more_rows_than_asked_for_are_decoded_in_equal_batches(
         return complete(static, request, part)
 
     monkeypatch.setattr(cuda_graph.Static, "complete", listed)
-    ours = draw(loaded, questions, task, cuda_graph.Engine(), batch_size=4)
+    settings = {"batch_size": 4, "max_new_tokens": 12}
+    ours = draw(loaded, questions, task, cuda_graph.Engine(), **settings)
     assert sizes == [5, 5]  # 8 at a time would leave 2
-    assert_equal(ours, draw(loaded, questions, task, batch_size=4))
+    assert_equal(ours, draw(loaded, questions, task, **settings))
 
 
 def test_close_frees_the_memory_and_decoding_works_afterwards(loaded, questions, task):
