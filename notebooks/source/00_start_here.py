@@ -216,7 +216,7 @@ print(f"DPO term {-math.log(1 / (1 + math.exp(-margin))):.4f},",
 # </details>
 #
 # This is a free test. If the first DPO term of a run differs from 0.6931 by more than rounding, the reference is not
-# the model that training starts from. If it *stays* at 0.6931, the model does not change.
+# the model that training starts from. If it *stays* there, the model does not change, or the reference changes too.
 #
 # Take twenty gradient steps on these pairs. The learning rate is larger than in section 6, because twenty steps are
 # few. Training changes `model` itself: to start again, run the notebook from the top.
@@ -233,7 +233,7 @@ print("greedy after: ", helpers_00.show(after))
 
 # %% [markdown]
 # This is the course in one cell: the model learned from its own completions, without a worked solution. The figure shows
-# means over the pairs. It starts flat because the [learning rate](../docs/glossary.md#learning-rate) of the first step is 0
+# mean log-probabilities. It starts flat because the [learning rate](../docs/glossary.md#learning-rate) of the first step is 0
 # (warm-up).
 
 # %% tags=["nbval-ignore-output"]
@@ -316,8 +316,8 @@ def iterative_rpo(model, questions, iterations, sample, grade, pair, train):
 print(checks_00.iterative_rpo(iterative_rpo))
 
 # %% [markdown]
-# [Worked solution](solutions/00_start_here.ipynb). The real loop is
-# [`irpo_utils/iteration.py`](../irpo_utils/iteration.py). It also stores every result.
+# [Worked solution](solutions/00_start_here.ipynb). The real loop,
+# [`irpo_utils/iteration.py`](../irpo_utils/iteration.py), also stores every result.
 
 # %% [markdown]
 # ## 6 Where the course ends
@@ -335,7 +335,7 @@ figure
 #
 # </details>
 #
-# Both lines are Iterative RPO from the same $M_0$. Only the learning rate differs. Figure and table have means over five
+# Both lines start from the same $M_0$. Only the learning rate differs. Figure and table have means over five
 # seeds with 95 % [intervals](../docs/glossary.md#confidence-interval).
 
 # %%
@@ -484,7 +484,7 @@ print(checks_00.sampling_hours(sampling_hours))
 #
 # 1. $M_3$, the model that iteration 3 starts from.
 # 2. It gives no pairs, because there is no rejected completion.
-# 3. The reference is not the model that training starts from: $-\log\sigma(0)$ is 0.6931.
+# 3. Training does not start from the reference, or dropout is on.
 #
 # </details>
 #

@@ -19,7 +19,7 @@
 # - draw a token by hand: logits, temperature, one random number;
 # - compute the log-probability of a completion, and [pass@k](../docs/glossary.md#passk);
 # - show with an intervention that $M_0$ can reason although it often does not;
-# - choose a temperature that leaves chosen *and* rejected completions.
+# - choose a temperature that gives chosen *and* rejected completions.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
@@ -287,7 +287,7 @@ assert abs(sum(at_1) - hot["logprob"]) < TOLERANCE
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It belongs to the model at $T = 1$. The loss compares two *models*. The temperature of the sampling is not part of it.
+# It belongs to the model at $T = 1$. The loss compares two *models* and has no sampling temperature.
 #
 # </details>
 
@@ -410,7 +410,7 @@ figure
 
 # %% [markdown]
 # The weights are the same for all three bars. So $M_0$ can do the working, and skipping it causes most of its errors. The
-# last rule knows the number of steps, so it is a test and not a decoding method. The other rule needs no such knowledge.
+# last rule knows the number of steps, so it is a test and not a decoding method.
 # Training only needs to make the working more probable: [elicitation](../docs/glossary.md#elicitation).
 #
 # You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower.
@@ -436,7 +436,7 @@ figures.sweep(curves, "k", "k, completions per question", "pass@k (%)")
 # </details>
 #
 # For large models [Yue et al. 2025](https://arxiv.org/abs/2504.13837) report that the curves meet and then cross, with $k$ in
-# the hundreds. Our curves end at 32.
+# the hundreds. Our curves end at 32, so they leave the question open.
 #
 # ## 7 Which temperature?
 #
@@ -548,7 +548,7 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questi
 # - Temperature divides logits, and one random number draws a token.
 # - `logprob` is a sum over tokens under the model at $T = 1$.
 # - Banning one token shows that $M_0$ can do the working that it skips.
-# - The best temperature leaves correct and incorrect completions.
+# - The best temperature gives the most questions with pairs.
 #
 # **What to try.** Run `python -m irpo_utils run --temperature 0.6 --out runs/cooler`, and compare its $M_1$ in notebook 05.
 #
@@ -569,7 +569,7 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questi
 #
 # 1. The next token must be the first token of the completion. Otherwise the model first continues the question.
 # 2. The numbers no longer add up to 1. After normalisation $T$ has no effect.
-# 3. 1: at most 6 of the picks can be incorrect, so 7 always contain a correct one.
+# 3. 1: only 6 completions are incorrect, so every pick of 7 contains a correct one.
 #
 # </details>
 #

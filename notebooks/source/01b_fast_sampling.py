@@ -17,7 +17,7 @@
 #
 # - remove the tail of a distribution with top-p;
 # - explain why text is generated with a cache of keys and values;
-# - explain why N completions of one prompt cost far less than N prompts, and why a batch should not wait.
+# - explain why N completions of one prompt are cheap, and why a batch should refill its free rows.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
@@ -110,7 +110,7 @@ def nucleus(probabilities, top_p):
 print(checks_01.nucleus(nucleus))
 
 # %% [markdown]
-# The worked solution is in [solutions/01b_fast_sampling.ipynb](solutions/01b_fast_sampling.ipynb).
+# [Worked solution](solutions/01b_fast_sampling.ipynb).
 #
 # **Predict**: at $T = 1.6$, how does top-p 0.8 change the share of correct completions?
 
@@ -121,8 +121,8 @@ for temperature, top_p in ((1.0, 1.0), (1.6, 1.0), (1.6, 0.8)):
     print(f"T = {temperature}, top-p {top_p}: {100 * share:.1f} % of {len(graded)} completions are correct")
 
 # %% [markdown]
-# Top-p undoes much of a high temperature. The paper does not say whether it used top-p. Our profiles do not: the samples
-# come from the model's own distribution.
+# Top-p undoes much of the damage of a high temperature. The paper does not say whether it used top-p. Our profiles do
+# not, so they exclude no token.
 #
 # ## 2 One completion, token by token
 #
@@ -189,8 +189,8 @@ print(f"positions: {positions_plainly / positions_cached:.1f} times fewer; time:
 
 # %% [markdown]
 # Not for one completion of a small model. Each step has a fixed cost (Python, launching the operations, reading the
-# weights), whether it computes one position or sixty. That is why you decode many completions at once: one step for many
-# costs far less than many steps for one.
+# weights), whether it computes one position or sixty. That is why you decode many completions at once: one step for all
+# of them costs far less than one step for each.
 #
 # ## 3 One prompt, N completions
 #
@@ -225,7 +225,7 @@ print(f"one prompt {1000 * t_once:.1f} ms, 32 copies {1000 * t_copies:.1f} ms: {
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Fewer than 32 times as long, because all copies share the fixed cost of a step. One shared prompt is still far cheaper.
+# Less than 32 times as long, because all copies share the fixed cost of a step. One shared prompt is still far cheaper.
 #
 # </details>
 
@@ -258,7 +258,7 @@ def saved(prompt_tokens, lengths):
 print(checks_01.saved(saved))
 
 # %% [markdown]
-# The worked solution is in [solutions/01b_fast_sampling.ipynb](solutions/01b_fast_sampling.ipynb).
+# [Worked solution](solutions/01b_fast_sampling.ipynb).
 #
 # ## 4 A batch that does not wait
 #
@@ -266,7 +266,8 @@ print(checks_01.saved(saved))
 # [continuous batching](../docs/glossary.md#continuous-batching) (Orca,
 # [Yu et al. 2022](https://www.usenix.org/conference/osdi22/presentation/yu)): a free row takes the next completion at once.
 #
-# **Predict**: below, 48 completions of $M_0$ go through 8 rows. What share of the computed rows is needed, in each case?
+# **Predict**: below, 48 completions of $M_0$ go through 8 rows. What share of the computed rows is needed, with and
+# without waiting?
 
 # %% tags=["nbval-ignore-output"]
 lengths = samples["n_tokens"][:48]
@@ -278,8 +279,8 @@ for name, schedule in (("all wait", helpers_01.schedule_waiting), ("refilled", h
     print(f"{name}: {steps} steps of 8 rows, {sum(lengths) / (8 * steps):.0%} of them needed")
 
 # %% [markdown]
-# Continuous batching needs random numbers that do not depend on the batch. In this package every token has its own (notebook
-# [01](01_sampling.ipynb)), so batching changes no completion:
+# Reproducible continuous batching needs random numbers that do not depend on the batch. In this package every token has its
+# own (notebook [01](01_sampling.ipynb)), so on a CPU batching changes no completion:
 
 # %% tags=["nbval-ignore-output"]
 crowded = draw(questions.select(range(8)), n=2, batch_size=16)
@@ -291,14 +292,14 @@ print(f"{same} of {len(crowded)} completions are the same, drawn sixteen at a ti
 # ## What you have learnt
 #
 # - Top-p removes the tail that a high temperature makes likely.
-# - The KV cache saves repeated positions. It saves time only if a step computes many completions.
+# - The KV cache saves repeated positions. For one completion of a small model it saves far less time.
 # - The prompt is computed once for all N completions, and a batch should not wait for its longest one.
 #
 # **What to try.** Draw the figure of section 4 with 4 and with 16 rows. For which does refilling save more?
 #
 # **Recall** without scrolling up, then open the answers.
 #
-# 1. Why does the cache save so much more positions than time, and how does a batch change that?
+# 1. Why does the cache save far more positions than time, and how does a batch change that?
 # 2. Which completions profit most from a shared prompt?
 #
 # <details><summary>Answers</summary>

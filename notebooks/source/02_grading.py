@@ -111,8 +111,8 @@ def after_marker(completion):
 # Real models also write `**Final answer**:` and `\boxed{24}`. All tasks of the package therefore share one answer
 # extractor, [`answers.py`](../irpo_utils/tasks/answers.py):
 #
-# 1. **Marker and block**: find the last "Final answer", also in bold or in a heading, and take the rest of its line. If
-#    that is empty, or if a brace, a formula or a code fence is open, also take the next line.
+# 1. **Marker and block**: find the last "Final answer", also in bold or in a heading. The block is the rest of its line. If
+#    that is empty, or if a brace, a formula or a code fence is open, it includes the next line.
 # 2. **Wrapping**: remove boxes, math delimiters, bold type, quotes, and phrases such as "The answer is".
 # 3. **Number**: the task parses the text. On multiple choice it reads a letter.
 
@@ -125,13 +125,13 @@ for text in ("Final answer: **24**", "final answer: The answer is $24$.", "### F
     print(f"{text!r:40} -> {answers.read(text)!r}")
 
 # %% [markdown]
-# The last text has no marker, so it gets no reward. Because of this rule the model also learns the format.
+# The last text has no marker, so it gets no reward. So the reward also depends on the format.
 
 # %% [markdown]
 # ## 3 Compare: when are two texts the same number?
 #
 # `"$24.00"` and `"24"` are different texts and the same number. The grader brings both into one form
-# ([normalisation](../docs/glossary.md#normalisation)) and reads exact fractions, so it needs no tolerance.
+# ([normalisation](../docs/glossary.md#normalisation)) and compares exact fractions, so it needs no tolerance.
 
 # %%
 def numbers_in(text):
@@ -240,7 +240,7 @@ print(endings)
 # %% [markdown]
 # ## 5 Grade the grader
 #
-# How often does a grader err? We *read* completions in many forms, for four tasks, and labelled them
+# When does a grader err? We *read* completions in many forms, for four tasks, and labelled them
 # ([file](data/graded_forms.jsonl)): would a teacher accept the answer?
 
 # %%
@@ -376,7 +376,7 @@ example = partial.iloc[0]
 print(example.question, "\n" + example.completion, f"\n(the gold answer is {example.answer})")
 
 # %% [markdown]
-# Most rewarded completions have full working. The exceptions:
+# Most rewarded completions have full working. Some have none, or a false equation:
 
 # %% tags=["nbval-ignore-output"]
 samples["false"] = [not all(map(is_true, equations(text))) for text in samples.completion]
@@ -428,8 +428,8 @@ print("Solve exercise 2.3 first." if ... in passed else
 #
 # With four options a guess is often correct. The paper notes this for the multiple-choice task ARC
 # ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The task
-# [`word_choices`](../scripts/studies/word_choices.py) gives each question four options with letters, which the model
-# does not see. It still writes a number, and the grader picks the nearest option. So we can grade the *same* completions
+# [`word_choices`](../scripts/studies/word_choices.py) gives each question four options with letters, hidden from the
+# model. The model still writes a number, and the grader picks the nearest option. So we can grade the *same* completions
 # again. A completion is **lucky** if its letter is correct and its number is not.
 #
 # **Predict**: is the lucky share of the rewarded completions below 25 %, about 25 %, or above?
@@ -497,7 +497,7 @@ print(checks_02.lucky_pairs(lucky_pairs))
 # - **within 20 %**: also accepts a number that is at most 20 % off;
 # - **partial credit**: also accepts working without a false equation.
 #
-# What does each of them reward among the completions above?
+# What does each reward among the completions above?
 
 # %% tags=["nbval-ignore-output"]
 def within(row):
@@ -512,10 +512,10 @@ rewards = {"strict": samples.correct,
 pd.DataFrame({name: samples[reward].behaviour.value_counts() for name, reward in rewards.items()}).T
 
 # %% [markdown]
-# **Predict**: does a lenient grader cost accuracy? Which behaviour remains or grows under which grader?
+# **Predict**: does a lenient grader cost accuracy? Which behaviour does each grader keep or increase?
 #
-# Accuracy is *sampled* at $T = 1$, and therefore lower than the greedy accuracy of notebook 00. The table shows $M_2$ minus
-# the strict $M_2$, in points with 95 % intervals over three seeds and 200 validation questions.
+# Accuracy is *sampled* at $T = 1$, not greedy as in notebook 00. The table shows $M_2$ minus the strict $M_2$, in points with
+# 95 % intervals over three seeds and 200 validation questions.
 
 # %%
 study = helpers_02.grader_study()
@@ -539,7 +539,7 @@ helpers_02.differences(iteration=2)
 #
 # - A grader extracts and compares. Both steps cause false positives and false negatives. Count them on labelled completions.
 # - Where many answers are possible, correct answers mostly come with full working. On multiple choice many are luck.
-# - A model keeps the behaviour that a lenient grader rewards, and loses accuracy.
+# - A model keeps the behaviour that a lenient grader rewards, and gains less accuracy.
 #
 # **What to try.** Add ten completions of your model to the labelled forms, and run section 5 again. Add a lenient grader
 # to the study of section 8, and run it with `--seeds 1`.

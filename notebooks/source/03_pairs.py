@@ -21,7 +21,7 @@
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
-# | time for this notebook, on two cores | 10 seconds | 10 seconds | as `cpu` if a finished run is there |
+# | time for this notebook, on two cores | 10 seconds | 10 seconds | as `cpu` if there is a finished run |
 #
 # **Needs**: the packages of this repository. The completions come from your own run if there is one (`make run`),
 # otherwise from the finished run that comes with the notebooks.
@@ -62,7 +62,7 @@ helpers_03.side_by_side(late.chosen, late.rejected)
 
 # %% [markdown]
 # The two completions start with the same lines. Then they diverge, and only one reaches the correct answer. The pair tells
-# the model: at this point, prefer the chosen continuation. This notebook shows which completions meet in a pair, which
+# the model: at this point, prefer the chosen continuation. This notebook shows which completions form a pair, which
 # questions give no pairs, and what most pairs teach.
 
 # %% [markdown]
@@ -87,9 +87,9 @@ print(helpers_03.walk_table(chosen=[0, 2], rejected=[1, 3, 4], k=5))
 #
 # </details>
 #
-# The walk is not random. It does not need to be, because the completions were drawn independently. It uses the completions
-# of each list equally often, or once more. The number of *different* pairs is at most the least common multiple of the two
-# sizes: after that many pairs both lists start again together.
+# The walk is not random. It does not need to be, because the completions were drawn independently. It uses every completion
+# of a list equally often, up to a difference of one. The number of *different* pairs is at most the least common multiple of
+# the two sizes: after that many pairs both lists start again together.
 
 # %%
 for sizes in ((2, 3), (4, 6), (1, 2)):
@@ -124,7 +124,7 @@ def wrap_around(chosen, rejected, k):
 print(checks_03.wrap_around(wrap_around))
 
 # %% [markdown]
-# The worked solution is in [solutions/03_pairs.ipynb](solutions/03_pairs.ipynb).
+# [Worked solution](solutions/03_pairs.ipynb).
 
 # %% [markdown]
 # ## 3 Which questions give pairs?
@@ -145,7 +145,7 @@ print(f"without a correct completion: {counts['all_wrong']}, without an incorrec
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# A much larger share than that of the correct completions: one correct completion among $N$ is enough.
+# In the shipped run more than half: one correct completion among $N$ is enough.
 #
 # </details>
 #
@@ -199,9 +199,8 @@ history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated"
 # - **Gold solutions.** On GSM8K the paper adds the worked solution of the dataset to the chosen completions
 #   ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). Then every question has a chosen completion. The
 #   disadvantage is that a person wrote it: $M_t$ may give it a low probability.
-# - **Duplicates.** Completions can be identical. By default `build_pairs` uses each text of a question once (notebook
-#   00 does not). The paper describes no such step. Without it a text that was sampled five times gets five times the
-#   weight.
+# - **Duplicates.** Completions can be identical. By default `build_pairs` removes duplicates first (notebook 00 does not).
+#   The paper describes no such step. Without it a text that was sampled five times gets five times the weight.
 
 # %% [markdown]
 # **Predict**: below, `easy` has only correct completions and `hard` only incorrect ones. Which of them does a gold solution
@@ -276,7 +275,7 @@ def lost(chances, n):
 print(checks_03.lost(lost))
 
 # %% [markdown]
-# The worked solution is in [solutions/03_pairs.ipynb](solutions/03_pairs.ipynb). Apply your function to this run. The share of
+# [Worked solution](solutions/03_pairs.ipynb). Apply your function to this run. The share of
 # correct completions of each question is an estimate of $p$. A question without a correct completion has the estimate 0, so
 # the function never rescues it. A larger $N$ may.
 
@@ -365,7 +364,7 @@ def n_shared(chosen_ids, rejected_ids):
 print(checks_03.n_shared(n_shared))
 
 # %% [markdown]
-# The worked solution is in [solutions/03_pairs.ipynb](solutions/03_pairs.ipynb). Here is the answer for the pairs of this
+# [Worked solution](solutions/03_pairs.ipynb). Here is the answer for the pairs of this
 # run.
 
 # %% tags=["nbval-ignore-output"]
@@ -376,7 +375,7 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # Are shared tokens good or bad? Researchers disagree. [Step-DPO](https://arxiv.org/abs/2406.18629) builds pairs whose first
 # difference is one incorrect step. [Smaug](https://arxiv.org/abs/2402.13228) shows that DPO can lower the probability of the
 # chosen completion if a pair differs in few tokens. [Razin et al.](https://arxiv.org/abs/2410.08847) remove pairs whose
-# completions are similar for the model. Most of our pairs differ in many tokens. The paper adds the NLL term, and notebook
+# completions have similar hidden embeddings. Most of our pairs differ in many tokens. The paper adds the NLL term, and notebook
 # [04](04_dpo_nll_training.ipynb) measures its effect.
 
 # %% [markdown]

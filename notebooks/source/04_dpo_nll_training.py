@@ -103,7 +103,8 @@ for difference in (-2.0, 0.0, 2.0, 5.0):
 # = -\beta\, \mathbb{E}_\pi\Big[\log \frac{\pi}{Z \pi^*}\Big]
 # = -\beta\, \mathrm{KL}(\pi \,\|\, \pi^*) + \beta \log Z$$
 #
-# A KL divergence is never negative, and 0 only for $\pi = \pi^*$. So the maximum is $\beta \log Z$, at $\pi^*$.
+# A KL divergence is never negative (Jensen's inequality), and 0 only for $\pi = \pi^*$. So the maximum is $\beta \log Z$,
+# at $\pi^*$.
 #
 # **Predict**: three completions have reference probabilities 0.6, 0.3 and 0.1, and rewards 0, 1 and 1. What is the best
 # policy for a small β, and for a large one?
@@ -146,13 +147,13 @@ assert objective(best_policy(1.0)) >= objective(others).max()
 # $Z(x)$ is a sum over all possible completions, which we cannot compute. But it depends on the question alone, so it
 # cancels in the reward difference of a pair.
 #
-# So we leave it out and define the *implied reward* of any model $M_\theta$ as $r_\theta = \beta \log (M_\theta / M_t)$. Its
-# best policy follows from step 2 with $e^{r_\theta/\beta} = M_\theta / M_t$:
+# So we leave it out and define the *implied reward* of any model $M_\theta$ as $r_\theta = \beta \log (M_\theta / M_t)$.
+# The best policy for $r_\theta$ follows from step 2 with $e^{r_\theta/\beta} = M_\theta / M_t$:
 #
 # $$Z(x) = \sum_y M_t(y|x)\, \frac{M_\theta(y|x)}{M_t(y|x)} = \sum_y M_\theta(y|x) = 1, \qquad \pi^* = M_\theta$$
 #
-# So the best policy for $r_\theta$ is $M_\theta$ itself. This is why DPO needs no reinforcement learning: we fit $r_\theta$
-# to the preferences, and already have its best policy.
+# So this policy is $M_\theta$ itself. Other methods fit a reward, then search for its best policy by reinforcement learning.
+# DPO fits $r_\theta$ to the preferences and already has that policy.
 #
 # In our example the reward and the implied reward of $\pi^*$ differ by the constant $\beta \log Z$.
 
@@ -231,9 +232,9 @@ helpers_04.toy_probabilities(toy)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It is the third completion. In $\log M_\theta(w) - \log M_\theta(l)$ the normaliser cancels, so every step moves θ along the
-# difference of the features, $f_w - f_l$. As the printed line shows, the logits of chosen and rejected then fall, and the
-# third one rises.
+# It is the third completion. In $\log M_\theta(w) - \log M_\theta(l)$ the softmax denominator cancels, so every step moves
+# θ along the difference of the features, $f_w - f_l$. As the printed line shows, the logits of chosen and rejected then fall,
+# and the third one rises.
 #
 # </details>
 #
@@ -246,12 +247,12 @@ helpers_04.toy_probabilities(toy)
 # - \beta \log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{L_\text{DPO}}
 # + \alpha \underbrace{\Big(-\frac{\log M_\theta(w|x)}{|w|}\Big)}_{L_\text{NLL}}$$
 #
-# The paper uses α = 1 and β = 0.1, and writes $(c^w, y^w)$ for $w$.
+# The paper uses α = 1 and β = 0.1. Its $w$ is $(c^w, y^w)$: reasoning and answer.
 #
 # ### What is a sum and what is a mean?
 #
-# DPO compares probabilities of whole completions, so it needs *sums* over tokens. The NLL is divided by the number of tokens
-# of *this* chosen completion. A common error divides by the tokens of the whole batch.
+# DPO compares probabilities of whole completions, so it needs *sums* over tokens. Eq. 1 divides the NLL by the tokens of
+# *this* chosen completion, so pairs have equal weights. A common error divides by the tokens of the whole batch.
 #
 # **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What is the NLL term of this batch
 # in both ways?
@@ -319,8 +320,8 @@ helpers_04.padding_grid(batch, words)
 #
 # <details><summary>Hint</summary>
 #
-# Slice the logits `[:, P - 1 : P + R - 1]`, where R is the width of the mask. Take `log_softmax`, and pick the tokens with
-# `gather`.
+# R is the width of the mask, P the rest. Slice the logits `[:, P - 1 : P + R - 1]`. Take `log_softmax`, and pick the tokens
+# with `gather`.
 #
 # </details>
 
@@ -360,7 +361,7 @@ with torch.no_grad():
 print("chosen  ", reference[0], "\nrejected", reference[1])
 
 # %% [markdown]
-# **Predict**: before the first step the model *is* the reference. What is the DPO term, whatever the data?
+# **Predict**: before the first step the model *is* the reference. What is the DPO term?
 
 # %% tags=["nbval-ignore-output"]
 n_tokens = torch.tensor([len(ids) for ids in four["chosen_ids"]], device=model.device)
@@ -372,7 +373,7 @@ assert (loss_dpo - math.log(2)).abs().max() < tolerance
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# $\delta = 0$, so the DPO term is $\ln 2$. The whole loss is larger by α times the NLL term.
+# $\delta = 0$, so the DPO term is $\ln 2$.
 #
 # </details>
 #
@@ -410,7 +411,8 @@ def train_step(score, optimizer, reference, n_tokens, alpha, beta):
 print(checks_04.train_step(train_step))
 
 # %% [markdown]
-# [Worked solution](solutions/04_dpo_nll_training.ipynb). Now train the [LoRA](../docs/glossary.md#lora) adapter of $M_0$.
+# [Worked solution](solutions/04_dpo_nll_training.ipynb). Now train the [LoRA](../docs/glossary.md#lora) adapter of $M_0$, a few
+# added weights.
 
 # %% tags=["nbval-ignore-output"]
 adapter = [weight for name, weight in model.named_parameters() if "lora_" in name]
@@ -455,8 +457,8 @@ assert abs(log.loss_dpo[0] - math.log(2)) < tolerance
 helpers_04.batches_and_probe(log, probed, beta=0.1)
 
 # %% [markdown]
-# The left panel jumps: the trainer groups pairs by length, so batches differ. The other panels score the *same* pairs at
-# every step, so judge training by its probe.
+# The left panel jumps: the trainer groups pairs by length, so batches differ. The other panels always score the *same*
+# pairs, so judge training by the probe.
 #
 # ### Open exercise: choose α
 #
@@ -509,13 +511,13 @@ for rate in rates:
               f"{np.median(change):+.2f}  {(change > 0).mean():.0%}")
 
 # %% [markdown]
-# Most of them rise, although their mean change is about 0. Why?
+# Most rise, although the mean change is about 0. Why?
 
 # %% tags=["nbval-ignore-output"]
 helpers_04.change_histogram(records, max(rates))
 
 # %% [markdown]
-# The vertical axis is logarithmic: a few completions fall by more than 10 nats. They pull the mean down. Which ones?
+# The vertical axis is logarithmic. A few completions fall by more than 10 nats and pull the mean down. Which ones?
 
 # %%
 held_out = helpers_04.held_out_pairs()
@@ -524,7 +526,7 @@ for i in change.argsort()[:4]:
     print(f"{change[i]:+.1f}", repr(held_out[i]["chosen"].strip()))
 
 # %% [markdown]
-# Their answer is correct, but their last equation does not give it. How many are like this?
+# Their answer is correct, but no equation gives it. How many are like this?
 
 # %%
 def shows_result(completion):
@@ -591,7 +593,7 @@ for rate in rates:
 # 1. It cancels in the reward difference.
 # 2. It sums in the DPO term and averages in the NLL term. It ignores prompt and padding.
 # 3. Nothing is trained, or the reference changes with the model.
-# 4. When they resemble rejected completions, both in the toy and in our study.
+# 4. In the toy and in our study, when they resemble rejected completions.
 #
 # </details>
 #

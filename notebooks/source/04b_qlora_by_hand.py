@@ -76,7 +76,7 @@ assert scaled.abs().max() == 1
 # <details><summary>Answer</summary>
 #
 # No: most weights lie near 0, so most levels should lie there. [NF4](../docs/glossary.md#nf4) takes quantiles of the normal
-# distribution: eight steps on the positive side, seven on the negative side, and an exact 0. All are divided by the largest.
+# distribution: eight positive levels, seven negative ones, and an exact 0. All are divided by the largest.
 #
 # </details>
 
@@ -140,7 +140,7 @@ print(f"{bits:.3f} bits per weight; without double quantisation {4 + 32 / 64:.3f
 print(f"mean error {error:.0%} of the mean weight")
 
 # %% [markdown]
-# One reason why a network tolerates such errors is that those of many weights partly cancel in a sum. In this course $M_0$
+# A network tolerates such errors. One reason is that the errors of many weights partly cancel in a sum. In this course $M_0$
 # *is* the rounded model, so sampling and training see the same weights. Never merge a trained adapter into the four bits:
 # rounding would remove its small changes
 # ([measured by users](https://github.com/huggingface/transformers/issues/31293)).
@@ -198,7 +198,7 @@ class LoRALinear(torch.nn.Module):
 print(checks_04.lora_linear(LoRALinear))
 
 # %% [markdown]
-# The worked solution is in [solutions/04b_qlora_by_hand.ipynb](solutions/04b_qlora_by_hand.ipynb).
+# [Worked solution](solutions/04b_qlora_by_hand.ipynb).
 #
 # **Predict**: at the first step, which of $A$ and $B$ has a gradient that is not zero?
 
@@ -258,7 +258,7 @@ def lora_parameters(shapes, r):
 print(checks_04.lora_parameters(lora_parameters))
 
 # %% [markdown]
-# The worked solution is in [solutions/04b_qlora_by_hand.ipynb](solutions/04b_qlora_by_hand.ipynb).
+# [Worked solution](solutions/04b_qlora_by_hand.ipynb).
 
 # %% [markdown]
 # ## 3 Memory: all weights or QLoRA

@@ -141,8 +141,8 @@ mean = pd.read_csv(helpers_05.FIGURES / "accuracy_per_iteration_mean.csv")
 figures.accuracy_of_seeds(five, mean)
 
 # %% [markdown]
-# What do these gains cost? [pass@k](../docs/glossary.md#passk) is the share of questions that at least
-# one of k completions solves. **Predict**: does the number of distinct answers grow or shrink?
+# Do these gains cost variety? [pass@k](../docs/glossary.md#passk) is the share of questions that at least one of k completions
+# solves. **Predict**: does the number of distinct answers grow or shrink?
 
 # %% tags=["nbval-ignore-output"]
 figure = figures.diversity(metrics)
@@ -150,13 +150,13 @@ assert "distinct answers" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# It shrinks: completions become less varied. Further samples add less, so the gap between pass@1 and pass@8 also shrinks.
+# It shrinks: completions become less varied. After M_1 the gap between pass@1 and pass@8 shrinks: further samples add less.
 
 # %% [markdown]
 # ## 3 Read: what changes in the completions?
 #
 # *How* did the model improve? Each line of working ends with a line break, so we count line breaks. **Predict**: which
-# questions change first, those that need few steps or many?
+# questions get complete working first, those that need few steps or many?
 
 # %% tags=["nbval-ignore-output"]
 evaluated, asked = helpers_05.greedy_completions(run, settings)
@@ -167,10 +167,9 @@ assert by_steps.shape[1] == T + 1
 by_steps.round(2)
 
 # %% [markdown]
-# Read the table by rows. Working becomes complete on short questions first, then on long ones. The model learns to show
-# all steps where it skipped some before. This is [elicitation](../docs/glossary.md#elicitation). How far it
-# explains the gains of real models is [disputed](https://arxiv.org/abs/2504.13837). The next cell prints a
-# question that shows the change.
+# Read the table by rows. Working becomes complete on short questions first, then on long ones. The model learns to show all
+# steps where it skipped some before. This is [elicitation](../docs/glossary.md#elicitation). How far it explains the gains of
+# real models is [disputed](https://arxiv.org/abs/2504.13837). The next cell prints an example.
 
 # %% tags=["nbval-ignore-output"]
 i = helpers_05.learned_question(evaluated, lines)
@@ -212,7 +211,7 @@ print(f"p = {2 * as_uneven:.3f}")              # two-sided: a could have been th
 assert math.isclose(2 * as_uneven, significance.mcnemar(a, b)["p"])
 
 # %% [markdown]
-# No: six tosses are as uneven as this in more than a fifth of all cases. This is the exact
+# No: six tosses are at least this uneven in over a fifth of all cases. This is the exact
 # [McNemar test](../docs/glossary.md#mcnemar-test).
 
 # %% [markdown]
@@ -262,8 +261,8 @@ assert (steps_of_run.p <= 1).all()
 steps_of_run.round(4)
 
 # %% [markdown]
-# Pairing makes these intervals narrower: questions that are easy or hard for both models cancel. `solved` and `lost`
-# count the questions that M_t solves and the previous model does not, and the reverse. All of this holds for one seed.
+# These intervals are narrower: questions that are easy or hard for both models cancel. `solved` counts the questions that only
+# M_t solves, `lost` those that only the previous model solves. All of this holds for one seed.
 
 # %% [markdown]
 # ## 5 Doubt: why iterate at all?
@@ -286,19 +285,18 @@ for name, matrix in (("M_2 against the control", twice - control), ("control aga
 helpers_05.control({"M_1": once, "twice the pairs\nof M_0": control, "M_2": twice})
 
 # %% [markdown]
-# M_2 is better: the interval excludes 0. It had about 12 % more pairs. Whether the control differs from M_1 is not
-# resolved. So new samples helped more than additional pairs of old samples. A likely reason is that new samples show the
-# errors of the *new* model. In the paper M_2 is 3.2 points above this control
-# ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). At this learning rate the gains of iterations 3 and 4 are not resolved
-# ([claims](../figures/lesson_claims.csv)).
+# M_2 is better: the interval excludes 0. M_2 used about 12 % more pairs. Whether the control differs from M_1 is not
+# resolved. So new samples helped more than additional pairs of old samples. A likely reason is that new samples show the errors
+# of the *new* model. In the paper M_2 is 3.2 points above this control ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)).
+# At this learning rate the gains of iterations 3 and 4 are not resolved ([claims](../figures/lesson_claims.csv)).
 
 # %% [markdown]
 # ## 6 How far did training move the model?
 #
 # The [KL divergence](../docs/glossary.md#kl-divergence) $\text{KL}(M_t \| M_{t-1}) = \sum_y M_t(y)
 # \log\frac{M_t(y)}{M_{t-1}(y)}$ measures how far, in nats. We cannot list all completions $y$. But the sum is the
-# mean log-ratio of completions that $M_t$ samples, so we can estimate it. Here are both for four possible completions, with
-# 1,000 repeated estimates.
+# mean log-ratio of completions that $M_t$ samples, so we can estimate it. Here are the exact sum and 1,000 repeated estimates
+# for four possible completions.
 #
 # **Predict**: a KL divergence is never negative. Can its estimate be?
 
@@ -313,8 +311,8 @@ for n in (3, 10, 100, 1000):
     print(f"{n:4} samples: {estimates.mean():.3f} ± {estimates.std():.3f}, negative {(estimates < 0).mean():.0%}")
 
 # %% [markdown]
-# Yes, with few samples. The estimate is correct on average, and its standard error says how far to trust it. The samples
-# must come from the *new* model at temperature 1. Log-probabilities are sums over the whole completion.
+# Yes, with few samples. The estimate is correct on average, and its standard error measures its precision. The samples must
+# come from the *new* model at temperature 1. Log-probabilities are sums over the whole completion.
 
 # %% [markdown]
 # ### Exercise 5.3: a KL divergence with its error
@@ -369,7 +367,7 @@ assert "nats" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# KL stays small, and training raises the log-probability of chosen completions. Compare both curves at the same t,
+# KL stays small, and training raises the log-probability of chosen completions. Compare the curves on the right at the same t,
 # because each iteration has different pairs.
 #
 # Now compare 1e-4 and 3e-4, each with the NLL term (α = 1) and without it (α = 0)
@@ -385,16 +383,17 @@ helpers_05.stability_table()
 # %% [markdown]
 # Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations.
 #
-# Does the trainer notice? The next runs train a second miniature model ([notebook 06](06_baselines_and_ablations.ipynb))
-# at β = 0.1 and 3e-4. Without the NLL term one of three seeds fell from M_3 to M_4. The same seed with the NLL term did not
-# ([runs](../figures/lesson_runs.jsonl)). [Reward accuracy](../docs/glossary.md#reward-accuracy) is the share of training
-# pairs with a positive reward margin. **Predict**: which of the two has the higher reward accuracy?
+# Do the training metrics show such a fall? The next runs train a second miniature model, whose working has errors
+# ([notebook 06](06_baselines_and_ablations.ipynb)) at β = 0.1 and 3e-4. Without the NLL term one of three seeds fell from M_3
+# to M_4. With it the same seed did not ([runs](../figures/lesson_runs.jsonl)).
+# [Reward accuracy](../docs/glossary.md#reward-accuracy) is the share of training pairs with a positive reward margin.
+# **Predict**: which of the two has the higher reward accuracy?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
-# The run that falls has it, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
+# The run that falls, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
 # completions are good. KL jumps in the iteration of the fall. Is the fall more than luck? Here is this step in all six runs,
 # with the test of section 4.
 
@@ -402,16 +401,16 @@ helpers_05.a_fall_and_its_twin().round(3)
 helpers_05.last_steps(significance.mcnemar).round(3)
 
 # %% [markdown]
-# It is not resolved at 5 %, and neither is the fall of one seed with the NLL term. KL jumps only in the first. So a jump of
-# KL is a sign of trouble, but a fall can come without it.
+# It is not resolved at 5 %, and neither is the fall of one seed with the NLL term. KL jumps only in the first. Such a jump
+# is a reason to look, but six runs cannot show what it predicts.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
 #
-# The paper selects its checkpoints on held-out training questions
-# ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). Selecting by *test* accuracy would turn the test set into a
-# validation set, and its number would be too optimistic. Selection with **patience 1** stops at the first iteration
-# whose validation accuracy does not exceed the best one so far. It keeps that best model.
+# The paper selects its checkpoints on held-out training questions ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)).
+# Selecting by *test* accuracy would turn the test set into a validation set, and its accuracy would be too optimistic.
+# Selection with **patience 1** stops at the first iteration whose validation accuracy does not exceed the best one so far. It
+# keeps that best model.
 
 # %% [markdown]
 # ### Exercise 5.4: patience 1
@@ -444,8 +443,8 @@ print(checks_05.keep(keep))
 
 # %% [markdown]
 # The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). Now we score rules on the
-# shipped runs. Those of the first model stored one split: half of its questions select the model, the other half measures
-# its accuracy.
+# shipped runs. Runs of the first model stored one split: half of its questions select the model, and the other half
+# measures accuracy.
 #
 # **Predict**: is a limit on KL, or on a fall of the chosen completions, a better rule than patience 1?
 
@@ -487,10 +486,10 @@ assert (table >= 0).all().all()
 helpers_05.regrets(table)
 
 # %% [markdown]
-# Intervals are over runs. Of these four rules, patience 1 loses least on average, but in one run it loses 38 points. As
-# *automatic* rules, KL and the chosen log-probability lose most. In section 7 the KL of a healthy first iteration at 1e-4
-# is above 1 nat. And the log-probability of chosen completions can fall while accuracy rises. Patience 1 keeps M_0 mostly
-# with random labels, where no later model is better.
+# Intervals are over runs. Of these rules, patience 1 loses least on average, but 38 points in one run. As *automatic* rules, KL
+# and the chosen log-probability lose most. In section 7 the KL of a healthy first iteration at 1e-4 is above 1 nat. And the
+# log-probability of chosen completions can fall while accuracy rises. Patience 1 keeps M_0 mostly with random labels, a control
+# that shuffles the rewards. There no later model is better.
 #
 # So use KL and the chosen log-probability as signs to *look*. Read ten completions, check how many hit the token limit
 # (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by validation accuracy.
@@ -523,7 +522,7 @@ assert len(table) == len(shipped)
 #
 # - The loop is four calls. Gains shrink, and completions become less varied.
 # - Two models need a paired test.
-# - Accuracy can fall while the reward accuracy of the training looks good.
+# - A high reward accuracy in training does not show good completions.
 # - Select by validation accuracy. KL and the chosen log-probability tell you when to look.
 #
 # **Try**: run `python -m irpo_utils run --eval-split validation --learning-rate 3e-4 --out runs/high` and apply `keep`.

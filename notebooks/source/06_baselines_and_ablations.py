@@ -69,8 +69,8 @@ pd.DataFrame({helpers_06.NAMES[name]: {"loss and settings": str(methods.get(name
 # %% [markdown]
 # ## 2 Was every method tuned?
 #
-# A comparison needs tuned baselines. Each method got the same search: three learning rates, one seed, two iterations (SFT
-# on gold solutions has one), validation questions.
+# A comparison needs tuned baselines. Each method got the same search on validation questions: three learning rates, one seed
+# and two iterations (SFT on gold solutions: one).
 #
 # **Predict**: which loss tolerates a higher learning rate, DPO without NLL or SFT?
 
@@ -87,7 +87,7 @@ assert "RFT" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# SFT does. At 3e-4 DPO without NLL ends far below where it started, and both SFT methods are at their best.
+# SFT does. At 3e-4 DPO without NLL ends at 14.6 %, below M_0 (31.8 %), and both SFT methods are at their best.
 
 # %% [markdown]
 # ### Exercise 6.1: choose a learning rate
@@ -100,8 +100,8 @@ figure
 #
 # <details><summary>Hint</summary>
 #
-# Leave out the None values for the choice, and keep them for the question of the edge. `max` with a `key` that is a
-# tuple, `(accuracy, -rate)`, settles ties.
+# Ignore None values when you choose. Their learning rates still count as tried. `max` with a `key` that is a tuple,
+# `(accuracy, -rate)`, settles ties.
 #
 # </details>
 
@@ -150,8 +150,8 @@ helpers_06.accuracy_dots(main, iterations=(1, 4))
 
 # %% [markdown]
 # Here SFT on gold solutions is first after one iteration. This M_0 first learnt to work out most questions, and was then
-# trained to skip its working. The gold solutions show the working in the form that it once learnt, and any training that
-# restores it succeeds.
+# trained to skip its working. The gold solutions have the working in the form that M_0 once learnt. Any training that restores
+# this working succeeds.
 #
 # ### Which differences are real?
 #
@@ -174,8 +174,8 @@ print("paired, questions only:         {:+.3f} ({:+.3f} to {:+.3f})".format(*eva
 print("paired, seeds and questions:    {:+.3f} ({:+.3f} to {:+.3f})".format(*seed_and_question_interval(b - a)))
 
 # %% [markdown]
-# Unpaired, the hard questions hide the difference. Paired by question, b is ahead *for these three seeds*. But in one
-# seed a is ahead, and with seeds drawn again the interval includes 0. The word is "not resolved", which does not mean equal.
+# Unpaired, the hard questions hide the difference. Paired by question, b is ahead *for these three seeds*. But in one seed a is
+# ahead. If the bootstrap also draws seeds, the interval includes 0: "not resolved", which does not mean equal.
 
 # %% [markdown]
 # ### Exercise 6.2: a paired difference
@@ -222,9 +222,9 @@ for name, rows in (("the NLL term", nll), ("Iterative RPO against RFT", rft)):
         print(f"{name:26} M{row.iteration}  {helpers_06.with_interval(row):26} above 0 in {row.seeds_above_zero} of {row.seeds} seeds")
 
 # %% [markdown]
-# The mean gain of the NLL term is 0 at M1 and grows with every iteration. At M4 the interval excludes 0: without the term
-# accuracy is lower. At M2 and M3 the gain is not resolved. Iterative RPO is better than RFT at M1. At M2, M3 and M4 its mean
-# is below that of RFT, but each interval includes 0: not resolved.
+# The mean gain of the NLL term is 0 at M1 and grows with every iteration. At M4 the interval excludes 0. At M2 and M3 the gain
+# is not resolved. Iterative RPO is better than RFT at M1. At M2, M3 and M4 its mean is below that of RFT, but each interval
+# includes 0: not resolved.
 
 # %% [markdown]
 # ## 4 Which of the paper's claims hold?
@@ -285,13 +285,13 @@ print(judged.verdict.value_counts().to_string(), "\n")
 helpers_06.claims_table(judged)
 
 # %% [markdown]
-# The data agree with the main claims: the first two iterations gain, and a second iteration is worth more than twice the
-# pairs. The later iterations are not resolved. For the NLL term after one iteration the interval rules out a gain of the
+# The data agree that the first two iterations gain, and that a second iteration is worth more than twice the pairs. The later
+# gains are not resolved. For the NLL term after one iteration the interval rules out a gain of the
 # paper's size. The comparison with SFT on gold solutions disagrees, probably for the reason given in section 3.
 #
-# **One claim depends on the setting.** After one iteration Iterative RPO is better than RFT with 600 questions, and worse
-# with 150. (*Few samples* is N = 3, *hot sampling* is temperature 1.5.) Fewer questions make fewer optimiser steps. RFT has
-# the higher tuned learning rate, so it may get further in few steps. This hypothesis needs a run with equal steps.
+# **One claim depends on the setting.** After one iteration Iterative RPO is better than RFT with 600 questions. It is
+# worse with 150, with few samples (N = 3) and with hot sampling (temperature 1.5). Fewer questions make fewer optimiser
+# steps. RFT has the higher tuned learning rate, so it may get further in few steps. This hypothesis needs equal steps.
 
 # %%
 later = claims[claims.claim.str.startswith("M4 falls")]
@@ -299,13 +299,13 @@ for row in later[later.seeds == 5].itertuples():
     print(f"{row.a:25} -> {row.b:25} {helpers_06.with_interval(row):24} {row.claim}")
 
 # %% [markdown]
-# By 3 points or more, Iterative RPO falls at M4 in one of five seeds, and RFT in none. DPO without NLL, random labels, and
+# At M4 Iterative RPO falls by 3 points or more in one of five seeds, and RFT in none. DPO without NLL, random labels, and
 # Iterative RPO that starts from the M1 of RFT fall in four of five.
 
 # %% [markdown]
 # ## 5 When does the NLL term matter?
 #
-# In the paper it is worth 11 points. [Lanchantin et al.](https://arxiv.org/abs/2506.21495) find no benefit. So the
+# In the paper the NLL term is worth 11 points. [Lanchantin et al.](https://arxiv.org/abs/2506.21495) find no benefit. So the
 # question is not *whether* but *when*. Two settings may decide: α itself, and how far training moves the model. Here the
 # learning rate controls how far.
 #
@@ -329,17 +329,18 @@ for row in stability[stability.factor == "alpha=1"].itertuples():
           f"KL of M1 to M0 {kl['alpha=1', row.level]:.2f} nats with, {kl['alpha=0', row.level]:.2f} without")
 
 # %% [markdown]
-# At 1e-4 and below the effect is not resolved after two iterations. At 3e-4 training without the term collapses. RFT, the
-# limit of large α, never does. The KL of the first iteration shows the danger. So here training with the NLL term tolerates
-# a higher learning rate, and as section 3 shows, more iterations. Whether it also raises the best accuracy is not resolved.
+# At 1e-4 and below the effect is not resolved after two iterations. At 3e-4 training without the term collapses. RFT, the limit
+# of large α, does not. The KL of the first iteration shows the danger: 7.5 nats without the term, 2.9 with it. So here the NLL
+# term lets training tolerate a higher learning rate and, as section 3 shows, more iterations. Whether it also raises the best
+# accuracy is not resolved.
 
 # %% [markdown]
 # ## 6 A second model, whose working errs
 #
 # The first M_0 makes the comparison too easy: any training that restores the working succeeds. In the paper, chosen and
-# rejected completions are both chains of thought. So there is a second miniature model
-# ([model card](../docs/model_card_misconceptions.md)). It always shows its working and makes errors that pupils
-# make. For example, it forgets the carry.
+# rejected completions are both chains of thought. So we use a second miniature model
+# ([model card](../docs/model_card_misconceptions.md)). It always shows its working and makes errors that pupils make. For
+# example, it forgets the carry.
 #
 # **Predict**: does DPO without NLL fall behind here?
 
@@ -351,11 +352,10 @@ helpers_06.lesson_accuracy(lesson, tuned)
 tuned.drop(columns="trial")
 
 # %% [markdown]
-# Each method has the settings with the best validation accuracy of M4, out of at least three learning rates with one seed.
-# Iterative RPO and DPO were also tuned over four β. `last` is M4, and `selected` is the iteration with the best validation
-# accuracy in each seed. All methods take 20 optimiser steps per iteration. SFT on gold solutions and Iterative RPO on M0's
-# completions do not iterate: their M_t is M_0 after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement
-# learning, has no pairs.
+# We tuned each method on the validation accuracy of M4: at least three learning rates, one seed. Iterative RPO and DPO also had
+# a choice of four β. `last` is M4, and `selected` is the iteration with the best validation accuracy in each seed. All methods
+# take 20 optimiser steps per iteration. SFT on gold solutions and Iterative RPO on M0's completions do not iterate: their M_t
+# is M_0 after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement learning, has no pairs.
 #
 # Now the paired differences. Where `paper` is empty, the paper has no number, and the verdict is about the direction alone.
 
@@ -368,12 +368,12 @@ helpers_06.claims_table(compared)
 
 # %% [markdown]
 # **The rise** agrees with the paper in three of four iterations. **New completions** are worth more than further steps on
-# those of M_0. The best learning rate of this control is the lowest of four that were tried.
+# those of M_0. The best learning rate of this control is at the edge: the lowest of four.
 #
-# **RFT** is ahead at M2 and M3 in every seed. At M1 the interval rules out a lead of the paper's size for Iterative RPO, and
-# at M4 the difference is not resolved. A possible reason: here an incorrect step competes with *one* alternative, so raising
-# the correct one already lowers it. **SFT on gold solutions** is ahead at M1, which disagrees with the paper. At M4 its KL to
-# M_0 is the largest of the six methods, 11 nats ([log](../figures/lesson_log.md)).
+# **RFT** is ahead at M2 and M3 in every seed. At M1 the interval rules out a lead of the paper's size for Iterative RPO, and at
+# M4 the difference is not resolved. A possible reason: here a correct step competes with *one* typical error, so raising one
+# already lowers the other. **SFT on gold solutions** is ahead at M1, which disagrees with the paper. At M4 its KL to M_0 is the
+# largest of the six methods, 11 nats ([log](../figures/lesson_log.md)).
 #
 # **DPO without NLL** is behind at M1, and the verdict reads "agrees". Look at the settings before you believe it: the tuning
 # chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. The next cells compare both methods at the same β.
@@ -387,10 +387,11 @@ helpers_06.beta_map(lesson)
 helpers_06.claims_table(verdicts[nll_claims & verdicts.claim.str.contains("M1")])
 
 # %% [markdown]
-# The figure shows M4, the table M1. At 3e-4 all means of M4 are between 83 and 89 %, and at M1 the term adds at most about 1
-# point. At 1e-3 β matters. With β = 0.1 the NLL term helps at M1, by 19 points, which agrees with the paper. The last row says
-# that it helps more there than at β = 1. At M4 its effect is not resolved ([verdicts](../figures/lesson_verdicts.csv)): both
-# methods are at about 60 %. With β = 3 both exceed 80 %. A difference with one seed gets no verdict but "not resolved".
+# The figure shows M4, the table M1. At 3e-4 all means of M4 are between 83 and 89 %, and at M1 the mean gain of the term is at
+# most 1 point. At 1e-3 β matters. With β = 0.1 the NLL term helps at M1, by 19 points, which agrees with the paper. The last
+# row says that it helps more there than at β = 1. At M4 its effect is not resolved
+# ([verdicts](../figures/lesson_verdicts.csv)): both methods are at about 60 %. With β = 3 both exceed 80 %. A difference with
+# one seed is always "not resolved".
 #
 # [Notebook 04](04_dpo_nll_training.ipynb) suggests a reason. Training moves chosen and rejected completions apart by δ. The
 # gradient of the DPO term fades when δ is a few times 1/β. At β = 0.1 that is some tens of nats. Training may go too far there
@@ -405,13 +406,13 @@ assert "forgets the carry" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# All five misconceptions become rarer from M0 to M4, mostly in the first two iterations. Nothing told the model which line
-# was incorrect: the reward looks only at the final answer.
+# All five misconceptions become rarer from M0 to M4, mostly in the first two iterations. No label marked the incorrect line:
+# the reward sees only the final answer.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?
 #
-# The paper explains its table with curves. SFT also raises rejected completions (figure 2), and DPO without NLL lowers
+# The paper explains its table with curves: there SFT also raises rejected completions (figure 2), and DPO without NLL lowers
 # *chosen* ones (figure 3). Here are both for the second model, on held-out pairs.
 #
 # **Predict** for RFT, which never sees rejected completions: will their log-probability fall, stay or rise?
@@ -425,8 +426,8 @@ figure
 helpers_06.claims_table(verdicts[verdicts.claim.str.contains("nats")])
 
 # %% [markdown]
-# At 3e-4 chosen completions rise in the first iteration, with the NLL term and without it. At 1e-3 with β = 0.1 they fall,
-# and on average they fall more without the term. The fall without the term agrees with figure 3. With RFT rejected
+# At 3e-4 chosen completions rise at M1 with the NLL term. They also rise without it, which disagrees with figure 3. At 1e-3
+# with β = 0.1 they fall, on average more without the term. Without it the fall agrees with figure 3. With RFT rejected
 # completions *fall* in all seeds, which disagrees with figure 2. A possible reason: the correct and the incorrect result
 # compete for the probability of one token, so raising one lowers the other.
 
@@ -451,8 +452,8 @@ helpers_06.claims_table(verdicts[verdicts.claim.str.contains("nats")])
 # <details><summary>Answers</summary>
 #
 # 1. RFT has no rejected completions in its loss. STaR retrains from M_0 and shows answers of failed questions. 2. It rules
-# out an effect of the paper's size. With +2: not resolved. 3. Of the tuning alone. 4. The paper compares M1 of a model with
-# 70 billion parameters. Here an incorrect step has one alternative, which may favour RFT.
+# out an effect of the paper's size. With +2: not resolved. 3. Of the tuning alone. 4. The paper compares M1 of a model with 70
+# billion parameters. Here a correct step competes with one typical error, which may favour RFT.
 #
 # </details>
 #

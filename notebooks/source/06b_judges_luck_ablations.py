@@ -87,8 +87,8 @@ for name in ("irpo", "self_consistency", "self_rewarding"):
 assert letters("self_consistency") == "wlwl lwlw"
 
 # %% [markdown]
-# In question a two incorrect completions agree and outvote the correct one. In question c no completion is correct, and
-# the vote chooses two anyway. The likelihood even chooses a completion that breaks off before its answer.
+# In question `a` two incorrect completions agree and outvote the correct one. In question `c` no completion is correct, and the
+# vote chooses two anyway. The likelihood even chooses a completion that breaks off before its answer.
 
 # %% [markdown]
 # ### Exercise 6b.1: majority vote as reward
@@ -154,7 +154,7 @@ assert len(plots.alt_text(figure)) > 40
 figure
 
 # %% [markdown]
-# With one voter the answer elects itself. With more voters the vote improves without any gold answer: incorrect answers
+# With one voter every answer wins. With more voters the vote improves without any gold answer: incorrect answers
 # scatter, and correct ones agree.
 #
 # A model can also judge itself. How often does a correct completion get a better mark than an incorrect one of the
@@ -166,8 +166,8 @@ marks["0.5 excluded"] = np.where((marks.low > 0.5) | (marks.high < 0.5), "yes", 
 marks.drop(columns="run").round(2)
 
 # %% [markdown]
-# Asked in words, neither model is told apart from guessing. The likelihood separates the completions of the seed model. For
-# SmolLM2-135M it is not resolved. So "own likelihood as reward" may depend on a property of this M_0.
+# Asked in words, no difference from guessing is resolved for either model. The likelihood separates the completions of the
+# seed model. For SmolLM2-135M it is not resolved. So "own likelihood as reward" may depend on a property of this M_0.
 #
 # ### What do these rewards teach?
 #
@@ -199,7 +199,7 @@ for row in control.itertuples():
     print(f"random labels, M{row.iteration}: {100 * row.value:.1f} % ({100 * row.low:.1f} to {100 * row.high:.1f}), {row.seeds} seeds")
 
 # %% [markdown]
-# With random labels mean accuracy falls in every iteration. So the reward teaches, and not the training itself.
+# With random labels mean accuracy falls in every iteration. So the gain comes from the reward, not from training as such.
 
 # %% [markdown]
 # ## 2 When do rejected completions teach?
@@ -243,10 +243,9 @@ assert len(made)
 
 # %% [markdown]
 # With luck, about half of the chosen completions are answers without working. RFT copies them. In pairs such answers are
-# common on *both* sides, and more so among the rejected, so the difference still points to the working. Rejected
-# completions show which part of the chosen ones is not the reason for their reward. With few samples or few questions
-# pairs are worse than RFT. The other cases are not resolved. RFT also has the higher tuned learning rate, and cases with
-# less data have fewer steps.
+# common on *both* sides, and more so among the rejected. So the difference still points to the working. What both sides
+# share cannot explain the reward. With few samples or few questions pairs are worse than RFT. The other cases are not
+# resolved. RFT also has the higher tuned learning rate, and cases with less data have fewer steps.
 
 # %% [markdown]
 # ## 3 What happens after four iterations?
@@ -270,11 +269,12 @@ print("means over", *sorted(set(eight_more[eight_more.metric == "greedy"].groupb
 table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
 
 # %% [markdown]
-# Both methods with pairs lose accuracy, DPO without NLL from M4 on and Iterative RPO from M5 on. RFT stays. The KL of an
-# iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were chosen after two iterations, and for pairs this one is too high
-# for eight. `one_step_apart` is the share of pairs that differ in one line. It rises with every method, mostly in the first
-# two iterations. Early pairs compare working with a bare answer, and later ones more often compare two calculations. On
-# such pairs DPO can lower chosen and rejected completions together ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)).
+# On average both methods with pairs lose accuracy, DPO without NLL from M4 on and Iterative RPO from M5 on. RFT stays. The
+# KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were chosen after
+# two iterations. For eight, that of the pairs may be too high. `one_step_apart` is the share of pairs that differ in one
+# line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare answer, and
+# later ones more often compare two calculations. On such pairs DPO can lower chosen and rejected completions together
+# ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)).
 # Tune for the number of iterations that you need, and stop by the rule of [notebook 05](05_iterations.ipynb).
 
 # %% [markdown]
@@ -299,7 +299,7 @@ for row in clear.itertuples():
 
 # %% [markdown]
 # `k_pairs` = 1 has a quarter of the pairs and so a quarter of the steps. It shows how much was trained, not which pairs are
-# good. The interval of `keep_pairs` ends close to 0, as luck alone may cause among so many. The rest is not resolved. All
+# good. The interval of `keep_pairs` ends close to 0, which luck may cause in one of 21 rows. The rest is not resolved. All
 # settings but `k_pairs` = 1 are near the ceiling after two iterations, so this table says little about the way there.
 
 # %% [markdown]
@@ -327,9 +327,9 @@ for name in ("irpo", "shortest"):
 assert lost > 0
 
 # %% [markdown]
-# Chosen completions got slightly shorter. In this task the shortest completions have no working. And correct completions are
-# *rejected*: what a reward does not choose, it rejects. Train on chosen ones alone (`settings=methods.SFT`) if you do not
-# want that.
+# Chosen completions got slightly shorter. The shortest have no working, so M_1 may learn to skip it. Correct completions
+# are *rejected*: what a reward does not choose, it rejects. Train on chosen ones alone (`settings=methods.SFT`) if you do
+# not want that.
 
 # %% [markdown]
 # ### Exercise 6b.2: a clear majority
@@ -373,7 +373,7 @@ assert len(compared) >= 1
 compared.round(1)
 
 # %% [markdown]
-# A clear majority chooses fewer completions, and a larger share of them is correct. It keeps the easy questions.
+# Solve exercise 6b.2 to see it: a clear majority chooses fewer completions, and a larger share is correct.
 #
 # ### Open exercise: run it
 #

@@ -159,7 +159,7 @@ print(checks_07.minutes_lost(minutes_lost))
 # %% [markdown]
 # ## 2 Choose model and GPU
 #
-# Does it fit? Four parts take memory:
+# Does the model fit? Four parts take memory:
 #
 # - the base, here in 4 bits ([NF4](../docs/glossary.md#nf4)) with embeddings in 16 bits;
 # - the [adapter](../docs/glossary.md#adapter) with its gradients and optimiser state;
@@ -191,12 +191,12 @@ table = pd.DataFrame(memory("qwen2.5-0.5b", 4) | memory("llama-3.1-8b", 1)).T[["
 helpers_07.memory_bars(table)
 
 # %% [markdown]
-# The logits, when the small model trains: its vocabulary is as large as that of a large model. The cache, when the large model
-# samples: it is larger than the base. `--micro-batch-size` lowers the first, `--sampling-batch-size` the second. Smaller
-# values cost time. They change the loss and the samples only by rounding.
-# [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing) keeps the activations small.
+# When the small model trains, the logits are largest: its vocabulary is as large as that of a large model. When the large model
+# samples, the cache is largest. `--micro-batch-size` lowers the first, `--sampling-batch-size` the second. Smaller values cost
+# time, and change results only by rounding. [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing) keeps the
+# activations small.
 #
-# You need not set any of this. On a GPU the run chooses what you leave open. It takes a base in 16 bits if there is room. Before
+# On a GPU the run chooses what you leave open. It takes a base in 16 bits if there is room. Before
 # training it chooses micro-batch and checkpointing from the lengths of the pairs and the free memory. If memory still runs
 # out, the run halves the batch and continues.
 
@@ -243,15 +243,15 @@ assert planned.notna().any().all()
 helpers_07.hours_bars(planned)
 
 # %% [markdown]
-# By this estimate, 9 times. Most of the time is training: decoding replays CUDA graphs, each of which launches all kernels of
-# a step ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours times price.
-# Prefer GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with
+# By this estimate, 9 times. Most of the time is training. Decoding is fast: it replays CUDA graphs, each of which launches all
+# kernels of a step ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours times
+# price. Prefer GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with
 # [loss scaling](../docs/glossary.md#loss-scaling).
 
 # %% [markdown]
 # ## 3 Estimate
 #
-# What will *your* run cost? Fill in these three lines. **Predict**: which stage takes the most time?
+# What will *your* run cost? Set the three values below. **Predict**: which stage takes the most time?
 
 # %% tags=["nbval-ignore-output"]
 CHOICE, GPU, PRICE = "qwen2.5-0.5b", "RTX4090-24GB", 1.0         # price per hour, in your money
@@ -261,7 +261,7 @@ assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
 # %% [markdown]
 # For the choice above, training. Evaluation takes the least, because it asks 300 validation questions. Training needs more
-# memory than its bar in section 2: this GPU has room for a base in 16 bits and for all activations, and the run uses it.
+# memory than its bar in section 2: this GPU has room, so the run keeps the base in 16 bits and all activations.
 #
 # **Predict**: what would it take to evaluate every model on the whole test split, with 32 completions per question?
 
@@ -272,10 +272,10 @@ print(planning.table(plan))
 assert plan.stages[-1].tokens > plan.stages[0].tokens
 
 # %% [markdown]
-# More than sampling. It would also mislead: the best of five accuracies on the test split is too high an estimate. So choose
-# the best model on validation questions, and evaluate it on the test split once, at the end.
+# More than sampling. It would also mislead: the best of five test accuracies is too optimistic. So choose the best model on
+# validation questions, and evaluate it on the test split once, at the end.
 #
-# The plan prints its assumptions. It can be off by a factor of two. Compare it with the `timing.csv` of your run.
+# The plan prints its assumptions. It can be off by a factor of two: compare it with your `timing.csv`.
 #
 # ## 4 Run
 #
@@ -304,7 +304,7 @@ assert (shown.low <= shown.value).all()
 shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 
 # %% [markdown]
-# Accuracy on ten questions has an interval that is too wide for any conclusion. But every stage works. Now start the real
+# With ten questions the interval of accuracy is too wide for any conclusion. But every stage works. Now start the real
 # run. Download the model first, so that errors come early:
 #
 # ```bash
@@ -318,7 +318,7 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # (first `pip install tensorboard`). With `--engine vllm` the run starts a [vLLM](../docs/results/speed.md#vllm) server, which
 # writes the completions.
 #
-# The last command chooses the iteration with the highest greedy accuracy. It evaluates this model once on the whole test split,
+# `evaluate.py` chooses the iteration with the highest greedy accuracy. It evaluates this model once on the whole test split,
 # with a [majority vote](../docs/glossary.md#majority-vote) over 32 completions. With `--iterations 0 best` it also evaluates
 # M_0 and compares the two.
 #
@@ -413,7 +413,7 @@ assert sum(grading.count_reasons(ten).values()) == 10
 
 # %% [markdown]
 # `no_answer` and `truncated` are different problems. A text without a readable answer needs another prompt, a better
-# grader, or SFT. A text that was cut off needs a larger `--max-new-tokens`.
+# grader, or SFT. A text that was cut off needs a larger `--max-new-tokens`, unless it loops.
 #
 # The metrics of a run show these problems early. Below are your run (or the stored one) and a run that started from the
 # *published* model without SFT ([data](../figures/smollm2_135m_svamp_no_sft.csv)). **Predict**: what share of its questions
@@ -426,7 +426,7 @@ assert "KL" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# Two of 100. With so few pairs the model hardly changed, and its greedy accuracy stayed at 0. Look for these signs early:
+# Two of 100. So the model hardly changed, and its greedy accuracy stayed at 0. Look for these signs early:
 #
 # | sign | healthy | trouble, and what to do |
 # |---|---|---|
@@ -442,7 +442,8 @@ figure
 #
 # Your result is an adapter of some megabytes. Which model do you publish? That depends on the base of your run: 16 bits or NF4
 # (`quantize` in `profile.json`). The next cells load M_1 of the small run on an NF4 base, as a run on a small GPU does. In one
-# layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ what training added.
+# layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ the change by the
+# [LoRA](../docs/glossary.md#lora) adapter.
 
 # %% tags=["nbval-ignore-output"]
 adapter = out / "iteration_1/adapter"
@@ -472,8 +473,8 @@ assert cosines["NF4"] < cosines["fp32"]
 helpers_07.survived(cosines)
 
 # %% [markdown]
-# Rounding, by far. Never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. bf16 keeps only
-# a part of so small a $\Delta$. The next cell loads the model without NF4, and PEFT stores $W + \Delta$ in bf16. A run with an
+# Rounding, by far. Never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. $\Delta$ is so small
+# that bf16 keeps only a part. The next cell loads the model without NF4, and PEFT stores $W + \Delta$ in bf16. A run with an
 # NF4 base measures *another* model, $\hat W + \Delta$. **Predict**: do M_1 and the merged model write the same completions?
 
 # %% tags=["nbval-ignore-output"]
@@ -495,7 +496,7 @@ print(f"{same} of {len(asked)} greedy completions are the same")
 assert 0 <= same <= len(asked)
 
 # %% [markdown]
-# Hardly any: these are two models. With a base in 16 bits they differ only by the rounding of the merged weights. In both
+# No: these are two models. With a base in 16 bits they differ only by the rounding of the merged weights. In both
 # cases evaluate the merged model on the test questions (second command). Report *its* accuracy.
 #
 # ```bash
@@ -521,7 +522,7 @@ assert 0 <= same <= len(asked)
 # - Logits and cache can need more memory than the weights.
 # - Compare the cost of the run, not the price per hour.
 # - A small complete run finds what an estimate cannot.
-# - Paired intervals show whether a gain is resolved. Without preference pairs a model learns nothing.
+# - Paired intervals show whether a gain is resolved. Without preference pairs Iterative RPO learns nothing.
 # - $W + \Delta$ and $\hat W + \Delta$ are different models. Evaluate the one that you publish.
 #
 # **Try**: two seeds of your run, drawn with `python scripts/plot.py`. Is a gain resolved that was not before?
@@ -536,9 +537,9 @@ assert 0 <= same <= len(asked)
 #
 # <details><summary>Answers</summary>
 #
-# 1. The logits grow with the vocabulary, not with the number of weights. 2. The same command; the steps since the last
-# checkpoint. 3. The interval, the number of questions and seeds, and "not resolved". 4. Stop. SFT first, easier questions,
-# more samples or gold solutions. 5. The evaluation of the merged model.
+# 1. The logits grow with the vocabulary and the micro-batch, not with the number of weights. 2. The same command. The steps
+# since the last checkpoint. 3. The interval, the number of questions and seeds, and "not resolved". 4. Stop. SFT first, easier
+# questions, more samples or gold solutions. 5. The evaluation of the merged model.
 #
 # </details>
 #

@@ -46,8 +46,8 @@ print("profile", PROFILE, "· device", models.default_device())
 # %% [markdown]
 # ## 1 Your own questions
 #
-# What does a run need? A file with one JSON object per line, each with `question` and `answer`, and the options
-# `--task jsonl --data FILE`. A `solution` is optional: only gold solutions need it. Here are 64 word problems that were
+# What does a run need? The options `--task jsonl --data FILE`, and a file with one JSON object per line, each with `question`
+# and `answer`. A `solution` is optional: only gold solutions need it. Here are 64 word problems that were
 # written for this course.
 
 # %%
@@ -77,8 +77,8 @@ test = [
     {"id": "renumbered", "question": "Ann picks 31 apples and 24 pears. She gives 9 of them to Ben. How much fruit has she now?"}]
 
 # %% [markdown]
-# The first check compares texts without spaces. The second also ignores case and punctuation. The third looks for 13 words
-# in a row in common ([Brown et al. 2020](https://arxiv.org/abs/2005.14165), appendix C). You write the third.
+# The first check compares texts without spaces. The second also ignores case and punctuation. The third looks for 13
+# consecutive words in common ([Brown et al. 2020](https://arxiv.org/abs/2005.14165), appendix C). You write the third.
 
 # %% [markdown]
 # ### Exercise 7b.1: n words in a row
@@ -91,7 +91,7 @@ test = [
 #
 # <details><summary>Hint</summary>
 #
-# `re.findall(r"\w+", text.casefold())` gives the words. Make a set of tuples `words[i : i + n]`. How many such runs does a
+# `re.findall(r"\w+", text.casefold())` gives the words. Make a set of tuples `words[i : i + n]`. How many such tuples does a
 # question with `len(words)` words have?
 #
 # </details>
@@ -189,7 +189,7 @@ print(checks_07.renumbered_twins(renumbered_twins))
 # - **Canary**: can it write the random [canary string](../docs/glossary.md#canary-string) of a benchmark? GSM8K has none.
 # - **Familiarity**: does it find the original text more probable than a changed one?
 #
-# Contamination distorts the gain from M_0 to M_T less than the accuracy of M_T: both models have read the same texts.
+# Contamination probably distorts the gain from M_0 to M_T less than the accuracy of M_T: both models have read the same texts.
 #
 # We run the last test. Replace every number by another number with as many digits, and compare the log-probabilities. The
 # difference per digit is the [memory gap](../docs/glossary.md#memory-gap).
@@ -243,7 +243,7 @@ figure
 # Facts are far above the rest, so the test works. But our own questions are also above 0, although the model has not
 # read them: sensible numbers are easier to guess than random ones. So a gap alone proves nothing.
 #
-# To compare GSM8K's test questions with ours is also misleading: other authors use other numbers. The control must be of the
+# Comparing GSM8K's test questions with ours is also misleading: other authors use other numbers. The control must be of the
 # same kind. For GSM8K's test questions, use its *training* questions: the same authors published them for training.
 
 # %% tags=["nbval-ignore-output"]
@@ -259,7 +259,7 @@ print(f"{first} minus {second}: {difference:+.2f} nats per digit ({low:+.2f} to 
 assert low <= high
 
 # %% [markdown]
-# If the interval includes 0, the test does not show that the training questions are more familiar. The model may have seen
+# If the interval includes 0, it is not resolved whether the training questions are more familiar. The model may have seen
 # both sets, or neither, or too rarely to tell. A difference as large as the upper end is still possible. Without GSM8K the
 # cell compares the two controls.
 

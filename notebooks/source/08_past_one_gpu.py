@@ -88,8 +88,8 @@ print("their sum is the whole product:", torch.allclose(sum(parts), whole, atol=
 #
 # **Goal**: split a list among processes so that nothing is lost. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# `share(items, rank, count)` returns the consecutive items of process `rank` (0, 1, ...) of `count`. Lengths differ by at
-# most one, and the first parts are the longer ones.
+# `share(items, rank, count)` returns the consecutive items for process `rank` (0, 1, ...) of `count` processes. Lengths differ
+# by at most one, and the first parts are longer.
 #
 # <details><summary>Hint</summary>
 #
@@ -201,7 +201,7 @@ for loss in (per_completion, over_tokens):
     print(f"{loss.__name__}: one process {loss([0, 1, 2, 3]):.3f}, two {halves[0]:.3f}, two with other halves {halves[1]:.3f}")
 
 # %% [markdown]
-# The mean over tokens falls by more than a third: each half has the weight ½, but one has 32 tokens and the other 360.
+# The mean over tokens falls: each half has the weight ½, but in the first split one has 32 tokens and the other 360.
 # Micro-batches on one GPU can cause [the same error](https://huggingface.co/blog/gradient_accumulation). Either divide each
 # part by the tokens of the *whole* batch, or use a loss per completion, as Eq. 1 of the paper does
 # ([notebook 04](04_dpo_nll_training.ipynb)).
@@ -392,7 +392,7 @@ metrics = pd.read_csv(out / "metrics.csv")
 metrics[metrics.metric.isin(["greedy", "sampled"])][["iteration", "metric", "value", "low", "high", "n"]].round(2)
 
 # %% [markdown]
-# Yes: the finished stages are kept, and only the unfinished stage is repeated. The number of processes changes results only by
+# Yes: the finished stages are kept, and the others follow. The number of processes changes results only by
 # rounding (section 5), so it is not a setting of the run.
 #
 # ## 7 Whole copies or split layers?
@@ -508,7 +508,7 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # 1. Both draw the same random numbers.
 # 2. All parts have equally many pairs, but different numbers of tokens.
 # 3. 2 · 15/16 instead of 2 · 7/8 of the gradient: a fourteenth more.
-# 4. The trainer refuses, because a process needs at least one pair. 16 GPUs have work.
+# 4. The trainer refuses, because a process needs at least one pair. At most 16 can work.
 #
 # </details>
 #
