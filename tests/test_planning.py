@@ -476,11 +476,11 @@ SHORT, LONG = pairs_of(110, 130), pairs_of(265, 400)
         ("smollm2-135m", SHORT, 139, {"batch_size": 64}, (64, False)),
         ("smollm2-135m", SHORT, 22, {"batch_size": 64}, (64, True)),
         ("smollm2-135m", SHORT, 22, {}, (16, False)),
-        ("smollm2-135m", SHORT, 12, {}, (8, False)),
+        ("smollm2-135m", SHORT, 12, {}, (16, False)),
         ("smollm2-135m", LONG, 22, {}, (8, False)),
         ("qwen2.5-0.5b", LONG, 14, {}, (2, False)),
         ("llama-3.1-8b", LONG, 60, {}, (16, True)),
-        ("llama-3.1-8b", LONG, 6, {}, (1, True)),
+        ("llama-3.1-8b", LONG, 6, {}, (2, True)),
         ("smollm2-135m", SHORT, 22, {"batch_size": 45}, (45, True)),
         # nothing fits: what takes the least memory is tried, and its error names the fix
         ("llama-3.1-8b", LONG, 0.5, {}, (1, True)),

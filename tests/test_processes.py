@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from cluster import fsdp, shared
 from irpo_utils import UserError, engines, models, profiles, training
+from irpo_utils.engines import cpu
 from irpo_utils.ops.run import engine_of
 from irpo_utils.scale import processes
 
@@ -144,7 +145,7 @@ def test_what_a_split_model_cannot_do_is_refused(monkeypatch, changes, count, me
 
 def test_processes_share_a_run_with_what_scripts_run_adds(monkeypatch):
     whole, split = profiles.get("smoke"), profiles.get("smoke", shard=True, engine="vllm")
-    assert type(engine_of(whole)) is engines.Engine
+    assert type(engine_of(whole)) is cpu.Engine
     as_one_of(monkeypatch, 2)
     for profile in (whole, split):
         with pytest.raises(UserError, match="torchrun --nproc_per_node 8 scripts/run.py"):
