@@ -464,7 +464,7 @@ print(checks_00.sampling_hours(sampling_hours))
 # - Before the first step the DPO term is $\ln 2$.
 # - The shape of the accuracy curve depends on the learning rate.
 #
-# **What to try.** Set `accuracy_of["hasty"]` in section 5 to 0.95, and then higher than `accuracy_of["careful"]`. Run
+# **Try**: set `accuracy_of["hasty"]` in section 5 to 0.95, and then higher than `accuracy_of["careful"]`. Run
 # `make run` in the repository's root folder. Section 7 then shows your own run.
 #
 # <details><summary>Typical misunderstandings</summary>

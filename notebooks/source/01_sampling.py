@@ -550,7 +550,7 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questi
 # - Banning one token shows that $M_0$ can do the working that it skips.
 # - The best temperature gives the most questions with pairs.
 #
-# **What to try.** Run `python -m irpo_utils run --temperature 0.6 --out runs/cooler`, and compare its $M_1$ in notebook 05.
+# **Try**: run `python -m irpo_utils run --temperature 0.6 --out runs/cooler`, and compare its $M_1$ in notebook 05.
 #
 # <details><summary>Typical misunderstandings</summary>
 #

@@ -295,7 +295,7 @@ print(f"{same} of {len(crowded)} completions are the same, drawn sixteen at a ti
 # - The KV cache saves repeated positions. For one completion of a small model it saves far less time.
 # - The prompt is computed once for all N completions, and a batch should not wait for its longest one.
 #
-# **What to try.** Draw the figure of section 4 with 4 and with 16 rows. For which does refilling save more?
+# **Try**: draw the figure of section 4 with 4 and with 16 rows. For which does refilling save more?
 #
 # **Recall** without scrolling up, then open the answers.
 #

@@ -199,7 +199,7 @@ print(checks_02.extract_number(extract_number))
 #
 # A completion that hits the token limit (`max_new_tokens`) is cut off at an arbitrary point.
 #
-# **Predict**: we cut the text below at five places near its end. Which answer does the grader read from each piece?
+# **Predict**: the text below lacks its last 4, 3, 2, 1 and 0 characters. Which answer does the grader read from each piece?
 
 # %%
 whole, word_problems = "57*2=114\n114-2=112\nFinal answer: 112", tasks.get("word_problems")
@@ -541,7 +541,7 @@ helpers_02.differences(iteration=2)
 # - Where many answers are possible, correct answers mostly come with full working. On multiple choice many are luck.
 # - A model keeps the behaviour that a lenient grader rewards, and gains less accuracy.
 #
-# **What to try.** Add ten completions of your model to the labelled forms, and run section 5 again. Add a lenient grader
+# **Try**: add ten completions of your model to the labelled forms, and run section 5 again. Add a lenient grader
 # to the study of section 8, and run it with `--seeds 1`.
 #
 # <details><summary>Typical misunderstandings</summary>

@@ -387,7 +387,7 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # - For DPO only the tokens after the point of divergence count.
 # - With the seed model most pairs teach the model to show its working.
 #
-# **What to try.** `build_pairs` returns the pairs and their counts. Call it with `pairing="random"` and look at `repeated`.
+# **Try**: `build_pairs` returns the pairs and their counts. Call it with `pairing="random"` and look at `repeated`.
 # Then take `k=20`: how many of the pairs are new?
 #
 # <details><summary>Typical misunderstandings</summary>

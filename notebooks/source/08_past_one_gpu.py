@@ -494,7 +494,7 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # - In a ring each GPU sends less than twice the gradient. With QLoRA that is little.
 # - A step of 16 pairs has work for at most 16 GPUs.
 #
-# **What to try.** Kill rank 0 in section 6. Which process reports it?
+# **Try**: kill rank 0 in section 6. Which process reports it?
 #
 # **Recall** without scrolling up, then open the answers.
 #
