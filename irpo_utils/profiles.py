@@ -41,7 +41,7 @@ class Profile:
 
     task: str = _option("word_problems", "the questions: word_problems, gsm8k, math, jsonl, ...")
     model: str = _option("seed", "M_0: a short name, a hub name or a folder")
-    method: str = _option("irpo", "an entry of methods.METHODS, e.g. irpo or sft_gold")
+    method: str = _option("irpo", "an entry of methods.METHODS, e.g. irpo; scripts/run.py has more")
     start: str | None = _option(None, "adapter folder or finished run to start from")
     data: str | None = _option(None, "local folder or file with the questions; none: the hub")
     seed: int = _option(0, "seed of the choice of questions, of sampling and of training")
