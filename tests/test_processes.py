@@ -24,6 +24,7 @@ from irpo_utils.scale import processes
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "scripts" / "run.py"
+OF_THE_PACKAGE = processes.engine  # a test of scripts/evaluate.py may have replaced it
 PAIRS = str(ROOT / "notebooks" / "shipped_run" / "iteration_0" / "pairs")
 SMALL = (
     "--profile smoke --quiet --iterations 1 --n-questions 24 --n-samples 4 --k-pairs 4 "
@@ -147,6 +148,7 @@ def test_processes_share_a_run_with_what_scripts_run_adds(monkeypatch):
     whole, split = profiles.get("smoke"), profiles.get("smoke", shard=True, engine="vllm")
     assert type(engine_of(whole)) is cpu.Engine
     as_one_of(monkeypatch, 2)
+    monkeypatch.setattr(processes, "engine", OF_THE_PACKAGE)
     for profile in (whole, split):
         with pytest.raises(UserError, match="torchrun --nproc_per_node 8 scripts/run.py"):
             engine_of(profile)
