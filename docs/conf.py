@@ -5,7 +5,6 @@ and pictures therefore work here as they do on GitHub. Notebooks keep the output
 committed with; nothing is executed, and neither the build nor the finished pages use a network.
 """
 
-import base64
 import importlib.util
 import json
 import os
@@ -101,11 +100,6 @@ def copy_mathjax(app, exception) -> None:
 WIDE = 800  # pixels, from which a figure on a phone is wider than the screen and scrolls
 
 
-def is_wide(png: str) -> bool:
-    """Whether a picture in base64 is WIDE: a PNG has its width in the bytes 16 to 19."""
-    return int.from_bytes(base64.b64decode(png[:32])[16:20]) >= WIDE
-
-
 def prepare_notebook(app, docname: str, source: list[str]) -> None:
     """Prepare a notebook for myst-nb: texts of figures, marks for nbval, titles of solutions.
 
@@ -121,7 +115,8 @@ def prepare_notebook(app, docname: str, source: list[str]) -> None:
         if drawn:
             texts = [o.get("metadata", {}).get("image/png", {}).get("alt", "") for o in drawn]
             image = {"alt": " ".join(texts)}
-            if any(is_wide("".join(o["data"]["image/png"])) for o in drawn):
+            pictures = ("".join(o["data"]["image/png"]) for o in drawn)
+            if any(make_slides.png_size(png)[0] >= WIDE for png in pictures):
                 image["classes"] = "wide"
             cell["metadata"]["mystnb"] = {"image": image}
     first = notebook["cells"][0]

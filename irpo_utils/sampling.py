@@ -131,6 +131,13 @@ def next_tokens(logits, uniforms, temperature: float, top_p: float) -> torch.Ten
     return token.clamp_(max=logits.shape[-1] - 1)
 
 
+def next_logits(model, cache, ids, mask, positions) -> torch.Tensor:
+    """Logits (rows, vocabulary) after the last column of `ids`, which the cache then has."""
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    cached = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    return model(**inputs, **cached).logits[:, -1].float()
+
+
 @torch.inference_mode()
 def decode_batch(model, request: Request, part: list[int]):
     """As `decode`: each prompt of `part` once, then n copies of its cache, which grow together."""
@@ -139,17 +146,9 @@ def decode_batch(model, request: Request, part: list[int]):
     ids = torch.tensor([[request.pad_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=model.config)
-
-    def next_logits(ids, mask, positions) -> torch.Tensor:
-        """Logits (rows, vocabulary) after the last column."""
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        cached = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        return model(**inputs, **cached).logits[:, -1].float()
-
-    logits = next_logits(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)).repeat_interleave(n, 0)
+    logits = next_logits(model, cache, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
     cache.batch_repeat_interleave(n)
-    mask = mask.repeat_interleave(n, 0)
-    position = mask.sum(-1)
+    logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
     uniforms = torch.from_numpy(np.concatenate([request.uniforms(i) for i in part])).to(device)
 
     # One token per step; a row that has ended leaves the batch.
@@ -166,10 +165,11 @@ def decode_batch(model, request: Request, part: list[int]):
         if len(alive) == 0 or step == request.max_new_tokens - 1:
             break
         if len(alive) < len(rows):
-            rows, token, mask, position = rows[alive], token[alive], mask[alive], position[alive]
+            rows, token, mask = rows[alive], token[alive], mask[alive]
             cache.batch_select_indices(alive)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        logits, position = next_logits(token[:, None], mask, position[:, None]), position + 1
+        position = mask.sum(-1, keepdim=True) - 1
+        logits = next_logits(model, cache, token[:, None], mask, position)
     for row, (drawn, value) in enumerate(zip(tokens, logprob.tolist(), strict=True)):
         yield part[row // n], row % n, drawn, drawn[-1] in request.ends, value
 

@@ -17,6 +17,7 @@ import argparse
 import base64
 import html
 import importlib.util
+import operator
 import posixpath
 import re
 import shutil
@@ -97,9 +98,9 @@ class Item:
 
     @property
     def tall(self) -> bool:
-        """Whether it is a figure of TALL pixels: a PNG has its height in the bytes 20 to 23."""
+        """Whether it is a figure of TALL pixels."""
         _, found, png = self.content.partition("data:image/png;base64,")
-        return bool(found) and int.from_bytes(base64.b64decode(png[:32])[20:24]) >= TALL
+        return bool(found) and png_size(png)[1] >= TALL
 
     @property
     def height(self) -> int:
@@ -196,6 +197,12 @@ class Section:
                 takeaway = after if after and after.kind == "paragraph" else None
                 found.append(Step(item, question, takeaway))
         return found
+
+
+def png_size(png: str) -> tuple[int, int]:
+    """Width and height in pixels of a PNG in base64: its bytes 16 to 23."""
+    header = base64.b64decode(png[:32])
+    return int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
 
 
 def shorten(item: Item, height: int = HEIGHT) -> Item:
@@ -362,8 +369,9 @@ def arrange(sections: list[Section], fewest: int, most: int) -> list[list[Part]]
     At most `most` slides, and at least `fewest` if the sections have enough outputs.
     """
     steps = [[s for s in section.steps() if s.height <= HEIGHT] for section in sections]
-    best = [step for found in steps for step in sorted(found, key=_rank)[:1]]
-    further = sorted((s for found in steps for s in found if s not in best), key=_rank)
+    rank = operator.attrgetter("rank")
+    best = [step for found in steps for step in sorted(found, key=rank)[:1]]
+    further = sorted((s for found in steps for s in found if s not in best), key=rank)
     asked = sum(step.rank < 3 for step in further)
     layout = []
     for count in range(len(further), -1, -1):
@@ -393,10 +401,6 @@ def parts_of(section: Section, steps: list[Step]) -> list[Part]:
             return [(lead, None), *(([], step) for step in steps)]
         lead = section.lead(room)
     return [(lead, steps[0]), *(([], step) for step in steps[1:])]
-
-
-def _rank(step: Step) -> int:
-    return step.rank
 
 
 def summary(section: Section) -> list[str]:

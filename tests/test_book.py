@@ -16,6 +16,7 @@ from urllib.parse import unquote, urldefrag, urlparse
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 for package in ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx_revealjs"):
     pytest.importorskip(package)
@@ -199,6 +200,18 @@ def cell_of_colab(book: Path) -> str:
     text = parsed(book / "docs" / "colab.html").text
     [block] = re.findall(r"<pre>(.*?)</pre>", text, re.S)
     return html.unescape(re.sub("<[^>]*>", "", block))
+
+
+def test_figures_that_a_phone_would_make_unreadable_are_wide(book):
+    """The style sheet lets these scroll in their box."""
+    wide, narrow = [], []
+    for page in map(parsed, sorted((book / "notebooks").glob("0*.html"))):
+        for picture in page.pictures:
+            if "_images/" in picture["src"] and picture["src"].endswith(".png"):
+                width, _ = Image.open(page.path.parent / picture["src"]).size
+                (wide if width >= 800 else narrow).append(picture.get("class", ""))
+    assert wide and all("wide" in kind for kind in wide)
+    assert not all("wide" in kind for kind in narrow)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

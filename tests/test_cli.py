@@ -58,11 +58,22 @@ def run(tmp_path_factory):
 # ---- run, plot, evaluate
 
 
-def test_the_methods_of_the_studies_run_with_a_script():
+def test_the_script_that_runs_knows_the_methods_of_the_studies():
     words = [sys.executable, "scripts/run.py", "--method", "ppo"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: There is no method 'ppo'")
     assert all(name in done.stderr for name in ("irpo", "self_consistency", "grpo"))
+
+
+def test_the_script_that_runs_has_the_probe():
+    """Both commands are wrong about --start, which is looked at after the probe."""
+    options = "--profile smoke --probe-every 1 --start nowhere".split()
+    done = irpo("run", *options)
+    assert done.returncode == 1 and "need scripts/run.py" in done.stderr
+    words = [sys.executable, "scripts/run.py", *options]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "nowhere" in done.stderr
+    assert "need scripts/run.py" not in done.stderr
 
 
 def test_run_ends_with_the_table_and_the_place_of_the_figure(run):

@@ -91,13 +91,6 @@ def rows_that_fit(model, columns: int) -> int:
     return min(MOST_ROWS, int(MEMORY * free / (columns * column + LOGIT * c.vocab_size)))
 
 
-def next_logits(model, cache, ids, mask, positions) -> torch.Tensor:
-    """Logits (rows, vocabulary) after the last column of `ids`, which the cache then has."""
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    cached = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    return model(**inputs, **cached).logits[:, -1].float()
-
-
 @torch.inference_mode()
 def prefill(model, request: sampling.Request, part: list[int]):
     """Logits after the prompts `part`, and the keys and values of all layers, padded on the left.
@@ -109,7 +102,7 @@ def prefill(model, request: sampling.Request, part: list[int]):
     ids = torch.tensor([[request.pad_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=model.config)
-    logits = next_logits(model, cache, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
+    logits = sampling.next_logits(model, cache, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
             raise TypeError(f"the model has a cache without keys ({type(layer).__name__})")
@@ -216,7 +209,7 @@ class Static:
         cache = Cache(layers=[Layer(keys, values, self.column) for keys, values in pairs])
         start, ids = self.start[:rows, None], self.token[:rows, None]
         mask = torch.arange(columns, device=start.device) >= start  # the model hides later columns
-        logits = next_logits(self.model, cache, ids, mask, self.column - start)
+        logits = sampling.next_logits(self.model, cache, ids, mask, self.column - start)
         self.column.add_(1)
         self.draw(logits, temperature, top_p)
 

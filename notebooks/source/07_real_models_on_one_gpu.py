@@ -243,7 +243,7 @@ assert planned.notna().any().all()
 helpers_07.hours_bars(planned)
 
 # %% [markdown]
-# By this estimate, 9 times. Most of the time is training. Decoding is fast: it replays CUDA graphs, each of which launches all
+# By this estimate, 9 times. Most of the time is training. For decoding it assumes CUDA graphs, each of which launches all
 # kernels of a step ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours times
 # price. Prefer GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with
 # [loss scaling](../docs/glossary.md#loss-scaling).
