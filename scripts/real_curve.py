@@ -7,6 +7,8 @@
 3. All iterations of each method with each seed (profile `smollm2-135m-cpu`), on test questions.
 
 It takes hours, and the same command resumes. Finished runs are kept in OUT/real_curve_runs.jsonl.
+One step can be made alone, for some methods: `--steps curve --methods irpo star --seeds 1`. The
+curve then uses the best learning rate of the finished runs of step 2.
 FOLDER has the questions of GSM8K and SVAMP; without it they come from the hub.
 """
 
@@ -23,6 +25,7 @@ from irpo_utils import UserError
 from irpo_utils.ops import cli
 
 NAME = "real_curve"
+STEPS = ("m0", "learning_rate", "curve")
 METHODS = ("irpo", "star", "iterative_dpo")
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 SWEEP = {"iterations": 1, "eval_split": "validation"}
@@ -38,6 +41,8 @@ def main(arguments: list[str]) -> None:
     add("--data", help="folder with the questions (default: from the hub)")
     add("--seeds", type=int, default=SEEDS, help="number of seeds (%(default)s)")
     add("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    add("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these steps (all)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="only these methods (all)")
     add("--small", action="store_true", help="a few questions for the miniature model, as a trial")
     add("--runs", default="runs/real_curve", help="folder of the run directories (%(default)s)")
     add("--out", default="figures", help="folder of tables and figures (%(default)s)")
@@ -59,18 +64,22 @@ class Study:
         self.m0 = self.runs / "m0" / "sft_gold" / "seed_0"
 
     def run(self) -> None:
-        """All parts in turn; each needs the results of the one before."""
+        """The steps in turn; each needs the results of the one before."""
+        steps, chosen = self.options.steps, self.options.methods
         self.make({self.m0: self.profile(profile="smollm2-135m-sft", start=None)})
-        self.make({self.folder(t, 0): self.profile(t, 0) for t in self.sweep()})
-        trials = self.curve()
-        self.make(
-            {
-                self.folder(trial, seed): self.profile(trial, seed)
-                for seed in range(self.options.seeds)
-                for trial in trials
-            }
-        )
-        self.write(trials)
+        if "learning_rate" in steps:
+            trials = [trial for trial in self.sweep() if trial.method in chosen]
+            self.make({self.folder(trial, 0): self.profile(trial, 0) for trial in trials})
+        if "curve" in steps:
+            trials = [trial for trial in self.curve() if trial.method in chosen]
+            self.make(
+                {
+                    self.folder(trial, seed): self.profile(trial, seed)
+                    for seed in range(self.options.seeds)
+                    for trial in trials
+                }
+            )
+            self.write(self.curve())
 
     def sweep(self) -> list:
         """Every method at every learning rate."""
@@ -87,19 +96,24 @@ class Study:
         from studies.trials import Trial
 
         rates = {method: self.best_rate(method) for method in METHODS}
-        return [Trial(name, {"learning_rate": rates[name]}, against="irpo") for name in METHODS]
+        return [Trial(m, {"learning_rate": r}, against="irpo") for m, r in rates.items() if r]
 
-    def best_rate(self, method: str) -> float:
-        """The best sampled accuracy on validation: with few questions greedy decoding has ties."""
+    def best_rate(self, method: str) -> float | None:
+        """The best sampled accuracy on validation: with few questions greedy decoding has ties.
+
+        None if no run of step 2 is finished.
+        """
         accuracy = {}
         for trial in self.sweep():
-            if trial.method == method:
-                rows = self.records.runs[trial.name, 0]["metrics"]
+            run = self.records.runs.get((trial.name, 0))
+            if trial.method == method and run:
                 found = [
-                    r["value"] for r in rows if (r["metric"], r["iteration"]) == ("sampled", 1)
+                    row["value"]
+                    for row in run["metrics"]
+                    if (row["metric"], row["iteration"]) == ("sampled", 1)
                 ]
                 accuracy[trial.settings["learning_rate"]] = found[0] if found else 0.0
-        return max(accuracy, key=accuracy.get)
+        return max(accuracy, key=accuracy.get, default=None)
 
     def profile(self, trial=None, seed: int = 0, profile: str = "smollm2-135m-cpu", **changes):
         """The settings of a run."""
