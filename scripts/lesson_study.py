@@ -165,8 +165,9 @@ def plain_part(seeds: int, records: dict) -> list[Run]:
     """β on a model with the same misconceptions and no words around the equations: fewer nats per
     completion."""
     return [
-        with_nll(beta, 3e-4, alpha, seed, "plain")
+        with_nll(beta, rate, alpha, seed, "plain")
         for seed in range(seeds)
+        for rate in (1e-3, 3e-4)
         for beta in (1.0, 0.1, 0.3, 3.0)
         for alpha in (1, 0)
     ]
@@ -192,14 +193,16 @@ def tuning_part(seeds: int, records: dict) -> list[Run]:
     runs = []
     for method, rates in RATES.items():
         settings = {"beta": beta} if method in WITH_PAIRS else {}
-        tried = [Run(method, 0, {**settings, "learning_rate": rate}) for rate in rates]
-        runs += tried
-        if all(run.key in records for run in tried):
-            final = [last_accuracy(records[run.key]) for run in tried]
-            best = final.index(max(final))
-            edge = {0: rates[0] / 3, len(rates) - 1: rates[-1] * 3}.get(best)
-            if edge:
-                runs.append(Run(method, 0, {**settings, "learning_rate": float(f"{edge:.0e}")}))
+        tried = {rate: Run(method, 0, {**settings, "learning_rate": rate}) for rate in rates}
+        while all(run.key in records for run in tried.values()):
+            final = {rate: last_accuracy(records[run.key]) for rate, run in tried.items()}
+            best = max(final, key=final.get)
+            beyond = {min(tried): best / 3, max(tried): best * 3}.get(best)
+            if beyond is None:
+                break
+            beyond = float(f"{beyond:.0e}")
+            tried[beyond] = Run(method, 0, {**settings, "learning_rate": beyond})
+        runs += tried.values()
     return runs
 
 
@@ -293,21 +296,9 @@ def share(digits: str, of: int = 1) -> float:
     return sum(int(digit, 36) for digit in digits) / (len(digits) * of)
 
 
-def best_beta(records: dict) -> float:
-    """The β of Iterative RPO with the best validation accuracy after four iterations, averaged over
-    finished seeds."""
-    scores: dict[float, list[float]] = {}
-    for record in records.values():
-        settings = record["settings"]
-        if (record["model"], record["method"]) == ("misconceptions", "irpo") and set(settings) == {
-            "beta",
-            "learning_rate",
-        }:
-            by_rate = (settings["beta"], settings["learning_rate"])
-            scores.setdefault(by_rate, []).append(last_accuracy(record))
-    if not scores:
-        return 1.0
-    return max(scores, key=lambda key: sum(scores[key]) / len(scores[key]))[0]
+def best_beta(records: dict[str, dict]) -> float:
+    """The β of tuned Iterative RPO; before its tuning, 1."""
+    return (best_settings("irpo", records) or {"beta": 1.0})["beta"]
 
 
 def best_settings(method: str, records: dict) -> dict | None:
