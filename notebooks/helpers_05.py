@@ -17,6 +17,7 @@ from helpers_06 import LESSON, NAMES, settings_in_words
 from irpo_utils import plots, profiles, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, GREY, INK, ORANGE
+from studies import stopping
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
@@ -144,63 +145,16 @@ def _metric(record: dict, name: str) -> dict[int, float]:
 
 
 def shipped_runs() -> list[dict]:
-    """Finished runs to try rules on: `name` (method and settings), `seed`, and `rows`, one dict per
-    iteration.
-
-    A row has accuracies as `validation` and `test`, and, from M_1 on, `kl` to the previous model in
-    nats and `chosen_change` of the log-probability of chosen completions in that training. The
-    runs of the comparison stored one split: its questions with even numbers are `validation` here,
-    those with odd numbers are `test`.
-    """
-    longer = {(r["trial"], r["seed"]): r for r in records("eight_iterations")}
+    """Finished runs to try rules on: those of `stopping.finished_runs`, with a `name` for readers."""
     found = []
-    for record in records("comparison"):
-        rows = _rows_of_comparison(record)
-        if len(rows) < 5 or rows[1]["chosen_change"] is None:  # one iteration, or no pairs
-            continue
-        key = record["trial"], record["seed"]
-        if key in longer:
-            rows += _rows_of_comparison(longer[key])[1:]
-        found.append({"name": NAMES[key[0]], "seed": key[1], "rows": rows})
-    for record in records("lesson"):
-        if record["method"] in ("irpo_m0_samples", "sft_gold"):  # not iterative
-            continue
-        _, _, settings = record["trial"].split("/", 2)
-        name = f"{LESSON[record['method']][0]}, {settings_in_words(settings)}"
-        rows = _rows_of_lesson(record["iterations"])
-        found.append({"name": name, "seed": record["seed"], "rows": rows})
+    for run in stopping.finished_runs():
+        method, _, settings = run["trial"].partition("/")
+        name = NAMES.get(method, "")
+        if run["study"] == "lesson":
+            name = f"{LESSON[method][0]}, {settings_in_words(settings)}"
+            name += "" if run["model"] == "misconceptions" else f", model {run['model']}"
+        found.append(run | {"name": name})
     return found
-
-
-def _rows_of_comparison(record: dict) -> list[dict]:
-    kl, after = _metric(record, "kl_to_previous"), _metric(record, "chosen_logp_per_token")
-    before, rows = _metric(record, "chosen_logp_per_token_before"), []
-    for t in range(len(record["answers"])):
-        per_question = correct(record["answers"][str(t)]["greedy"])
-        rows.append(
-            {
-                "validation": float(np.mean(per_question[0::2])),
-                "test": float(np.mean(per_question[1::2])),
-                "kl": kl.get(t),
-                "chosen_change": after[t] - before[t] if t in after else None,
-            }
-        )
-    return rows
-
-
-def _rows_of_lesson(entries: list[dict]) -> list[dict]:
-    rows = []
-    for t, entry in enumerate(entries):
-        change = np.mean(entry["chosen"]) - np.mean(entries[t - 1]["chosen"]) if t else None
-        rows.append(
-            {
-                "validation": float(np.mean(correct(entry["validation"]["greedy"]))),
-                "test": float(np.mean(correct(entry["test"]["greedy"]))),
-                "kl": entry["kl_previous"][0] if t else None,
-                "chosen_change": change,
-            }
-        )
-    return rows
 
 
 def twins() -> list[dict]:

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 import lesson_study as study
 from irpo_utils import evaluation, plots
 from studies import lesson_statistics as lesson
-from studies import misconceptions, significance
+from studies import misconceptions, significance, stopping
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 TITLES = {
@@ -407,39 +407,6 @@ def interactions(records: dict[str, dict]) -> list[dict]:
     return rows
 
 
-def rules_table(records: dict[str, dict]) -> pd.DataFrame:
-    """Regret of each stopping rule in test accuracy, and its gain over keeping the last model."""
-    runs = [
-        record["iterations"]
-        for record in records.values()
-        if record["method"] not in study.NOT_ITERATIVE and len(record["iterations"]) > 2
-    ]
-    rows = []
-    for name, rule in lesson.RULES.items() if runs else ():
-        kept = [rule(entries) for entries in runs]
-        lost = [lesson.regret(entries, t) for entries, t in zip(runs, kept, strict=True)]
-        last = [lesson.regret(entries, len(entries) - 1) for entries in runs]
-        value, low, high = significance.seed_and_question_interval([lost])
-        gain, gain_low, gain_high = significance.seed_and_question_interval(
-            [[b - a for a, b in zip(lost, last, strict=True)]]
-        )
-        rows.append(
-            {
-                "rule": name,
-                "runs": len(runs),
-                "regret": value,
-                "low": low,
-                "high": high,
-                "gain_over_last": gain,
-                "gain_low": gain_low,
-                "gain_high": gain_high,
-                "keeps_m0": sum(t == 0 for t in kept),
-                "stops": sum(t < len(e) - 1 for t, e in zip(kept, runs, strict=True)),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 # ------------------------------------------------------------------------------------------ figures
 
 
@@ -670,7 +637,7 @@ def main() -> None:
     results.to_csv(args.out / "lesson_results.csv", index=False, float_format="%.4f")
     verdicts = verdict_table(records)
     verdicts.to_csv(args.out / "lesson_verdicts.csv", index=False, float_format="%.2f")
-    rules = rules_table(records)
+    rules = stopping.scores(stopping.finished_runs(args.out))
     rules.to_csv(args.out / "lesson_rules.csv", index=False, float_format="%.2f")
     environment = next(iter(records.values()))["environment"]
     for name, (figure, data) in figures(records, means).items():

@@ -14,7 +14,7 @@ from irpo_utils.engines import cpu
 from irpo_utils.ops import drift
 from irpo_utils.tasks import word_problems
 from studies import lesson_statistics as lesson
-from studies import misconceptions
+from studies import misconceptions, stopping
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_digits_are_shares():
     assert lesson.per_question("014", 4) == [0, 0.25, 1]
 
 
-def entries_of(accuracy: list[int], kl: list[float], chosen: list[float]) -> list[dict]:
-    """Entries with these numbers of correct answers out of 10, on validation and test alike."""
-    return [
+def rows_of(accuracy: list[int], kl: list[float], chosen: list[float]) -> list[dict]:
+    """Rows with these numbers of correct answers out of 10, on validation and test alike."""
+    entries = [
         {
             "validation": {"greedy": "1" * a + "0" * (10 - a)},
             "test": {"greedy": "1" * a + "0" * (10 - a)},
@@ -166,22 +166,54 @@ def entries_of(accuracy: list[int], kl: list[float], chosen: list[float]) -> lis
         }
         for a, k, c in zip(accuracy, kl, chosen, strict=True)
     ]
+    return stopping.rows_of_lesson(entries)
 
 
 def test_stopping_rules():
-    entries = entries_of([3, 7, 6, 8], [0, 0.4, 1.5, 0.2], [-9, -8, -10, -11])
-    kept = {name: rule(entries) for name, rule in lesson.RULES.items()}
-    assert kept == {
+    rows = rows_of([3, 7, 6, 8], [0, 0.4, 1.5, 0.2], [-9, -8, -10, -11])
+    rules = {name: rule for name, rule in stopping.RULES.items() if "one line" not in name}
+    assert {name: rule(rows) for name, rule in rules.items()} == {
         "keep the last model": 3,
-        "best validation accuracy": 3,
+        "best validation accuracy of all": 3,
+        "patience 1": 1,
         "validation accuracy falls": 1,
         "KL to the previous model above 0.5 nats": 1,
         "KL to the previous model above 1 nat": 1,
         "KL to the previous model above 2 nats": 3,
-        "chosen log-probability falls": 1,
+        "KL to the previous model grows": 1,
+        "chosen completions lose probability": 1,
+        "validation falls, or KL above 2 nats": 1,
+        "validation falls, and KL above 1 nat": 1,
     }
-    assert lesson.regret(entries, 1) == pytest.approx(10)
-    assert lesson.regret(entries, 3) == 0
+    assert stopping.patience_1(rows_of([3, 3, 8], [0, 0, 0], [0, 0, 0])) == 0  # level is no gain
+    assert stopping.regret(rows, 1) == pytest.approx(10)
+    assert stopping.regret(rows, 3) == 0
+
+
+def test_a_warning_comes_before_a_fall_or_with_it():
+    falls = rows_of([5, 7, 8, 3], [0, 0.1, 2.5, 0.1], [-9, -8, -7, -7])
+    rises = rows_of([5, 7, 8, 9], [0, 0.1, 0.1, 3.0], [-9, -8, -7, -7])
+    assert [stopping.first_fall(rows) for rows in (falls, rises)] == [3, None]
+    runs = [{"rows": rows} for rows in (falls, falls, rises)]
+    scores = stopping.scores(
+        runs,
+        {name: stopping.RULES[name] for name in list(stopping.RULES) if "one line" not in name},
+    ).set_index("rule")
+    kl = scores.loc["KL to the previous model above 2 nats"]
+    assert (kl.falls, kl.before, kl["at"], kl.false_alarms, kl.without_fall) == (2, 2, 0, 1, 1)
+    patience = scores.loc["patience 1"]
+    assert (patience.before, patience["at"], patience.false_alarms) == (0, 2, 0)
+    assert patience.regret == 0 and patience.gain_over_last == pytest.approx(100 / 3)
+    # This rule is applied to a finished run: it warns of nothing.
+    assert math.isnan(scores.falls["best validation accuracy of all"])
+
+
+def test_finished_runs_of_both_models_have_the_numbers_of_all_rules():
+    runs = stopping.finished_runs()
+    assert {run["model"] for run in runs} >= {"hasty", "misconceptions"}
+    scores = stopping.scores(runs).set_index("rule")
+    assert (scores.regret_low <= scores.regret).all() and (scores.runs > 20).all()
+    assert (scores.before + scores["at"] <= scores.falls)[scores.falls.notna()].all()
 
 
 def fake_record(run: lesson_study.Run, accuracy: list[float], rng: random.Random) -> dict:
@@ -294,9 +326,6 @@ def test_tables_and_figures(records):
         assert other[f"{name}_gain_low"].item() <= gain <= other[f"{name}_gain_high"].item()
     assert sorted(name.split("/")[1] for name in tuned.trial) == sorted(lesson_study.METHODS)
     assert "misconceptions/rft/learning_rate=0.003" in set(tuned.trial)
-    rules = lesson_report.rules_table(records).set_index("rule")
-    assert rules.regret["best validation accuracy"] == 0
-    assert rules.stops["keep the last model"] == 0
 
 
 def test_the_corpus_has_no_question_of_a_split():
