@@ -14,7 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 from irpo_utils import grading, models, plots, sampling
 from irpo_utils.ops import run as runs
-from irpo_utils.plots import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PAPER
+from irpo_utils.plots import BLUE, COLOURS, GREEN, GREY, INK, ORANGE
+from studies import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 # Methods of the comparison with five seeds, under the names that the notebooks use.
@@ -308,37 +309,12 @@ def forest(rows: pd.DataFrame) -> plots.TextFigure:
 
 
 def nll_map(rows: pd.DataFrame) -> plots.TextFigure:
-    """Accuracy (%) by learning rate and α, a row for RFT on top; each cell shows its seeds.
-
-    `rows`: greedy rows of stability_mean.csv of one iteration.
-    """
-    row_names = {f"alpha={alpha}": f"α = {alpha}" for alpha in ("0", "0.25", "1", "5")}
-    row_names["star"] = "RFT"
-    rates = sorted(set(rows.level), key=float)
-    figure, axes = plots.new_figure(7.4, 4.4)
-    grid = 100 * rows.pivot(index="factor", columns="level", values="value")
-    seeds = rows.pivot(index="factor", columns="level", values="seeds")
-    grid, seeds = grid.loc[list(row_names), rates], seeds.loc[list(row_names), rates]
-    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, origin="lower", aspect="auto")
-    spoken = []
-    for y, factor in enumerate(row_names):
-        for x, rate in enumerate(rates):
-            value, count = grid.loc[factor, rate], int(seeds.loc[factor, rate])
-            colour = INK if value > 47 else PAPER  # the dark half of the colours needs light text
-            plural = "s" if count > 1 else ""
-            style = {"ha": "center", "va": "center", "color": colour}
-            axes.text(x, y + 0.1, f"{value:.0f}", **style)
-            axes.text(x, y - 0.25, f"{count} seed{plural}", fontsize=7, **style)
-            spoken.append(f"{row_names[factor]} at {rate}: {value:.1f} ({count} seed{plural})")
-    axes.set_xticks(range(len(rates)), rates)
-    axes.set_yticks(range(len(row_names)), list(row_names.values()))
-    axes.grid(False)
-    axes.set(xlabel="Learning rate", title=f"$M_{{{rows.iteration.iloc[0]}}}$")
-    figure.colorbar(image, ax=axes).set_label("Accuracy (%)", color=INK)
-    figure.alt_text = (
-        f"Accuracy (%) by learning rate and weight of the NLL term. {'; '.join(spoken)}."
+    """Accuracy by learning rate and α; `rows`: greedy rows of stability_mean.csv, one iteration."""
+    names = {f"alpha={alpha}": f"α = {alpha}" for alpha in ("0", "0.25", "1", "5")}
+    rows = rows.assign(
+        row=rows.factor.map(names | {"star": "RFT"}), column=rows.level.astype(float)
     )
-    return figure
+    return figures.nll_map(rows, f"$M_{{{rows.iteration.iloc[0]}}}$")
 
 
 def lesson_accuracy(means: pd.DataFrame, tuned: pd.DataFrame) -> plots.TextFigure:

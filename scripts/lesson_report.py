@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 import lesson_study as study
 from irpo_utils import evaluation, plots
+from studies import figures as drawings
 from studies import lesson_statistics as lesson
 from studies import misconceptions, significance, stopping
 
@@ -36,6 +37,7 @@ TITLES = {
 COLOURS = dict(zip(TITLES, plots.COLOURS, strict=False))
 BETA_COLOURS = dict(zip((0.1, 0.3, 1.0, 3.0), plots.COLOURS[1:], strict=False))
 MAIN = "misconceptions"
+RATES = (3e-4, 1e-3, 3e-3)
 MIN_SEEDS = 2  # for a verdict
 GAIN = {"": "points", "_low": "low", "_high": "high", "_seeds": "seeds"}  # column: of a gain
 
@@ -246,65 +248,100 @@ def decide(gain: dict, paper: float) -> str:
 
 
 def claims(records: dict[str, dict]) -> list[dict]:
-    """The comparisons: claim, trial and iteration of a and b, the paper's difference in points.
+    """The comparisons: group, claim, trial and iteration of a and b, the paper's difference (points).
 
     Where the paper gives a direction and no number, `paper` is infinite with its sign. Where it
     does not compare, `paper` is nan.
     """
-    names = {method: trial_name(method, settings_of(method, records)) for method in TITLES}
-    made = []
+    tuned = {method: settings_of(method, records) for method in TITLES}
+    groups = {
+        "comparison": comparison_claims(tuned),
+        "NLL term": nll_claims(),
+        "regimes": regime_claims(tuned["irpo"]["beta"]),
+        "eight iterations": long_claims(tuned),
+        "beta": beta_claims(),
+    }
+    return [
+        {"group": group} | dict(zip(("claim", "a", "b", "paper"), row, strict=True))
+        for group, rows in groups.items()
+        for row in rows
+    ]
 
-    def add(claim: str, a: tuple, b: tuple, paper: float) -> None:
-        if a[0] and b[0]:
-            made.append({"claim": claim, "a": a, "b": b, "paper": paper})
 
-    irpo = names.get("irpo")
+def comparison_claims(tuned: dict[str, dict]):
+    """Every method at its tuned settings against Iterative RPO."""
+    name = {method: trial_name(method, settings) for method, settings in tuned.items()}
+    irpo = name["irpo"]
     for t, gain in ((1, 17.5), (2, 4.9), (3, 3.1), (4, 0.5)):
-        add(f"Iterative RPO gains in iteration {t}", (irpo, t - 1), (irpo, t), gain)
+        yield f"Iterative RPO gains in iteration {t}", (irpo, t - 1), (irpo, t), gain
     for t in (1, 2, 3, 4):
-        add(
-            f"Iterative RPO beats rejection-sampling SFT (M{t})",
-            (names.get("rft"), t),
-            (irpo, t),
-            7.9 if t == 1 else math.inf,
-        )
-    for t in (1, 4):
-        add(
-            f"Iterative RPO beats DPO without NLL, each at its settings (M{t})",
-            (names.get("dpo"), t),
-            (irpo, t),
-            11.3 if t == 1 else math.inf,
-        )
-    for beta in (0.1, 0.3, 1.0, 3.0):
-        for rate in (3e-4, 1e-3):
-            settings = {"beta": beta, "learning_rate": rate}
-            for t in (1, 4):
-                add(
-                    f"the NLL term helps (beta {beta:g}, learning rate {rate:g}, M{t})",
-                    (trial_name("dpo", settings), t),
-                    (trial_name("irpo", settings), t),
-                    11.3 if t == 1 else math.inf,
-                )
+        paper = 7.9 if t == 1 else math.inf
+        claim = f"Iterative RPO beats rejection-sampling SFT (M{t})"
+        yield claim, (name["rft"], t), (irpo, t), paper
+    for t, paper in ((1, 11.3), (4, math.inf)):
+        claim = f"Iterative RPO beats DPO without NLL, each at its settings (M{t})"
+        yield claim, (name["dpo"], t), (irpo, t), paper
+    for t, paper in ((2, 3.2), (4, math.inf)):
+        claim = f"new samples are worth more than more steps on those of M0 (M{t})"
+        yield claim, (name["irpo_m0_samples"], t), (irpo, t), paper
+    claim = "Iterative RPO beats SFT on gold solutions (M1)"
+    yield claim, (name["sft_gold"], 1), (irpo, 1), 9.6
+    yield "Iterative RPO beats GRPO (M4)", (name["grpo"], 4), (irpo, 4), math.nan
+
+
+def nll_claims():
+    """Iterative RPO against DPO without NLL at the same β and learning rate, on all models."""
+    for model in study.MODELS:
+        where = "" if model == MAIN else f"{model} model, "
+        for beta in (0.1, 0.3, 1.0, 3.0):
+            for rate in (3e-4, 1e-3):
+                settings = {"beta": beta, "learning_rate": rate}
+                without, having = (trial_name(m, settings, model) for m in ("dpo", "irpo"))
+                for t, paper in ((1, 11.3), (4, math.inf)):
+                    claim = (
+                        f"the NLL term helps ({where}beta {beta:g}, learning rate {rate:g}, M{t})"
+                    )
+                    yield claim, (without, t), (having, t), paper
     large = {"beta": 1.0, "learning_rate": 3e-4}
     for t in (1, 4):
-        add(
-            f"at beta 1 the NLL term helps with ten times the weight (M{t})",
-            (trial_name("dpo", large), t),
-            (trial_name("irpo", large | {"alpha": 10.0}), t),
-            math.inf,
-        )
-    for t in (2, 4):
-        add(
-            f"new samples are worth more than more steps on those of M0 (M{t})",
-            (names.get("irpo_m0_samples"), t),
-            (irpo, t),
-            3.2 if t == 2 else math.inf,
-        )
-    add(
-        "Iterative RPO beats SFT on gold solutions (M1)", (names.get("sft_gold"), 1), (irpo, 1), 9.6
-    )
-    add("Iterative RPO beats GRPO (M4)", (names.get("grpo"), 4), (irpo, 4), math.nan)
-    return made
+        claim = f"at beta 1 the NLL term helps with ten times the weight (M{t})"
+        ten = trial_name("irpo", large | {"alpha": 10.0})
+        yield claim, (trial_name("dpo", large), t), (ten, t), math.inf
+
+
+def regime_claims(beta: float):
+    """Pairs against chosen completions alone, with the same questions, steps and learning rate."""
+    for regime, changes in ({"all questions": {}} | study.REGIMES).items():
+        for rate in (3e-4, 1e-3):
+            settings = {**changes, "learning_rate": rate}
+            rft, irpo = trial_name("rft", settings), trial_name("irpo", settings | {"beta": beta})
+            for t in (1, 4):
+                claim = f"rejected completions help: {regime} (learning rate {rate:g}, M{t})"
+                yield claim, (rft, t), (irpo, t), math.inf
+
+
+def long_claims(tuned: dict[str, dict]):
+    """Eight iterations: what the last four add, and the comparison at the end."""
+    name = {m: trial_name(m, tuned[m] | {"iterations": 8}) for m in ("irpo", "rft", "dpo")}
+    for method, trial in name.items():
+        yield f"{TITLES[method]} gains after iteration 4 (M8)", (trial, 4), (trial, 8), math.nan
+    for method in ("rft", "dpo"):
+        claim = f"Iterative RPO beats {TITLES[method]} after eight iterations (M8)"
+        yield claim, (name[method], 8), (name["irpo"], 8), math.inf
+
+
+def beta_claims():
+    """Is a large β better than the paper's 0.1? On all models, with and without the NLL term."""
+    for model in study.MODELS:
+        for rate in (3e-4, 1e-3):
+            for method in ("irpo", "dpo"):
+                small, large = (
+                    trial_name(method, {"beta": beta, "learning_rate": rate}, model)
+                    for beta in (0.1, 1.0)
+                )
+                where = f"{model} model, {TITLES[method]}, learning rate {rate:g}, M4"
+                claim = f"beta 1 beats beta 0.1 ({where})"
+                yield claim, (small, 4), (large, 4), math.inf
 
 
 def verdict_table(records: dict[str, dict], split: str = "test") -> pd.DataFrame:
@@ -322,6 +359,7 @@ def verdict_table(records: dict[str, dict], split: str = "test") -> pd.DataFrame
         gain = lesson.paired_interval(first, second)
         rows.append(
             {
+                "group": claim["group"],
                 "claim": claim["claim"],
                 "a": f"{a} M{t_a}",
                 "b": f"{b} M{t_b}",
@@ -360,6 +398,7 @@ def direction(runs, side: str, sign: int, claim: str, name: str) -> list[dict]:
     value, low, high = significance.seed_and_question_interval(list(change.values()))
     return [
         {
+            "group": "log-probabilities",
             "claim": claim,
             "a": f"{name} M0",
             "b": f"{name} M1",
@@ -375,36 +414,48 @@ def direction(runs, side: str, sign: int, claim: str, name: str) -> list[dict]:
 
 
 def interactions(records: dict[str, dict]) -> list[dict]:
-    """Does the NLL term help more at a small β? The difference of two differences, paired."""
+    """Differences of two differences, paired by seed and question."""
     trials, rows = by_trial(records), []
     for rate in (3e-4, 1e-3):
         for t in (1, 4):
             gains = []
             for beta in (1.0, 0.1):
                 settings = {"beta": beta, "learning_rate": rate}
-                both = [trials.get(trial_name(m, settings), {}) for m in ("dpo", "irpo")]
-                without, having = (correctness(runs, t, "test", "greedy") for runs in both)
-                gains.append(
-                    {
-                        seed: [y - x for x, y in zip(without[seed], having[seed], strict=True)]
-                        for seed in set(without) & set(having)
-                    }
-                )
-            if not set(gains[0]) & set(gains[1]):
-                continue
-            gain = lesson.paired_interval(*gains)
-            rows.append(
-                {
-                    "claim": f"the NLL term helps more at beta 0.1 than at beta 1 "
-                    f"(learning rate {rate:g}, M{t})",
-                    "a": "gain of the NLL term at beta 1",
-                    "b": "gain of the NLL term at beta 0.1",
-                    **gain,
-                    "paper": math.inf,
-                    "verdict": decide(gain, math.inf),
-                }
+                gains.append(gain_of(trials, ("dpo", settings), ("irpo", settings), t))
+            claim = (
+                f"the NLL term helps more at beta 0.1 than at beta 1 (learning rate {rate:g}, M{t})"
             )
+            names = [f"gain of the NLL term at beta {beta}" for beta in (1, 0.1)]
+            rows += interaction("NLL term", claim, names, gains)
+        for method in ("irpo", "dpo"):
+            small, large = ((method, {"beta": b, "learning_rate": rate}) for b in (0.1, 1.0))
+            gains = [gain_of(trials, small, large, 4, model) for model in (MAIN, "plain")]
+            claim = (
+                "beta 1 gains more over beta 0.1 where completions have fewer nats "
+                f"({TITLES[method]}, learning rate {rate:g}, M4)"
+            )
+            names = [f"gain of beta 1 on the {model} model" for model in (MAIN, "plain")]
+            rows += interaction("beta", claim, names, gains)
     return rows
+
+
+def gain_of(trials: dict, a: tuple, b: tuple, t: int, model: str = MAIN) -> dict:
+    """Seed -> what `b` gains over `a` on each test question; both are (method, settings)."""
+    sides = (trials.get(trial_name(*side, model), {}) for side in (a, b))
+    before, after = (correctness(runs, t, "test", "greedy") for runs in sides)
+    return {
+        seed: [y - x for x, y in zip(before[seed], after[seed], strict=True)]
+        for seed in set(before) & set(after)
+    }
+
+
+def interaction(group: str, claim: str, names: list[str], gains: list[dict]) -> list[dict]:
+    """One row: the second gain minus the first; none if no seed has both."""
+    if not set(gains[0]) & set(gains[1]):
+        return []
+    gain = lesson.paired_interval(*gains)
+    row = {"group": group, "claim": claim, "a": names[0], "b": names[1], **gain}
+    return [row | {"paper": math.inf, "verdict": decide(gain, math.inf)}]
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -592,6 +643,49 @@ def kl_figure(means: pd.DataFrame, tuned: dict[str, dict]):
     return figure, pd.concat(drawn)
 
 
+def map_figure(means: pd.DataFrame, beta: float):
+    """Test accuracy of M4 by learning rate and weight of the NLL term at one β."""
+    rows = means[(means.model == MAIN) & (means.metric == "greedy") & (means.split == "test")]
+    rows = rows[rows.iteration == study.ITERATIONS]
+    cells = []
+    for rate in RATES:
+        at = {"beta": beta, "learning_rate": rate}
+        trials = {
+            "α = 0": ("dpo", at),
+            "α = 1": ("irpo", at),
+            "RFT": ("rft", {"learning_rate": rate}),
+        }
+        trials |= {f"α = {alpha:g}": ("irpo", at | {"alpha": alpha}) for alpha in (0.3, 3.0)}
+        for row, (method, settings) in trials.items():
+            text = " ".join(trial_name(method, settings).split("/")[2:])
+            found = rows[(rows.method == method) & (rows.settings == text)]
+            cells.append(found.assign(row=row, column=rate))
+    data = pd.concat(cells)
+    if data.groupby("row").size().max() < 2 or data.row.nunique() < 5:
+        return None
+    return drawings.nll_map(data, f"$M_{study.ITERATIONS}$, β = {beta:g}"), data
+
+
+def long_figure(means: pd.DataFrame, tuned: dict[str, dict]):
+    """Test accuracy over eight iterations, one line per method."""
+    rows = means[(means.model == MAIN) & (means.metric == "greedy") & (means.split == "test")]
+    figure, axes = panels(1, 1, 7.0, 4.0)
+    words, drawn = [], []
+    for method in ("irpo", "rft", "dpo"):
+        text = " ".join(trial_name(method, tuned[method] | {"iterations": 8}).split("/")[2:])
+        found = rows[(rows.method == method) & (rows.settings == text)]
+        if len(found):
+            words.append(line(axes[0][0], found, TITLES[method], COLOURS[method], 100))
+            drawn.append(found)
+    if not drawn:
+        return None
+    axes[0][0].set_ylabel("Test accuracy, greedy (%)")
+    iterations_axis(axes[0][0])
+    axes[0][0].legend(fontsize=8, frameon=False, loc="lower right")
+    figure.alt_text = "Accuracy over eight iterations. " + "; ".join(words) + "."
+    return figure, pd.concat(drawn)
+
+
 def figures(records: dict, means: pd.DataFrame) -> dict:
     """Name -> (figure, data) of every figure whose runs are there."""
     trials = by_trial(records)
@@ -616,6 +710,8 @@ def figures(records: dict, means: pd.DataFrame) -> dict:
         "lesson_log_probabilities": log_probability_figure(trials, shown),
         "lesson_misconceptions": misconception_figure(means, by_method),
         "lesson_kl": kl_figure(means, settings),
+        "lesson_map": map_figure(means, settings["irpo"]["beta"]),
+        "lesson_long": long_figure(means, settings),
     }
     return {name: both for name, both in made.items() if both is not None}
 

@@ -222,7 +222,7 @@ def fake_record(run: lesson_study.Run, accuracy: list[float], rng: random.Random
     for t, share in enumerate(accuracy):
         digits = "".join(str(int(i < share * 100)) for i in range(100))
         logps = [rng.gauss(-8 + 0.5 * t, 1) for _ in range(20)]
-        labels = {"applies": 10, "follows": 5 - t, "correct": 5 + t}
+        labels = {"applies": 10, "follows": max(0, 5 - t), "correct": 5 + t}
         entries.append(
             {
                 "iteration": t,
@@ -269,6 +269,53 @@ def records() -> dict:
             last += 0.03 * run.settings["learning_rate"] / 1e-3
             found[run.key] = fake_record(run, [0.3, 0.5, 0.6, 0.7, last], rng)
     return found
+
+
+@pytest.fixture
+def all_parts(records) -> dict:
+    """`records` with two seeds of every other part. Rejected completions help with few samples
+    alone, accuracy falls after M_4, and a large β helps the plain model alone."""
+    rng, found = random.Random(0), dict(records)
+    for part in ("map", "regimes", "long", "plain"):
+        for run in lesson_study.PARTS[part](2, records):
+            helps = run.method == "irpo" and "n_samples" in run.settings
+            helps = helps or run.model == "plain" and run.settings["beta"] == 1
+            accuracy = [0.3, 0.5, 0.6, 0.7, 0.9 if helps else 0.7]
+            if "iterations" in run.settings:
+                accuracy += [0.7, 0.65, 0.6, 0.5]
+            found.setdefault(run.key, fake_record(run, accuracy, rng))
+    return found
+
+
+def test_verdicts_on_all_parts_of_the_study(all_parts):
+    verdicts = lesson_report.verdict_table(all_parts)
+    groups = {"comparison", "NLL term", "regimes", "eight iterations", "beta", "log-probabilities"}
+    assert set(verdicts.group) == groups
+    row = verdicts.set_index("claim").loc
+    few = row["rejected completions help: few samples (learning rate 0.0003, M4)"]
+    assert few.points == pytest.approx(20) and few.verdict == "agrees"
+    assert row["rejected completions help: hot (learning rate 0.0003, M4)"].points == 0
+    fallen = row["Iterative RPO gains after iteration 4 (M8)"]
+    assert fallen.points == pytest.approx(-20) and fallen.verdict == ""
+    plain = row["beta 1 beats beta 0.1 (plain model, Iterative RPO, learning rate 0.001, M4)"]
+    assert plain.points == pytest.approx(20)
+    more = "beta 1 gains more over beta 0.1 where completions have fewer nats"
+    assert row[f"{more} (Iterative RPO, learning rate 0.001, M4)"].points == pytest.approx(20)
+
+
+def test_figures_of_the_map_and_of_eight_iterations(all_parts):
+    drawn = lesson_study.map_part(2, all_parts) + lesson_study.long_part(2, all_parts)
+    drawn = {run.key: all_parts[run.key] for run in drawn}
+    means = lesson_report.mean_table(lesson_report.by_trial(drawn))
+    made = lesson_report.figures(all_parts, means)
+    words = made["lesson_map"][0].alt_text
+    assert "α = 0.3 at 0.003: 70.0 (2 seeds)" in words and "RFT at 0.001: " in words
+    assert "Iterative RPO: 30.0, 50.0, 60.0, 70.0, 70.0, 70.0, 65.0, 60.0, 50.0" in (
+        made["lesson_long"][0].alt_text
+    )
+    assert not {"lesson_map", "lesson_long"} & set(
+        lesson_report.figures({}, means[means.iteration == 0])
+    )
 
 
 def test_finished_seeds_are_complete_grids():

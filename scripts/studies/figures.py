@@ -310,6 +310,40 @@ def heat_map(stability: pd.DataFrame, metric: str = "greedy", fall: float = 0.03
     return figure
 
 
+def nll_map(cells: pd.DataFrame, title: str) -> TextFigure:
+    """Accuracy (%) by learning rate and weight of the NLL term, with the number of seeds.
+
+    `cells`: `row` (the weight as text; the first one at the bottom, RFT on top), `column` (the
+    learning rate), `value` (fraction of 1) and `seeds`. A cell may be missing.
+    """
+    weights = sorted(set(cells.row) - {"RFT"}, key=lambda name: float(name.split("=")[-1]))
+    rows, columns = [*weights, "RFT"], sorted(set(cells.column))
+    table = cells.set_index(["row", "column"])
+    grid = 100 * table.value.unstack().reindex(index=rows, columns=columns)
+    figure, axes = plots.new_figure(2.6 + 1.2 * len(columns), 1.4 + 0.6 * len(rows))
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, origin="lower", aspect="auto")
+    spoken = []
+    for (row, column), value, count in zip(
+        table.index, 100 * table.value, table.seeds, strict=True
+    ):
+        x, y = columns.index(column), rows.index(row)
+        colour = INK if value > 47 else PAPER  # the dark half of the colours needs light text
+        counted = f"{count} seed" if count == 1 else f"{count} seeds"
+        style = {"ha": "center", "va": "center", "color": colour}
+        axes.text(x, y + 0.1, f"{value:.0f}", **style)
+        axes.text(x, y - 0.25, counted, fontsize=7, **style)
+        spoken.append(f"{row} at {column:g}: {value:.1f} ({counted})")
+    axes.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(False)
+    axes.set(xlabel="Learning rate", title=title)
+    figure.colorbar(image, ax=axes).set_label("Accuracy (%)", color=INK)
+    figure.alt_text = (
+        f"Accuracy (%) by learning rate and weight of the NLL term. {'; '.join(spoken)}."
+    )
+    return figure
+
+
 def scaling(table: pd.DataFrame) -> TextFigure:
     """Time and memory of sampling over N, questions and model size, relative to the smallest point.
 
