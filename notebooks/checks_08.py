@@ -26,10 +26,7 @@ def share(function) -> str:
             except TypeError:
                 return f"Your function returned a {type(value).__name__}. Return a list: the items of this process."
     strategies = [
-        (
-            "Right: each item is in one part, and the joined parts are in order.",
-            _share,
-        ),
+        ("Right: each item is in one part, and the joined parts are in order.", _share),
         (
             "You take every count-th item. The joined parts are then in another order. Take consecutive items.",
             lambda items, rank, count: items[rank::count],
@@ -139,10 +136,7 @@ def combine(function) -> str:
             "Right: every item has the same weight, on any process.",
             lambda g, n: _weighted(g, n, sum(n), nan=0.0),
         ),
-        (
-            "nan times 0 is nan. Skip processes without items.",
-            lambda g, n: _weighted(g, n, sum(n)),
-        ),
+        ("nan times 0 is nan. Skip processes without items.", lambda g, n: _weighted(g, n, sum(n))),
         (
             "You averaged over processes. An item of a small part then has more weight. Multiply each gradient by its count.",
             lambda g, n: _weighted(g, [1] * len(n), len(n)),
@@ -250,10 +244,7 @@ def sent_when_split(function) -> str:
             "The gradients are missing: they are also summed in every micro-batch.",
             lambda w, o, g, p, m: m * (2 * w + o) * (p - 1) / p,
         ),
-        (
-            "`outside` is missing.",
-            lambda w, o, g, p, m: m * (2 * w + g) * (p - 1) / p,
-        ),
+        ("`outside` is missing.", lambda w, o, g, p, m: m * (2 * w + g) * (p - 1) / p),
         (
             "You counted one micro-batch. Weights are gathered again in each.",
             lambda w, o, g, p, m: (2 * w + o + g) * (p - 1) / p,
@@ -360,7 +351,9 @@ def hidden_from(function) -> str:
     case, mine = next(
         (c, v) for c, v in zip(BREAK_EVENS, values) if not _close(v, strategies[0][1](*c))
     )
-    return f"For {case} it should be {strategies[0][1](*case):,.1f} tokens. Yours gives {mine:,.1f}."
+    return (
+        f"For {case} it should be {strategies[0][1](*case):,.1f} tokens. Yours gives {mine:,.1f}."
+    )
 
 
 def _close(a, b) -> bool:

@@ -186,7 +186,10 @@ def reasons(counts: dict[str, int]) -> plots.TextFigure:
     axes.barh(names, [counts[name] for name in names], color=[colours.get(n, GREY) for n in names])
     for i, name in enumerate(names):
         axes.text(counts[name], i, f" {counts[name]} ({counts[name] / total:.1%})", va="center")
-    axes.set(xlabel=f"number of completions of $M_0$ ({total} in total)", xlim=(0, 1.25 * max(counts.values())))
+    axes.set(
+        xlabel=f"number of completions of $M_0$ ({total} in total)",
+        xlim=(0, 1.25 * max(counts.values())),
+    )
     figure.alt_text = f"Reasons of {total} completions: " + ", ".join(
         f"{name} {count}" for name, count in counts.items()
     )

@@ -767,6 +767,24 @@ def test_signs_of_a_collapse_in_the_metrics_are_named():
     assert step.startswith("a long step: KL to M_0 is 9.0")
 
 
+def test_the_rule_names_the_model_to_keep():
+    assert warnings.of_validation([0.3, 0.5]).startswith("M_1 is the best model so far")
+    said = warnings.of_validation([0.3, 0.5, 0.6, 0.5])
+    assert "M_3 does not exceed M_2 on validation (50.0%, 60.0%): stop and keep M_2" in said
+    assert "keep M_0" in warnings.of_validation([0.3, 0.3])  # level is no gain
+
+
+def test_a_run_on_validation_says_which_model_to_keep(tmp_path, capsys):
+    said = {}
+    for split in ("validation", "test"):
+        run(smoke(iterations=1, eval_split=split), tmp_path / split)
+        said[split] = "".join(capsys.readouterr())
+    table = pandas.read_csv(tmp_path / "validation" / "metrics.csv")
+    accuracy = table[table.metric == "greedy"].value.tolist()
+    assert warnings.of_validation(accuracy) in said["validation"]
+    assert "on validation" not in said["test"]  # the test split selects nothing
+
+
 # ---- several seeds
 
 

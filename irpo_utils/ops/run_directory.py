@@ -235,6 +235,10 @@ class RunDirectory(storage.Folder):
             for warning in signs.of_evaluation(t, before, value):
                 tqdm.write(f"     warning: {warning}")
                 self.warn(t, "evaluation", warning)
+        if t and "greedy" in value and rows[0]["split"] == "validation":
+            known = (row for s in range(t + 1) for row in self.known_metrics(s))
+            accuracy = [row["value"] for row in known if row["metric"] == "greedy"]
+            tqdm.write(f"     {signs.of_validation(accuracy)}")
 
     def known_metrics(self, t: int) -> list[dict]:
         """The rows of metrics.json of iteration t; none if it is missing or damaged."""

@@ -1,4 +1,4 @@
-"""Signs that something is wrong: unread answers, and a collapse in training or evaluation."""
+"""What a run says of itself: unread answers, signs of a collapse, and which model to keep."""
 
 from __future__ import annotations
 
@@ -71,6 +71,21 @@ def of_evaluation(t: int, before: dict, now: dict) -> list[str]:
     if now.get("kl_to_previous", 0) > KL_WARNING:
         found.append(f"a long step: KL to M_{t - 1} is {now['kl_to_previous']:.1f} nats")
     return found
+
+
+def of_validation(accuracy: list[float]) -> str:
+    """What patience 1 says of the greedy accuracies of M_0 to M_t on validation questions.
+
+    `scripts/lesson_report.py` scores this rule among others on finished runs.
+    """
+    t = len(accuracy) - 1
+    best = accuracy.index(max(accuracy))
+    if best == t:
+        return f"M_{t} is the best model so far on validation ({accuracy[t]:.1%}): go on"
+    return (
+        f"M_{t} does not exceed M_{best} on validation ({accuracy[t]:.1%}, {accuracy[best]:.1%}): "
+        f"stop and keep M_{best}, or go on and keep the best model of all"
+    )
 
 
 class CollapseWarning(TrainerCallback):
