@@ -361,8 +361,7 @@ tuned.drop(columns="trial")
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
-nll_claims = verdicts.claim.str.contains("NLL term helps")
-compared = verdicts[~verdicts.claim.str.contains("nats") & ~nll_claims]
+compared = verdicts[verdicts.group == "comparison"]
 print(compared.verdict[compared.verdict != ""].value_counts().to_string(), "\n")
 helpers_06.claims_table(compared)
 
@@ -384,7 +383,8 @@ helpers_06.claims_table(compared)
 helpers_06.beta_map(lesson)
 
 # %%
-helpers_06.claims_table(verdicts[nll_claims & verdicts.claim.str.contains("M1")])
+nll_term = verdicts[(verdicts.group == "NLL term") & ~verdicts.claim.str.contains("model")]
+helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 
 # %% [markdown]
 # The figure shows M4, the table M1. At 3e-4 all means of M4 are between 83 and 89 %, and at M1 the mean gain of the term is at
@@ -423,7 +423,7 @@ assert "rejected" in plots.alt_text(figure)
 figure
 
 # %%
-helpers_06.claims_table(verdicts[verdicts.claim.str.contains("nats")])
+helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 
 # %% [markdown]
 # At 3e-4 chosen completions rise at M1 with the NLL term. They also rise without it, which disagrees with figure 3. At 1e-3
