@@ -21,6 +21,13 @@ from studies import stopping
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
+WARNINGS = (  # rules of scripts/studies/stopping.py that section 8 shows
+    "patience 1",
+    "KL to the previous model above 1 nat",
+    "KL to the previous model above 2 nats",
+    "chosen completions lose probability",
+    "over 15 % of the pairs differ in one line",
+)
 SMALL = {
     "iterations": 2,
     "n_questions": 24,
@@ -155,6 +162,24 @@ def shipped_runs() -> list[dict]:
             name += "" if run["model"] == "misconceptions" else f", model {run['model']}"
         found.append(run | {"name": name})
     return found
+
+
+def warnings_of_rules() -> pd.DataFrame:
+    """For some rules of lesson_rules.csv: falls that they warn of, and runs stopped without one."""
+    table = pd.read_csv(FIGURES / "lesson_rules.csv").set_index("rule")
+    rows = {}
+    for name in WARNINGS:
+        row = table.loc[name]
+        early = (
+            f"{row.before:.0f} of {row.falls:.0f} ({row.before_low:.0f} to {row.before_high:.0f} %)"
+        )
+        false = f"{row.false_alarms:.0f} of {row.without_fall:.0f}"
+        rows[name] = {
+            "before the fall": early,
+            "at the fall": f"{row['at']:.0f}",
+            "false alarms": false,
+        }
+    return pd.DataFrame(rows).T
 
 
 def twins() -> list[dict]:

@@ -69,14 +69,13 @@ for t in range(small.iterations):
 assert (adapters / "M_2").is_dir()
 
 # %% [markdown]
-# `train` changes the model in place, so `model` is M_2 now. The loop needs no reward model. `python -m irpo_utils run`
-# adds a [run directory](../docs/glossary.md#run-directory), from which an interrupted run resumes
+# `train` changes the model in place, so `model` is M_2 now. `python -m irpo_utils run` adds a [run directory](../docs/glossary.md#run-directory), from which an interrupted run resumes
 # ([notebook 07](07_real_models_on_one_gpu.ipynb)).
 
 # %% [markdown]
 # ## 2 Read: a finished run
 #
-# What did a full run do? `profile.json` has its settings, `metrics.csv` its numbers.
+# What did a full run do?
 
 # %% tags=["nbval-ignore-output"]
 run = helpers_05.finished_run(PROFILE)
@@ -128,7 +127,7 @@ assert f"M_{T}" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# They shrink. A likely reason is that each iteration leaves less to gain. The paper's gains are 17.5, 4.9, 3.1 and 0.5
+# They shrink, probably because each iteration leaves less to gain. The paper's gains are 17.5, 4.9, 3.1 and 0.5
 # points ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). The *majority* curve takes the most frequent answer of
 # eight completions ([self-consistency](https://arxiv.org/abs/2203.11171)).
 #
@@ -150,7 +149,7 @@ assert "distinct answers" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# It shrinks: completions become less varied. After M_1 the gap between pass@1 and pass@8 shrinks: further samples add less.
+# It shrinks. After M_1 so does the gap between pass@1 and pass@8: further samples add less.
 
 # %% [markdown]
 # ## 3 Read: what changes in the completions?
@@ -167,9 +166,9 @@ assert by_steps.shape[1] == T + 1
 by_steps.round(2)
 
 # %% [markdown]
-# Read the table by rows. Working becomes complete on short questions first, then on long ones. The model learns to show all
+# Working becomes complete on short questions first, then on long ones. The model learns to show all
 # steps where it skipped some before. This is [elicitation](../docs/glossary.md#elicitation). How far it explains the gains of
-# real models is [disputed](https://arxiv.org/abs/2504.13837). The next cell prints an example.
+# real models is [disputed](https://arxiv.org/abs/2504.13837). An example:
 
 # %% tags=["nbval-ignore-output"]
 i = helpers_05.learned_question(evaluated, lines)
@@ -343,7 +342,7 @@ print(checks_05.estimate_kl(estimate_kl))
 
 # %% [markdown]
 # The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). Apply it to section 1: how far
-# is M_2 from M_1? With 24 completions the answer may be "not resolved".
+# is M_2 from M_1? The answer may be "not resolved".
 
 # %% tags=["nbval-ignore-output"]
 drawn = sampling.sample(model, tokenizer, questions, task, n=1, seed=99, **draw)      # `model` is M_2
@@ -367,8 +366,8 @@ assert "nats" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# KL stays small, and training raises the log-probability of chosen completions. Compare the curves on the right at the same t,
-# because each iteration has different pairs.
+# KL stays small, and training raises the log-probability of chosen completions. Compare curves on the right at the same t:
+# each iteration has different pairs.
 #
 # Now compare 1e-4 and 3e-4, each with the NLL term (α = 1) and without it (α = 0)
 # ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which of the four
@@ -394,15 +393,14 @@ helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
 # The run that falls, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
-# completions are good. KL jumps in the iteration of the fall. Is the fall more than luck? Here is this step in all six runs,
-# with the test of section 4.
+# completions are good. KL jumps in the iteration of the fall. Is the fall more than luck? Here is this step in all six runs:
 
 # %%
 helpers_05.last_steps(significance.mcnemar).round(3)
 
 # %% [markdown]
 # It is not resolved at 5 %, and neither is the fall of one seed with the NLL term. KL jumps only in the first. Such a jump
-# is a reason to look, but six runs cannot show what it predicts.
+# is a reason to look.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
@@ -460,6 +458,7 @@ accepted = checks_05.keep(keep).startswith("Right")
 patience_1 = keep if accepted else checks_05.patience      # ours, until the check accepts yours
 rules = {
     "keep the last model": lambda rows: len(rows) - 1,
+    "keep the best of all": lambda rows: max(range(len(rows)), key=lambda t: rows[t]["validation"]),
     "patience 1": patience_1,
     "stop if KL exceeds 1 nat": stop_when(lambda row: row["kl"] > 1),
     "stop if chosen fall": stop_when(lambda row: row["chosen_change"] < 0),
@@ -486,10 +485,19 @@ assert (table >= 0).all().all()
 helpers_05.regrets(table)
 
 # %% [markdown]
-# Intervals are over runs. Of these rules, patience 1 loses least on average, but 38 points in one run. As *automatic* rules, KL
-# and the chosen log-probability lose most. In section 7 the KL of a healthy first iteration at 1e-4 is above 1 nat. And the
-# log-probability of chosen completions can fall while accuracy rises. Patience 1 keeps M_0 mostly with random labels, a control
-# that shuffles the rewards. There no later model is better.
+# Intervals are over runs. The best of all on validation loses least, but needs all iterations. Of the rules that stop, patience 1
+# loses least, though 38 points in one run. KL and the chosen log-probability lose most: in section 7 the KL of a healthy first
+# iteration is above 1 nat. Patience 1 keeps M_0 mostly with random labels, a control that shuffles the rewards. There no later
+# model is better.
+#
+# Does a rule warn *before* a fall? A fall is a loss of 5 points of test accuracy or more. A false alarm stops a run that
+# never falls ([all rules](../figures/lesson_rules.csv)).
+
+# %%
+helpers_05.warnings_of_rules()
+
+# %% [markdown]
+# No rule warns before most falls without many false alarms. Patience 1 mostly stops at the fall itself.
 #
 # So use KL and the chosen log-probability as signs to *look*. Read ten completions, check how many hit the token limit
 # (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by validation accuracy.
