@@ -335,13 +335,14 @@ def beta_claims():
     for model in study.MODELS:
         for rate in (3e-4, 1e-3):
             for method in ("irpo", "dpo"):
-                small, large = (
-                    trial_name(method, {"beta": beta, "learning_rate": rate}, model)
-                    for beta in (0.1, 1.0)
-                )
-                where = f"{model} model, {TITLES[method]}, learning rate {rate:g}, M4"
-                claim = f"beta 1 beats beta 0.1 ({where})"
-                yield claim, (small, 4), (large, 4), math.inf
+                for beta in (1.0, 3.0):
+                    small, large = (
+                        trial_name(method, {"beta": b, "learning_rate": rate}, model)
+                        for b in (0.1, beta)
+                    )
+                    where = f"{model} model, {TITLES[method]}, learning rate {rate:g}, M4"
+                    claim = f"beta {beta:g} beats beta 0.1 ({where})"
+                    yield claim, (small, 4), (large, 4), math.inf
 
 
 def verdict_table(records: dict[str, dict], split: str = "test") -> pd.DataFrame:
