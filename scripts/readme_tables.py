@@ -6,6 +6,7 @@ python scripts/readme_tables.py
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -317,6 +318,45 @@ def findings() -> str:
     return "\n".join(lines)
 
 
+def verdicts() -> str:
+    """Every claim about the second model, with the paper's difference and the verdict."""
+    table = pandas.read_csv(FIGURES / "lesson_verdicts.csv")
+    lines = []
+    for group, rows in table.groupby("group", sort=False):
+        unit = "nats" if group == "log-probabilities" else "points"
+        lines += [f"**{group[0].upper()}{group[1:]}**", ""]
+        lines += [f"| claim | paper | here ({unit}) | seeds | verdict |", "|---|---|---|---|---|"]
+        for row in rows.itertuples():
+            here = f"{row.points:+.1f} ({row.low:+.1f} to {row.high:+.1f})"
+            paper = f"{row.paper:+.1f}" if math.isfinite(row.paper) else ""
+            claim = row.claim.removesuffix(", nats)") + ")" if unit == "nats" else row.claim
+            verdict = row.verdict if isinstance(row.verdict, str) else ""
+            lines.append(f"| {claim} | {paper} | {here} | {row.seeds} | {verdict} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def rules() -> str:
+    """What each stopping rule loses, and whether it warns before a fall."""
+    table = pandas.read_csv(FIGURES / "lesson_rules.csv")
+    lines = ["| rule | runs | loses | at most | stops before a fall | at it | false alarms |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in table.itertuples():
+        cells = [
+            row.rule,
+            row.runs,
+            f"{row.regret:.1f} ({row.regret_low:.1f}–{row.regret_high:.1f})",
+        ]
+        cells += [f"{row.most:.0f}"]
+        if math.isnan(row.falls):
+            cells += [""] * 3
+        else:
+            cells += [f"{row.before:.0f} of {row.falls:.0f}", f"{row.at:.0f}"]
+            cells += [f"{row.false_alarms:.0f} of {row.without_fall:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def gpu() -> str:
     """Each phase of the GPU reports that figures/ holds."""
     lines = ["| GPU | phase | result | seconds | measured | failed or crashed | not measured |"]
@@ -333,7 +373,19 @@ def gpu() -> str:
     return "\n".join(lines if len(lines) > 2 else ["There is no report in `figures/` yet."])
 
 
-TABLES = (accuracy, smollm2, speed, growth, comparison, reliability, matrix, findings, gpu)
+TABLES = (
+    accuracy,
+    smollm2,
+    speed,
+    growth,
+    comparison,
+    reliability,
+    matrix,
+    findings,
+    gpu,
+    verdicts,
+    rules,
+)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
 
 
