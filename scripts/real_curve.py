@@ -96,6 +96,11 @@ class Study:
         from studies.trials import Trial
 
         rates = {method: self.best_rate(method) for method in METHODS}
+        if not any(rates[method] for method in self.options.methods):
+            raise UserError(
+                f"{self.records.file} has no finished run of step 2, which chooses the learning "
+                "rate. Make it first: --steps learning_rate."
+            )
         return [Trial(m, {"learning_rate": r}, against="irpo") for m, r in rates.items() if r]
 
     def best_rate(self, method: str) -> float | None:

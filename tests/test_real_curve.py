@@ -14,6 +14,7 @@ from studies import figures
 
 def study(folder, **changes):
     options = {"data": None, "seeds": 1, "jobs": 1, "small": True}
+    options |= {"steps": real_curve.STEPS, "methods": real_curve.METHODS}
     options |= {"runs": str(folder / "runs"), "out": str(folder / "figures")} | changes
     return real_curve.Study(argparse.Namespace(**options))
 
@@ -35,6 +36,19 @@ def test_every_method_gets_the_learning_rate_that_is_best_on_validation(tmp_path
     assert {t.method: t.settings["learning_rate"] for t in trials} == best
     profiles = [made.profile(trial, seed=1) for trial in trials]
     assert {(p.eval_split, p.seed) for p in profiles} == {("test", 1)}
+
+
+def test_the_curve_takes_the_best_rate_so_far_and_needs_one(tmp_path):
+    made = study(tmp_path, methods=["irpo"])
+    with pytest.raises(UserError, match="--steps learning_rate"):
+        made.curve()
+    for trial in made.sweep():
+        if trial.method == "irpo" and trial.settings["learning_rate"] < 1e-3:
+            value = trial.settings["learning_rate"]
+            rows = [{"metric": "sampled", "iteration": 1, "value": value}]
+            made.records.runs[trial.name, 0] = {"metrics": rows}
+    [trial] = made.curve()
+    assert (trial.method, trial.settings) == ("irpo", {"learning_rate": 3e-4})
 
 
 def test_a_run_that_is_kept_with_other_settings_is_not_taken(tmp_path):
