@@ -314,9 +314,9 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # python scripts/evaluate.py runs/qwen2.5-0.5b --iterations best --split test
 # ```
 #
-# The run prints accuracy on the validation questions after every iteration. `--report-to tensorboard` adds curves
-# (first `pip install tensorboard`). With `--engine vllm` the run starts a [vLLM](../docs/results/speed.md#vllm) server, which
-# writes the completions.
+# After every iteration the run prints accuracy on the validation questions and the model that patience 1 keeps.
+# `--report-to tensorboard` adds curves (first `pip install tensorboard`). With `--engine vllm` the run starts a
+# [vLLM](../docs/results/speed.md#vllm) server, which writes the completions.
 #
 # `evaluate.py` chooses the iteration with the highest greedy accuracy. It evaluates this model once on the whole test split,
 # with a [majority vote](../docs/glossary.md#majority-vote) over 32 completions. With `--iterations 0 best` it also evaluates
