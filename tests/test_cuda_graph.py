@@ -15,6 +15,8 @@ from irpo_utils.engines import cuda_graph
 
 N_QUESTIONS = 10
 TOO_LARGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
+NO_GRAPH = "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the documentation."
+NO_CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 
 
 @pytest.fixture(scope="module")
@@ -341,13 +343,22 @@ def test_after_any_error_but_full_memory_the_plain_decoder_takes_over(
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("where", ["allocation", "step", "recording"])
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        ("allocation", torch.OutOfMemoryError(TOO_LARGE)),
+        ("step", RuntimeError(NO_CUBLAS)),
+        ("recording", torch.OutOfMemoryError(TOO_LARGE)),
+        ("recording", torch.AcceleratorError(NO_GRAPH)),
+    ],
+    ids=str,
+)
 def test_out_of_memory_halves_the_rows_and_keeps_the_completions(
-    loaded, questions, task, where, monkeypatch, capsys
+    loaded, questions, task, where, error, monkeypatch, capsys
 ):
     plain, asked = draw(loaded, questions, task, max_new_tokens=12), []
     if where == "recording":
-        Recorder(monkeypatch).error = torch.OutOfMemoryError(TOO_LARGE)
+        Recorder(monkeypatch).error = error
     names = {"allocation": "__init__", "step": "call", "recording": "complete"}
     name = names[where]
     real, complete = getattr(cuda_graph.Static, name), cuda_graph.Static.complete
@@ -357,7 +368,7 @@ def test_out_of_memory_halves_the_rows_and_keeps_the_completions(
         nonlocal failed
         if not failed and (asked or where == "allocation"):
             failed = True
-            raise torch.OutOfMemoryError(TOO_LARGE)
+            raise error
         return real(static, *arguments)
 
     def listed(static, request, part):

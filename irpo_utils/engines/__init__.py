@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -49,7 +50,7 @@ class Engine:
                     yield waiting[i], *rest
                 return
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not memory_is_full(error):
                     raise
                 if size <= request.n:
                     raise UserError(
@@ -79,3 +80,9 @@ def part_of(request: sampling.Request, rows: list[int]) -> sampling.Request:
     """The request for these of its prompts alone."""
     prompts, ids = ([column[i] for i in rows] for column in (request.prompts, request.ids))
     return dataclasses.replace(request, prompts=prompts, ids=ids)
+
+
+def memory_is_full(error: Exception) -> bool:
+    """Whether memory has run out: for PyTorch, or for CUDA itself, as when it builds a graph."""
+    of_cuda = re.search("error: out of memory|STATUS_ALLOC_FAILED", str(error))
+    return should_reduce_batch_size(error) or (isinstance(error, RuntimeError) and bool(of_cuda))

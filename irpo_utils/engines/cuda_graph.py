@@ -13,13 +13,13 @@ import math
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from irpo_utils import sampling
-from irpo_utils.engines import cpu, shared_prompt
+from irpo_utils.engines import cpu, memory_is_full, shared_prompt
 
 MOST_ROWS = 2400  # completions at once: a run stores as many at a time
 FEWEST_ROWS = 16  # of a bucket: steps with fewer rows are hardly faster
@@ -55,7 +55,7 @@ class Engine(shared_prompt.Engine):
                     self.static = Static(model, request, len(part) * request.n)
                 return self.static.complete(request, part)
             except Exception as error:  # of any kind: it should not end a run on a rented GPU
-                if should_reduce_batch_size(error):
+                if memory_is_full(error):
                     raise
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
                 tqdm.write(f"The plain decoder is used, which is slower on a GPU ({reason}).")
