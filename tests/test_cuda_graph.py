@@ -237,7 +237,7 @@ class Recorder:
         monkeypatch.setattr(cuda_graph.Static, "call", step)
         for name, value in {"CUDAGraph": Graph, "graph": Recording}.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
 
 
 def test_a_bucket_is_called_once_recorded_once_and_then_replayed(

@@ -226,8 +226,8 @@ class Static:
         """The graph of a step, which is not run."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # The outer context restores the stream if the recording fails.
-            with torch.cuda.stream(torch.cuda.current_stream()):
+            # The outer context selects the model's GPU. It restores the stream after a failure.
+            with torch.cuda.stream(torch.cuda.current_stream(self.model.device)):
                 with torch.cuda.graph(graph, pool=self.pool):
                     self.call(*bucket)
         except RuntimeError as error:
