@@ -190,7 +190,7 @@ class Recorder:
     """Lets `record` write tapes; a recording changes no tensor, and may fail once with `error`."""
 
     def __init__(self, monkeypatch):
-        self.log, self.error, self.static = [], None, None
+        self.log, self.error, self.static, self.ended = [], None, None, []
         recorder, init, call = self, cuda_graph.Static.__init__, cuda_graph.Static.call
 
         class Graph(Tape):
@@ -228,6 +228,10 @@ class Recorder:
                 recorder.graph.bucket = bucket
             call(static, *bucket)
 
+        def end(device, pool):
+            self.ended.append(pool)
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
         def made(static, *arguments):
             init(static, *arguments)
             static.pool, recorder.static = "pool", static
@@ -238,6 +242,7 @@ class Recorder:
         for name, value in {"CUDAGraph": Graph, "graph": Recording}.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
 
 
 def test_a_bucket_is_called_once_recorded_once_and_then_replayed(
@@ -327,8 +332,9 @@ def test_after_any_error_but_full_memory_the_plain_decoder_takes_over(
 
     few, settings = questions.select(range(4)), {"max_new_tokens": 20, "batch_size": 8}
     plain = draw(loaded, few, task, **settings)
-    if where == "record":
-        Recorder(monkeypatch).error = error
+    recorder = Recorder(monkeypatch) if where == "record" else None
+    if recorder:
+        recorder.error = error
     else:
         monkeypatch.setattr(cuda_graph.Static, where, broken)
     engine = cuda_graph.Engine()
@@ -338,6 +344,7 @@ def test_after_any_error_but_full_memory_the_plain_decoder_takes_over(
     text = "".join(capsys.readouterr())
     assert text.count("The plain decoder is used") == 1 and message in text
     assert "second line" not in text
+    assert recorder is None or recorder.ended == ["pool"]
 
 
 # ---------------------------------------------------------------- memory

@@ -9,6 +9,7 @@ same steps are called directly. Training: `shared_prompt`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -231,6 +232,9 @@ class Static:
                 with torch.cuda.graph(graph, pool=self.pool):
                     self.call(*bucket)
         except RuntimeError as error:
+            # PyTorch 2.11 does not end the allocation for a failed one, and then frees no memory.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.model.device.index, self.pool)
             raise error.__context__ or error from None  # the end of a failed one raises another
         return graph
 
