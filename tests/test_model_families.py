@@ -204,6 +204,20 @@ def test_attention_refuses_arguments_that_it_does_not_know():
             attend(**{name: torch.zeros(2)})
 
 
+def test_attention_in_16_bits_stands_large_keys():
+    """The product of query and key may exceed the range of float16; the scaled one does not."""
+    query, key, value = torch.randn(3, 1, 2, 4, 8).mul(
+        torch.tensor([90.0, 400, 1])[:, None, None, None, None]
+    )
+    arguments = (torch.nn.Module(), query, key, value, None, 0.1)
+    assert (query @ key.transpose(2, 3)).abs().max() > torch.finfo(torch.float16).max
+    expected, _ = cpu.grouped_attention(*arguments)
+    half, _ = cpu.grouped_attention(
+        arguments[0], *(x.half() for x in (query, key, value)), None, 0.1
+    )
+    torch.testing.assert_close(half.float(), expected, atol=0.02, rtol=0)
+
+
 def test_attention_sinks_are_left_to_the_library_with_a_line_that_says_so(load, capsys):
     model, *_ = load("gpt-oss")
     text = capsys.readouterr()

@@ -88,6 +88,8 @@ def grouped_attention(
     for name, given in kwargs.items():
         if name not in IN_THE_MASK and given is not None and given is not False:
             raise TypeError(f"grouped attention has no argument {name!r}")
+    if query.dtype == torch.float16:  # products with large keys, as of Qwen2.5, exceed its range
+        query, scaling = query * scaling, 1.0
     rows, heads, queries, size = query.shape
     kv_heads, columns = key.shape[1:3]
     scores = (query.reshape(rows, kv_heads, -1, size) @ key.transpose(2, 3)) * scaling
