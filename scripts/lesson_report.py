@@ -257,6 +257,7 @@ def claims(records: dict[str, dict]) -> list[dict]:
     groups = {
         "comparison": comparison_claims(tuned),
         "NLL term": nll_claims(),
+        "map": map_claims(tuned["irpo"]["beta"]),
         "regimes": regime_claims(tuned["irpo"]["beta"]),
         "eight iterations": long_claims(tuned),
         "beta": beta_claims(),
@@ -307,6 +308,19 @@ def nll_claims():
         claim = f"at beta 1 the NLL term helps with ten times the weight (M{t})"
         ten = trial_name("irpo", large | {"alpha": 10.0})
         yield claim, (trial_name("dpo", large), t), (ten, t), math.inf
+
+
+def map_claims(beta: float):
+    """The weight of the NLL term at each learning rate; a small and a large one against none."""
+    for rate in RATES:
+        at = {"beta": beta, "learning_rate": rate}
+        without, rft = trial_name("dpo", at), trial_name("rft", {"learning_rate": rate})
+        weights = {"1": trial_name("irpo", at), "3": trial_name("irpo", at | {"alpha": 3.0})}
+        for weight, trial in weights.items():
+            claim = f"alpha {weight} beats alpha 0 (learning rate {rate:g}, M4)"
+            yield claim, (without, 4), (trial, 4), math.inf
+        claim = f"alpha 3 beats rejection-sampling SFT (learning rate {rate:g}, M4)"
+        yield claim, (rft, 4), (weights["3"], 4), math.inf
 
 
 def regime_claims(beta: float):

@@ -221,7 +221,7 @@ def map_part(seeds: int, records: dict) -> list[Run]:
     """Learning rate x α at the best β; α = 1 and 0 are `irpo` and `dpo`, and RFT has no DPO
     term."""
     beta, runs = best_beta(records), []
-    for seed in range(min(seeds, 2)):
+    for seed in range(seeds):
         for rate in (3e-4, 1e-3, 3e-3):
             settings = {"beta": beta, "learning_rate": rate}
             runs += [Run("irpo", seed, settings), Run("dpo", seed, settings)]
@@ -278,7 +278,7 @@ SEEDS = {
     "comparison": 5,
     "hasty": 3,
     "plain": 3,
-    "map": 2,
+    "map": 3,
     "regimes": 3,
     "long": 3,
 }
