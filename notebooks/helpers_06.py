@@ -71,7 +71,9 @@ def final(rows: pd.DataFrame, metrics=("greedy",)) -> pd.DataFrame:
 def in_words(claim: str) -> str:
     """A claim of lesson_claims.csv or lesson_verdicts.csv under the names of the notebooks."""
     claim = claim.replace("rejection-sampling SFT", "RFT").replace("SFT on chosen", "RFT")
-    return re.sub(r"\bbeta (?=\d)", "β = ", claim)
+    for name, letter in {"alpha": "α", "beta": "β"}.items():
+        claim = re.sub(rf"\b{name} (?=\d)", f"{letter} = ", claim)
+    return claim
 
 
 def settings_in_words(settings: str) -> str:
@@ -308,13 +310,9 @@ def forest(rows: pd.DataFrame) -> plots.TextFigure:
     return figure
 
 
-def nll_map(rows: pd.DataFrame) -> plots.TextFigure:
-    """Accuracy by learning rate and α; `rows`: greedy rows of stability_mean.csv, one iteration."""
-    names = {f"alpha={alpha}": f"α = {alpha}" for alpha in ("0", "0.25", "1", "5")}
-    rows = rows.assign(
-        row=rows.factor.map(names | {"star": "RFT"}), column=rows.level.astype(float)
-    )
-    return figures.nll_map(rows, f"$M_{{{rows.iteration.iloc[0]}}}$")
+def lesson_map() -> plots.TextFigure:
+    """Accuracy of M_4 of the second seed model by learning rate and α."""
+    return figures.nll_map(read("lesson_map"), "$M_4$ of the second model, β = 0.3")
 
 
 def lesson_accuracy(means: pd.DataFrame, tuned: pd.DataFrame) -> plots.TextFigure:

@@ -176,6 +176,7 @@ def test_stopping_rules():
         "keep the last model": 3,
         "best validation accuracy of all": 3,
         "patience 1": 1,
+        "patience 2": 3,
         "validation accuracy falls": 1,
         "KL to the previous model above 0.5 nats": 1,
         "KL to the previous model above 1 nat": 1,
@@ -185,6 +186,7 @@ def test_stopping_rules():
         "validation falls, or KL above 2 nats": 1,
         "validation falls, and KL above 1 nat": 1,
     }
+    assert stopping.patience_2(rows_of([3, 7, 6, 7, 9], [0] * 5, [0] * 5)) == 1
     assert stopping.patience_1(rows_of([3, 3, 8], [0, 0, 0], [0, 0, 0])) == 0  # level is no gain
     assert stopping.regret(rows, 1) == pytest.approx(10)
     assert stopping.regret(rows, 3) == 0
@@ -204,6 +206,8 @@ def test_a_warning_comes_before_a_fall_or_with_it():
     patience = scores.loc["patience 1"]
     assert (patience.before, patience["at"], patience.false_alarms) == (0, 2, 0)
     assert patience.regret == 0 and patience.gain_over_last == pytest.approx(100 / 3)
+    # Patience 2 would stop one model after the end of these runs.
+    assert (scores.loc["patience 2"].stops, scores.loc["patience 2"].regret) == (0, 0)
     # This rule is applied to a finished run: it warns of nothing.
     assert math.isnan(scores.falls["best validation accuracy of all"])
 

@@ -485,19 +485,19 @@ assert (table >= 0).all().all()
 helpers_05.regrets(table)
 
 # %% [markdown]
-# Intervals are over runs. The best of all on validation loses least, but needs all iterations. Of the rules that stop, patience 1
+# Intervals are over runs. The best of all loses least, but needs all iterations. Of the other rules, patience 1
 # loses least, though 38 points in one run. KL and the chosen log-probability lose most: in section 7 the KL of a healthy first
-# iteration is above 1 nat. Patience 1 keeps M_0 mostly with random labels, a control that shuffles the rewards. There no later
-# model is better.
+# iteration is above 1 nat. Patience 1 keeps M_0 mostly where no later model is better: with random labels, and where the
+# learning rate is far too high.
 #
-# Does a rule warn *before* a fall? A fall is a loss of 5 points of test accuracy or more. A false alarm stops a run that
+# Does a rule warn *before* a fall? A fall loses 5 points of test accuracy or more. A false alarm stops a run that
 # never falls ([all rules](../figures/lesson_rules.csv)).
 
 # %%
 helpers_05.warnings_of_rules()
 
 # %% [markdown]
-# No rule warns before most falls without many false alarms. Patience 1 mostly stops at the fall itself.
+# KL above 1 nat stops before many falls, and also many runs that never fall. Patience 1 mostly stops at the fall itself.
 #
 # So use KL and the chosen log-probability as signs to *look*. Read ten completions, check how many hit the token limit
 # (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by validation accuracy.

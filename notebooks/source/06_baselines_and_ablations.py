@@ -303,39 +303,7 @@ for row in later[later.seeds == 5].itertuples():
 # Iterative RPO that starts from the M1 of RFT fall in four of five.
 
 # %% [markdown]
-# ## 5 When does the NLL term matter?
-#
-# In the paper the NLL term is worth 11 points. [Lanchantin et al.](https://arxiv.org/abs/2506.21495) find no benefit. So the
-# question is not *whether* but *when*. Two settings may decide: α itself, and how far training moves the model. Here the
-# learning rate controls how far.
-#
-# **Predict**: in which corner of the map does training fail?
-
-# %% tags=["nbval-ignore-output"]
-stability = helpers_06.read("stability_mean").query("metric == 'greedy' and iteration == 2")
-figure = helpers_06.nll_map(stability)
-assert "α = 0 at 0.0003" in plots.alt_text(figure)
-figure
-
-# %% [markdown]
-# Columns with one seed show only a tendency. What does the term add at each learning rate? And does the KL of the first
-# iteration tell which runs fail?
-
-# %%
-kl = helpers_06.read("stability").query("metric == 'kl_to_previous' and iteration == 1").groupby(["factor", "level"]).value.mean()
-for row in stability[stability.factor == "alpha=1"].itertuples():
-    gain = [100 * x for x in (row.difference, row.difference_low, row.difference_high)]
-    print(f"learning rate {row.level:7} NLL term {gain[0]:+5.1f} ({gain[1]:+.1f} to {gain[2]:+.1f}), {row.seeds} seed(s);",
-          f"KL of M1 to M0 {kl['alpha=1', row.level]:.2f} nats with, {kl['alpha=0', row.level]:.2f} without")
-
-# %% [markdown]
-# At 1e-4 and below the effect is not resolved after two iterations. At 3e-4 training without the term collapses. RFT, the limit
-# of large α, does not. The KL of the first iteration shows the danger: 7.5 nats without the term, 2.9 with it. So here the NLL
-# term lets training tolerate a higher learning rate and, as section 3 shows, more iterations. Whether it also raises the best
-# accuracy is not resolved.
-
-# %% [markdown]
-# ## 6 A second model, whose working errs
+# ## 5 A second model, whose working errs
 #
 # The first M_0 makes the comparison too easy: any training that restores the working succeeds. In the paper, chosen and
 # rejected completions are both chains of thought. So we use a second miniature model
@@ -375,9 +343,44 @@ helpers_06.claims_table(compared)
 # largest of the six methods, 11 nats ([log](../figures/lesson_log.md)).
 #
 # **DPO without NLL** is behind at M1, and the verdict reads "agrees". Look at the settings before you believe it: the tuning
-# chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. The next cells compare both methods at the same β.
+# chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. Section 6 compares them at the same β.
 #
-# **Predict**: at which β does the NLL term help?
+# What does the rise consist of?
+
+# %% tags=["nbval-ignore-output"]
+followed = helpers_06.of_second_model("lesson_misconceptions")
+figure = helpers_06.misconceptions(followed)
+assert "forgets the carry" in plots.alt_text(figure)
+figure
+
+# %% [markdown]
+# All five misconceptions become rarer from M0 to M4, mostly in the first two iterations. No label marked the incorrect line:
+# the reward sees only the final answer.
+
+# %% [markdown]
+# ## 6 When does the NLL term matter?
+#
+# In the paper the NLL term is worth 11 points. [Lanchantin et al.](https://arxiv.org/abs/2506.21495) find no benefit. So the
+# question is not *whether* but *when*. First we change the learning rate and α at β = 0.3, on the second model.
+#
+# **Predict**: in which corner of the map does training fail?
+
+# %% tags=["nbval-ignore-output"]
+figure = helpers_06.lesson_map()
+assert "α = 0 at 0.003" in plots.alt_text(figure)
+figure
+
+# %%
+helpers_06.claims_table(verdicts[verdicts.group == "map"])
+
+# %% [markdown]
+# At 3e-4 all means are between 85 and 90 %, and no effect of the term is resolved. At 3e-3 training without the term ends at
+# 5 %. With α = 1 it ends 33 points higher, with α = 3 50 points. At 1e-3 the means also rise with α, but these differences are
+# not resolved. RFT, the limit of large α, has the highest mean at each learning rate. It is ahead of α = 3 at the two higher
+# ones. So here the NLL term lets training tolerate a higher learning rate. Whether it also raises the best accuracy is not
+# resolved.
+#
+# Now β. **Predict**: at which β does the NLL term help?
 
 # %% tags=["nbval-ignore-output"]
 helpers_06.beta_map(lesson)
@@ -396,18 +399,6 @@ helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 # [Notebook 04](04_dpo_nll_training.ipynb) suggests a reason. Training moves chosen and rejected completions apart by δ. The
 # gradient of the DPO term fades when δ is a few times 1/β. At β = 0.1 that is some tens of nats. Training may go too far there
 # unless the NLL term keeps chosen completions probable.
-#
-# What does the rise consist of?
-
-# %% tags=["nbval-ignore-output"]
-followed = helpers_06.of_second_model("lesson_misconceptions")
-figure = helpers_06.misconceptions(followed)
-assert "forgets the carry" in plots.alt_text(figure)
-figure
-
-# %% [markdown]
-# All five misconceptions become rarer from M0 to M4, mostly in the first two iterations. No label marked the incorrect line:
-# the reward sees only the final answer.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?

@@ -113,6 +113,17 @@ def patience_1(rows: list[dict]) -> int:
     return stop_when(lambda rows, t: rows[t]["validation"] <= rows[t - 1]["validation"])(rows)
 
 
+def patience_2(rows: list[dict]) -> int:
+    """Stop at the second model in a row that does not exceed the best validation accuracy."""
+    best = 0
+    for t in range(1, len(rows)):
+        if rows[t]["validation"] > rows[best]["validation"]:
+            best = t
+        elif t - best == 2:
+            break
+    return best
+
+
 def falls(rows: list[dict], t: int) -> bool:
     """Whether validation accuracy fell."""
     return rows[t]["validation"] < rows[t - 1]["validation"]
@@ -127,6 +138,7 @@ RULES = {
     "keep the last model": lambda rows: len(rows) - 1,
     "best validation accuracy of all": best_validation,
     "patience 1": patience_1,
+    "patience 2": patience_2,
     "validation accuracy falls": stop_when(falls),
     "KL to the previous model above 0.5 nats": stop_when(above("kl", 0.5)),
     "KL to the previous model above 1 nat": stop_when(above("kl", 1)),
@@ -181,7 +193,8 @@ def _score(name: str, rule, runs: list[dict]) -> dict:
         value, low, high = seed_and_question_interval([values])
         made |= {column: value, f"{column}_low": low, f"{column}_high": high}
     made |= {"most": max(lost), "keeps_m0": kept.count(0)}
-    stops = [t + 1 if t < last else None for t, last in zip(kept, end, strict=True)]
+    seen = 2 if rule is patience_2 else 1  # models after the kept one when the rule stops
+    stops = [t + seen if t + seen <= last else None for t, last in zip(kept, end, strict=True)]
     made["stops"] = sum(stop is not None for stop in stops)
     if rule is best_validation:  # it is not known before the run has ended
         return made | {"stops": 0}
