@@ -69,7 +69,8 @@ for t in range(small.iterations):
 assert (adapters / "M_2").is_dir()
 
 # %% [markdown]
-# `train` changes the model in place, so `model` is M_2 now. `python -m irpo_utils run` adds a [run directory](../docs/glossary.md#run-directory), from which an interrupted run resumes
+# `train` changes the model in place, so `model` is M_2 now. `python -m irpo_utils run` adds a
+# [run directory](../docs/glossary.md#run-directory), from which an interrupted run resumes
 # ([notebook 07](07_real_models_on_one_gpu.ipynb)).
 
 # %% [markdown]
@@ -485,12 +486,12 @@ assert (table >= 0).all().all()
 helpers_05.regrets(table)
 
 # %% [markdown]
-# Intervals are over runs. The best of all loses least, but needs all iterations. Of the other rules, patience 1
-# loses least, though 38 points in one run. KL and the chosen log-probability lose most: in section 7 the KL of a healthy first
-# iteration is above 1 nat. Patience 1 keeps M_0 mostly where no later model is better: with random labels, and where the
-# learning rate is far too high.
+# Runs share settings, so the intervals are too narrow. The best of all loses least, but needs all iterations. Patience 1
+# is next, though it loses 38 points in one run. KL and the chosen log-probability lose most: in section 7 the KL of a
+# healthy first iteration is above 1 nat. Patience 1 keeps M_0 mostly where no later model is better: with random labels,
+# and at 3e-3.
 #
-# Does a rule warn *before* a fall? A fall loses 5 points of test accuracy or more. A false alarm stops a run that
+# Does a rule stop *before* a fall? A fall is a loss of 5 points of test accuracy or more. A false alarm stops a run that
 # never falls ([all rules](../figures/lesson_rules.csv)).
 
 # %%
