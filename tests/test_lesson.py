@@ -196,16 +196,22 @@ def test_a_warning_comes_before_a_fall_or_with_it():
     falls = rows_of([5, 7, 8, 3], [0, 0.1, 2.5, 0.1], [-9, -8, -7, -7])
     rises = rows_of([5, 7, 8, 9], [0, 0.1, 0.1, 3.0], [-9, -8, -7, -7])
     assert [stopping.first_fall(rows) for rows in (falls, rises)] == [3, None]
-    runs = [{"rows": rows} for rows in (falls, falls, rises)]
+    runs = [
+        {"model": "m", "trial": trial, "rows": rows}
+        for trial, rows in (("a", falls), ("a", falls), ("b", rises))
+    ]
     scores = stopping.scores(
         runs,
         {name: stopping.RULES[name] for name in list(stopping.RULES) if "one line" not in name},
     ).set_index("rule")
     kl = scores.loc["KL to the previous model above 2 nats"]
     assert (kl.falls, kl.before, kl["at"], kl.false_alarms, kl.without_fall) == (2, 2, 0, 1, 1)
+    assert (kl.falls_at_m1, kl.before_low, kl.before_high) == (0, 100, 100)
     patience = scores.loc["patience 1"]
     assert (patience.before, patience["at"], patience.false_alarms) == (0, 2, 0)
     assert patience.regret == 0 and patience.gain_over_last == pytest.approx(100 / 3)
+    # Two settings: a resample may have the runs without a fall alone, so the interval reaches 0.
+    assert (patience.gain_over_last_low, patience.gain_over_last_high) == (0, pytest.approx(50))
     # Patience 2 would stop one model after the end of these runs.
     assert (scores.loc["patience 2"].stops, scores.loc["patience 2"].regret) == (0, 0)
     # This rule is applied to a finished run: it warns of nothing.

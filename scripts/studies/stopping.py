@@ -14,10 +14,9 @@ import numpy as np
 import pandas
 
 from irpo_utils import evaluation
-from studies.significance import seed_and_question_interval
 
 FIGURES = Path(__file__).resolve().parents[2] / "figures"
-FALL = 5  # points of test accuracy below the best model before: two standard errors, roughly
+FALL = 5  # points of test accuracy below the best earlier model: about two standard errors
 NOT_ITERATIVE = ("irpo_m0_samples", "sft_gold")
 
 
@@ -171,14 +170,27 @@ def first_fall(rows: list[dict]) -> int | None:
 
 
 def scores(runs: list[dict], rules: dict = RULES) -> pandas.DataFrame:
-    """One row per rule, scored on the runs that have its numbers; points, with 95 % intervals over
-    runs.
+    """One row per rule, scored on the runs that have its numbers; points, with 95 % intervals.
 
-    `gain_over_last`: what the rule saves against keeping the last model. Of the `falls`, a rule
-    warns `before` if it stops at an earlier model than the one that fell, and `at` if it stops at
-    that one. `false_alarms`: runs without a fall that it stops, of `without_fall`.
+    `regret`: the loss against the best model of the run, at most `most`. `gain_over_last`: what the
+    rule saves against keeping the last model. Of the `falls`, a rule warns `before` if it stops at
+    an earlier model than the one that fell (`before_low` and `before_high` in %), and `at` if it
+    stops at that one. No rule can stop before the `falls_at_m1`. `false_alarms`: runs without a
+    fall that it stops, of `without_fall`.
     """
     return pandas.DataFrame([_score(name, rule, runs) for name, rule in rules.items()])
+
+
+def interval_over_settings(runs: list[dict], values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of one value per run. Resamples settings, because their seeds are alike."""
+    groups: dict[tuple, list[float]] = {}
+    for run, value in zip(runs, values, strict=True):
+        groups.setdefault((run["model"], run["trial"]), []).append(value)
+    sums, counts = np.array([(sum(group), len(group)) for group in groups.values()]).T
+    rng, n = np.random.default_rng(0), len(groups)
+    drawn = rng.integers(n, size=(evaluation.RESAMPLES, n))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
+    return float(np.mean(values)), float(low), float(high)
 
 
 def _score(name: str, rule, runs: list[dict]) -> dict:
@@ -190,7 +202,7 @@ def _score(name: str, rule, runs: list[dict]) -> dict:
     saved = [regret(row, t) - x for row, t, x in zip(rows, end, lost, strict=True)]
     made = {"rule": name, "runs": len(runs)}
     for column, values in (("regret", lost), ("gain_over_last", saved)):
-        value, low, high = seed_and_question_interval([values])
+        value, low, high = interval_over_settings(runs, values)
         made |= {column: value, f"{column}_low": low, f"{column}_high": high}
     made |= {"most": max(lost), "keeps_m0": kept.count(0)}
     seen = 2 if rule is patience_2 else 1  # models after the kept one when the rule stops
@@ -198,13 +210,14 @@ def _score(name: str, rule, runs: list[dict]) -> dict:
     made["stops"] = sum(stop is not None for stop in stops)
     if rule is best_validation:  # it is not known before the run has ended
         return made | {"stops": 0}
-    fallen = [(stop, first_fall(row)) for stop, row in zip(stops, rows, strict=True)]
-    late = [(stop, fall) for stop, fall in fallen if fall]
-    before = sum(stop is not None and stop < fall for stop, fall in late)
-    made |= {"falls": len(late), "before": before}
-    made["at"] = sum(stop == fall for stop, fall in late)
-    if late:
-        low, high = evaluation.wilson_interval(before, len(late))
+    falls_of = [first_fall(row) for row in rows]
+    fallen = [i for i, fall in enumerate(falls_of) if fall is not None]
+    before = [stops[i] is not None and stops[i] < falls_of[i] for i in fallen]
+    made |= {"falls": len(fallen), "before": sum(before)}
+    made["at"] = sum(stops[i] == falls_of[i] for i in fallen)
+    made["falls_at_m1"] = falls_of.count(1)
+    if fallen:
+        _, low, high = interval_over_settings([runs[i] for i in fallen], before)
         made |= {"before_low": 100 * low, "before_high": 100 * high}
-    calm = [stop for stop, fall in fallen if not fall]
+    calm = [stop for stop, fall in zip(stops, falls_of, strict=True) if fall is None]
     return made | {"false_alarms": sum(s is not None for s in calm), "without_fall": len(calm)}
