@@ -5,8 +5,8 @@
 `lesson_mean.csv`: every metric per method, settings and iteration, with 95 % intervals over seeds
 and questions. `lesson_results.csv`: test accuracy at the last iteration and at the one that
 validation chooses. `lesson_verdicts.csv`: claims of the paper, the result here, and a verdict that
-the script computes. `lesson_rules.csv`: stopping
-rules. `lesson_*.png/svg`: figures; those whose runs are not there yet are left out.
+the script computes. `lesson_rules.csv`: stopping rules. `lesson_*.png/svg`: figures with their data;
+those whose runs are not there yet are left out.
 """
 
 from __future__ import annotations

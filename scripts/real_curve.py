@@ -64,7 +64,7 @@ class Study:
         self.m0 = self.runs / "m0" / "sft_gold" / "seed_0"
 
     def run(self) -> None:
-        """The steps in turn; each needs the results of the one before."""
+        """The chosen steps in turn; each needs the results of the previous one."""
         steps, chosen = self.options.steps, self.options.methods
         self.make({self.m0: self.profile(profile="smollm2-135m-sft", start=None)})
         if "learning_rate" in steps:
@@ -96,17 +96,18 @@ class Study:
         from studies.trials import Trial
 
         rates = {method: self.best_rate(method) for method in METHODS}
-        if not any(rates[method] for method in self.options.methods):
+        missing = [method for method in self.options.methods if not rates[method]]
+        if missing:
             raise UserError(
                 f"{self.records.file} has no finished run of step 2, which chooses the learning "
-                "rate. Make it first: --steps learning_rate."
+                f"rate, for {', '.join(missing)}. Make it first: --steps learning_rate."
             )
         return [Trial(m, {"learning_rate": r}, against="irpo") for m, r in rates.items() if r]
 
     def best_rate(self, method: str) -> float | None:
-        """The best sampled accuracy on validation: with few questions greedy decoding has ties.
+        """The learning rate with the best sampled accuracy on validation; None before step 2.
 
-        None if no run of step 2 is finished.
+        With few questions greedy decoding has ties.
         """
         accuracy = {}
         for trial in self.sweep():

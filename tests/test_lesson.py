@@ -218,9 +218,39 @@ def test_a_warning_comes_before_a_fall_or_with_it():
     assert math.isnan(scores.falls["best validation accuracy of all"])
 
 
+def test_a_run_of_the_first_model_is_split_and_continued(tmp_path):
+    def record(bits: list[str], numbers: dict[str, dict[int, float]]) -> str:
+        metrics = [
+            {"metric": name, "iteration": t, "value": value}
+            for name, values in numbers.items()
+            for t, value in values.items()
+        ]
+        answers = {str(t): {"greedy": text} for t, text in enumerate(bits)}
+        return json.dumps({"trial": "irpo", "seed": 0, "answers": answers, "metrics": metrics})
+
+    after, before = {t: -t for t in range(1, 5)}, dict.fromkeys(range(1, 5), -3)
+    numbers = {"chosen_logp_per_token": after, "chosen_logp_per_token_before": before}
+    numbers |= {"kl_to_previous": {t: t / 10 for t in range(1, 5)}}
+    numbers |= {"one_step_apart": {t: t / 8 for t in range(4)}}
+    for study, bits in (
+        ("comparison", ["0010"] * 5),
+        ("eight_iterations", ["0010"] + ["1011"] * 4),
+    ):
+        (tmp_path / f"{study}_runs.jsonl").write_text(record(bits, numbers) + "\n")
+    [run] = stopping.finished_runs(tmp_path)
+    assert [row["validation"] for row in run["rows"]] == [0.5] * 5 + [1] * 4  # even numbers
+    assert [row["test"] for row in run["rows"]] == [0] * 5 + [0.5] * 4
+    assert [row["kl"] for row in run["rows"]] == [None] + [0.1, 0.2, 0.3, 0.4] * 2
+    assert [row["chosen_change"] for row in run["rows"]] == [None] + [2, 1, 0, -1] * 2
+    assert [row["one_step"] for row in run["rows"]] == [None] + [0, 0.125, 0.25, 0.375] * 2
+
+
 def test_finished_runs_of_both_models_have_the_numbers_of_all_rules():
     runs = stopping.finished_runs()
     assert {run["model"] for run in runs} >= {"hasty", "misconceptions"}
+    assert len({(run["model"], run["trial"], run["seed"]) for run in runs}) == len(runs)
+    longer = next(run["rows"] for run in runs if (run["trial"], run["seed"]) == ("irpo", 0))
+    assert len(longer) == 9 and all(row["kl"] is not None for row in longer[1:])
     scores = stopping.scores(runs).set_index("rule")
     assert (scores.regret_low <= scores.regret).all() and (scores.runs > 20).all()
     assert (scores.before + scores["at"] <= scores.falls)[scores.falls.notna()].all()

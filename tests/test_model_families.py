@@ -204,7 +204,7 @@ def test_attention_refuses_arguments_that_it_does_not_know():
             attend(**{name: torch.zeros(2)})
 
 
-def test_attention_in_16_bits_stands_large_keys():
+def test_attention_in_float16_does_not_overflow_with_large_keys():
     """The product of query and key may exceed the range of float16; the scaled one does not."""
     query, key, value = torch.randn(3, 1, 2, 4, 8).mul(
         torch.tensor([90.0, 400, 1])[:, None, None, None, None]

@@ -49,6 +49,9 @@ def test_the_curve_takes_the_best_rate_so_far_and_needs_one(tmp_path):
             made.records.runs[trial.name, 0] = {"metrics": rows}
     [trial] = made.curve()
     assert (trial.method, trial.settings) == ("irpo", {"learning_rate": 3e-4})
+    made.options.methods = ["irpo", "star"]
+    with pytest.raises(UserError, match="for star"):
+        made.curve()
 
 
 def test_a_run_that_is_kept_with_other_settings_is_not_taken(tmp_path):
