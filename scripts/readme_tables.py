@@ -339,7 +339,7 @@ def verdicts() -> str:
 def rules() -> str:
     """What each stopping rule loses, and whether it warns before a fall."""
     table = pandas.read_csv(FIGURES / "lesson_rules.csv")
-    lines = ["| rule | runs | loses | at most | stops before a fall | at it | false alarms |"]
+    lines = ["| rule | runs | loses | at most | before the fall | at the fall | false alarms |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in table.itertuples():
         cells = [

@@ -83,6 +83,6 @@ def part_of(request: sampling.Request, rows: list[int]) -> sampling.Request:
 
 
 def memory_is_full(error: Exception) -> bool:
-    """Whether memory has run out: for PyTorch, or for CUDA itself, as when it builds a graph."""
+    """Whether PyTorch or CUDA itself has run out of memory, as CUDA may while it records."""
     of_cuda = re.search("error: out of memory|STATUS_ALLOC_FAILED", str(error))
     return should_reduce_batch_size(error) or (isinstance(error, RuntimeError) and bool(of_cuda))

@@ -232,7 +232,7 @@ class Static:
                 with torch.cuda.graph(graph, pool=self.pool):
                     self.call(*bucket)
         except RuntimeError as error:
-            # PyTorch 2.11 does not end the allocation for a failed one, and then frees no memory.
+            # After a failed recording PyTorch 2.11 still allocates to the pool and frees no memory.
             with contextlib.suppress(RuntimeError, AttributeError, TypeError):  # a private function
                 torch._C._cuda_endAllocateToPool(self.model.device.index, self.pool)
             raise error.__context__ or error from None  # the end of a failed one raises another
