@@ -238,7 +238,8 @@ class RunDirectory(storage.Folder):
         if t and "greedy" in value and rows[0]["split"] == "validation":
             known = (row for s in range(t + 1) for row in self.known_metrics(s))
             accuracy = [row["value"] for row in known if row["metric"] == "greedy"]
-            tqdm.write(f"     {signs.of_validation(accuracy)}")
+            if len(accuracy) == t + 1:  # none is damaged
+                tqdm.write(f"     {signs.of_validation(accuracy)}")
 
     def known_metrics(self, t: int) -> list[dict]:
         """The rows of metrics.json of iteration t; none if it is missing or damaged."""
