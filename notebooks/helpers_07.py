@@ -25,7 +25,7 @@ from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
 EASY_QUESTIONS = str(ROOT / "notebooks" / "data" / "easy_questions.jsonl")
-STORED = "smollm2_135m_svamp"  # the real run in figures/
+CURVE = "real_curve"  # the real run in figures/
 TINY = "--iterations 1 --n-questions 24 --n-eval-questions 20 --eval-samples-ends 2".split()
 
 
@@ -92,33 +92,41 @@ def stored(name: str) -> tuple[pd.DataFrame, dict]:
 def result(run: Path | None) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """(metrics, paired gains in points, description) of your run; None: of the stored run."""
     if run is None:
-        metrics, record = stored(STORED)
-        settings, made = record["profile"], record["runs"][0]
-        gains = _stored_gains(STORED)
-        source = f"figures/{STORED}.csv, {made['seconds'] / 60:.0f} minutes on "
-        source += f"{made['environment']['threads']} core of an {made['environment']['processor']}"
-    else:
-        metrics, settings = pd.read_csv(run / "metrics.csv"), vars(runs.read_profile(run))
-        gains = _gains(run, int(metrics.iteration.max()))
-        source = f"runs/{run.name}"
+        return stored_curve()
+    metrics, settings = pd.read_csv(run / "metrics.csv"), vars(runs.read_profile(run))
+    gains = _gains(run, int(metrics.iteration.max()))
+    return metrics, gains, f"{described(settings, metrics)}\n(runs/{run.name})"
+
+
+def described(settings: dict, metrics: pd.DataFrame) -> str:
+    """The size of a run in words."""
     asked = metrics[metrics.metric == "greedy"].n.iloc[0]
-    described = (
+    return (
         f"{settings['model']} on {settings['task']}: {settings['n_questions']} training questions "
         f"x {settings['n_samples']} samples, {asked:.0f} {settings['eval_split']} questions, seed "
-        f"{settings['seed']}, from {settings['start'] or 'the published model'}\n({source})"
+        f"{settings['seed']}, learning rate {settings['learning_rate']:g}, from "
+        f"{settings['start'] or 'the published model'}"
     )
-    return metrics, gains, described
 
 
-def _stored_gains(name: str) -> pd.DataFrame:
-    means = pd.read_csv(FIGURES / f"{name}_mean.csv")
-    gains = means[means.metric.str.endswith("_gain_over_M0")]
-    rows = [
-        _gain(row["metric"].removesuffix("_gain_over_M0"), 0, row["iteration"], interval)
-        for row in gains.to_dict("records")
-        for interval in [(row["value"], row["low"], row["high"])]
+def stored_curve() -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Like `result`: Iterative RPO in figures/real_curve*, metrics of seed 0, gains of all seeds."""
+    table = pd.read_csv(FIGURES / f"{CURVE}.csv")
+    metrics = table[(table.method == "irpo") & (table.seed == 0)]
+    lines = map(json.loads, (FIGURES / f"{CURVE}_runs.jsonl").read_text().splitlines())
+    record = next(line for line in lines if (line["trial"], line["seed"]) == ("irpo", 0))
+    made, minutes = record["environment"], metrics.seconds.max() / 60
+    source = f"figures/{CURVE}.csv, {minutes:.0f} minutes on {made['threads']} core of an "
+    source += made["processor"]
+    paired, last = pd.read_csv(FIGURES / f"{CURVE}_paired.csv"), metrics.iteration.max()
+    rows = paired[(paired.method == "irpo") & (paired.against == "irpo")]
+    steps = rows.against_iteration == rows.iteration - 1
+    rows = rows[steps | ((rows.against_iteration == 0) & (rows.iteration == last))]
+    gains = [
+        _gain(row.metric, row.against_iteration, row.iteration, (row.difference, row.low, row.high))
+        for row in rows.sort_values(["metric", "iteration", "against_iteration"]).itertuples()
     ]
-    return pd.DataFrame(rows)
+    return metrics, pd.DataFrame(gains), f"{described(record['profile'], metrics)}\n({source})"
 
 
 def _gains(run: Path, last: int) -> pd.DataFrame:

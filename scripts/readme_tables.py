@@ -63,6 +63,46 @@ def smollm2() -> str:
     )
 
 
+def real_curve() -> str:
+    """Every method on real questions, iteration by iteration, and against M0 and Iterative RPO."""
+    means, runs = (pandas.read_csv(FIGURES / f"real_curve{end}.csv") for end in ("_mean", ""))
+    passing = runs[(runs.metric == "pass_at_k") & (runs.k == 8)]
+    paired = pandas.read_csv(FIGURES / "real_curve_paired.csv").query("metric == 'sampled'")
+    lines = ["| | seeds | greedy | sampled | pass@8 | sampled, above M0 | above Iterative RPO |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for (method, t), at in means.groupby(["method", "iteration"], sort=False):
+        at = at.set_index("metric")
+        if t == 0 and method != "irpo":
+            continue  # all methods start from the same M0
+        cells = [f"{api.method_title(method)}, M{t}" if t else "M0", str(at.seeds.iloc[0])]
+        cells += [_interval(at.loc[name]) for name in ("greedy", "sampled")]
+        found = passing[(passing.method == method) & (passing.iteration == t)]
+        cells.append(f"{100 * found.value.mean():.1f}")
+        rows = paired[(paired.method == method) & (paired.iteration == t)]
+        from_m0 = rows[(rows.against == method) & (rows.against_iteration == 0)]
+        from_irpo = rows[(rows.against == "irpo") & (method != "irpo")]
+        for found in (from_m0, from_irpo):
+            found = found.rename(columns={"low": "difference_low", "high": "difference_high"})
+            cells.append(_difference(found.iloc[0]) if len(found) else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def learning_rates() -> str:
+    """One iteration of every method at every learning rate, on validation questions."""
+    lines = (FIGURES / "real_curve_runs.jsonl").read_text().splitlines()
+    rows = ["| | learning rate | M0, sampled | M1, sampled | M1, greedy |", "|---|---|---|---|---|"]
+    for record in map(json.loads, lines):
+        if "learning_rate" in record["trial"]:
+            table = pandas.DataFrame(record["metrics"]).set_index(["metric", "iteration"])
+            found = [("sampled", 0), ("sampled", 1), ("greedy", 1)]
+            cells = [api.method_title(record["profile"]["method"])]
+            cells += [f"{record['profile']['learning_rate']:g}"]
+            cells += [_interval(table.loc[[key]].iloc[0]) for key in found]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def _real_run(path: Path) -> str:
     record, table = json.loads(path.with_suffix(".json").read_text()), pandas.read_csv(path)
     profile, run = record["profile"], record["runs"][0]
