@@ -322,8 +322,8 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # with a [majority vote](../docs/glossary.md#majority-vote) over 32 completions. With `--iterations 0 best` it also evaluates
 # M_0 and compares the two.
 #
-# **Without a GPU**, two commands train SmolLM2-135M in some hours. They use more questions than the
-# [stored run](../docs/results/smollm2.md) of the next section.
+# **Without a GPU**, two commands train SmolLM2-135M in some hours. The [stored run](../docs/results/smollm2.md) of the next
+# section was made with these settings.
 #
 # ```bash
 # python -m irpo_utils run --profile smollm2-135m-sft --out runs/smollm2-135m-sft
@@ -334,10 +334,10 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # ## 5 Read the curve
 #
 # Did it work? The next cells draw **your run**, even before it is finished. Until you have one, they draw a stored run
-# on [SVAMP](../docs/glossary.md#svamp) ([data](../figures/smollm2_135m_svamp.csv)).
+# on [SVAMP](../docs/glossary.md#svamp) ([data](../figures/real_curve.csv)).
 #
-# Its M_0 is not the published model, which hardly ever reaches a final answer. M_0 is that model after SFT on a thousand
-# short gold solutions of GSM8K ([data](../figures/smollm2_135m_gsm8k_sft.csv)).
+# Its M_0 is not the published model, which hardly ever reaches a final answer. M_0 is that model after SFT on 2,447 short
+# gold solutions of GSM8K. The learning rate was chosen on validation questions ([results](../docs/results/smollm2.md)).
 #
 # **Predict** the shape: a steep rise as with the miniature model, a gentle one, or none?
 
