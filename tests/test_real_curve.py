@@ -31,6 +31,7 @@ def test_every_method_gets_the_learning_rate_that_is_best_on_validation(tmp_path
             {"metric": "sampled", "iteration": 0, "value": 0.2 if right else 0.4},
             {"metric": "sampled", "iteration": 1, "value": 0.3 if right else 0.2},
         ]
+        rows = [row | {"high": row["value"] + 0.05} for row in rows]
         made.records.runs[trial.name, 0] = {"metrics": rows}
     trials = made.curve()
     assert {t.method: t.settings["learning_rate"] for t in trials} == best
@@ -45,13 +46,24 @@ def test_the_curve_takes_the_best_rate_so_far_and_needs_one(tmp_path):
     for trial in made.sweep():
         if trial.method == "irpo" and trial.settings["learning_rate"] < 1e-3:
             value = trial.settings["learning_rate"]
-            rows = [{"metric": "sampled", "iteration": 1, "value": value}]
+            rows = [{"metric": "sampled", "iteration": 1, "value": value, "high": value}]
             made.records.runs[trial.name, 0] = {"metrics": rows}
     [trial] = made.curve()
     assert (trial.method, trial.settings) == ("irpo", {"learning_rate": 3e-4})
     made.options.methods = ["irpo", "star"]
     with pytest.raises(UserError, match="for star"):
         made.curve()
+
+
+def test_of_rates_that_are_not_told_apart_the_lowest_is_chosen(tmp_path):
+    made = study(tmp_path)
+    found = {1e-4: (0.05, 0.06), 3e-4: (0.09, 0.12), 1e-3: (0.10, 0.13)}
+    for trial in made.sweep():
+        if trial.method == "irpo":
+            value, high = found[trial.settings["learning_rate"]]
+            rows = [{"metric": "sampled", "iteration": 1, "value": value, "high": high}]
+            made.records.runs[trial.name, 0] = {"metrics": rows}
+    assert made.best_rate("irpo") == 3e-4 and made.best_rate("star") is None
 
 
 def test_a_run_that_is_kept_with_other_settings_is_not_taken(tmp_path):
