@@ -91,7 +91,8 @@ def real_curve() -> str:
 def learning_rates() -> str:
     """One iteration of every method at every learning rate, on validation questions."""
     lines = (FIGURES / "real_curve_runs.jsonl").read_text().splitlines()
-    rows = ["| | learning rate | M0, sampled | M1, sampled | M1, greedy |", "|---|---|---|---|---|"]
+    rows = ["| | learning rate | M0, sampled | M1, sampled | M1, greedy | KL to M0 (nats) |"]
+    rows += ["|---|---|---|---|---|---|"]
     for record in map(json.loads, lines):
         if "learning_rate" in record["trial"]:
             table = pandas.DataFrame(record["metrics"]).set_index(["metric", "iteration"])
@@ -99,6 +100,7 @@ def learning_rates() -> str:
             cells = [api.method_title(record["profile"]["method"])]
             cells += [f"{record['profile']['learning_rate']:g}"]
             cells += [_interval(table.loc[[key]].iloc[0]) for key in found]
+            cells.append(f"{table.loc[[('kl_to_previous', 1)]].iloc[0].value:.1f}")
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -425,6 +427,8 @@ TABLES = (
     gpu,
     verdicts,
     rules,
+    real_curve,
+    learning_rates,
 )
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
 

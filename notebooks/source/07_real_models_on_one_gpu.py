@@ -358,9 +358,9 @@ assert (gains.low <= gains.high).all()
 gains.round(1)
 
 # %% [markdown]
-# For the stored run: the gain in sampled accuracy is resolved, the gain in greedy accuracy is not. M_1 is already at the level
-# of M_3, so this run does not show that later iterations help. It is one seed with 80 training questions. A claim needs
-# more seeds (`python scripts/plot.py RUN RUN ...`) and more test questions. How many more?
+# For the stored run: sampled accuracy gains in the first and in the third iteration, and triples from M_0 to M_3. No gain in
+# greedy accuracy from M_0 to M_3 is resolved. It is one seed on a small model. A claim needs more seeds
+# (`python scripts/plot.py RUN RUN ...`) and more test questions. How many more?
 
 # %% [markdown]
 # ### Exercise 7.3: how many test questions?
