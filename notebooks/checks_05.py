@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from checks_common import call, number
 
+from studies.stopping import patience
+
 
 def pairs_of_each_model(function) -> str:
     """Exercise 5.1: `function(run)` -> {t: pairs that M_t was trained on} for t = 1 ... T."""
@@ -321,17 +323,6 @@ def _rows(validation, test=None, kl=None, chosen=None) -> list[dict]:
         strict=True,
     )
     return [dict(zip(("validation", "test", "kl", "chosen_change"), row)) for row in columns]
-
-
-def patience(rows, patience=1, column="validation") -> int:
-    """The best model when `patience` iterations in a row have not exceeded it."""
-    best = 0
-    for t in range(1, len(rows)):
-        if rows[t][column] > rows[best][column]:
-            best = t
-        elif t - best == patience:
-            break
-    return best
 
 
 def _best(rows, column="validation") -> int:

@@ -5,7 +5,6 @@ Each figure is a `plots.TextFigure`, whose alt text has its numbers.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from irpo_utils import plots, profiles, tasks
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, GREY, INK, ORANGE
 from studies import stopping
+from studies.stopping import records
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
@@ -116,12 +116,6 @@ def learned_question(evaluated, lines: pd.DataFrame) -> int:
 
 
 # ------------------------------------------------------------------------------ studies
-
-
-def records(study: str) -> list[dict]:
-    """The runs of figures/`study`_runs.jsonl."""
-    lines = (FIGURES / f"{study}_runs.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def correct(bits: str) -> list[int]:

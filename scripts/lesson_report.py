@@ -37,7 +37,6 @@ TITLES = {
 COLOURS = dict(zip(TITLES, plots.COLOURS, strict=False))
 BETA_COLOURS = dict(zip((0.1, 0.3, 1.0, 3.0), plots.COLOURS[1:], strict=False))
 MAIN = "misconceptions"
-RATES = (3e-4, 1e-3, 3e-3)
 MIN_SEEDS = 2  # for a verdict
 GAIN = {"": "points", "_low": "low", "_high": "high", "_seeds": "seeds"}  # column: of a gain
 
@@ -312,7 +311,7 @@ def nll_claims():
 
 def map_claims(beta: float):
     """The weight of the NLL term at each learning rate; a small and a large one against none."""
-    for rate in RATES:
+    for rate in study.RATES["irpo"]:
         at = {"beta": beta, "learning_rate": rate}
         without, rft = trial_name("dpo", at), trial_name("rft", {"learning_rate": rate})
         weights = {"1": trial_name("irpo", at), "3": trial_name("irpo", at | {"alpha": 3.0})}
@@ -663,7 +662,7 @@ def map_figure(means: pd.DataFrame, beta: float):
     rows = means[(means.model == MAIN) & (means.metric == "greedy") & (means.split == "test")]
     rows = rows[rows.iteration == study.ITERATIONS]
     cells = []
-    for rate in RATES:
+    for rate in study.RATES["irpo"]:
         at = {"beta": beta, "learning_rate": rate}
         trials = {
             "α = 0": ("dpo", at),

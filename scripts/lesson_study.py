@@ -7,7 +7,8 @@ that errs in its working.
 
 Each finished run is one line of `figures/lesson_runs.jsonl`. A run that is there is not made again,
 so the same command resumes a study that was stopped. Runs are ordered by seed: the finished ones
-are a complete grid for the first seeds.
+are a complete grid for the first seeds. The part `plain` needs another model first:
+`python scripts/make_misconceptions_model.py --words 0 --out runs/lesson_models/plain`.
 
 After every iteration a line records: correctness per question on validation (greedy and sampled)
 and on test (greedy); log-probabilities of the chosen and rejected completions of 256 held-out
@@ -222,7 +223,7 @@ def map_part(seeds: int, records: dict) -> list[Run]:
     term."""
     beta, runs = best_beta(records), []
     for seed in range(seeds):
-        for rate in (3e-4, 1e-3, 3e-3):
+        for rate in RATES["irpo"]:
             settings = {"beta": beta, "learning_rate": rate}
             runs += [Run("irpo", seed, settings), Run("dpo", seed, settings)]
             runs += [Run("irpo", seed, {**settings, "alpha": alpha}) for alpha in (0.3, 3.0)]

@@ -71,15 +71,16 @@ class Study:
             trials = [trial for trial in self.sweep() if trial.method in chosen]
             self.make({self.folder(trial, 0): self.profile(trial, 0) for trial in trials})
         if "curve" in steps:
-            trials = [trial for trial in self.curve() if trial.method in chosen]
+            trials = self.curve()
             self.make(
                 {
                     self.folder(trial, seed): self.profile(trial, seed)
                     for seed in range(self.options.seeds)
                     for trial in trials
+                    if trial.method in chosen
                 }
             )
-            self.write(self.curve())
+            self.write(trials)
 
     def sweep(self) -> list:
         """Every method at every learning rate."""

@@ -187,7 +187,7 @@ def test_stopping_rules():
         "validation falls, and KL above 1 nat": 1,
     }
     assert stopping.patience_2(rows_of([3, 7, 6, 7, 9], [0] * 5, [0] * 5)) == 1
-    assert stopping.patience_1(rows_of([3, 3, 8], [0, 0, 0], [0, 0, 0])) == 0  # level is no gain
+    assert stopping.patience(rows_of([3, 3, 8], [0, 0, 0], [0, 0, 0])) == 0  # level is no gain
     assert stopping.regret(rows, 1) == pytest.approx(10)
     assert stopping.regret(rows, 3) == 0
 

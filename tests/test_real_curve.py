@@ -55,6 +55,15 @@ def test_the_curve_takes_the_best_rate_so_far_and_needs_one(tmp_path):
         made.curve()
 
 
+def test_one_step_of_one_method_can_be_made_alone(tmp_path, monkeypatch):
+    made = study(tmp_path, steps=["learning_rate"], methods=["star"])
+    work = []
+    monkeypatch.setattr(made, "make", work.extend)
+    made.run()
+    rates = [f"star_learning_rate_{rate:g}" for rate in real_curve.LEARNING_RATES]
+    assert [folder.parent.name for folder in work] == ["sft_gold", *rates]
+
+
 def test_of_rates_that_are_not_told_apart_the_lowest_is_chosen(tmp_path):
     made = study(tmp_path)
     found = {1e-4: (0.05, 0.06), 3e-4: (0.09, 0.12), 1e-3: (0.10, 0.13)}

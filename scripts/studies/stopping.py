@@ -7,6 +7,7 @@ lose against the best one of its run, and does a rule warn before accuracy falls
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pandas
 from irpo_utils import evaluation
 
 FIGURES = Path(__file__).resolve().parents[2] / "figures"
-FALL = 5  # points of test accuracy below the best earlier model: about two standard errors
+FALL = 5  # points of test accuracy below the best earlier model
 NOT_ITERATIVE = ("irpo_m0_samples", "sft_gold")
 
 
@@ -29,9 +30,9 @@ def finished_runs(figures: Path = FIGURES) -> list[dict]:
     measure it). The runs of the first model stored one split: its questions with even numbers are
     `validation` here, those with odd numbers are `test`.
     """
-    longer = {(r["trial"], r["seed"]): r for r in _records(figures, "eight_iterations")}
+    longer = {(r["trial"], r["seed"]): r for r in records("eight_iterations", figures)}
     found = []
-    for record in _records(figures, "comparison"):
+    for record in records("comparison", figures):
         rows = _rows_of_first_model(record)
         if len(rows) < 5 or rows[1]["chosen_change"] is None:  # one iteration, or no pairs
             continue
@@ -40,7 +41,7 @@ def finished_runs(figures: Path = FIGURES) -> list[dict]:
             rows += _rows_of_first_model(longer[key])[1:]
         head = {"study": "comparison", "model": "hasty", "trial": key[0], "seed": key[1]}
         found.append(head | {"rows": rows})
-    for record in _records(figures, "lesson"):
+    for record in records("lesson", figures):
         if record["method"] not in NOT_ITERATIVE and len(record["iterations"]) > 2:
             head = {"study": "lesson", "model": record["model"], "seed": record["seed"]}
             head["trial"] = record["trial"].removeprefix(record["model"] + "/")
@@ -48,7 +49,8 @@ def finished_runs(figures: Path = FIGURES) -> list[dict]:
     return found
 
 
-def _records(figures: Path, study: str) -> list[dict]:
+def records(study: str, figures: Path = FIGURES) -> list[dict]:
+    """The runs of figures/`study`_runs.jsonl; none if the file is not there."""
     file = figures / f"{study}_runs.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -107,20 +109,18 @@ def best_validation(rows: list[dict]) -> int:
     return values.index(max(values))
 
 
-def patience_1(rows: list[dict]) -> int:
-    """Stop at the first model whose validation accuracy does not exceed the one before."""
-    return stop_when(lambda rows, t: rows[t]["validation"] <= rows[t - 1]["validation"])(rows)
-
-
-def patience_2(rows: list[dict]) -> int:
-    """Stop at the second model in a row that does not exceed the best validation accuracy."""
+def patience(rows: list[dict], patience: int = 1, column: str = "validation") -> int:
+    """Stop when `patience` models in a row have not exceeded the best one, and keep that one."""
     best = 0
     for t in range(1, len(rows)):
-        if rows[t]["validation"] > rows[best]["validation"]:
+        if rows[t][column] > rows[best][column]:
             best = t
-        elif t - best == 2:
+        elif t - best == patience:
             break
     return best
+
+
+patience_2 = functools.partial(patience, patience=2)
 
 
 def falls(rows: list[dict], t: int) -> bool:
@@ -136,7 +136,7 @@ def above(name: str, limit: float):
 RULES = {
     "keep the last model": lambda rows: len(rows) - 1,
     "best validation accuracy of all": best_validation,
-    "patience 1": patience_1,
+    "patience 1": patience,
     "patience 2": patience_2,
     "validation accuracy falls": stop_when(falls),
     "KL to the previous model above 0.5 nats": stop_when(above("kl", 0.5)),
