@@ -324,10 +324,9 @@ def map_claims(beta: float):
 
 def regime_claims(beta: float):
     """Pairs against chosen completions alone, with the same questions, steps and learning rate."""
-    for regime, changes in ({"all questions": {}} | study.REGIMES).items():
+    for regime in ("all questions", *study.REGIMES):
         for rate in (3e-4, 1e-3):
-            settings = {**changes, "learning_rate": rate}
-            rft, irpo = trial_name("rft", settings), trial_name("irpo", settings | {"beta": beta})
+            rft, irpo = (run.trial for run in study.regime_runs(regime, rate, beta, 0))
             for t in (1, 4):
                 claim = f"rejected completions help: {regime} (learning rate {rate:g}, M{t})"
                 yield claim, (rft, t), (irpo, t), math.inf

@@ -73,9 +73,11 @@ METHODS = {
     "grpo": "grpo",
     "irpo_m0_samples": "irpo",
     "sft_gold": "sft_gold",
+    "irpo_lucky": "irpo_lucky",
+    "rft_lucky": "star_lucky",
 }
 NOT_ITERATIVE = ("irpo_m0_samples", "sft_gold")
-WITH_PAIRS = ("irpo", "dpo", "irpo_m0_samples")  # methods with a DPO term
+WITH_PAIRS = ("irpo", "dpo", "irpo_m0_samples", "irpo_lucky")  # methods with a DPO term
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def tuning_part(seeds: int, records: dict) -> list[Run]:
 
 def comparison_part(seeds: int, records: dict) -> list[Run]:
     """Every method at its tuned settings."""
-    tuned = {method: best_settings(method, records) for method in METHODS}
+    tuned = {method: best_settings(method, records) for method in RATES}
     return [
         Run(method, seed, settings)
         for seed in range(seeds)
@@ -231,23 +233,33 @@ def map_part(seeds: int, records: dict) -> list[Run]:
     return runs
 
 
+# Settings that differ from those of the other runs; "lucky" differs in its reward.
 REGIMES = {
     "few samples": {"n_samples": 3},
     "hot": {"temperature": [1.5]},
     "half": {"n_questions": 80},
+    "lucky": {},
 }
+
+
+def regime_runs(regime: str, rate: float, beta: float, seed: int) -> tuple[Run, Run]:
+    """Rejection-sampling fine-tuning and Iterative RPO in one regime."""
+    settings = {**REGIMES.get(regime, {}), "learning_rate": rate}
+    luck = "_lucky" if regime == "lucky" else ""
+    return (Run(f"rft{luck}", seed, settings), Run(f"irpo{luck}", seed, settings | {"beta": beta}))
 
 
 def regimes_part(seeds: int, records: dict) -> list[Run]:
     """When do rejected completions help? Pairs against chosen completions alone, with the same
     number of steps."""
-    beta, runs = best_beta(records), []
-    for seed in range(min(seeds, 3)):
-        for changes in REGIMES.values():
-            for rate in (3e-4, 1e-3):
-                runs.append(Run("rft", seed, {**changes, "learning_rate": rate}))
-                runs.append(Run("irpo", seed, {**changes, "learning_rate": rate, "beta": beta}))
-    return runs
+    beta = best_beta(records)
+    return [
+        run
+        for seed in range(min(seeds, 3))
+        for regime in REGIMES
+        for rate in (3e-4, 1e-3)
+        for run in regime_runs(regime, rate, beta, seed)
+    ]
 
 
 def long_part(seeds: int, records: dict) -> list[Run]:
@@ -331,6 +343,7 @@ def best_settings(method: str, records: dict) -> dict | None:
 def profile_of(run: Run, iterations: int, max_steps: int):
     """The profile of one run directory of a run."""
     from irpo_utils.profiles import Profile
+    from studies import lucky  # noqa: F401 (adds the methods with lucky winners)
 
     settings = {**BASE, "model": MODELS[run.model], "method": METHODS[run.method], "seed": run.seed}
     settings |= run.settings | {"iterations": iterations, "max_steps": max_steps}

@@ -336,6 +336,8 @@ def test_verdicts_on_all_parts_of_the_study(all_parts):
     few = row["rejected completions help: few samples (learning rate 0.0003, M4)"]
     assert few.points == pytest.approx(20) and few.verdict == "agrees"
     assert row["rejected completions help: hot (learning rate 0.0003, M4)"].points == 0
+    lucky = row["rejected completions help: lucky (learning rate 0.001, M1)"]
+    assert "/rft_lucky/" in lucky.a and "/irpo_lucky/" in lucky.b
     fallen = row["Iterative RPO gains after iteration 4 (M8)"]
     assert fallen.points == pytest.approx(-20) and fallen.verdict == ""
     plain = row["beta 1 beats beta 0.1 (plain model, Iterative RPO, learning rate 0.001, M4)"]
@@ -412,7 +414,7 @@ def test_tables_and_figures(records):
         gain = 100 * (other[name].item() - irpo[name].item())
         assert other[f"{name}_gain"].item() == pytest.approx(gain)
         assert other[f"{name}_gain_low"].item() <= gain <= other[f"{name}_gain_high"].item()
-    assert sorted(name.split("/")[1] for name in tuned.trial) == sorted(lesson_study.METHODS)
+    assert sorted(name.split("/")[1] for name in tuned.trial) == sorted(lesson_study.RATES)
     assert "misconceptions/rft/learning_rate=0.003" in set(tuned.trial)
 
 
