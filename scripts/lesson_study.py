@@ -184,29 +184,37 @@ RATES = {
     "sft_gold": (3e-4, 1e-3, 3e-3),
     "grpo": (3e-4, 1e-3, 3e-3),
 }
+TUNED_BETA = ("irpo", "dpo")  # `beta` has their runs at four β
+LADDER = [float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 3)]
 
 
 def tuning_part(seeds: int, records: dict) -> list[Run]:
     """A learning rate for every method, judged after four iterations on validation; one seed.
 
-    Methods with a DPO term are tuned over β as well: `beta` has their runs at two learning rates.
-    At the edge of the learning rates the search continues by a factor of three.
+    The search goes on until both neighbours of the best learning rate have been tried, and of the
+    best β for methods that are tuned over it as well.
     """
     beta = best_beta(records)
     runs = []
     for method, rates in RATES.items():
         settings = {"beta": beta} if method in WITH_PAIRS else {}
-        tried = {rate: Run(method, 0, {**settings, "learning_rate": rate}) for rate in rates}
-        while all(run.key in records for run in tried.values()):
-            final = {rate: last_accuracy(records[run.key]) for rate, run in tried.items()}
-            best = max(final, key=final.get)
-            beyond = {min(tried): best / 3, max(tried): best * 3}.get(best)
-            if beyond is None:
-                break
-            beyond = float(f"{beyond:.0e}")
-            tried[beyond] = Run(method, 0, {**settings, "learning_rate": beyond})
-        runs += tried.values()
+        tried = [Run(method, 0, {**settings, "learning_rate": rate}) for rate in rates]
+        if all(run.key in records for run in tried):
+            best = best_settings(method, records)
+            names = ("learning_rate", "beta") if method in TUNED_BETA else ("learning_rate",)
+            tried += [
+                Run(method, 0, {**best, name: value})
+                for name in names
+                for value in neighbours(best[name])
+            ]
+        runs += {run.key: run for run in tried}.values()
     return runs
+
+
+def neighbours(value: float) -> list[float]:
+    """The values below and above one of LADDER."""
+    i = LADDER.index(value)
+    return [LADDER[i - 1], LADDER[i + 1]]
 
 
 def comparison_part(seeds: int, records: dict) -> list[Run]:

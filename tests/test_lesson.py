@@ -373,7 +373,18 @@ def test_tuning_goes_on_past_the_edge(records):
         for run in lesson_study.tuning_part(1, records)
         if run.method == "rft"
     }
-    assert rates == {3e-4, 1e-3, 3e-3, 9e-3}  # the best one was at the upper edge
+    assert rates == {3e-4, 1e-3, 3e-3, 1e-2}  # the best one was at the upper edge
+
+
+def test_tuning_tries_both_neighbours_of_the_best_beta(records):
+    key = lesson_study.Run("dpo", 0, {"beta": 3.0, "learning_rate": 3e-4}).key
+    records[key]["iterations"][-1]["validation"]["greedy"] = "1" * 300
+    tried = {
+        (run.settings["beta"], run.settings["learning_rate"])
+        for run in lesson_study.tuning_part(1, records)
+        if run.method == "dpo"
+    }
+    assert {(1.0, 3e-4), (10.0, 3e-4), (3.0, 1e-4), (3.0, 1e-3)} <= tried
 
 
 def test_a_run_that_stopped_is_not_chosen(records):
