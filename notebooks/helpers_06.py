@@ -50,7 +50,10 @@ TRIALS = {  # trials of that study whose log-probabilities are drawn: name, colo
     "dpo/beta=0.1/learning_rate=0.001": ("DPO without NLL, β = 0.1, 1e-3", ORANGE, "--"),
     "rft/learning_rate=0.0003": ("RFT, 3e-4", GREEN, "-"),
 }
-SHOW_MISCONCEPTIONS = ("irpo/beta=1/learning_rate=0.0003", "rft/learning_rate=0.0003")
+SHOW_MISCONCEPTIONS = {  # at their tuned settings
+    "irpo/beta=0.3/learning_rate=0.0003": "Iterative RPO",
+    "rft/learning_rate=0.0003": "RFT",
+}
 
 
 # ------------------------------------------------------------------------------ result tables
@@ -385,17 +388,17 @@ def beta_map(means: pd.DataFrame, iteration: int = 4) -> plots.TextFigure:
     return _one_legend(figure, columns=2)
 
 
-def misconceptions(table: pd.DataFrame, keys=SHOW_MISCONCEPTIONS) -> plots.TextFigure:
+def misconceptions(table: pd.DataFrame, shown=SHOW_MISCONCEPTIONS) -> plots.TextFigure:
     """Share of lines that follow a misconception where it applies, per iteration; a panel per trial."""
-    figure, axes = plots.new_figure(4.6 * len(keys) + 2.6, 3.8, panels=len(keys))
+    figure, axes = plots.new_figure(4.6 * len(shown) + 2.6, 3.8, panels=len(shown))
     sentences, handles = [], None
-    for panel, key in zip(axes, keys, strict=True):
+    for panel, (key, title) in zip(axes, shown.items(), strict=True):
         rows, spoken = table[table.trial == key], []
         for colour, (metric, points) in zip(COLOURS, rows.groupby("metric", sort=False)):
             name, values = metric.removeprefix("follows: "), 100 * points.value
             plots.draw_points(panel, points.iteration, values, name, colour)
             spoken.append(f"{name}: {', '.join(f'{value:.1f}' for value in values)}")
-        title = f"{TRIALS[key][0]} ({seeds(int(rows.seeds.max()))})"
+        title = f"{title} ({seeds(int(rows.seeds.max()))})"
         panel.set(title=title, xlabel="Iteration t (model $M_t$)", ylim=(0, 60))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.sharey(axes[0])

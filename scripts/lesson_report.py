@@ -713,8 +713,8 @@ def figures(records: dict, means: pd.DataFrame) -> dict:
         ("Rejection-sampling SFT, 3e-4", trial_name("rft", {"learning_rate": 3e-4})),
     ]
     by_method = [
-        (title, name.split("/")[1], " ".join(name.split("/")[2:]))
-        for title, name in (shown[0], shown[4])
+        (TITLES[method], method, " ".join(trial_name(method, settings[method]).split("/")[2:]))
+        for method in ("irpo", "rft")
     ]
     made = {
         "lesson_beta": beta_figure(means, MAIN),
@@ -729,13 +729,13 @@ def figures(records: dict, means: pd.DataFrame) -> dict:
     return {name: both for name, both in made.items() if both is not None}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Write all tables and figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=FIGURES)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     records = study.load_records()
     if not records:
         raise SystemExit("error: no finished runs; run scripts/lesson_study.py first")
@@ -754,6 +754,7 @@ def main() -> None:
             "command": "python scripts/lesson_report.py",
             "runs": len(records),
             "seconds": round(sum(record["seconds"] for record in records.values())),
+            "commits": sorted({record["environment"]["commit"] for record in records.values()}),
             "environment": environment,
         }
         plots.save(figure, args.out, name, data, record)

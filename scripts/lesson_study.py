@@ -7,8 +7,7 @@ that errs in its working.
 
 Each finished run is one line of `figures/lesson_runs.jsonl`. A run that is there is not made again,
 so the same command resumes a study that was stopped. Runs are ordered by seed: the finished ones
-are a complete grid for the first seeds. The part `plain` needs another model first:
-`python scripts/make_misconceptions_model.py --words 0 --out runs/lesson_models/plain`.
+are a complete grid for the first seeds. The part `plain` first makes the model that it needs.
 
 After every iteration a line records: correctness per question on validation (greedy and sampled)
 and on test (greedy); log-probabilities of the chosen and rejected completions of 256 held-out
@@ -26,6 +25,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -708,10 +709,14 @@ def _execute(run: Run, threads: int, command: str) -> tuple[str, dict | str]:
         return run.key, traceback.format_exc()
 
 
-def study(parts: list[str], seeds: int | None, jobs: int, threads: int, match: str = "") -> None:
+def study(
+    parts: list[str], seeds: int | None, jobs: int, threads: int = 1, match: str = ""
+) -> None:
     """Make the runs of these parts that are missing, `jobs` at a time, and append each to the
     records."""
     command = f"python scripts/lesson_study.py {' '.join(parts)} --jobs {jobs}"
+    if any(run.model == "plain" for run in missing(parts, seeds, match)):
+        make_plain_model()
     failed: set[str] = set()
     running: dict = {}
     context = multiprocessing.get_context("spawn")
@@ -738,6 +743,16 @@ def study(parts: list[str], seeds: int | None, jobs: int, threads: int, match: s
                 with RUNS_FILE.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(f"{time.strftime('%H:%M:%S')} {summary(record)}", flush=True)
+
+
+def make_plain_model() -> None:
+    """Make the model of the part `plain`, ten minutes on 2 cores, unless it is there."""
+    folder = Path(MODELS["plain"])
+    if not (folder / "model.safetensors").exists():
+        print(f"{time.strftime('%H:%M:%S')} making {folder}, ten minutes", flush=True)
+        script = Path(__file__).with_name("make_misconceptions_model.py")
+        options = ["--words", "0", "--out", str(folder)]
+        subprocess.run([sys.executable, str(script), *options], check=True)
 
 
 def missing(parts: list[str], seeds: int | None, match: str = "") -> list[Run]:

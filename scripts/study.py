@@ -7,14 +7,30 @@
     python scripts/study.py regimes        # when do rejected completions help?
     python scripts/study.py long           # iterations 5 to 8
     python scripts/study.py curves         # log-probabilities during training
+    python scripts/study.py lesson         # β, the NLL term and methods on the second seed model
 
-Run tuning first, then comparison, then the others. Without a name, all of them are run.
+Run tuning first, then comparison, then the others. Without a name, all of them but `lesson` are
+run. `lesson` takes many hours and has its own settings: `scripts/lesson_study.py` runs its parts.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+
+
+def lesson(options: argparse.Namespace) -> None:
+    """All runs of the second seed model's study that are missing, then its tables and figures."""
+    import lesson_report
+    import lesson_study
+    from irpo_utils import UserError
+
+    if options.small or options.only:
+        raise UserError(
+            "`lesson` has neither --small nor --only. See python scripts/lesson_study.py --help."
+        )
+    lesson_study.study(list(lesson_study.PARTS), options.seeds, options.jobs)
+    lesson_report.main([])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,6 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: value for name, value in vars(options).items() if name != "names"}
     try:
         for name in options.names or trials.STUDIES:
+            if name == "lesson":
+                lesson(options)
+                continue
             table = runner.run_study(name, **settings)
             print(f"{name}: {table.seed.nunique()} seeds, {len(table)} rows in {options.out}")
     except UserError as error:

@@ -509,7 +509,8 @@ def test_a_small_study_from_the_runs_to_the_tables(small_study):
 
 
 def test_the_profile_of_the_second_seed_model_has_the_settings_of_the_study():
-    run = lesson_study.Run("irpo", 0, {"beta": 1.0, "learning_rate": 3e-4})
+    tuned = lesson_study.best_settings("irpo", lesson_study.load_records())
+    run = lesson_study.Run("irpo", 0, tuned)
     studied = lesson_study.profile_of(run, lesson_study.ITERATIONS, lesson_study.STEPS)
     own = {"sampling_batch_size", "eval_split", "eval_samples", "eval_samples_ends"}
     profile = profiles.get("misconceptions")

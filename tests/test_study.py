@@ -17,6 +17,9 @@ import pytest
 import torch
 from datasets import load_from_disk
 
+import lesson_report
+import lesson_study
+import study
 from irpo_utils import UserError, methods, profiles, tasks
 from studies import api, check_reliability, finished_runs, lucky, report, runner, trials
 
@@ -140,6 +143,27 @@ def test_the_script_ends_with_one_line_for_an_error(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and re.search("^error: .*study.py tuning", done.stderr, re.M)
     assert "Traceback" not in done.stderr
+
+
+def test_the_lesson_is_one_command(monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(lesson_study, "study", lambda *options: done.append(options))
+    monkeypatch.setattr(lesson_report, "main", lambda arguments: done.append("report"))
+    study.main(["lesson", "--jobs", "2", "--seeds", "1"])
+    assert done == [(list(lesson_study.PARTS), 1, 2), "report"]
+    with pytest.raises(SystemExit, match="error: .*lesson_study.py --help"):
+        study.main(["lesson", "--small"])
+
+
+def test_the_plain_model_is_made_once(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setitem(lesson_study.MODELS, "plain", str(tmp_path))
+    monkeypatch.setattr(lesson_study.subprocess, "run", lambda c, check: commands.append(c))
+    lesson_study.make_plain_model()
+    assert commands[0][2:] == ["--words", "0", "--out", str(tmp_path)]
+    (tmp_path / "model.safetensors").touch()
+    lesson_study.make_plain_model()
+    assert len(commands) == 1
 
 
 # With small runs
