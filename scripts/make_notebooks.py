@@ -2,7 +2,7 @@
 
     python scripts/make_notebooks.py              # all of them
     python scripts/make_notebooks.py 03_pairs     # one of them
-    python scripts/make_notebooks.py --no-run 03  # without executing it
+    python scripts/make_notebooks.py --text 03    # new text alone: the outputs stay
 
 Writes notebooks/NN_*.ipynb with open exercises and notebooks/solutions/NN_*.ipynb with solutions.
 A source is a percent script, notebooks/source/NN_name.py: `# %% [markdown]` starts a text cell,
@@ -102,12 +102,24 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int = 1800) 
             ]
 
 
+def keep_outputs(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Take the outputs of the notebook at `path`; ends the program where its code is another."""
+    old, new = (
+        [cell for cell in book.cells if cell.cell_type == "code"]
+        for book in (nbformat.read(path, as_version=4), notebook)
+    )
+    if [cell.source for cell in old] != [cell.source for cell in new]:
+        sys.exit(f"error: the code of {path.name} has changed. Run it: leave --text out.")
+    for before, now in zip(old, new, strict=True):
+        now.outputs, now.execution_count = before.outputs, before.execution_count
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="beginnings of notebook names (default: all)")
-    parser.add_argument("--no-run", action="store_true", help="leave the outputs empty")
+    parser.add_argument("--text", action="store_true", help="change the text, keep the outputs")
     options = parser.parse_args()
     os.environ.update(QUIET)
     sources = sorted(
@@ -121,10 +133,12 @@ def main() -> None:
         )
     for path in sources:
         for folder, solved in ((NOTEBOOKS, False), (NOTEBOOKS / "solutions", True)):
-            notebook = view(path.read_text(), solved)
-            if not options.no_run:
+            notebook, made = view(path.read_text(), solved), folder / f"{path.stem}.ipynb"
+            if options.text:
+                keep_outputs(notebook, made)
+            else:
                 execute(notebook, folder)
-            nbformat.write(notebook, folder / f"{path.stem}.ipynb")
+            nbformat.write(notebook, made)
             print(f"{folder.name}/{path.stem}.ipynb", flush=True)
 
 

@@ -616,3 +616,16 @@ def test_nbval_fails_where_an_output_or_an_assertion_is_wrong(tmp_path):
         "uncompared_assertion": [3],
         "tagged_output": [],
     }, said
+
+
+def test_new_text_keeps_the_outputs_of_the_same_code(tmp_path):
+    made = nbformat.read(ROOT / "notebooks/04b_qlora_by_hand.ipynb", as_version=4)
+    path = tmp_path / "made.ipynb"
+    nbformat.write(made, path)
+    anew = view("04b_qlora_by_hand", solved=False)
+    assert not any(cell.get("outputs") for cell in anew.cells)
+    MAKE.keep_outputs(anew, path)
+    assert [cell.get("outputs") for cell in anew.cells] == [c.get("outputs") for c in made.cells]
+    next(cell for cell in anew.cells if cell.cell_type == "code").source += "\nprint(1)"
+    with pytest.raises(SystemExit, match="error: the code of made.ipynb has changed"):
+        MAKE.keep_outputs(anew, path)
