@@ -5,13 +5,16 @@
 `lesson_mean.csv`: every metric per method, settings and iteration, with 95 % intervals over seeds
 and questions. `lesson_results.csv`: test accuracy at the last iteration and at the one that
 validation chooses. `lesson_verdicts.csv`: claims of the paper, the result here, and a verdict that
-the script computes. `lesson_rules.csv`: stopping rules. `lesson_*.png/svg`: figures with their data;
+the script computes. `lesson_rules.csv`: stopping rules. `lesson_pairs.csv`: how alike the
+completions of the held-out pairs are. `lesson_*.png/svg`: figures with their data;
 those whose runs are not there yet are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
 import math
 from pathlib import Path
 
@@ -221,6 +224,29 @@ def results_table(records: dict[str, dict]) -> pd.DataFrame:
 def test_answers(runs: dict[int, dict], pick) -> dict[int, list[float]]:
     """Seed -> correctness per test question of the iteration that `pick` picks from a run."""
     return {s: lesson.per_question(pick(run)["test"]["greedy"]) for s, run in runs.items()}
+
+
+def pair_table(pairs: list[dict]) -> pd.DataFrame:
+    """How alike the completions of the held-out pairs are, one row per seed model, means in %.
+
+    `tokens`: share of the tokens of both completions that have a partner in the other one
+    (`difflib`, in order). `before`: share of the chosen completion's equations that come before the
+    first one that differs. `first`: share of the pairs with the same first equation.
+    """
+    rows: dict[str, list] = {}
+    for pair in pairs:
+        same = difflib.SequenceMatcher(None, pair["chosen_ids"], pair["rejected_ids"], False)
+        chosen, rejected = (
+            [match[0] for match in misconceptions.EQUATION.finditer(pair[side])]
+            for side in ("chosen", "rejected")
+        )
+        equal = [a == b for a, b in zip(chosen, rejected, strict=False)] + [False]
+        before = equal.index(False) / max(1, len(chosen))
+        rows.setdefault(pair["model"], []).append((same.ratio(), before, equal[0]))
+    table = {model: 100 * np.mean(values, axis=0) for model, values in rows.items()}
+    table = pd.DataFrame(table, index=["tokens", "before", "first"]).T.rename_axis("model")
+    table.insert(0, "pairs", [len(rows[model]) for model in table.index])
+    return table.reset_index()
 
 
 # ----------------------------------------------------------------------------------------- verdicts
@@ -745,7 +771,9 @@ def main(arguments: list[str] | None = None) -> None:
     results = results_table(records)
     results.to_csv(args.out / "lesson_results.csv", index=False, float_format="%.4f")
     verdicts = verdict_table(records)
-    verdicts.to_csv(args.out / "lesson_verdicts.csv", index=False, float_format="%.2f")
+    verdicts.to_csv(args.out / "lesson_verdicts.csv", index=False, float_format="%.4f")
+    pairs = [json.loads(line) for line in study.PAIRS_FILE.read_text().splitlines()]
+    pair_table(pairs).to_csv(args.out / "lesson_pairs.csv", index=False, float_format="%.1f")
     rules = stopping.scores(stopping.finished_runs(args.out))
     rules.to_csv(args.out / "lesson_rules.csv", index=False, float_format="%.2f")
     environment = next(iter(records.values()))["environment"]

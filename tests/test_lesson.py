@@ -361,6 +361,19 @@ def test_figures_of_the_map_and_of_eight_iterations(all_parts):
     )
 
 
+def test_how_alike_pairs_are():
+    made = [  # one equation of two is the same; then none of one, and no token
+        {"chosen": "1+1=2\n2*3=6", "rejected": "1+1=2\n2*3=4", "ids": ([1, 2, 3, 4], [1, 2, 3, 5])},
+        {"chosen": "2*3=6", "rejected": "Final answer: 5", "ids": ([1, 2], [3, 4])},
+    ]
+    rows = [
+        row | {"model": "m", "chosen_ids": row["ids"][0], "rejected_ids": row["ids"][1]}
+        for row in made
+    ]
+    [row] = lesson_report.pair_table(rows).to_dict("records")
+    assert row == {"model": "m", "pairs": 2, "tokens": 37.5, "before": 25.0, "first": 50.0}
+
+
 def test_finished_seeds_are_complete_grids():
     runs = lesson_study.beta_part(3, {})
     assert len({run.key for run in runs}) == len(runs) == 3 * 16
