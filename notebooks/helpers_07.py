@@ -120,11 +120,11 @@ def stored_curve() -> tuple[pd.DataFrame, pd.DataFrame, str]:
     source += made["processor"]
     paired, last = pd.read_csv(FIGURES / f"{CURVE}_paired.csv"), metrics.iteration.max()
     rows = paired[(paired.method == "irpo") & (paired.against == "irpo")]
-    steps = rows.against_iteration == rows.iteration - 1
-    rows = rows[steps | ((rows.against_iteration == 0) & (rows.iteration == last))]
+    rows = rows.assign(whole=rows.against_iteration != rows.iteration - 1)
+    rows = rows[~rows.whole | ((rows.against_iteration == 0) & (rows.iteration == last))]
     gains = [
         _gain(row.metric, row.against_iteration, row.iteration, (row.difference, row.low, row.high))
-        for row in rows.sort_values(["metric", "iteration", "against_iteration"]).itertuples()
+        for row in rows.sort_values(["metric", "whole", "iteration"]).itertuples()
     ]
     return metrics, pd.DataFrame(gains), f"{described(record['profile'], metrics)}\n({source})"
 
