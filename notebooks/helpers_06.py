@@ -119,10 +119,13 @@ def per_iteration(table: pd.DataFrame, begins: str) -> pd.DataFrame:
     return rows.assign(iteration=[int(re.search(r"M(\d)", text)[1]) for text in rows.claim])
 
 
-def of_second_model(name: str = "lesson_mean") -> pd.DataFrame:
-    """A table of the second seed model's study with the column `trial`: method and settings."""
+def of_second_model(name: str = "lesson_mean", model: str = "misconceptions") -> pd.DataFrame:
+    """A table of the second seed model's study with the column `trial`: method and settings.
+
+    `model`: "plain" for the one that writes equations alone.
+    """
     table = read(name)
-    table = table[table.model == "misconceptions"]
+    table = table[table.model == model]
     return table.assign(trial=table.method + "/" + table.settings.str.replace(" ", "/"))
 
 
@@ -146,6 +149,38 @@ def tuned_methods() -> pd.DataFrame:
     shown = ["settings", "seeds", "last", *names.values()]
     table = table.rename(columns=names)
     return table.set_index("method")[["trial", *shown]]
+
+
+def of_eight_iterations(tuned: pd.DataFrame) -> pd.DataFrame:
+    """The methods of `tuned_methods` that ran for eight iterations, with the trials that did."""
+    rows = tuned.loc[["Iterative RPO", "RFT", "DPO without NLL"], ["trial"]]
+    return rows.assign(trial=rows.trial.str.replace("learning_rate", "iterations=8/learning_rate"))
+
+
+def how_far(means: pd.DataFrame, method: str = "irpo") -> pd.DataFrame:
+    """How far the first iteration went, by learning rate and β: δ of held-out pairs, the share of
+    them past 3/β (where the DPO gradient has a tenth of its start), and the KL to M_0."""
+    names = {
+        "margin": "δ of held-out pairs (nats)",
+        "saturated_share": "of them past 3/β (%)",
+        "kl_m0": "KL (nats)",
+    }
+    shown = {}
+    for rate in (0.0003, 0.001):
+        for beta in (0.1, 0.3, 1, 3):
+            trial = f"{method}/beta={beta:g}/learning_rate={rate:g}"
+            rows = means[(means.trial == trial) & (means.iteration == 1)].set_index("metric")
+            if len(rows):
+                values = {names[name]: rows.value[name] for name in names}
+                values["of them past 3/β (%)"] *= 100
+                shown[f"{rate:g}", f"β = {beta:g}"] = values
+    table = pd.DataFrame(shown).T.round(1)
+    return table.rename_axis(["learning rate", ""])
+
+
+def nats(means: pd.DataFrame) -> float:
+    """Nats of a completion of M_0: the mean negative log-probability, over all trials."""
+    return means[(means.metric == "nats") & (means.iteration == 0)].value.mean()
 
 
 # ------------------------------------------------------------------------------ completions of M_0
@@ -329,7 +364,8 @@ def lesson_accuracy(means: pd.DataFrame, tuned: pd.DataFrame) -> plots.TextFigur
         points = rows[rows.trial == tuned.trial[method]].sort_values("iteration")
         x, y = points.iteration + 0.05 * (i - 2.5), 100 * points.value
         axes.vlines(x, 100 * points.low, 100 * points.high, color=colour, linewidth=1, alpha=0.6)
-        line = plots.draw_points(axes, x, y, f"{method} ({seeds(tuned.seeds[method])})", colour)
+        label = f"{method} ({seeds(int(points.seeds.max()))})"
+        line = plots.draw_points(axes, x, y, label, colour)
         numbers = (
             f"M{row.iteration} {100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
             for row in points.itertuples()
@@ -354,15 +390,14 @@ def seeds(count: int) -> str:
     return f"{count} seed" if count == 1 else f"{count} seeds"
 
 
-def beta_map(means: pd.DataFrame, iteration: int = 4) -> plots.TextFigure:
-    """Accuracy of M_t against β with and without the NLL term, a panel per learning rate."""
-    rows = means[(means.metric == "greedy") & (means.split == "test")]
-    rows = rows[rows.iteration == iteration]
-    rates = (0.0003, 0.001)
-    figure, axes = plots.new_figure(9.0, 4.0, panels=len(rates))
-    panels = {}
-    for panel, rate in zip(axes, rates, strict=True):
-        lines = panels[f"learning rate {rate:g}"] = []
+def beta_map(panels: dict[str, tuple[pd.DataFrame, float]], iteration=4) -> plots.TextFigure:
+    """Accuracy of M_t against β with and without the NLL term; title -> means, learning rate."""
+    figure, axes = plots.new_figure(9.0, 4.0, panels=len(panels))
+    spoken = {}
+    for panel, (title, (means, rate)) in zip(axes, panels.items(), strict=True):
+        rows = means[(means.metric == "greedy") & (means.split == "test")]
+        rows = rows[rows.iteration == iteration]
+        lines = spoken[title] = []
         for method, dashes in (("irpo", "-"), ("dpo", "--")):
             name, colour = LESSON[method]
             trials = {
@@ -381,11 +416,28 @@ def beta_map(means: pd.DataFrame, iteration: int = 4) -> plots.TextFigure:
                 for row in points.itertuples()
             )
             lines.append(line._replace(numbers=", ".join(numbers)))
-        panel.set(title=f"learning rate {rate:g}", xlabel="β", xscale="log", ylim=(0, 100))
+        panel.set(title=title, xlabel="β", xscale="log", ylim=(0, 100))
         panel.set_xticks([0.1, 0.3, 1, 3], labels=["0.1", "0.3", "1", "3"])
     axes[0].set_ylabel(f"Accuracy of $M_{iteration}$ (%)")
-    figure = plots.finish(figure, f"Test accuracy of M{iteration} (%) against beta", panels)
+    figure = plots.finish(figure, f"Test accuracy of M{iteration} (%) against beta", spoken)
     return _one_legend(figure, columns=2)
+
+
+def accuracy_against_kl() -> plots.TextFigure:
+    """Validation accuracy of M_0 to M_4 of the second seed model over the mean KL to M_0."""
+    table = read("lesson_kl")
+    figure, axes = plots.new_figure(7.6, 4.0)
+    lines = []
+    for method, (name, colour) in LESSON.items():
+        points = table[table.method == method].sort_values("iteration")
+        line = plots.draw_points(axes, points.kl_m0, 100 * points.value, name, colour)
+        numbers = (f"{100 * row.value:.1f} at {row.kl_m0:.2f}" for row in points.itertuples())
+        lines.append(line._replace(numbers=", ".join(numbers)))
+    axes.set(xlabel="KL to $M_0$ (nats per completion)", ylabel="Accuracy on validation (%)")
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xticks([0, 0.5, 1, 2, 5, 10], labels=["0", "0.5", "1", "2", "5", "10"])
+    axes.set_xlim(-0.02, 13)
+    return plots.finish(figure, "Validation accuracy (%) by KL to M0 (nats)", {"": lines})
 
 
 def misconceptions(table: pd.DataFrame, shown=SHOW_MISCONCEPTIONS) -> plots.TextFigure:

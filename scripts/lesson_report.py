@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -466,12 +467,12 @@ def interactions(records: dict[str, dict]) -> list[dict]:
             )
             names = [f"gain of the NLL term at beta {beta}" for beta in (1, 0.1)]
             rows += interaction("NLL term", claim, names, gains)
-        for method in ("irpo", "dpo"):
+        for method, t in itertools.product(("irpo", "dpo"), (1, 4)):
             small, large = ((method, {"beta": b, "learning_rate": rate}) for b in (0.1, 1.0))
-            gains = [gain_of(trials, small, large, 4, model) for model in (MAIN, "plain")]
+            gains = [gain_of(trials, small, large, t, model) for model in (MAIN, "plain")]
             claim = (
                 "beta 1 gains more over beta 0.1 where completions have fewer nats "
-                f"({TITLES[method]}, learning rate {rate:g}, M4)"
+                f"({TITLES[method]}, learning rate {rate:g}, M{t})"
             )
             names = [f"gain of beta 1 on the {model} model" for model in (MAIN, "plain")]
             rows += interaction("beta", claim, names, gains)

@@ -150,8 +150,7 @@ helpers_06.accuracy_dots(main, iterations=(1, 4))
 
 # %% [markdown]
 # Here SFT on gold solutions is first after one iteration. This M_0 first learnt to work out most questions, and was then
-# trained to skip its working. The gold solutions have the working in the form that M_0 once learnt. Any training that restores
-# this working succeeds.
+# trained to skip its working. The gold solutions have the working in the form that M_0 once learnt.
 #
 # ### Which differences are real?
 #
@@ -307,8 +306,8 @@ for row in later[later.seeds == 5].itertuples():
 #
 # The first M_0 makes the comparison too easy: any training that restores the working succeeds. In the paper, chosen and
 # rejected completions are both chains of thought. So we use a second miniature model
-# ([model card](../docs/model_card_misconceptions.md)). It always shows its working and makes errors that pupils make. For
-# example, it forgets the carry.
+# ([model card](../docs/model_card_misconceptions.md)). It always shows its working and makes errors of pupils, such as a
+# forgotten carry.
 #
 # **Predict**: does DPO without NLL fall behind here?
 
@@ -339,11 +338,23 @@ helpers_06.claims_table(compared)
 #
 # **RFT** is ahead at M2 and M3 in every seed. At M1 the interval rules out a lead of the paper's size for Iterative RPO, and at
 # M4 the difference is not resolved. A possible reason: here a correct step competes with *one* typical error, so raising one
-# already lowers the other. **SFT on gold solutions** is ahead at M1, which disagrees with the paper. At M4 its KL to M_0 is the
-# largest of the six methods, 11 nats ([log](../figures/lesson_log.md)).
+# already lowers the other. A model with several plausible errors per step would test this. **SFT on gold solutions** is
+# ahead at M1, which disagrees with the paper.
 #
 # **DPO without NLL** is behind at M1, and the verdict reads "agrees". Look at the settings before you believe it: the tuning
-# chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. Section 6 compares them at the same β.
+# chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. For DPO, β = 3 was better than 1 by two of 300
+# questions. Section 6 compares both methods at the same β.
+#
+# Is RFT ahead because it went further? **Predict** which method moved furthest from M_0.
+
+# %% tags=["nbval-ignore-output"]
+figure = helpers_06.accuracy_against_kl()
+assert "GRPO" in plots.alt_text(figure)
+figure
+
+# %% [markdown]
+# It is not: at M2 its accuracy is higher and its mean KL smaller than that of Iterative RPO. SFT on gold solutions moved
+# furthest.
 #
 # What does the rise consist of?
 
@@ -374,31 +385,35 @@ figure
 helpers_06.claims_table(verdicts[verdicts.group == "map"])
 
 # %% [markdown]
-# M_0 is at 40 %. At 3e-4 all means are between 85 and 90 %, and no effect of the term is resolved. At 3e-3 training ends at 5 %
-# without the term, at 37 % with α = 1, and at 55 % with α = 3. At 1e-3 the means also rise with α, but these differences are
-# not resolved. RFT, the limit of large α, has the highest mean at each learning rate. It is ahead of α = 3 at the two higher
-# ones. So here the NLL term limits the damage of a high learning rate. Whether it also raises the best accuracy is not
-# resolved.
+# M_0 is at 40 %. At 3e-4 no effect of the term is resolved. At 3e-3 training ends at 5 % without it, at 37 % with α = 1, and at
+# 55 % with α = 3. At 1e-3 the means also rise with α, but these differences are not resolved. RFT, the limit of large α, is
+# ahead of α = 3 at the two higher learning rates. So here the NLL term limits the damage of a high learning rate. Whether it
+# also raises the best accuracy is not resolved.
 #
 # Now β. **Predict**: at which β does the NLL term help?
 
 # %% tags=["nbval-ignore-output"]
-helpers_06.beta_map(lesson)
+helpers_06.beta_map({f"learning rate {rate:g}": (lesson, rate) for rate in (3e-4, 1e-3)})
 
 # %%
 nll_term = verdicts[(verdicts.group == "NLL term") & ~verdicts.claim.str.contains("model")]
 helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 
 # %% [markdown]
-# The figure shows M4, the table M1. At 3e-4 all means of M4 are between 83 and 89 %, and at M1 the mean gain of the term is at
-# most about 1 point. At 1e-3 the NLL term helps at M1, by 19 points with β = 0.1 and by 12 with β = 0.3, which agrees with
-# the paper. With β = 1 and 3 the interval rules out a gain of the paper's size. The last row says that it helps more at
-# β = 0.1 than at β = 1. At M4 its effect is not resolved at any β. The effect of β is resolved for Iterative RPO at 1e-3:
-# β = 3 ends 26 points above β = 0.1 ([verdicts](../figures/lesson_verdicts.csv)).
+# The figure shows M4, the table M1. At 3e-4 the mean gain of the term at M1 is at most about 1 point. At 1e-3 the NLL term helps at M1, by 19 points with β = 0.1 and by 12 with β = 0.3, which agrees with
+# the paper. With β = 1 and 3 the interval rules out a gain of the paper's size. At M4 its effect is not resolved at any β.
+# The effect of β is: at 1e-3 Iterative RPO with β = 3 ends 26 points above β = 0.1
+# ([verdicts](../figures/lesson_verdicts.csv)).
 #
-# [Notebook 04](04_dpo_nll_training.ipynb) suggests a reason. Training moves chosen and rejected completions apart by δ. The
-# gradient of the DPO term fades when δ is a few times 1/β. At β = 0.1 that is some tens of nats. Training may go too far there
-# unless the NLL term keeps chosen completions probable.
+# In [notebook 04](04_dpo_nll_training.ipynb) the DPO gradient of a pair has faded at δ ≈ 3/β. How far did M1 get?
+
+# %%
+helpers_06.how_far(lesson)
+
+# %% [markdown]
+# At 1e-3 and β = 0.1 no pair is near 3/β = 30 nats, so β does not limit the
+# step. A large β stops most pairs early, and then the NLL term is not needed. At 3e-4 δ is small at each β: there the
+# learning rate limits the step. [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?
@@ -419,8 +434,8 @@ helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 # %% [markdown]
 # At 3e-4 chosen completions rise at M1 with the NLL term. They also rise without it, which disagrees with figure 3. At 1e-3
 # with β = 0.1 they fall, on average more without the term. Without it the fall agrees with figure 3. With RFT rejected
-# completions *fall* in all seeds, which disagrees with figure 2. A possible reason: the correct and the incorrect result
-# compete for the probability of one token, so raising one lowers the other.
+# completions *fall* in all seeds, which disagrees with figure 2. The reason may be that of section 5: correct and incorrect
+# steps compete.
 
 # %% [markdown]
 # ## What you have learnt
