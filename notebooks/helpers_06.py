@@ -73,7 +73,7 @@ def final(rows: pd.DataFrame, metrics=("greedy",)) -> pd.DataFrame:
 
 def in_words(claim: str) -> str:
     """A claim of lesson_claims.csv or lesson_verdicts.csv under the names of the notebooks."""
-    claim = claim.replace("rejection-sampling SFT", "RFT").replace("SFT on chosen", "RFT")
+    claim = claim.replace("rejection-sampling SFT", "RFT")
     for name, letter in {"alpha": "α", "beta": "β"}.items():
         claim = re.sub(rf"\b{name} (?=\d)", f"{letter} = ", claim)
     return claim
@@ -332,15 +332,19 @@ def gains(panels: dict[str, pd.DataFrame]) -> plots.TextFigure:
 
 
 def forest(rows: pd.DataFrame) -> plots.TextFigure:
-    """Claims with the paper's difference (diamond) and the difference here (dot, 95 % interval)."""
+    """Claims with the difference here (dot, 95 % interval) and the paper's (diamond), if it has a
+    number."""
     colours = {"agrees": BLUE, "disagrees": ORANGE, "not resolved": GREY}
     figure, axes = plots.new_figure(9.2, 1.2 + 0.34 * len(rows))
     spoken = []
     for y, row in zip(range(len(rows) - 1, -1, -1), rows.itertuples(), strict=True):
         _dot(axes, y, row.points, row.low, row.high, colours.get(row.verdict, GREEN))
-        axes.plot(row.paper, y, "D", color=INK, markersize=5, fillstyle="none")
         plots.annotate(axes, row.verdict, (1, y), xycoords=("axes fraction", "data"))
-        spoken.append(f"{row.claim}: {with_interval(row)}, paper {row.paper:+.1f}, {row.verdict}")
+        paper = "no number in the paper"
+        if np.isfinite(row.paper):
+            axes.plot(row.paper, y, "D", color=INK, markersize=5, fillstyle="none")
+            paper = f"paper {row.paper:+.1f}"
+        spoken.append(f"{row.claim}: {with_interval(row)}, {paper}, {row.verdict}")
     axes.axvline(0, color=INK, linewidth=1)
     _rows_axis(axes, list(rows.claim))
     axes.set_xlabel("Difference in accuracy (points); diamond: the paper")

@@ -13,6 +13,7 @@ from irpo_utils import evaluation, methods
 pytest.importorskip("jupytext")
 
 import checks_06 as checks  # noqa: E402
+import helpers_06  # noqa: E402
 
 from studies import baselines, significance  # noqa: E402
 from studies import lesson_statistics as lesson  # noqa: E402
@@ -141,9 +142,21 @@ def test_the_check_of_verdicts_takes_the_verdicts_of_the_claims():
     solved = solution(*EXERCISES["verdict"])
     claims = pandas.read_csv(ROOT / "figures" / "lesson_claims.csv")
     judged = claims[claims.verdict.notna()]
-    assert len(judged) > 10
+    assert judged.paper.notna().all() and np.isfinite(judged.paper).sum() > 10
     for row in judged.itertuples():
-        assert solved(row.low, row.high, row.paper) == row.verdict, row.claim
+        assert lesson.verdict(row.low, row.high, row.paper) == row.verdict, row.claim
+        if np.isfinite(row.paper):
+            assert solved(row.low, row.high, row.paper) == row.verdict, row.claim
+
+
+def test_a_claim_without_a_number_of_the_paper_has_an_empty_cell_and_no_diamond():
+    rows = helpers_06.claims()
+    rows = rows[rows.claim.str.startswith("the NLL term helps")]
+    assert list(helpers_06.claims_table(rows).paper) == ["+11.3", "", "", ""]
+    figure = helpers_06.forest(rows)
+    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert [line.get_xdata()[0] for line in diamonds] == [11.3]
+    assert "inf" not in figure.alt_text and "no number in the paper" in figure.alt_text
 
 
 def four(low, high, paper):
