@@ -42,9 +42,9 @@ ONCE, DPO, SFT = {"iterations": 1}, {"alpha": 0.0}, {"loss": "sft", "alpha": 1.0
 METHODS: dict[str, Method] = {
     "irpo": Method("Iterative RPO", "Pang et al. 2024, section 2"),
     "irpo_2x": Method("Iterative RPO, twice the pairs", PAPER, ONCE, pairs_factor=2),
-    "irpo_from_sft": Method("Iterative RPO from SFT on chosen", PAPER, start="star"),
+    "irpo_from_sft": Method("Iterative RPO from rejection-sampling SFT", PAPER, start="star"),
     "iterative_dpo": Method("DPO without NLL", f"{PAPER}; Xu et al. 2023, arXiv 2312.16682", DPO),
-    "dpo_from_sft": Method("DPO from SFT on chosen", PAPER, DPO | ONCE, start="star"),
+    "dpo_from_sft": Method("DPO from rejection-sampling SFT", PAPER, DPO | ONCE, start="star"),
     # STaR (Zelikman et al. 2022) also retrains from M_0 each time, and shows the model the answers
     # of the questions that it fails.
     "star": Method("Rejection-sampling SFT", f"{PAPER}, there called STaR", SFT),
