@@ -398,6 +398,14 @@ def test_dot_plot_orders_methods_and_draws_every_seed():
     )
 
 
+def test_dot_plot_has_rows_with_fewer_seeds_below_the_others():
+    table = study()
+    table = table[(table.method != "sft_gold") | (table.seed < 2)]
+    labels = figures.dot_plot(table).axes[0].get_yticklabels()
+    names = [label.get_text() for label in labels]
+    assert names[:2] == ["sft gold (2 seeds)", "zero shot"] and len(names) == 5
+
+
 @pytest.mark.parametrize("x, scale, cost", [("tokens", 1e6, 250_000), ("seconds", 60, 90)])
 def test_accuracy_against_cost(x, scale, cost):
     figure = figures.accuracy_against_cost(study(), x=x)

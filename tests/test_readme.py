@@ -30,6 +30,15 @@ def test_links_and_pictures_exist_and_pictures_have_alternative_text(page):
         assert not picture or len(words) > 30
 
 
+def test_methods_with_fewer_seeds_are_not_ranked_with_the_others():
+    first, second = readme_tables.comparison().split("The next table")
+    means = pandas.read_csv(ROOT / "figures" / "comparison_mean.csv")
+    for method, seeds in means[means.iteration > 0].groupby("method").seeds.max().items():
+        row = f"| {readme_tables.api.method_title(method)} |"
+        assert (row in first) == (seeds == 5), row
+        assert (row in second) == (seeds == 3 or method == "irpo"), row
+
+
 def test_readme_is_short_enough_to_be_read():
     """Prose and tables, without code, addresses of links and the marks of tables."""
     text = (ROOT / "README.md").read_text()

@@ -5,6 +5,7 @@ A metrics table in, a `TextFigure` out; `UserError` for a table without what a f
 
 from __future__ import annotations
 
+import textwrap
 from itertools import cycle
 
 import matplotlib
@@ -172,7 +173,7 @@ def training_curves(logs: dict[str, pd.DataFrame]) -> TextFigure:
         axes.sharey(first)
     panels["chosen − rejected"] = differences
     for axes, name in zip(figure.axes, panels, strict=True):
-        axes.set(title=name, xlabel="Optimiser step")
+        axes.set(title=textwrap.fill(name, 22, break_on_hyphens=False), xlabel="Optimiser step")
     first.set_ylabel("Log-probability of a completion (nats)")
     others[-1].set_ylabel("Difference (nats)")
     return plots.finish(figure, "Log-probabilities in training (nats), first and last step", panels)
@@ -196,13 +197,18 @@ def sweep(metrics: pd.DataFrame, x: str, xlabel: str, ylabel: str = "Share (%)")
 def dot_plot(comparison: pd.DataFrame) -> TextFigure:
     """Accuracy by method with 95 % intervals, best on top, seeds as small dots (tables 1 and 2).
 
-    One row per method, iteration, metric and k of the table: select what is to be compared.
+    One row per method, iteration, metric and k of the table: select what is to be compared. Rows
+    with fewer seeds than others are below them, because means over other seeds have no rank there.
     """
     keys = metric_keys(comparison)
     groups = [group for _, group in comparison.groupby(keys, sort=False, dropna=False)]
-    groups.sort(key=lambda group: group["value"].mean())
+    groups.sort(key=lambda group: (len(group), group["value"].mean()))
     figure, axes = plots.new_figure(7.4, 1.1 + 0.36 * len(groups))
     labels = [_row_label(group.iloc[0], comparison) for group in groups]
+    most = max(map(len, groups))
+    for i, group in enumerate(groups):
+        if len(group) < most:
+            labels[i] += f" ({len(group)} {'seed' if len(group) == 1 else 'seeds'})"
     descriptions = []
     for y, (label, group) in enumerate(zip(labels, groups, strict=True)):
         row = summarise(group).iloc[0]
