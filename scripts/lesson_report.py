@@ -308,6 +308,14 @@ def comparison_claims(tuned: dict[str, dict]):
     for t, paper in ((1, 11.3), (4, math.inf)):
         claim = f"Iterative RPO beats DPO without NLL, each at its settings (M{t})"
         yield claim, (name["dpo"], t), (irpo, t), paper
+    near = trial_name("dpo", {"beta": 1.0, "learning_rate": 3e-4})
+    for t in (1, 4):
+        yield (
+            f"Iterative RPO beats DPO without NLL with beta 1 (M{t})",
+            (near, t),
+            (irpo, t),
+            math.inf,
+        )
     for t, paper in ((2, 3.2), (4, math.inf)):
         claim = f"new samples are worth more than more steps on those of M0 (M{t})"
         yield claim, (name["irpo_m0_samples"], t), (irpo, t), paper
