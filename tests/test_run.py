@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from irpo_utils.engines import Engine, plain
 from irpo_utils.ops import environment, run_directory, storage, trainer, warnings
 from irpo_utils.ops import plan as planning
 from irpo_utils.ops import run as runs
-from studies import evaluate_again, finished_runs
+from studies import evaluate_again, finished_runs, stopping
 from studies import probe as probes
 
 SHIPPED = Path(__file__).parent.parent / "notebooks" / "shipped_run"
@@ -767,11 +768,24 @@ def test_signs_of_a_collapse_in_the_metrics_are_named():
     assert step.startswith("a long step: KL to M_0 is 9.0")
 
 
-def test_the_rule_names_the_model_to_keep():
+def test_the_rule_names_the_model_to_keep_after_two_models_without_improvement():
     assert warnings.of_validation([0.3, 0.5]).startswith("M_1 is the best model so far")
     said = warnings.of_validation([0.3, 0.5, 0.6, 0.5])
-    assert "M_3 does not exceed M_2 on validation (50.0%, 60.0%): stop and keep M_2" in said
-    assert "keep M_0" in warnings.of_validation([0.3, 0.3])  # level is no gain
+    assert "M_3 does not exceed M_2 on validation (50.0%, 60.0%): one more iteration" in said
+    assert "keep" not in said
+    said = warnings.of_validation([0.3, 0.5, 0.6, 0.5, 0.55])
+    assert "2 models in a row do not exceed M_2 on validation: stop and keep M_2" in said
+    assert "stop and keep M_2" in warnings.of_validation([0.3, 0.5, 0.6, 0.5, 0.55, 0.4])
+    assert "M_4 is the best" in warnings.of_validation([0.3, 0.5, 0.6, 0.5, 0.7])
+    assert "keep M_0" in warnings.of_validation([0.3, 0.3, 0.3])  # level is no gain
+
+
+def test_the_rule_of_a_run_is_the_one_that_was_scored():
+    for accuracy in itertools.product((0.1, 0.2, 0.3), repeat=5):
+        said = [warnings.of_validation(accuracy[: t + 1]) for t in range(1, 5)]
+        stops = [text.partition("keep M_")[2] for text in said if "stop and keep" in text]
+        kept = stopping.patience_2([{"validation": value} for value in accuracy])
+        assert kept == (int(stops[0]) if stops else accuracy.index(max(accuracy)))
 
 
 def test_a_run_on_validation_says_which_model_to_keep(tmp_path, capsys):

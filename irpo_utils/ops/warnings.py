@@ -74,17 +74,21 @@ def of_evaluation(t: int, before: dict, now: dict) -> list[str]:
 
 
 def of_validation(accuracy: list[float]) -> str:
-    """What patience 1 says of the greedy accuracies of M_0 to M_t on validation questions.
+    """What patience 2 says of the greedy accuracies of M_0 to M_t on validation questions.
 
-    `scripts/lesson_report.py` scores this rule among others on finished runs.
+    `scripts/studies/stopping.py` scores this rule among others on finished runs.
     """
     t = len(accuracy) - 1
     best = accuracy.index(max(accuracy))
     if best == t:
         return f"M_{t} is the best model so far on validation ({accuracy[t]:.1%}): go on"
+    if t - best == 1:
+        return (
+            f"M_{t} does not exceed M_{best} on validation ({accuracy[t]:.1%}, "
+            f"{accuracy[best]:.1%}): one more iteration decides whether to stop"
+        )
     return (
-        f"M_{t} does not exceed M_{best} on validation ({accuracy[t]:.1%}, {accuracy[best]:.1%}): "
-        f"stop and keep M_{best}, or go on and keep the best model of all"
+        f"{t - best} models in a row do not exceed M_{best} on validation: stop and keep M_{best}"
     )
 
 
