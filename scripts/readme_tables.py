@@ -402,8 +402,8 @@ def verdicts() -> str:
 def rules() -> str:
     """What each stopping rule loses, and whether it warns before a fall."""
     table = pandas.read_csv(FIGURES / "lesson_rules.csv")
-    lines = ["| rule | runs | loses | at most | before the fall | at the fall | false alarms |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    names = "rule | runs | loses | at most | before the fall | lead (iterations) | at the fall"
+    lines = [f"| {names} | false alarms |", "|---|---|---|---|---|---|---|---|"]
     for row in table.itertuples():
         cells = [
             row.rule,
@@ -412,10 +412,11 @@ def rules() -> str:
         ]
         cells += [f"{row.most:.0f}"]
         if math.isnan(row.falls):
-            cells += [""] * 3
+            cells += [""] * 4
         else:
-            cells += [f"{row.before:.0f} of {row.falls:.0f}", f"{row.at:.0f}"]
-            cells += [f"{row.false_alarms:.0f} of {row.without_fall:.0f}"]
+            lead = f"{row.lead:.1f} ({row.lead_low:.1f}–{row.lead_high:.1f})"
+            cells += [f"{row.before:.0f} of {row.falls:.0f}", "" if math.isnan(row.lead) else lead]
+            cells += [f"{row.at:.0f}", f"{row.false_alarms:.0f} of {row.without_fall:.0f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

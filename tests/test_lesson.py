@@ -5,6 +5,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 
 import lesson_report
@@ -215,8 +216,37 @@ def test_a_warning_comes_before_a_fall_or_with_it():
     assert stopping.interval_over_settings(seeds, [1, 1, 1, 1, 0]) == (0.8, 0, 1)
     # Patience 2 would stop one model after the end of these runs.
     assert (scores.loc["patience 2"].stops, scores.loc["patience 2"].regret) == (0, 0)
+    # KL warns at M_2, and M_3 falls. A mean needs two such falls.
+    assert (kl.lead, kl.lead_low, kl.lead_high) == (1, 1, 1)
+    assert math.isnan(patience.lead)
     # This rule is applied to a finished run: it warns of nothing.
     assert math.isnan(scores.falls["best validation accuracy of all"])
+
+
+def test_the_lead_time_is_counted_from_the_model_at_which_a_rule_stops():
+    """A fall at M_4 and one at M_5; M_1 is the best model on validation until then."""
+
+    def run(trial: str, test: list[int], validation: list[int]) -> dict:
+        rows = rows_of(test, [0, 3] + [0.1] * 4, [-9, -8, -7, -6, -5, -4])
+        return {
+            "model": "m",
+            "trial": trial,
+            "rows": [row | {"validation": v / 10} for row, v in zip(rows, validation, strict=True)],
+        }
+
+    runs = [
+        run("a", [5, 7, 7, 7, 3, 3], [5, 7, 7, 7, 3, 3]),
+        run("b", [5, 7, 7, 7, 7, 3], [5, 7, 6, 7, 7, 3]),
+        run("c", [5, 7, 7, 7, 7, 3], [5, 6, 7, 8, 9, 3]),  # patience 1 stops at the fall
+        run("d", [5, 6, 7, 7, 8, 9], [5, 6, 7, 7, 8, 9]),  # no fall
+    ]
+    rules = ("patience 1", "patience 2", "KL to the previous model above 2 nats")
+    scores = stopping.scores(runs, {name: stopping.RULES[name] for name in rules})
+    # Patience 1 stops at M_2, patience 2 at M_3 and keeps M_1 as well, the limit on KL at M_1.
+    assert scores.before.tolist() == [2, 2, 3] and scores["at"].tolist() == [1, 0, 0]
+    assert scores.false_alarms.tolist() == [1, 0, 1]
+    assert scores.lead.tolist() == pytest.approx([(2 + 3) / 2, (1 + 2) / 2, (3 + 4 + 4) / 3])
+    assert scores.lead_low.tolist() == [2, 1, 3] and scores.lead_high.tolist() == [3, 2, 4]
 
 
 def test_a_run_of_the_first_model_is_split_and_continued(tmp_path):
@@ -255,6 +285,32 @@ def test_finished_runs_of_both_models_have_the_numbers_of_all_rules():
     scores = stopping.scores(runs).set_index("rule")
     assert (scores.regret_low <= scores.regret).all() and (scores.runs > 20).all()
     assert (scores.before + scores["at"] <= scores.falls)[scores.falls.notna()].all()
+    assert ((scores.lead >= 1) == (scores.before > 1)).all()
+
+
+def test_the_pages_say_what_the_rules_do():
+    """docs/results/second_model.md and notebook 05 say this in words."""
+    runs = stopping.finished_runs()
+    scores = stopping.scores(runs).set_index("rule")
+    warn, in_vain = scores.before > scores.falls / 2, scores.false_alarms / scores.without_fall
+    assert warn.any() and in_vain[warn].min() > 0.2
+    kl = "KL to the previous model above 2 nats"
+    assert not warn[kl] and in_vain[kl] < in_vain[warn].min()
+    assert scores.regret[kl] > scores.regret["keep the last model"]
+    assert scores.stops["patience 2"] < scores.runs["patience 2"] / 3
+    lost = {
+        name: np.array([stopping.regret(run["rows"], rule(run["rows"])) for run in runs])
+        for name, rule in stopping.RULES.items()
+        if "one line" not in name
+    }
+    _, low, _ = stopping.interval_over_settings(runs, lost["patience 1"] - lost["patience 2"])
+    assert low > 0
+    best = lost["best validation accuracy of all"]
+    gain, low, _ = stopping.interval_over_settings(runs, lost["patience 2"] - best)
+    assert low <= 0 and gain < 0.5
+    # The share of pairs was measured on the first model alone.
+    measured = {run["model"] for run in runs if run["rows"][1]["one_step"] is not None}
+    assert measured == {"hasty"}
 
 
 def fake_record(run: lesson_study.Run, accuracy: list[float], rng: random.Random) -> dict:

@@ -175,8 +175,10 @@ def scores(runs: list[dict], rules: dict = RULES) -> pandas.DataFrame:
     `regret`: the loss against the best model of the run, at most `most`. `gain_over_last`: what the
     rule saves against keeping the last model. Of the `falls`, a rule warns `before` if it stops at
     an earlier model than the one that fell (`before_low` and `before_high` in %), and `at` if it
-    stops at that one. No rule can stop before the `falls_at_m1`. `false_alarms`: runs without a
-    fall that it stops, of `without_fall`.
+    stops at that one. `lead`: the mean number of iterations from the model at which it stops to the
+    one that fell, over the falls that it stops before; empty if these are fewer than 2. No rule can
+    stop before the `falls_at_m1`. `false_alarms`: runs without a fall that it stops, of
+    `without_fall`.
     """
     return pandas.DataFrame([_score(name, rule, runs) for name, rule in rules.items()])
 
@@ -219,5 +221,11 @@ def _score(name: str, rule, runs: list[dict]) -> dict:
     if fallen:
         _, low, high = interval_over_settings([runs[i] for i in fallen], before)
         made |= {"before_low": 100 * low, "before_high": 100 * high}
+    early = [i for i, is_early in zip(fallen, before, strict=True) if is_early]
+    if len(early) > 1:
+        lead = interval_over_settings(
+            [runs[i] for i in early], [falls_of[i] - stops[i] for i in early]
+        )
+        made |= dict(zip(("lead", "lead_low", "lead_high"), lead, strict=True))
     calm = [stop for stop, fall in zip(stops, falls_of, strict=True) if fall is None]
     return made | {"false_alarms": sum(s is not None for s in calm), "without_fall": len(calm)}
