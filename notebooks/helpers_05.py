@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
 WARNINGS = (  # rules of scripts/studies/stopping.py that section 8 shows
     "patience 1",
+    "patience 2",
     "KL to the previous model above 1 nat",
     "KL to the previous model above 2 nats",
     "chosen completions lose probability",
@@ -167,9 +168,11 @@ def warnings_of_rules() -> pd.DataFrame:
         early = (
             f"{row.before:.0f} of {row.falls:.0f} ({row.before_low:.0f} to {row.before_high:.0f} %)"
         )
+        lead = f"{row.lead:.1f} ({row.lead_low:.1f} to {row.lead_high:.1f})"
         false = f"{row.false_alarms:.0f} of {row.without_fall:.0f}"
         rows[name] = {
             "before the fall": early,
+            "lead (iterations)": "" if np.isnan(row.lead) else lead,
             "at the fall": f"{row['at']:.0f}",
             "false alarms": false,
         }
