@@ -286,7 +286,7 @@ table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(objec
 # line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare answer, and
 # later ones more often compare two calculations. On such pairs DPO can lower chosen and rejected completions together
 # ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)).
-# Tune for the number of iterations that you need, and stop by the rule of [notebook 05](05_iterations.ipynb).
+# Tune for the number of iterations that you need, and stop with patience 2 ([notebook 05](05_iterations.ipynb)).
 #
 # On the second model every method has the learning rate that was best after four iterations.
 

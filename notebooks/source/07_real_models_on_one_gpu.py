@@ -314,7 +314,7 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # python scripts/evaluate.py runs/qwen2.5-0.5b --iterations best --split test
 # ```
 #
-# After every iteration the run prints accuracy on the validation questions and the model that patience 1 keeps.
+# After every iteration the run prints accuracy on the validation questions and whether patience 2 stops.
 # `--report-to tensorboard` adds curves (first `pip install tensorboard`). With `--engine vllm` the run starts a
 # [vLLM](../docs/results/speed.md#vllm) server, which writes the completions.
 #
