@@ -50,10 +50,6 @@ TRIALS = {  # trials of that study whose log-probabilities are drawn: name, colo
     "dpo/beta=0.1/learning_rate=0.001": ("DPO without NLL, β = 0.1, 1e-3", ORANGE, "--"),
     "rft/learning_rate=0.0003": ("RFT, 3e-4", GREEN, "-"),
 }
-SHOW_MISCONCEPTIONS = {  # at their tuned settings
-    "irpo/beta=0.3/learning_rate=0.0003": "Iterative RPO",
-    "rft/learning_rate=0.0003": "RFT",
-}
 
 
 # ------------------------------------------------------------------------------ result tables
@@ -157,8 +153,8 @@ def of_eight_iterations(tuned: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(trial=rows.trial.str.replace("learning_rate", "iterations=8/learning_rate"))
 
 
-def how_far(means: pd.DataFrame, method: str = "irpo") -> pd.DataFrame:
-    """How far the first iteration went, by learning rate and β: δ of held-out pairs, the share of
+def how_far(means: pd.DataFrame) -> pd.DataFrame:
+    """How far the first iteration of Iterative RPO went, by learning rate and β: δ of held-out pairs, the share of
     them past 3/β (where the DPO gradient has a tenth of its start), and the KL to M_0."""
     names = {
         "margin": "δ of held-out pairs (nats)",
@@ -168,7 +164,7 @@ def how_far(means: pd.DataFrame, method: str = "irpo") -> pd.DataFrame:
     shown = {}
     for rate in (0.0003, 0.001):
         for beta in (0.1, 0.3, 1, 3):
-            trial = f"{method}/beta={beta:g}/learning_rate={rate:g}"
+            trial = f"irpo/beta={beta:g}/learning_rate={rate:g}"
             rows = means[(means.trial == trial) & (means.iteration == 1)].set_index("metric")
             if len(rows):
                 values = {names[name]: rows.value[name] for name in names}
@@ -366,6 +362,8 @@ def lesson_accuracy(means: pd.DataFrame, tuned: pd.DataFrame) -> plots.TextFigur
         if method not in tuned.index:
             continue
         points = rows[rows.trial == tuned.trial[method]].sort_values("iteration")
+        if points.empty:
+            continue
         x, y = points.iteration + 0.05 * (i - 2.5), 100 * points.value
         axes.vlines(x, 100 * points.low, 100 * points.high, color=colour, linewidth=1, alpha=0.6)
         label = f"{method} ({seeds(int(points.seeds.max()))})"
@@ -444,8 +442,9 @@ def accuracy_against_kl() -> plots.TextFigure:
     return plots.finish(figure, "Validation accuracy (%) by KL to M0 (nats)", {"": lines})
 
 
-def misconceptions(table: pd.DataFrame, shown=SHOW_MISCONCEPTIONS) -> plots.TextFigure:
-    """Share of lines that follow a misconception where it applies, per iteration; a panel per trial."""
+def misconceptions(table: pd.DataFrame, tuned: pd.DataFrame) -> plots.TextFigure:
+    """Share of lines that follow a misconception where it applies, per iteration; two methods."""
+    shown = {tuned.trial[name]: name for name in ("Iterative RPO", "RFT")}
     figure, axes = plots.new_figure(4.6 * len(shown) + 2.6, 3.8, panels=len(shown))
     sentences, handles = [], None
     for panel, (key, title) in zip(axes, shown.items(), strict=True):

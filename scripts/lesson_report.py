@@ -232,7 +232,8 @@ def pair_table(pairs: list[dict]) -> pd.DataFrame:
 
     `tokens`: share of the tokens of both completions that have a partner in the other one
     (`difflib`, in order). `before`: share of the chosen completion's equations that come before the
-    first one that differs. `first`: share of the pairs with the same first equation.
+    first one that differs. `first` and `token`: share of the pairs with the same first equation,
+    and with the same first token.
     """
     rows: dict[str, list] = {}
     for pair in pairs:
@@ -243,9 +244,10 @@ def pair_table(pairs: list[dict]) -> pd.DataFrame:
         )
         equal = [a == b for a, b in zip(chosen, rejected, strict=False)] + [False]
         before = equal.index(False) / max(1, len(chosen))
-        rows.setdefault(pair["model"], []).append((same.ratio(), before, equal[0]))
+        token = pair["chosen_ids"][0] == pair["rejected_ids"][0]
+        rows.setdefault(pair["model"], []).append((same.ratio(), before, equal[0], token))
     table = {model: 100 * np.mean(values, axis=0) for model, values in rows.items()}
-    table = pd.DataFrame(table, index=["tokens", "before", "first"]).T.rename_axis("model")
+    table = pd.DataFrame(table, index=["tokens", "before", "first", "token"]).T.rename_axis("model")
     table.insert(0, "pairs", [len(rows[model]) for model in table.index])
     return table.reset_index()
 
@@ -784,7 +786,7 @@ def main(arguments: list[str] | None = None) -> None:
     pairs = [json.loads(line) for line in study.PAIRS_FILE.read_text().splitlines()]
     pair_table(pairs).to_csv(args.out / "lesson_pairs.csv", index=False, float_format="%.1f")
     rules = stopping.scores(stopping.finished_runs(args.out))
-    rules.to_csv(args.out / "lesson_rules.csv", index=False, float_format="%.2f")
+    rules.to_csv(args.out / "lesson_rules.csv", index=False, float_format="%.4f")
     environment = next(iter(records.values()))["environment"]
     for name, (figure, data) in figures(records, means).items():
         record = {

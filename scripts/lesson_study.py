@@ -213,9 +213,9 @@ def tuning_part(seeds: int, records: dict) -> list[Run]:
 
 
 def neighbours(value: float) -> list[float]:
-    """The values below and above one of LADDER."""
+    """The values below and above one of LADDER; one value at its ends."""
     i = LADDER.index(value)
-    return [LADDER[i - 1], LADDER[i + 1]]
+    return LADDER[max(0, i - 1) : i] + LADDER[i + 1 : i + 2]
 
 
 def comparison_part(seeds: int, records: dict) -> list[Run]:

@@ -25,9 +25,9 @@ def lesson(options: argparse.Namespace) -> None:
     import lesson_study
     from irpo_utils import UserError
 
-    if options.small or options.only:
+    if options.small or options.only or (options.runs, options.out) != ("runs/study", "figures"):
         raise UserError(
-            "`lesson` has neither --small nor --only. See python scripts/lesson_study.py --help."
+            "`lesson` has --seeds and --jobs alone. See python scripts/lesson_study.py --help."
         )
     lesson_study.study(list(lesson_study.PARTS), options.seeds, options.jobs)
     lesson_report.main([])

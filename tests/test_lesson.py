@@ -427,7 +427,14 @@ def test_how_alike_pairs_are():
         for row in made
     ]
     [row] = lesson_report.pair_table(rows).to_dict("records")
-    assert row == {"model": "m", "pairs": 2, "tokens": 37.5, "before": 25.0, "first": 50.0}
+    assert row == {
+        "model": "m",
+        "pairs": 2,
+        "tokens": 37.5,
+        "before": 25.0,
+        "first": 50.0,
+        "token": 50.0,
+    }
 
 
 def test_finished_seeds_are_complete_grids():

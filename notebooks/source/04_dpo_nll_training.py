@@ -186,8 +186,8 @@ helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 # \frac{\partial L_\text{DPO}}{\partial \log M_\theta(l|x)} = +\beta\,\sigma(-\beta\delta)$$
 #
 # The loss pushes $\log M_\theta(w|x)$ up and $\log M_\theta(l|x)$ down with equal size. The factor $\sigma(-\beta\delta)$
-# is $1/2$ at $\delta = 0$, and a tenth of that where $e^{\beta\delta} = 19$, so at $\delta \approx 3/\beta$: 29 nats for
-# $\beta = 0.1$, and 3 for $\beta = 1$. Autograd agrees. The arrows show gradient descent.
+# is $1/2$ at $\delta = 0$. At $\delta = \ln 19 / \beta \approx 3/\beta$ it is a tenth of that: at 30 nats for
+# $\beta = 0.1$, and at 3 for $\beta = 1$. Autograd agrees. Arrows show gradient descent.
 
 # %%
 chosen = torch.tensor([-20.0, 0.0, 20.0], requires_grad=True)      # log-ratios, so δ = chosen - rejected

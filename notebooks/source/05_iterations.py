@@ -445,7 +445,7 @@ print(checks_05.keep(keep))
 
 # %%
 shipped = helpers_05.shipped_runs()
-print(len(shipped), "runs with", len({one["name"] for one in shipped}), "methods and settings on both seed models")
+print(len(shipped), "runs with", len({one["name"] for one in shipped}), "methods and settings on the seed models")
 
 def stop_when(is_bad):
     """The rule that keeps the model before the first iteration that is bad."""
@@ -480,8 +480,8 @@ assert (table >= 0).all().all()
 helpers_05.regrets(table)
 
 # %% [markdown]
-# The intervals resample settings with all their seeds. KL and the chosen log-probability lose most: in section 7 the KL of
-# a healthy first iteration is above 1 nat. The best of all needs all iterations. Is patience 2 worth one more than patience 1?
+# The bootstrap draws settings, each with all its seeds. KL and the chosen log-probability lose most: in section 7 the KL of
+# a healthy first iteration is above 1 nat. The best of all needs all iterations. Is patience 2 worth its cost?
 
 # %% tags=["nbval-ignore-output"]
 def more(a, b):
@@ -500,7 +500,7 @@ for i in (table["patience 1"] - table["patience 2"]).nlargest(3).index:
 
 # %% [markdown]
 # There patience 1 stops too early: later models are better. **Use patience 2**: it loses less than patience 1, and its
-# difference from the best of all is not resolved. It costs two extra iterations; most runs here have four.
+# difference from the best of all is not resolved. It trains two iterations after the best model; most runs here have four.
 #
 # Does a rule stop *before* a fall? A fall is a loss of 5 points of test accuracy or more. The lead counts iterations from the
 # stop to the fall. A false alarm stops a run that never falls ([all rules](../figures/lesson_rules.csv)). Only the first
@@ -510,8 +510,8 @@ for i in (table["patience 1"] - table["patience 2"]).nlargest(3).index:
 helpers_05.warnings_of_rules()
 
 # %% [markdown]
-# Each rule that stops before most falls also stops many runs that never fall. Patience 2 stops before few, but keeps a model
-# from before them.
+# Each rule that stops before most falls also stops many runs that never fall. Patience 2 stops before few, but often
+# keeps a model from before the fall.
 #
 # So KL and the chosen log-probability are signs to *look*. Read ten completions, check how many hit the token limit
 # (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by patience 2.

@@ -206,7 +206,6 @@ print(checks_06.paired(paired))
 
 # %% [markdown]
 # The worked solution is in [solutions/06_baselines_and_ablations.ipynb](solutions/06_baselines_and_ablations.ipynb).
-# `scripts/lesson_claims.py` computed the same for all claims below.
 
 # %% tags=["nbval-ignore-output"]
 claims = helpers_06.claims()
@@ -298,8 +297,8 @@ for row in later[later.seeds == 5].itertuples():
     print(f"{row.a:25} -> {row.b:25} {helpers_06.with_interval(row):24} {row.claim}")
 
 # %% [markdown]
-# At M4 Iterative RPO falls in one of five seeds, and RFT in none. DPO without NLL, random labels and Iterative RPO from RFT fall
-# in four.
+# At M4 Iterative RPO loses 3 points or more in one of five seeds, and RFT in none. DPO without NLL, random labels and Iterative
+# RPO from RFT do in four.
 
 # %% [markdown]
 # ## 5 A second model, whose working errs
@@ -324,7 +323,7 @@ tuned.drop(columns="trial")
 # take 20 optimiser steps per iteration. SFT on gold solutions and Iterative RPO on M0's completions do not iterate: their M_t
 # is M_0 after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement learning, has no pairs.
 #
-# Now the paired differences. Where `paper` is empty, the paper has no number, and the verdict is about the direction alone.
+# Now the paired differences.
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
@@ -342,8 +341,8 @@ helpers_06.claims_table(compared)
 # ahead at M1, which disagrees with the paper.
 #
 # **DPO without NLL** is behind at M1, and the verdict reads "agrees". Look at the settings before you believe it: the tuning
-# chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. For DPO, β = 3 was better than 1 by two of 300
-# questions. Section 6 compares both methods at the same β.
+# chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. Either choice was better than another β by two of
+# 300 questions. Section 6 compares both methods at the same β.
 #
 # Is RFT ahead because it went further? **Predict** which method moved furthest from M_0.
 
@@ -353,14 +352,14 @@ assert "GRPO" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# It is not: at M2 its accuracy is higher and its mean KL smaller than that of Iterative RPO. SFT on gold solutions moved
+# Not at M2: there its mean KL is smaller than that of Iterative RPO. At M3 and M4 it is larger. SFT on gold solutions moved
 # furthest.
 #
 # What does the rise consist of?
 
 # %% tags=["nbval-ignore-output"]
 followed = helpers_06.of_second_model("lesson_misconceptions")
-figure = helpers_06.misconceptions(followed)
+figure = helpers_06.misconceptions(followed, tuned)
 assert "forgets the carry" in plots.alt_text(figure)
 figure
 
@@ -372,7 +371,7 @@ figure
 # ## 6 When does the NLL term matter?
 #
 # In the paper the NLL term is worth 11 points. [Lanchantin et al.](https://arxiv.org/abs/2506.21495) find no benefit. So the
-# question is not *whether* but *when*. First we change the learning rate and α at β = 0.3, on the second model.
+# question is not *whether* but *when*. First learning rate and α, at β = 0.3 on the second model.
 #
 # **Predict**: in which corner of the map does training fail?
 
@@ -401,8 +400,8 @@ helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 
 # %% [markdown]
 # The figure shows M4, the table M1. At 3e-4 the mean gain of the term at M1 is at most about 1 point. At 1e-3 the NLL term helps at M1, by 19 points with β = 0.1 and by 12 with β = 0.3, which agrees with
-# the paper. With β = 1 and 3 the interval rules out a gain of the paper's size. At M4 its effect is not resolved at any β.
-# The effect of β is: at 1e-3 Iterative RPO with β = 3 ends 26 points above β = 0.1
+# the paper. With β = 1 and 3 the interval rules out a gain of the paper's size. At M4 its effect is not resolved at any β of this
+# figure. That of β is resolved: at 1e-3 Iterative RPO with β = 3 ends 26 points above β = 0.1
 # ([verdicts](../figures/lesson_verdicts.csv)).
 #
 # In [notebook 04](04_dpo_nll_training.ipynb) the DPO gradient of a pair has faded at δ ≈ 3/β. How far did M1 get?
@@ -411,9 +410,9 @@ helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 helpers_06.how_far(lesson)
 
 # %% [markdown]
-# At 1e-3 and β = 0.1 no pair is near 3/β = 30 nats, so β does not limit the
-# step. A large β stops most pairs early, and then the NLL term is not needed. At 3e-4 δ is small at each β: there the
-# learning rate limits the step. [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
+# At 1e-3 and β = 0.1 no pair is past 3/β = 30 nats, so β does not limit the step. With a large β the gradient of most pairs
+# fades early, and no gain of the term is resolved. At 3e-4 few pairs are past 3/β up to β = 1: there the learning rate limits
+# the step. A large β also makes the NLL term relatively weaker; in the table, ten times its weight adds 1 point. [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?

@@ -168,7 +168,8 @@ marks.drop(columns="run").round(2)
 
 # %% [markdown]
 # Asked in words, no difference from guessing is resolved for either model. The likelihood separates the completions of the
-# seed model. For SmolLM2-135M it is not resolved. So "own likelihood as reward" may depend on a property of this M_0.
+# seed model. For SmolLM2-135M it is not resolved. So "own likelihood as reward" may work for this M_0 alone: its correct
+# completions tend to be longer.
 #
 # ### What do these rewards teach?
 #
@@ -245,7 +246,7 @@ assert len(made)
 # %% [markdown]
 # With luck, about half of the chosen completions are answers without working. RFT copies them. In pairs such answers are
 # common on *both* sides, and more so among the rejected. So the difference still points to the working. What both sides
-# share cannot explain the reward. With few samples or few questions pairs are worse than RFT. The other cases are not
+# share gets little net gradient. With few samples or few questions pairs are worse than RFT. The other cases are not
 # resolved. RFT also has the higher tuned learning rate, and cases with less data have fewer steps.
 #
 # On the second model of [notebook 06](06_baselines_and_ablations.ipynb) both methods have the same steps and the same learning
@@ -280,7 +281,7 @@ print("means over", *sorted(set(eight_more[eight_more.metric == "greedy"].groupb
 table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
 
 # %% [markdown]
-# On average both methods with pairs lose accuracy, DPO without NLL from M4 on and Iterative RPO from M5 on. RFT stays. The
+# On average both methods with pairs stay below their best from then on, DPO without NLL from M4 and Iterative RPO from M5. RFT stays. The
 # KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were chosen after
 # two iterations. For eight, that of the pairs may be too high. `one_step_apart` is the share of pairs that differ in one
 # line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare answer, and
@@ -305,8 +306,9 @@ helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 # %% [markdown]
 # ## 4 Does the best β depend on the length of completions?
 #
-# β = 0.1 was chosen for responses of a hundred tokens and more. A short completion has few nats to lose, so the gradient of
-# its pair, which fades at δ ≈ 3/β = 30 nats, may never fade. The hypothesis: short completions need a larger β.
+# β = 0.1 was chosen for responses of a hundred tokens and more. The gradient of a pair fades at δ ≈ 3/β = 30 nats. A chosen
+# completion can gain only its own nats, so the δ of a short pair may stay below that. The hypothesis: short completions need
+# a larger β.
 #
 # A third model tests it. It has the misconceptions of the second one, and writes equations without words
 # ([script](../scripts/make_misconceptions_model.py)). Most nats of a completion come from the choice of words.

@@ -1,4 +1,4 @@
-"""Rules that say when to stop, and their scores on finished runs of both seed models.
+"""Rules that say when to stop, and their scores on finished runs of the seed models.
 
 A rule maps the rows of a run, one dict per model M_0, M_1, ..., to the number of the model that it
 keeps. Rules that stop see no later row. Two questions: how much test accuracy does the kept model
@@ -41,8 +41,11 @@ def finished_runs(figures: Path = FIGURES) -> list[dict]:
             rows += _rows_of_first_model(longer[key])[1:]
         head = {"study": "comparison", "model": "hasty", "trial": key[0], "seed": key[1]}
         found.append(head | {"rows": rows})
-    for record in records("lesson", figures):
-        if record["method"] not in NOT_ITERATIVE and len(record["iterations"]) > 2:
+    lesson = {record["key"]: record for record in records("lesson", figures)}
+    longer = {key.replace("/iterations=8", "") for key in lesson if "/iterations=8" in key}
+    for key, record in lesson.items():  # a run of eight iterations has the four of its twin
+        iterative = record["method"] not in NOT_ITERATIVE
+        if iterative and key not in longer and len(record["iterations"]) > 2:
             head = {"study": "lesson", "model": record["model"], "seed": record["seed"]}
             head["trial"] = record["trial"].removeprefix(record["model"] + "/")
             found.append(head | {"rows": rows_of_lesson(record["iterations"])})
