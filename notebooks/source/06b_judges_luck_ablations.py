@@ -257,7 +257,9 @@ verdicts = helpers_06.claims("lesson_verdicts")
 helpers_06.claims_table(verdicts[verdicts.group == "regimes"])
 
 # %% [markdown]
-# REGIMES
+# With correct winners pairs help in no case. At 3e-4 no difference is resolved. At 1e-3 all means are below RFT, because the DPO
+# term goes too far there ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With lucky winners all means are above
+# RFT, and no difference is resolved. So only the first model shows that rejected completions teach, and only with luck.
 
 # %% [markdown]
 # ## 3 What happens after four iterations?
