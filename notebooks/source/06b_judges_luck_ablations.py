@@ -245,9 +245,9 @@ assert len(made)
 
 # %% [markdown]
 # With luck, about half of the chosen completions are answers without working. RFT copies them. In pairs such answers are
-# common on *both* sides, and more so among the rejected. So the difference still points to the working. What both sides
-# share gets little net gradient. With few samples or few questions pairs are worse than RFT. The other cases are not
-# resolved. RFT also has the higher tuned learning rate, and cases with less data have fewer steps.
+# common on *both* sides, and more so among the rejected. So the difference still points to the working. With few samples or few
+# questions pairs are worse than RFT. The other cases are not resolved. RFT also has the higher tuned learning rate, and cases
+# with less data have fewer steps.
 #
 # On the second model of [notebook 06](06_baselines_and_ablations.ipynb) both methods have the same steps and the same learning
 # rate. *Half* means 80 of the 160 questions. **Predict**: in which case do pairs help now?
@@ -283,7 +283,7 @@ print("means over", *sorted(set(eight_more[eight_more.metric == "greedy"].groupb
 table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
 
 # %% [markdown]
-# On average both methods with pairs stay below their best from then on, DPO without NLL from M4 and Iterative RPO from M5. RFT stays. The
+# On average both methods with pairs stay below their best, DPO without NLL from M4 on and Iterative RPO from M5 on. RFT stays. The
 # KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were chosen after
 # two iterations. For eight, that of the pairs may be too high. `one_step_apart` is the share of pairs that differ in one
 # line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare answer, and
@@ -303,7 +303,7 @@ figure
 helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 
 # %% [markdown]
-# LONG
+# From M4 to M8 only DPO without NLL, with β = 3, gains. The other changes are not resolved, and neither are the differences at M8.
 
 # %% [markdown]
 # ## 4 Does the best β depend on the length of completions?
@@ -313,7 +313,7 @@ helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 # a larger β.
 #
 # A third model tests it. It has the misconceptions of the second one, and writes equations without words
-# ([script](../scripts/make_misconceptions_model.py)). Most nats of a completion come from the choice of words.
+# ([script](../scripts/make_misconceptions_model.py)).
 #
 # **Predict**: on which of the two models does a larger β help more?
 
@@ -333,12 +333,12 @@ helpers_06.claims_table(of_beta[of_beta.claim.str.contains("misconceptions|plain
 helpers_06.how_far(plain)
 
 # %% [markdown]
-# The hypothesis gets no support. On both models accuracy at 1e-3 rises with β, and whether a larger β helps more on one of
-# them is not resolved. δ after one iteration is about the same on both. With β = 0.1 it even exceeds the nats of a whole
-# completion of the third model: a chosen completion can gain no more than its nats, but a rejected one can lose any number.
+# The hypothesis gets no support. At 1e-3 the means of β = 1 and 3 are above those of 0.1 and 0.3 on both models, and whether a
+# larger β helps more on one of them is not resolved. On the first model, with 5 nats, it is alike
+# ([results](../docs/results/second_model.md)). δ after one iteration is similar on both. With β = 0.1 it even exceeds the nats of
+# a whole completion of the third model: a chosen completion can gain only its nats, but a rejected one can lose any number.
 #
-# So compare 3/β with the δ that training reaches, not with the length of completions. Here δ depends on learning rate,
-# steps and β.
+# So compare 3/β with the δ that training reaches, not with the length of completions.
 
 # %% [markdown]
 # ## 5 Which settings matter?
@@ -363,7 +363,7 @@ for row in clear.itertuples():
 # %% [markdown]
 # `k_pairs` = 1 has a quarter of the pairs and so a quarter of the steps. It shows how much was trained, not which pairs are
 # good. The interval of `keep_pairs` ends close to 0, which luck may cause in one of 21 rows. The rest is not resolved. All
-# settings but `k_pairs` = 1 are near the ceiling after two iterations, so this table says little about the way there.
+# settings but `k_pairs` = 1 are near the ceiling after two iterations.
 
 # %% [markdown]
 # ## 6 A method of your own
