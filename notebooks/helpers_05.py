@@ -153,7 +153,9 @@ def shipped_runs() -> list[dict]:
         method, _, settings = run["trial"].partition("/")
         name = NAMES.get(method, "")
         if run["study"] == "lesson":
-            name = f"{LESSON[method][0]}, {settings_in_words(settings)}"
+            name = LESSON[method.removesuffix("_lucky")][0]
+            name += ", lucky winners, " if method.endswith("_lucky") else ", "
+            name += settings_in_words(settings)
             name += "" if run["model"] == "misconceptions" else f", model {run['model']}"
         found.append(run | {"name": name})
     return found

@@ -293,10 +293,11 @@ def test_the_pages_say_what_the_rules_do():
     runs = stopping.finished_runs()
     scores = stopping.scores(runs).set_index("rule")
     warn, in_vain = scores.before > scores.falls / 2, scores.false_alarms / scores.without_fall
-    assert warn.any() and in_vain[warn].min() > 0.2
-    kl = "KL to the previous model above 2 nats"
-    assert not warn[kl] and in_vain[kl] < in_vain[warn].min()
-    assert scores.regret[kl] > scores.regret["keep the last model"]
+    assert warn.any() and in_vain[warn].min() > 1 / 8
+    kl = [f"KL to the previous model above {limit}" for limit in ("0.5 nats", "1 nat", "2 nats")]
+    chosen = "chosen completions lose probability"
+    assert warn[[*kl, chosen]].all() and in_vain[warn].idxmin() == kl[-1]
+    assert (scores.regret[[*kl, chosen]] > scores.regret["keep the last model"]).all()
     assert scores.stops["patience 2"] < scores.runs["patience 2"] / 3
     lost = {
         name: np.array([stopping.regret(run["rows"], rule(run["rows"])) for run in runs])
@@ -307,7 +308,7 @@ def test_the_pages_say_what_the_rules_do():
     assert low > 0
     best = lost["best validation accuracy of all"]
     gain, low, _ = stopping.interval_over_settings(runs, lost["patience 2"] - best)
-    assert low <= 0 and gain < 0.5
+    assert low > 0 and gain < 0.5
     # The share of pairs was measured on the first model alone.
     measured = {run["model"] for run in runs if run["rows"][1]["one_step"] is not None}
     assert measured == {"hasty"}

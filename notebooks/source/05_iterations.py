@@ -499,8 +499,8 @@ for i in (table["patience 1"] - table["patience 2"]).nlargest(3).index:
     print([round(100 * row["validation"]) for row in shipped[i]["rows"]], shipped[i]["name"])
 
 # %% [markdown]
-# There patience 1 stops too early: later models are better. **Use patience 2**: it loses less than patience 1, and its
-# difference from the best of all is not resolved. It trains two iterations after the best model; most runs here have four.
+# There patience 1 stops too early: later models are better. **Use patience 2**: it loses less than patience 1, and only slightly
+# more than the best of all. It trains two iterations after the best model; most runs here have four.
 #
 # Does a rule stop *before* a fall? A fall is a loss of 5 points of test accuracy or more. The lead counts iterations from the
 # stop to the fall. A false alarm stops a run that never falls ([all rules](../figures/lesson_rules.csv)). Only the first
@@ -510,8 +510,8 @@ for i in (table["patience 1"] - table["patience 2"]).nlargest(3).index:
 helpers_05.warnings_of_rules()
 
 # %% [markdown]
-# Each rule that stops before most falls also stops many runs that never fall. Patience 2 stops before few, but often
-# keeps a model from before the fall.
+# Limits on KL stop before most falls. They also stop runs that never fall, and lose more than keeping the last model. Patience 2
+# stops before few.
 #
 # So KL and the chosen log-probability are signs to *look*. Read ten completions, check how many hit the token limit
 # (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by patience 2.
