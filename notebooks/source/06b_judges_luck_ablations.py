@@ -45,6 +45,7 @@ from irpo_utils.ops.cli import quiet_libraries
 from studies import baselines, figures, lucky
 
 quiet_libraries()
+pd.set_option("display.max_colwidth", None)
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
 profile = profiles.get(PROFILE)
 print("profile", PROFILE, "· device", models.default_device())
