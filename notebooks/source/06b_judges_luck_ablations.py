@@ -313,7 +313,7 @@ helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 # completion can gain only its own nats, so the δ of a short pair may stay below that. The hypothesis: short completions need
 # a larger β.
 #
-# A third model tests it. It has the misconceptions of the second one, and writes equations without words
+# A third model, *plain*, tests it. It has the misconceptions of the second one, and writes equations without words
 # ([script](../scripts/make_misconceptions_model.py)).
 #
 # **Predict**: on which of the two models does a larger β help more?
