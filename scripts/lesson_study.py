@@ -155,7 +155,7 @@ def weights_part(seeds: int, records: dict) -> list[Run]:
 
 
 def hasty_part(seeds: int, records: dict) -> list[Run]:
-    """β on the first seed model, whose completions differ from the first token on."""
+    """β on the first seed model, whose pairs share fewer tokens (`figures/lesson_pairs.csv`)."""
     return [
         with_nll(beta, rate, alpha, seed, "hasty")
         for seed in range(seeds)

@@ -276,6 +276,19 @@ def test_a_run_of_the_first_model_is_split_and_continued(tmp_path):
     assert [row["one_step"] for row in run["rows"]] == [None] + [0, 0.125, 0.25, 0.375] * 2
 
 
+def test_a_run_of_eight_iterations_replaces_the_one_that_it_begins_with(tmp_path):
+    settings, rng = {"learning_rate": 3e-4}, random.Random(0)
+    made = [
+        (lesson_study.Run("rft", 0, settings | {"iterations": 8}), 9),
+        (lesson_study.Run("rft", 0, settings), 5),
+        (lesson_study.Run("rft", 1, settings), 5),  # no run of eight iterations has this seed
+    ]
+    lines = [json.dumps(fake_record(run, [0.5] * models, rng)) for run, models in made]
+    (tmp_path / "lesson_runs.jsonl").write_text("\n".join(lines) + "\n")
+    runs = stopping.finished_runs(tmp_path)
+    assert [(run["seed"], len(run["rows"])) for run in runs] == [(0, 9), (1, 5)]
+
+
 def test_finished_runs_of_both_models_have_the_numbers_of_all_rules():
     runs = stopping.finished_runs()
     assert {run["model"] for run in runs} >= {"hasty", "misconceptions"}

@@ -145,14 +145,15 @@ def test_the_script_ends_with_one_line_for_an_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_lesson_is_one_command(monkeypatch, capsys):
+def test_the_lesson_is_one_command(monkeypatch):
     done = []
     monkeypatch.setattr(lesson_study, "study", lambda *options: done.append(options))
     monkeypatch.setattr(lesson_report, "main", lambda arguments: done.append("report"))
     study.main(["lesson", "--jobs", "2", "--seeds", "1"])
     assert done == [(list(lesson_study.PARTS), 1, 2), "report"]
-    with pytest.raises(SystemExit, match="error: .*lesson_study.py --help"):
-        study.main(["lesson", "--small"])
+    for option in (["--small"], ["--only", "irpo"], ["--out", "elsewhere"]):
+        with pytest.raises(SystemExit, match="error: .*lesson_study.py --help"):
+            study.main(["lesson", *option])
 
 
 def test_the_plain_model_is_made_once(monkeypatch, tmp_path):

@@ -399,9 +399,9 @@ nll_term = verdicts[(verdicts.group == "NLL term") & ~verdicts.claim.str.contain
 helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 
 # %% [markdown]
-# The figure shows M4, the table M1. At 3e-4 the mean gain of the term at M1 is at most about 1 point. At 1e-3 the NLL term helps at M1, by 19 points with β = 0.1 and by 12 with β = 0.3, which agrees with
-# the paper. With β = 1 and 3 the interval rules out a gain of the paper's size. At M4 its effect is not resolved at any β of this
-# figure. That of β is resolved: at 1e-3 Iterative RPO with β = 3 ends 26 points above β = 0.1
+# The figure shows M4, the table M1. At 3e-4 the mean gain of the term at M1 is at most about 1 point. At 1e-3 the NLL term
+# helps at M1, by 19 points with β = 0.1 and by 12 with β = 0.3, which agrees with the paper. With β = 1 and 3 the interval rules
+# out a gain of the paper's size. At M4 its effect is not resolved at any β of this figure. That of β is resolved: at 1e-3 Iterative RPO with β = 3 ends 26 points above β = 0.1
 # ([verdicts](../figures/lesson_verdicts.csv)).
 #
 # In [notebook 04](04_dpo_nll_training.ipynb) the DPO gradient of a pair has faded at δ ≈ 3/β. How far did M1 get?
@@ -412,7 +412,8 @@ helpers_06.how_far(lesson)
 # %% [markdown]
 # At 1e-3 and β = 0.1 no pair is past 3/β = 30 nats, so β does not limit the step. With a large β the gradient of most pairs
 # fades early, and no gain of the term is resolved. At 3e-4 few pairs are past 3/β up to β = 1: there the learning rate limits
-# the step. A large β also makes the NLL term relatively weaker; in the table, ten times its weight adds 1 point. [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
+# the step. A large β also makes the NLL term relatively weaker; in the table, ten times its weight adds 1 point.
+# [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?

@@ -258,9 +258,9 @@ verdicts = helpers_06.claims("lesson_verdicts")
 helpers_06.claims_table(verdicts[verdicts.group == "regimes"])
 
 # %% [markdown]
-# With correct winners pairs help in no case. At 3e-4 no difference is resolved. At 1e-3 all means are below RFT, because the DPO
-# term goes too far there ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With lucky winners all means are above
-# RFT, and no difference is resolved. So only the first model shows that rejected completions teach, and only with luck.
+# With correct winners pairs help in no case. At 3e-4 no difference is resolved. At 1e-3 all means are below RFT; there the
+# DPO term goes far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With lucky winners all means are above RFT,
+# and no difference is resolved. So in these studies only luck on the first model makes pairs better than RFT.
 
 # %% [markdown]
 # ## 3 What happens after four iterations?
@@ -284,8 +284,8 @@ print("means over", *sorted(set(eight_more[eight_more.metric == "greedy"].groupb
 table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
 
 # %% [markdown]
-# On average both methods with pairs stay below their best, DPO without NLL from M4 on and Iterative RPO from M5 on. RFT stays. The
-# KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were chosen after
+# On average both methods with pairs stay below their best, DPO without NLL from M4 on and Iterative RPO from M5 on. RFT stays.
+# The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were chosen after
 # two iterations. For eight, that of the pairs may be too high. `one_step_apart` is the share of pairs that differ in one
 # line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare answer, and
 # later ones more often compare two calculations. On such pairs DPO can lower chosen and rejected completions together
@@ -304,7 +304,8 @@ figure
 helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 
 # %% [markdown]
-# From M4 to M8 only DPO without NLL, with β = 3, gains. The other changes are not resolved, and neither are the differences at M8.
+# From M4 to M8 only DPO without NLL, with β = 3, gains. The other changes are not resolved, and neither are the differences
+# at M8.
 
 # %% [markdown]
 # ## 4 Does the best β depend on the length of completions?

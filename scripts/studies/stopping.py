@@ -42,10 +42,11 @@ def finished_runs(figures: Path = FIGURES) -> list[dict]:
         head = {"study": "comparison", "model": "hasty", "trial": key[0], "seed": key[1]}
         found.append(head | {"rows": rows})
     lesson = {record["key"]: record for record in records("lesson", figures)}
-    longer = {key.replace("/iterations=8", "") for key in lesson if "/iterations=8" in key}
-    for key, record in lesson.items():  # a run of eight iterations has the four of its twin
+    # A run of eight iterations begins with the four of the run with the same settings and seed.
+    repeated = {key.replace("/iterations=8", "") for key in lesson if "/iterations=8" in key}
+    for key, record in lesson.items():
         iterative = record["method"] not in NOT_ITERATIVE
-        if iterative and key not in longer and len(record["iterations"]) > 2:
+        if iterative and key not in repeated and len(record["iterations"]) > 2:
             head = {"study": "lesson", "model": record["model"], "seed": record["seed"]}
             head["trial"] = record["trial"].removeprefix(record["model"] + "/")
             found.append(head | {"rows": rows_of_lesson(record["iterations"])})
