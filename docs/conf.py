@@ -97,7 +97,7 @@ def copy_mathjax(app, exception) -> None:
 
 # Notebooks
 
-WIDE = 800  # pixels, from which a figure on a phone is wider than the screen and scrolls
+WIDE = 650  # pixels, from which a figure on a phone is wider than the screen and scrolls
 
 
 def prepare_notebook(app, docname: str, source: list[str]) -> None:
@@ -129,9 +129,10 @@ def prepare_notebook(app, docname: str, source: list[str]) -> None:
 
 
 def fill_in_address(app, docname: str, source: list[str]) -> None:
-    """Put the repository's address into the set-up cell for Colab."""
-    if docname == "docs/colab" and REPOSITORY:
+    """Put the repository's address into the set-up cell for Colab and into `git clone`."""
+    if REPOSITORY:
         source[0] = source[0].replace("https://github.com/OWNER/NAME", REPOSITORY)
+        source[0] = source[0].replace("git clone REPOSITORY", f"git clone {REPOSITORY}")
 
 
 # Slides: a page of reveal.js for each notebook, the list of them, and links from the teaching plan

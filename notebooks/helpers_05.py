@@ -261,7 +261,7 @@ def control(columns: dict[str, np.ndarray]) -> plots.TextFigure:
     axes.set_xticks(range(len(columns)), list(columns))
     axes.set(ylabel="Greedy accuracy (%)", xlim=(-0.4, len(columns) - 0.4))
     numbers = "; ".join(f"{name}: {mean:.1f}" for name, mean in zip(columns, means))
-    numbers = numbers.replace("\n", " ")
+    numbers = numbers.replace("\n", " ").replace("$", "")
     figure.alt_text = (
         f"Greedy accuracy in %, {values.shape[1]} seeds as joined dots, bars are means. {numbers}."
     )

@@ -31,7 +31,7 @@ NAMES = {
     "shuffled": "Random labels",
     "spin": "Gold vs. sampled (SPIN-style)",
     "grpo": "GRPO",
-    "self_consistency": "Majority vote as reward",
+    "self_consistency": "Majority as reward",
     "self_rewarding": "Own likelihood as reward",
 }
 METHOD_COLOURS = {"irpo": BLUE, "iterative_dpo": ORANGE, "star": GREEN, "sft_gold": GREY}
@@ -48,7 +48,7 @@ TRIALS = {  # trials of that study whose log-probabilities are drawn: name, colo
     "irpo/beta=0.1/learning_rate=0.001": ("Iterative RPO, β = 0.1, 1e-3", BLUE, "--"),
     "dpo/beta=1/learning_rate=0.0003": ("DPO without NLL, β = 1, 3e-4", ORANGE, "-"),
     "dpo/beta=0.1/learning_rate=0.001": ("DPO without NLL, β = 0.1, 1e-3", ORANGE, "--"),
-    "rft/learning_rate=0.0003": ("RFT, 3e-4", GREEN, "-"),
+    "rft/learning_rate=0.0003": ("RFT, 3e-4", GREEN, ":"),
 }
 
 
@@ -313,7 +313,9 @@ def gains(panels: dict[str, pd.DataFrame]) -> plots.TextFigure:
         for row in rows.itertuples():
             panel.plot([row.iteration] * 2, [row.low, row.high], color=BLUE, linewidth=2)
             panel.plot(row.iteration, row.points, "o", color=BLUE, markersize=7)
-            plots.annotate(panel, f"{row.points:+.1f}", (row.iteration, row.points), offset=6)
+            white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the line at 0
+            at = (row.iteration, row.points)
+            plots.annotate(panel, f"{row.points:+.1f}", at, offset=8, bbox=white)
         panel.axhline(0, color=INK, linewidth=1)
         panel.set(title=title, xlim=(0.6, 4.7), xlabel="Iteration t (model $M_t$)")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))

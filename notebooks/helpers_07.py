@@ -188,6 +188,10 @@ def memory_bars(table: pd.DataFrame) -> plots.TextFigure:
     return figure
 
 
+def duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+
+
 def hours_bars(table: pd.DataFrame) -> plots.TextFigure:
     """Planned hours: a panel for each profile (column), a bar for each GPU; NaN does not fit."""
     width = 3.4 * len(table.columns) + 1.2
@@ -195,7 +199,7 @@ def hours_bars(table: pd.DataFrame) -> plots.TextFigure:
     sentences = []
     for axes, (name, column) in zip(panels, table.items(), strict=True):
         axes.barh(range(len(table)), column.fillna(0), color=BLUE, height=0.65)
-        texts = ["does not fit" if np.isnan(x) else f"{x:.1f} h" for x in column]
+        texts = ["does not fit" if np.isnan(x) else duration(x) for x in column]
         for y, (hours, text) in enumerate(zip(column.fillna(0), texts, strict=True)):
             plots.annotate(axes, text, (hours, y), offset=4)
         axes.set_yticks(range(len(table)), table.index if axes is panels[0] else [""] * len(table))

@@ -222,7 +222,7 @@ def sizes(names) -> pd.DataFrame:
         rows[name] = {
             "all weights, 16 bits": 2e-9 * shape.parameters,
             "gradient of LoRA, 32 bits": 4e-9 * shape.lora(RANK),
-            "base in NF4": 1e-9 * base,
+            "base in NF4, embeddings in 16 bits": 1e-9 * base,
         }
     return pd.DataFrame(rows).T
 
@@ -250,9 +250,8 @@ def two_ways(name: str, counts) -> pd.DataFrame:
             [stage] = [stage for stage in made.stages if stage.name == "training"]
             busy = min(n, made.profile.batch_size)
             gigabytes = {"memory (GB)": stage.memory / 1e9, "room (GB)": made.room / 1e9}
-            rows.append(
-                {"GPUs": n, "with work": busy, "way": way, **gigabytes, "hours": stage.hours}
-            )
+            hours = {"hours of training": stage.hours}
+            rows.append({"GPUs": n, "with work": busy, "way": way, **gigabytes, **hours})
     return pd.DataFrame(rows).set_index(["GPUs", "with work", "way"])
 
 

@@ -18,8 +18,8 @@ notebook:
         # END
 
 Links in a source are those of the notebook with open exercises. The solved one is a folder deeper,
-so `view` changes them there: other pages get one more `..`, and the link to the solution becomes
-the notebook itself. Links to other notebooks go to those with open exercises.
+so `view` changes them there: other pages get one more `..`. It also leaves out the link to the
+solution. Links to other notebooks go to those with open exercises.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ EXERCISE = re.compile(
     r"^[ ]*# SOLUTION\n(?P<solution>.*?)^[ ]*# STUB\n(?P<stub>.*?)^[ ]*# END\n?", re.S | re.M
 )
 LINK = re.compile(r"(?<=\]\()(?!https?://|#)(?P<target>[^)\s]+)(?=\))")
+SOLUTION = re.compile(r"The worked solution is in \[[^\]]*\]\(solutions/[^)]*\)\.")
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -63,6 +64,7 @@ def view(source: str, solved: bool) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.source = EXERCISE.sub(choose, cell.source + "\n").rstrip("\n")
         elif solved:
+            cell.source = SOLUTION.sub("The code above is the worked solution.", cell.source)
             cell.source = LINK.sub(_from_solutions, cell.source)
         cell.id = f"cell-{i:03d}"  # does not change with every build
         cell.metadata = _kept_metadata(cell)

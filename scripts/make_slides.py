@@ -21,7 +21,7 @@ import operator
 import posixpath
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import nbformat
@@ -134,8 +134,8 @@ class Step:
 
     @property
     def rank(self) -> int:
-        """Figures come first, then answers to questions."""
-        return 2 * (self.output.kind != "figure") + (self.question is None)
+        """Answers to questions come first, and among them figures."""
+        return 2 * (self.question is None) + (self.output.kind != "figure")
 
     @property
     def height(self) -> int:
@@ -189,13 +189,14 @@ class Section:
         ]
 
     def steps(self) -> list[Step]:
-        around = [None, *self.items, None]
-        found = []
-        for before, item, after in zip(around, around[1:], around[2:], strict=False):
-            if item and item.kind in ("output", "figure"):
-                question = before if before and before.kind == "predict" else None
+        """Every output; all outputs that directly follow a question belong to it."""
+        found, question = [], None
+        for item, after in zip(self.items, [*self.items[1:], None], strict=True):
+            if item.kind in ("output", "figure"):
                 takeaway = after if after and after.kind == "paragraph" else None
                 found.append(Step(item, question, takeaway))
+            else:
+                question = item if item.kind == "predict" else None
         return found
 
 
@@ -390,11 +391,17 @@ def parts_of(section: Section, steps: list[Step]) -> list[Part]:
     """The slides of a section: its text with the first step, then one for each further step.
 
     Paragraphs are shortened for the first step. A formula, list or table that leaves it no room has
-    a slide. Steps keep the order of the notebook, so that a question comes before its answer.
+    a slide. Steps keep the order of the notebook, so that a question comes before its answer, and
+    only the first of several outputs has the question.
     """
     lead = section.lead(LEAD if steps else HEIGHT)
     if not steps:
         return [(lead, None)]
+    asked = [step.question for step in steps]
+    steps = [
+        replace(step, question=None) if step.question in asked[:i] else step
+        for i, step in enumerate(steps)
+    ]
     room = HEIGHT - steps[0].height
     if sum(item.height for item in lead) > room:
         if any(item.kind != "paragraph" for item in lead) or room < LEAST:

@@ -145,7 +145,7 @@ def _real_run(path: Path) -> str:
             else ""
         )
         + f"{run['seconds'] / 60:.0f} minutes on {run['environment']['threads']} thread(s) of an "
-        f"{run['environment']['processor']}. `{run['environment']['command']}`",
+        f"{run['environment']['processor']}. [Command and settings](../../figures/{path.stem}.json)",
     ]
     return "\n".join(lines)
 

@@ -209,7 +209,7 @@ def test_figures_that_a_phone_would_make_unreadable_are_wide(book):
         for picture in page.pictures:
             if "_images/" in picture["src"] and picture["src"].endswith(".png"):
                 width, _ = Image.open(page.path.parent / picture["src"]).size
-                (wide if width >= 800 else narrow).append(picture.get("class", ""))
+                (wide if width >= 650 else narrow).append(picture.get("class", ""))
     assert wide and all("wide" in kind for kind in wide)
     assert not all("wide" in kind for kind in narrow)
 

@@ -23,7 +23,8 @@
 # |---|---|---|---|
 # | time for this notebook, on two cores | 30 seconds | 1 minute | as `cpu`: the model is small |
 #
-# **Needs**: the packages of this repository. The model and its questions come with it.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). The model and its questions come
+# with it.
 #
 # **Before this**: you should know what a softmax and a gradient are. The [glossary](../docs/glossary.md) explains the terms
 # that link to it.
@@ -287,7 +288,8 @@ helpers_00.toy(shares[:5], accuracies, accuracy_of["careful"])
 # %% [markdown]
 # ### Exercise 0.1: Iterative RPO in a few lines
 #
-# **Goal**: say in code which model samples, which is the reference, and which is trained. **Difficulty**: 2 of 3. **Time**: 15 minutes.
+# **Goal**: say in code which model samples, which is the reference, and which is trained. **Difficulty**: 2 of 3. **Time**:
+# 15 minutes.
 #
 # `model` is $M_0$, and the stages are functions: `sample(model, questions)` returns samples, `grade(samples)` grades
 # them, `pair(graded)` makes pairs, and `train(model, pairs, reference)` returns a new model that started as a copy of
@@ -389,7 +391,7 @@ stages.round(1)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In the shipped run training takes longest, and evaluation nearly as long. Grading and pairing take seconds.
+# In the shipped run (one core) training takes longest, and evaluation nearly as long. Grading and pairing take seconds.
 #
 # </details>
 #
@@ -484,7 +486,7 @@ print(checks_00.sampling_hours(sampling_hours))
 #
 # 1. $M_3$, the model that iteration 3 starts from.
 # 2. It gives no pairs, because there is no rejected completion.
-# 3. Training does not start from the reference, or dropout is on.
+# 3. Training does not start from the reference.
 #
 # </details>
 #

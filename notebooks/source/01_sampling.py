@@ -25,7 +25,8 @@
 # |---|---|---|---|
 # | time for this notebook, on two cores | 1 minute | 2 minutes | as `cpu` for the seed model |
 #
-# **Needs**: the packages of this repository. **Optional sequel**: [01b · Fast sampling](01b_fast_sampling.ipynb).
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). **Optional sequel**: [01b · Fast
+# sampling](01b_fast_sampling.ipynb).
 #
 # **Before this**: [00 · Start here](00_start_here.ipynb).
 
@@ -413,7 +414,8 @@ figure
 # last rule knows the number of steps, so it is a test and not a decoding method.
 # Training only needs to make the working more probable: [elicitation](../docs/glossary.md#elicitation).
 #
-# You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower.
+# You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower. On the test questions of notebook 00
+# both are lower.
 #
 # Does training add more than elicitation? Compare pass@k of $M_0$ and of the last model of a finished run at learning rate
 # 2e-5. The evaluation draws 32 completions per test question.

@@ -23,7 +23,8 @@
 # |---|---|---|---|
 # | time for this notebook, on two cores | 15 seconds | 50 seconds | as `cpu` for the seed model |
 #
-# **Needs**: the packages of this repository. The course does not depend on this notebook.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). The course does not depend on
+# this notebook.
 #
 # **Before this**: [01 · Sampling](01_sampling.ipynb).
 

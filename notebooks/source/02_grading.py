@@ -24,8 +24,8 @@
 # |---|---|---|---|
 # | time for this notebook, on two cores | 20 seconds | 20 seconds | as `cpu` |
 #
-# **Needs**: the packages of this repository. The completions come from your own run (`make run`) or from the run shipped
-# with the notebooks.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). The completions come from your
+# own run (`make run`) or from the run shipped with the notebooks.
 #
 # **Before this**: [01 · Sampling](01_sampling.ipynb).
 
@@ -291,8 +291,9 @@ for row in forms[forms.package & ~correct].itertuples():
 #
 # We expect false positives to do more harm, so the package is strict when in doubt. Section 8 measures false positives only.
 #
-# The next table counts errors of the package on a second collection, from public bug reports. *Debatable*: readers may
-# disagree about the label. We improved the graders with it, so expect more errors on new completions.
+# The next table counts errors of the package on a second collection, from public bug reports (`jsonl`: your own questions).
+# *Debatable*: readers may disagree about the label. We improved the graders with it, so expect more errors on new
+# completions.
 
 # %%
 helpers_02.grading_cases()

@@ -23,8 +23,8 @@
 # |---|---|---|---|
 # | time for this notebook, on two cores | 10 seconds | 10 seconds | as `cpu` if there is a finished run |
 #
-# **Needs**: the packages of this repository. The completions come from your own run if there is one (`make run`),
-# otherwise from the finished run that comes with the notebooks.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). The completions come from your
+# own run if there is one (`make run`), otherwise from the finished run that comes with the notebooks.
 #
 # **Before this**: [02 · Grading](02_grading.ipynb).
 
@@ -375,8 +375,8 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # Are shared tokens good or bad? Researchers disagree. [Step-DPO](https://arxiv.org/abs/2406.18629) builds pairs whose first
 # difference is one incorrect step. [Smaug](https://arxiv.org/abs/2402.13228) shows that DPO can lower the probability of the
 # chosen completion if a pair differs in few tokens. [Razin et al.](https://arxiv.org/abs/2410.08847) remove pairs whose
-# completions have similar hidden embeddings. Most of our pairs differ in many tokens. The paper adds the NLL term, and notebook
-# [04](04_dpo_nll_training.ipynb) measures its effect.
+# completions have similar hidden embeddings. Most of our pairs differ in many tokens. The paper adds the NLL term, and
+# notebook [04](04_dpo_nll_training.ipynb) measures its effect.
 
 # %% [markdown]
 # ## What you have learnt

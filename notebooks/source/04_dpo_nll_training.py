@@ -24,7 +24,8 @@
 # |---|---|---|---|
 # | time for this notebook | 30 seconds on one core | 1 minute on one core | depends on the model |
 #
-# **Needs**: the packages of this repository. **Optional sequel**: [04b · QLoRA by hand](04b_qlora_by_hand.ipynb).
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). **Optional sequel**: [04b ·
+# QLoRA by hand](04b_qlora_by_hand.ipynb).
 #
 # **Before this**: [03 · Pairs](03_pairs.ipynb).
 
@@ -178,7 +179,7 @@ assert torch.allclose(implied[1] - implied[0], reward[1] - reward[0])
 helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 
 # %% [markdown]
-# With a small β, pairs with a large δ still have a gradient.
+# A small β has a smaller slope that lasts to larger δ.
 #
 # **The gradient** follows from $(\log\sigma)'(z) = 1 - \sigma(z) = \sigma(-z)$:
 #
@@ -186,8 +187,8 @@ helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 # \frac{\partial L_\text{DPO}}{\partial \log M_\theta(l|x)} = +\beta\,\sigma(-\beta\delta)$$
 #
 # The loss pushes $\log M_\theta(w|x)$ up and $\log M_\theta(l|x)$ down with equal size. The factor $\sigma(-\beta\delta)$
-# is $1/2$ at $\delta = 0$. At $\delta = \ln 19 / \beta \approx 3/\beta$ it is a tenth of that: at 30 nats for
-# $\beta = 0.1$, and at 3 for $\beta = 1$. Autograd agrees. Arrows show gradient descent.
+# is $1/2$ at $\delta = 0$. At $\delta = \ln 19 / \beta \approx 3/\beta$ it is $1/20$, a tenth of that: at 30 nats for
+# $\beta = 0.1$, and at 3 for $\beta = 1$. Arrows show gradient descent.
 
 # %%
 chosen = torch.tensor([-20.0, 0.0, 20.0], requires_grad=True)      # log-ratios, so δ = chosen - rejected
@@ -412,8 +413,8 @@ def train_step(score, optimizer, reference, n_tokens, alpha, beta):
 print(checks_04.train_step(train_step))
 
 # %% [markdown]
-# [Worked solution](solutions/04_dpo_nll_training.ipynb). Now train the [LoRA](../docs/glossary.md#lora) adapter of $M_0$, a few
-# added weights.
+# [Worked solution](solutions/04_dpo_nll_training.ipynb). Now train the [LoRA](../docs/glossary.md#lora) adapter of $M_0$, a
+# few added weights.
 
 # %% tags=["nbval-ignore-output"]
 adapter = [weight for name, weight in model.named_parameters() if "lora_" in name]
@@ -458,15 +459,15 @@ assert abs(log.loss_dpo[0] - math.log(2)) < tolerance
 helpers_04.batches_and_probe(log, probed, beta=0.1)
 
 # %% [markdown]
-# The left panel jumps: the trainer groups pairs by length, so batches differ. The other panels always score the *same*
-# pairs, so judge training by the probe.
+# The left panel jumps: the trainer groups pairs by length, so batches differ. The other panels score the *same* pairs, so
+# judge training by the probe.
 #
 # ### Open exercise: choose α
 #
 # **Goal**: defend a choice with runs. **Difficulty**: 3 of 3. **Time**: 20 minutes.
 #
-# **Run** `train` with several α. **Plot** the probe. **Argue**: which α would you choose, and what would change your mind?
-# At the start the gradients with respect to $\log M_\theta(w|x)$ have the sizes β/2 (DPO term) and $\alpha / |w|$ (NLL
+# **Run** `train` with several α. **Plot** the probe. **Argue**: which α raises chosen and δ most, and what would change your
+# mind? At the start the gradients with respect to $\log M_\theta(w|x)$ have the sizes β/2 (DPO term) and $\alpha / |w|$ (NLL
 # term). Repeat a run with `seed=1` before you claim a difference.
 
 # %% tags=["nbval-ignore-output"]
@@ -560,7 +561,7 @@ for rate in rates:
 # At 1e-4 chosen completions rise on average with every method, and the NLL term makes no difference that we can measure.
 # At 3e-4 the question of this section is *not resolved*.
 #
-# At both learning rates DPO lowers the small group. The toy suggests why: the group resembles the rejected completions of
+# At both learning rates DPO lowers the small group. A possible cause: the group resembles the rejected completions of
 # *other* pairs. SFT also lowers it, so rejected completions are not the only cause.
 #
 # SFT lowers rejected completions. In the paper's figure 2a it raises them. The pairs differ: most of our rejected completions

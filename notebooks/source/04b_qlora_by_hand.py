@@ -23,7 +23,8 @@
 # |---|---|---|---|
 # | time for this notebook | 10 seconds on one core | 10 seconds on one core | as `cpu` |
 #
-# **Needs**: the packages of this repository. It always uses the seed model on the CPU.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). It always uses the seed model on
+# the CPU.
 #
 # **Before this**: [04 · Training with DPO + NLL](04_dpo_nll_training.ipynb). No later notebook depends on this one.
 
@@ -303,8 +304,8 @@ for name in SIZES:
 
 # %% [markdown]
 # The table counts weights, gradients and optimiser states. Activations and logits come on top. They grow with batch size and
-# length. A smaller `micro_batch_size` and `gradient_checkpointing` reduce them. `python -m irpo_utils plan` estimates the total
-# for a GPU.
+# length. A smaller `micro_batch_size` and `gradient_checkpointing` reduce them. `python -m irpo_utils plan` estimates the
+# total for a GPU.
 #
 # Is the number for the base correct? Count the bytes of the seed model.
 

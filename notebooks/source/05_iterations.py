@@ -24,7 +24,8 @@
 # |---|---|---|---|
 # | time for this notebook | 20 seconds on one core | 20 seconds on one core | depends on the model |
 #
-# **Needs**: the packages of this repository. The notebook reads your run (`make run`), or the run that ships with it.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). The notebook reads your run
+# (`make run`), or the run that ships with it.
 #
 # **Before this**: [04 · Training with DPO + NLL](04_dpo_nll_training.ipynb).
 
@@ -48,7 +49,7 @@ print("profile", PROFILE, "· device", models.default_device())
 # %% [markdown]
 # ## 1 Run: the loop by hand
 #
-# How do the stages become a loop? M_t has three roles: it samples, it is the reference, and training starts from it
+# How do the stages become a loop? $M_t$ has three roles: it samples, it is the reference, and training starts from it
 # ([section 2](https://arxiv.org/html/2404.19733v3#S2)).
 
 # %%
@@ -69,7 +70,7 @@ for t in range(small.iterations):
 assert (adapters / "M_2").is_dir()
 
 # %% [markdown]
-# `train` changes the model in place, so `model` is M_2 now. `python -m irpo_utils run` adds a
+# `train` changes the model in place, so `model` is $M_2$ now. `python -m irpo_utils run` adds a
 # [run directory](../docs/glossary.md#run-directory), from which an interrupted run resumes
 # ([notebook 07](07_real_models_on_one_gpu.ipynb)).
 
@@ -93,12 +94,12 @@ assert {"iteration", "metric", "k", "value", "low", "high"} <= set(metrics)
 #
 # **Goal**: read a run directory. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# `pairs_of_each_model(run)` returns a dict: for t = 1 ... T, how many pairs M_t was trained on. `profile.json` has T as
+# `pairs_of_each_model(run)` returns a dict: for t = 1 ... T, how many pairs $M_t$ was trained on. `profile.json` has T as
 # `iterations`. `iteration_*/pairs/counts.json` has the numbers as `pairs`.
 #
 # <details><summary>Hint</summary>
 #
-# `json.loads(path.read_text())` reads a file. `iteration_3` has what was made *with* M_3. Was M_3 trained on that?
+# `json.loads(path.read_text())` reads a file. `iteration_3` has what was made *with* $M_3$. Was $M_3$ trained on that?
 #
 # </details>
 
@@ -128,9 +129,9 @@ assert f"M_{T}" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# They shrink, probably because each iteration leaves less to gain. The paper's gains are 17.5, 4.9, 3.1 and 0.5
-# points ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). The *majority* curve takes the most frequent answer of
-# eight completions ([self-consistency](https://arxiv.org/abs/2203.11171)).
+# Greedy gains shrink, probably because less is left to gain; sampled gains first grow. The paper's gains are 17.5, 4.9, 3.1
+# and 0.5 points ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). The *majority* curve takes the most frequent answer
+# of eight completions ([self-consistency](https://arxiv.org/abs/2203.11171)).
 #
 # The next figure has five seeds of the same profile ([data](../figures/accuracy_per_iteration.csv)). Thin lines are single
 # runs.
@@ -150,7 +151,7 @@ assert "distinct answers" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# It shrinks. After M_1 so does the gap between pass@1 and pass@8: further samples add less.
+# It shrinks. After $M_1$ so does the gap between pass@1 and pass@8: further samples add less.
 
 # %% [markdown]
 # ## 3 Read: what changes in the completions?
@@ -167,9 +168,9 @@ assert by_steps.shape[1] == T + 1
 by_steps.round(2)
 
 # %% [markdown]
-# Working becomes complete on short questions first, then on long ones. The model learns to show all
-# steps where it skipped some before. This is [elicitation](../docs/glossary.md#elicitation). How far it explains the gains of
-# real models is [disputed](https://arxiv.org/abs/2504.13837). An example:
+# Working becomes complete on short questions first, then on long ones. The model learns to show steps that it skipped. This
+# is [elicitation](../docs/glossary.md#elicitation). How far it explains the gains of real models is
+# [disputed](https://arxiv.org/abs/2504.13837). An example:
 
 # %% tags=["nbval-ignore-output"]
 i = helpers_05.learned_question(evaluated, lines)
@@ -182,7 +183,7 @@ assert len(evaluated) == T + 1
 # %% [markdown]
 # ## 4 Doubt: is a gain more than luck?
 #
-# M_0 answers 140 of 500 questions correctly. With 500 *other* questions the number would differ. Wilson's interval contains
+# $M_0$ answers 140 of 500 questions correctly. With 500 *other* questions the number would differ. Wilson's interval contains
 # the accuracies that are compatible with 140 of 500.
 
 # %%
@@ -260,17 +261,17 @@ assert (steps_of_run.p <= 1).all()
 steps_of_run.round(4)
 
 # %% [markdown]
-# These intervals are narrower: questions that are easy or hard for both models cancel. `solved` counts the questions that only
-# M_t solves, `lost` those that only the previous model solves. All of this holds for one seed.
+# Unpaired intervals are wider: here questions that are easy or hard for both models cancel. `solved` counts the questions
+# that only $M_t$ solves, `lost` those that only the previous model solves. All of this holds for one seed.
 
 # %% [markdown]
 # ## 5 Doubt: why iterate at all?
 #
-# Perhaps we only need to train longer on M_0's samples. The control makes twice the pairs from them and trains once, for
+# Perhaps we only need to train longer on $M_0$'s samples. The control makes twice the pairs from them and trains once, for
 # nearly as many steps as two iterations. Both use learning rate 1e-4 and the same five seeds
 # ([runs](../figures/comparison_runs.jsonl)).
 #
-# **Predict**: which is better, M_2 or the control?
+# **Predict**: which is better, $M_2$ or the control?
 
 # %%
 once, control, twice = (helpers_05.greedy_matrix(*which) for which in (("irpo", 1), ("irpo_2x", 1), ("irpo", 2)))
@@ -281,11 +282,11 @@ for name, matrix in (("M_2 against the control", twice - control), ("control aga
     print(f"{name}: {gain:+.1f} points ({low:+.1f} to {high:+.1f}), above 0 in {(matrix.mean(1) > 0).sum()} of {len(matrix)} seeds")
 
 # %%
-helpers_05.control({"M_1": once, "twice the pairs\nof M_0": control, "M_2": twice})
+helpers_05.control({"$M_1$": once, "twice the pairs\nof $M_0$": control, "$M_2$": twice})
 
 # %% [markdown]
-# M_2 is better: the interval excludes 0. M_2 used about 12 % more pairs. Whether the control differs from M_1 is not
-# resolved. A likely reason is that new samples show the errors of the *new* model. In the paper M_2 is 3.2 points above this
+# $M_2$ is better: the interval excludes 0. $M_2$ used about 12 % more pairs. Whether the control differs from $M_1$ is not
+# resolved. A likely reason is that new samples show the errors of the *new* model. In the paper $M_2$ is 3.2 points above this
 # control ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)).
 # At this learning rate the gains of iterations 3 and 4 are not resolved ([claims](../figures/lesson_claims.csv)).
 
@@ -310,7 +311,7 @@ for n in (3, 10, 100, 1000):
     print(f"{n:4} samples: {estimates.mean():.3f} ± {estimates.std():.3f}, negative {(estimates < 0).mean():.0%}")
 
 # %% [markdown]
-# Yes, with few samples. The estimate is correct on average, and its standard error measures its precision. The samples must
+# Yes, with few samples. On average the estimate is correct. The samples must
 # come from the *new* model at temperature 1. Log-probabilities are sums over the whole completion.
 
 # %% [markdown]
@@ -342,7 +343,7 @@ print(checks_05.estimate_kl(estimate_kl))
 
 # %% [markdown]
 # The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). Apply it to section 1: how far
-# is M_2 from M_1? The answer may be "not resolved".
+# is $M_2$ from $M_1$? The answer may be "not resolved".
 
 # %% tags=["nbval-ignore-output"]
 drawn = sampling.sample(model, tokenizer, questions, task, n=1, seed=99, **draw)      # `model` is M_2
@@ -371,7 +372,7 @@ figure
 #
 # Now compare 1e-4 and 3e-4, each with the NLL term (α = 1) and without it (α = 0)
 # ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which of the four
-# settings is M_2 far below 80 %?
+# settings is $M_2$ far below 80 %?
 
 # %%
 helpers_05.stability()
@@ -382,24 +383,24 @@ helpers_05.stability_table()
 # %% [markdown]
 # Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations.
 #
-# Do the training metrics show such a fall? The next runs train a second miniature model, whose working has errors
-# ([notebook 06](06_baselines_and_ablations.ipynb)) at β = 0.1 and 3e-4. Without the NLL term one of three seeds fell from M_3
-# to M_4. With it the same seed did not ([runs](../figures/lesson_runs.jsonl)).
-# [Reward accuracy](../docs/glossary.md#reward-accuracy) is the share of training pairs with a positive reward margin.
-# **Predict**: which of the two has the higher reward accuracy?
+# Do the training metrics show a loss? The next runs train a second miniature model, whose working has errors ([notebook
+# 06](06_baselines_and_ablations.ipynb)) at β = 0.1 and 3e-4, 20 steps per iteration. Without the NLL term one of three seeds
+# loses 4.7 points from $M_3$ to $M_4$. With it the same seed loses 0.3 ([runs](../figures/lesson_runs.jsonl)). [Reward
+# accuracy](../docs/glossary.md#reward-accuracy) is the share of training pairs with a positive reward margin. **Predict**:
+# which of the two has the higher reward accuracy?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
-# The run that falls, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
-# completions are good. KL jumps in the iteration of the fall. Is the fall more than luck? Here is this step in all six runs:
+# The run that loses, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
+# completions are good. KL jumps in the iteration of the loss. Is the loss more than luck? Here is this step in all six runs:
 
 # %%
 helpers_05.last_steps(significance.mcnemar).round(3)
 
 # %% [markdown]
-# It is not resolved at 5 %, and neither is the fall of one seed with the NLL term. KL jumps only in the first.
+# It is not resolved at 5 %, and neither is the loss of one seed with the NLL term. KL jumps only in the first.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
@@ -414,7 +415,7 @@ helpers_05.last_steps(significance.mcnemar).round(3)
 # **Goal**: select a model without the test set. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
 # `keep(rows)` takes one dict per iteration t = 0, 1, ..., with `validation`, `test`, `kl` and `chosen_change` (the last
-# two are None at t = 0). It returns the number of the model that patience 1 keeps. M_0 is a candidate. On a tie you may
+# two are None at t = 0). It returns the number of the model that patience 1 keeps. $M_0$ is a candidate. On a tie you may
 # stop or continue.
 #
 # <details><summary>Hint</summary>
@@ -480,8 +481,9 @@ assert (table >= 0).all().all()
 helpers_05.regrets(table)
 
 # %% [markdown]
-# The bootstrap draws settings, each with all its seeds. KL and the chosen log-probability lose most: in section 7 the KL of
-# a healthy first iteration is above 1 nat. The best of all needs all iterations. Is patience 2 worth its cost?
+# The [bootstrap](../docs/glossary.md#bootstrap) draws settings, each with all its seeds. KL and the chosen log-probability
+# lose most: in section 7 the KL of a healthy first iteration is above 1 nat. The best of all needs all iterations. Is
+# patience 2 worth its cost?
 
 # %% tags=["nbval-ignore-output"]
 def more(a, b):
@@ -499,22 +501,22 @@ for i in (table["patience 1"] - table["patience 2"]).nlargest(3).index:
     print([round(100 * row["validation"]) for row in shipped[i]["rows"]], shipped[i]["name"])
 
 # %% [markdown]
-# There patience 1 stops too early: later models are better. **Use patience 2**: it loses less than patience 1, and only slightly
-# more than the best of all. It trains two iterations after the best model; most runs here have four.
+# There patience 1 stops too early: later models are better. **Use patience 2**: it loses less than patience 1, and only
+# slightly more than the best of all. In four iterations, as in most runs here, it seldom stops early.
 #
 # Does a rule stop *before* a fall? A fall is a loss of 5 points of test accuracy or more. The lead counts iterations from the
-# stop to the fall. A false alarm stops a run that never falls ([all rules](../figures/lesson_rules.csv)). Only the first
-# model's runs measured the pairs that differ in one line.
+# stop to the fall; *at the fall* it is zero. A false alarm stops a run that never falls ([all
+# rules](../figures/lesson_rules.csv)). Only the first model's runs measured the pairs that differ in one line.
 
 # %%
 helpers_05.warnings_of_rules()
 
 # %% [markdown]
-# Limits on KL stop before most falls. They also stop runs that never fall, and lose more than keeping the last model. Patience 2
-# stops before few.
+# Limits on KL stop before most falls. They also stop runs that never fall, and lose more than keeping the last model.
+# Patience 2 stops before few.
 #
-# So KL and the chosen log-probability are signs to *look*. Read ten completions, check how many hit the token limit
-# (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by patience 2.
+# Chosen completions fall in most healthy runs, so only KL says when to *look*. Read ten completions, check how many hit the
+# token limit (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by patience 2.
 #
 # ### Open exercise: a rule of your own
 #
@@ -542,24 +544,24 @@ assert len(table) == len(shipped)
 # %% [markdown]
 # ## What you have learnt
 #
-# - The loop is four calls. Gains shrink, and completions become less varied.
+# - The loop is four calls. Greedy gains shrink, and completions become less varied.
 # - Two models need a paired test.
 # - A high reward accuracy in training does not show good completions.
-# - Select by validation accuracy with patience 2. KL and the chosen log-probability tell you when to look.
+# - Select by validation accuracy with patience 2. KL tells you when to look.
 #
 # **Try**: run `python -m irpo_utils run --eval-split validation --learning-rate 3e-4 --out runs/high` and apply
 # patience 2.
 #
 # **Recall**
 #
-# 1. Which three roles does M_t have in iteration t?
+# 1. Which three roles does $M_t$ have in iteration t?
 # 2. What does the control of section 5 rule out?
 # 3. Your KL estimate is -0.02. Is something broken?
 # 4. Reward accuracy 0.97, margin rising, chosen log-probability falling. What do you do?
 #
 # <details><summary>Answers</summary>
 #
-# 1. It samples, it is the reference, and training starts from it. 2. That more pairs of M_0 explain the gain of M_2.
+# 1. It samples, it is the reference, and training starts from it. 2. That more pairs of $M_0$ explain the gain of $M_2$.
 # 3. Not necessarily. Look at the standard error: an estimate many standard errors below 0 means a bug. 4. Read completions
 # and look at validation accuracy before you trust the model.
 #

@@ -24,8 +24,8 @@
 # |---|---|---|---|
 # | time for this notebook | 10 seconds on one core | 10 seconds on one core | depends on the model |
 #
-# **Needs**: the packages of this repository. The runs took hours. Their results are in `figures/`, each with the command
-# that made it, and this notebook reads them.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). The runs took hours. Their
+# results are in `figures/`, each with the command that made it, and this notebook reads them.
 #
 # **Before this**: [05 · Iterations](05_iterations.ipynb).
 
@@ -60,10 +60,10 @@ pd.DataFrame({helpers_06.NAMES[name]: {"loss and settings": str(methods.get(name
 
 # %% [markdown]
 # **DPO without NLL** sets α to 0. **RFT**, rejection-sampling fine-tuning, is SFT on the correct completions. The paper's
-# table calls it STaR, but [STaR](../docs/glossary.md#star) retrains from M_0 in each iteration and shows the model the
+# table calls it STaR, but [STaR](../docs/glossary.md#star) retrains from $M_0$ in each iteration and shows the model the
 # answers of questions that it fails. **SFT on gold solutions** uses no completions at all.
 #
-# Everything else is equal: M_0, questions, adapter, and the completions of M_0. One setting must *not* be equal. Each
+# Everything else is equal: $M_0$, questions, adapter, and the completions of $M_0$. One setting must *not* be equal. Each
 # loss needs its own learning rate.
 
 # %% [markdown]
@@ -87,7 +87,8 @@ assert "RFT" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# SFT does. At 3e-4 DPO without NLL ends at 14.6 %, below M_0 (31.8 %), and both SFT methods are at their best.
+# SFT does. At 3e-4 DPO without NLL ends at 14.6 %, below $M_0$ ([data](../figures/tuning_of_methods.csv)), and both SFT
+# methods are at their best.
 
 # %% [markdown]
 # ### Exercise 6.1: choose a learning rate
@@ -131,8 +132,8 @@ for name in shown:
           f" not told apart from: {', '.join(close) or 'none'}")
 
 # %% [markdown]
-# Two methods have their best learning rate at the edge, so a higher one might be better still. The learning rates were
-# chosen after at most two iterations and are judged after up to four. N, K and β were chosen for Iterative RPO alone.
+# Two methods have their best learning rate at the edge, so a higher one might be better. The learning rates were chosen after
+# at most two iterations and are judged after up to four. N, K and β were chosen for Iterative RPO alone.
 
 # %% [markdown]
 # ## 3 Which method is ahead?
@@ -146,17 +147,18 @@ means = helpers_06.read("comparison_mean").query("metric == 'greedy'")
 main = means[means.method.isin(shown)]
 assert set(main.seeds) == {5}
 print(f"M0 {100 * main[main.iteration == 0].value.iloc[0]:.1f} %, {main.n.max()} test questions, {main.seeds.max()} seeds")
-helpers_06.accuracy_dots(main, iterations=(1, 4))
+helpers_06.accuracy_dots(main, iterations=(1, 4), limits=(65, 100))
 
 # %% [markdown]
-# Here SFT on gold solutions is first after one iteration. This M_0 first learnt to work out most questions, and was then
-# trained to skip its working. The gold solutions have the working in the form that M_0 once learnt.
+# Here SFT on gold solutions is first after one iteration. This $M_0$ first learnt to work out most questions, and was then
+# trained to skip its working. The gold solutions have the working in the form that $M_0$ once learnt.
 #
 # ### Which differences are real?
 #
-# The intervals above are too wide to tell. All methods answer the same questions, and with the same seed they start from
-# the same completions of M_0. So subtract question by question and seed by seed. The result is a matrix, one row per seed
-# and one column per question. A new experiment would have other questions *and* other seeds, so the bootstrap draws both.
+# The intervals above are too wide to tell. All methods answer the same questions, and with the same seed they start from the
+# same completions of $M_0$. So subtract question by question and seed by seed. The result is a matrix, one row per seed and
+# one column per question. A new experiment would have other questions *and* other seeds, so the
+# [bootstrap](../docs/glossary.md#bootstrap) draws both.
 #
 # A small case has two methods, three seeds and 40 questions. **Predict**: is b better?
 
@@ -173,8 +175,8 @@ print("paired, questions only:         {:+.3f} ({:+.3f} to {:+.3f})".format(*eva
 print("paired, seeds and questions:    {:+.3f} ({:+.3f} to {:+.3f})".format(*seed_and_question_interval(b - a)))
 
 # %% [markdown]
-# Unpaired, the hard questions hide the difference. Paired by question, b is ahead *for these three seeds*. But in one seed a is
-# ahead. If the bootstrap also draws seeds, the interval includes 0: "not resolved", which does not mean equal.
+# Unpaired, the hard questions hide the difference. Paired by question, b is ahead *for these three seeds*. But in one seed a
+# is ahead. If the bootstrap also draws seeds, the interval includes 0: "not resolved", which does not mean equal.
 
 # %% [markdown]
 # ### Exercise 6.2: a paired difference
@@ -220,9 +222,9 @@ for name, rows in (("the NLL term", nll), ("Iterative RPO against RFT", rft)):
         print(f"{name:26} M{row.iteration}  {helpers_06.with_interval(row):26} above 0 in {row.seeds_above_zero} of {row.seeds} seeds")
 
 # %% [markdown]
-# The mean gain of the NLL term is 0 at M1 and grows with every iteration. At M4 the interval excludes 0. At M2 and M3 the gain
-# is not resolved. Iterative RPO is better than RFT at M1. At M2, M3 and M4 its mean is below that of RFT, but each interval
-# includes 0: not resolved.
+# The mean gain of the NLL term is 0 at $M_1$ and grows with every iteration. At $M_4$ the interval excludes 0. At $M_2$ and
+# $M_3$ the gain is not resolved. Iterative RPO is better than RFT at $M_1$. At $M_2$, $M_3$ and $M_4$ its mean is below that
+# of RFT, but each interval includes 0: not resolved.
 
 # %% [markdown]
 # ## 4 Which of the paper's claims hold?
@@ -270,11 +272,13 @@ print(checks_06.verdict(verdict))
 # %% [markdown]
 # The worked solution is in [solutions/06_baselines_and_ablations.ipynb](solutions/06_baselines_and_ablations.ipynb).
 #
-# **Predict**: how many of the claims below get the verdict "agrees"? Where `paper` is empty, the verdict is about the direction.
+# **Predict**: how many claims get the verdict "agrees"? The figure has those with a number of the paper. Where `paper` is
+# empty in the table, the verdict is about the direction.
 
 # %% tags=["nbval-ignore-output"]
 judged = claims[claims.paper.notna() & (claims.verdict != "")]
-figure = helpers_06.forest(judged[judged.points < 50])      # the gain of the first iteration is off this scale
+with_number = judged[np.isfinite(judged.paper) & (judged.points < 50)]      # the first gain is off this scale
+figure = helpers_06.forest(with_number)
 assert "not resolved" in plots.alt_text(figure)
 figure
 
@@ -283,13 +287,13 @@ print(judged.verdict.value_counts().to_string(), "\n")
 helpers_06.claims_table(judged)
 
 # %% [markdown]
-# The data agree that the first two iterations gain, that a second is worth more than twice the pairs, and that the NLL term helps
-# at M4. The later gains are not resolved. At M1 the interval rules out the paper's gain from the NLL term. SFT on gold solutions
-# disagrees (section 3).
+# The data agree that the first two iterations gain, that a second is worth more than twice the pairs, and that the NLL term
+# helps at $M_4$. The later gains are not resolved. At $M_1$ the interval rules out the paper's gain from the NLL term. SFT on
+# gold solutions disagrees (section 3).
 #
-# **One claim depends on the setting.** With 600 questions Iterative RPO is 5.6 points above RFT at M1. With 300 it is -2.9 (-11.1
-# to 2.8), and -14.1 with few samples (N = 3) or hot sampling (temperature 1.5). With 150 it is -22.1. Fewer questions make fewer
-# steps, and RFT has the higher learning rate. At equal steps, on the second model, it is -1.1 (-3.7 to 1.4).
+# **One claim depends on the setting.** With 600 questions Iterative RPO is 5.6 points above RFT at $M_1$. With 300 it is -2.9
+# (-11.1 to 2.8), and -14.1 with few samples (N = 3) or hot sampling (temperature 1.5). With 150 it is -22.1. Fewer questions
+# make fewer steps, and RFT has the higher learning rate. At equal steps, on the second model, it is -1.1 (-3.7 to 1.5).
 
 # %%
 later = claims[claims.claim.str.startswith("M4 falls")]
@@ -297,13 +301,13 @@ for row in later[later.seeds == 5].itertuples():
     print(f"{row.a:25} -> {row.b:25} {helpers_06.with_interval(row):24} {row.claim}")
 
 # %% [markdown]
-# At M4 Iterative RPO loses 3 points or more in one of five seeds, and RFT in none. DPO without NLL, random labels and Iterative
-# RPO from RFT do in four.
+# At $M_4$ Iterative RPO loses 3 points or more in one of five seeds, and RFT in none. DPO without NLL, random labels
+# ([06b](06b_judges_luck_ablations.ipynb)) and Iterative RPO that starts from RFT do in four.
 
 # %% [markdown]
 # ## 5 A second model, whose working errs
 #
-# The first M_0 makes the comparison too easy: any training that restores the working succeeds. In the paper, chosen and
+# The first $M_0$ makes the comparison too easy: any training that restores the working succeeds. In the paper, chosen and
 # rejected completions are both chains of thought. So we use a second miniature model
 # ([model card](../docs/model_card_misconceptions.md)). It always shows its working and makes errors of pupils, such as a
 # forgotten carry.
@@ -318,12 +322,11 @@ helpers_06.lesson_accuracy(lesson, tuned)
 tuned.drop(columns="trial")
 
 # %% [markdown]
-# We tuned each method on the validation accuracy of M4: at least three learning rates, one seed. Iterative RPO and DPO also had
-# a choice of four β. `last` is M4, and `selected` is the iteration with the best validation accuracy in each seed. All methods
-# take 20 optimiser steps per iteration. SFT on gold solutions and Iterative RPO on M0's completions do not iterate: their M_t
-# is M_0 after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement learning, has no pairs.
-#
-# Now the paired differences.
+# We tuned each method on the validation accuracy of $M_4$: at least three learning rates, one seed. Iterative RPO also had a
+# choice of four β, DPO of five. `last` is $M_4$, and `selected` is the iteration with the best validation accuracy in each
+# seed. All methods take 20 optimiser steps per iteration. SFT on gold solutions and Iterative RPO on $M_0$'s completions do
+# not iterate: their $M_t$ is $M_0$ after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement learning, has
+# no pairs.
 
 # %%
 verdicts = helpers_06.claims("lesson_verdicts")
@@ -333,18 +336,18 @@ helpers_06.claims_table(compared)
 
 # %% [markdown]
 # **The rise** agrees with the paper in three of four iterations. **New completions** are worth more than further steps on
-# those of M_0.
+# those of $M_0$.
 #
-# **RFT** is ahead at M2 and M3 in every seed. At M1 the interval rules out a lead of the paper's size for Iterative RPO, and at
-# M4 the difference is not resolved. A possible reason: here a correct step competes with *one* typical error, so raising one
-# already lowers the other. A model with several plausible errors per step would test this. **SFT on gold solutions** is
-# ahead at M1, which disagrees with the paper.
+# **RFT** is ahead at $M_2$ and $M_3$ in every seed. At $M_1$ the interval rules out a lead of the paper's size for Iterative
+# RPO, and at $M_4$ the difference is not resolved. A possible reason: here a correct step competes with *one* typical error,
+# so raising one already lowers the other. A model with several plausible errors per step would test this. **SFT on gold
+# solutions** is ahead at $M_1$, which disagrees with the paper.
 #
-# **DPO without NLL** is behind at M1, and the verdict reads "agrees". Look at the settings before you believe it: the tuning
-# chose β = 3 for DPO and β = 0.3 for Iterative RPO, so two things differ. Either choice was better than another β by two of
-# 300 questions. Section 6 compares both methods at the same β.
+# **DPO without NLL** is behind at $M_1$, and the verdict reads "agrees". But the tuning chose β = 3 for DPO and β = 0.3 for
+# Iterative RPO, so two things differ. Each choice led another β by only two of 300 validation questions. Section 6 compares
+# both methods at the same β.
 #
-# Is RFT ahead because it went further? **Predict** which method moved furthest from M_0.
+# Did RFT go further? **Predict** which method moved furthest from $M_0$ (points: $M_0$ to $M_4$, on validation).
 
 # %% tags=["nbval-ignore-output"]
 figure = helpers_06.accuracy_against_kl()
@@ -352,7 +355,7 @@ assert "GRPO" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# Not at M2: there its mean KL is smaller than that of Iterative RPO. At M3 and M4 it is larger. SFT on gold solutions moved
+# At $M_2$ RFT's mean KL is smaller than that of Iterative RPO. At $M_3$ and $M_4$ it is larger. SFT on gold solutions moved
 # furthest.
 #
 # What does the rise consist of?
@@ -364,8 +367,8 @@ assert "forgets the carry" in plots.alt_text(figure)
 figure
 
 # %% [markdown]
-# All five misconceptions become rarer from M0 to M4, mostly in the first two iterations. No label marked the incorrect line:
-# the reward sees only the final answer.
+# All five misconceptions become rarer from $M_0$ to $M_4$, mostly in the first two iterations. No label marked the incorrect
+# line: the reward sees only the final answer.
 
 # %% [markdown]
 # ## 6 When does the NLL term matter?
@@ -384,10 +387,10 @@ figure
 helpers_06.claims_table(verdicts[verdicts.group == "map"])
 
 # %% [markdown]
-# M_0 is at 40 %. At 3e-4 no effect of the term is resolved. At 3e-3 training ends at 5 % without it, at 37 % with α = 1, and at
-# 55 % with α = 3. At 1e-3 the means also rise with α, but these differences are not resolved. RFT, the limit of large α, is
-# ahead of α = 3 at the two higher learning rates. So here the NLL term limits the damage of a high learning rate. Whether it
-# also raises the best accuracy is not resolved.
+# $M_0$ is at 40 %. At 3e-4 no effect of the term is resolved. At 3e-3 training ends at 5 % without it, at 37 % with α = 1, and
+# at 55 % with α = 3. At 1e-3 the means also rise with α, but these differences are not resolved. RFT, the limit of large α,
+# is ahead of α = 3 at the two higher learning rates. So here the NLL term limits the damage of a high learning rate. Whether
+# it also raises the best accuracy is not resolved.
 #
 # Now β. **Predict**: at which β does the NLL term help?
 
@@ -399,12 +402,13 @@ nll_term = verdicts[(verdicts.group == "NLL term") & ~verdicts.claim.str.contain
 helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 
 # %% [markdown]
-# The figure shows M4, the table M1. At 3e-4 the mean gain of the term at M1 is at most about 1 point. At 1e-3 the NLL term
-# helps at M1, by 19 points with β = 0.1 and by 12 with β = 0.3, which agrees with the paper. With β = 1 and 3 the interval rules
-# out a gain of the paper's size. At M4 its effect is not resolved at any β of this figure. That of β is resolved: at 1e-3 Iterative RPO with β = 3 ends 26 points above β = 0.1
+# The figure shows $M_4$, the table $M_1$. At 3e-4 the mean gain of the term at $M_1$ is at most about 1 point. At 1e-3 the
+# NLL term helps at $M_1$, by 19 points with β = 0.1 and by 12 with β = 0.3, which agrees with the paper. With β = 1 and 3 the
+# interval rules out a gain of the paper's size. At $M_4$ its effect is not resolved at any β of this figure. Of four
+# comparisons of β at 1e-3 one is resolved: Iterative RPO ends 26 points higher with β = 3 than with 0.1
 # ([verdicts](../figures/lesson_verdicts.csv)).
 #
-# In [notebook 04](04_dpo_nll_training.ipynb) the DPO gradient of a pair has faded at δ ≈ 3/β. How far did M1 get?
+# In [notebook 04](04_dpo_nll_training.ipynb) the DPO gradient of a pair has faded at δ ≈ 3/β. How far did $M_1$ get?
 
 # %%
 helpers_06.how_far(lesson)
@@ -412,8 +416,8 @@ helpers_06.how_far(lesson)
 # %% [markdown]
 # At 1e-3 and β = 0.1 no pair is past 3/β = 30 nats, so β does not limit the step. With a large β the gradient of most pairs
 # fades early, and no gain of the term is resolved. At 3e-4 few pairs are past 3/β up to β = 1: there the learning rate limits
-# the step. A large β also makes the NLL term relatively weaker; in the table, ten times its weight adds 1 point.
-# [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
+# the step. A large β also makes the NLL term relatively weaker, but with ten times its weight the gain is only 1 point (at
+# 3e-4). [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?
@@ -432,10 +436,10 @@ figure
 helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 
 # %% [markdown]
-# At 3e-4 chosen completions rise at M1 with the NLL term. They also rise without it, which disagrees with figure 3. At 1e-3
-# with β = 0.1 they fall, on average more without the term. Without it the fall agrees with figure 3. With RFT rejected
-# completions *fall* in all seeds, which disagrees with figure 2. The reason may be that of section 5: correct and incorrect
-# steps compete.
+# At 3e-4 chosen completions rise at $M_1$ with the NLL term. They also rise without it, which disagrees with figure 3. At 1e-3
+# with β = 0.1 they fall, on average more without the term; this fall agrees with figure 3. Rejected ones fall further and
+# partly return at $M_2$. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. The reason may be
+# that of section 5: correct and incorrect steps compete.
 
 # %% [markdown]
 # ## What you have learnt
@@ -443,7 +447,7 @@ helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 # - Tune every method with the same search, over as many iterations as you compare, and look for choices at the edge.
 # - Pair by seed and question. "Not resolved" does not mean equal.
 # - A claim gets one of four verdicts. "Rules out an effect of the paper's size" is stronger than "not resolved".
-# - An ablation at one learning rate is one column of a map. Two methods at their own settings differ in more than the term.
+# - The NLL term helped at high learning rates with a small β. Elsewhere little is resolved: one ablation is one cell of a map.
 # - RFT gains much without rejected completions. Whether pairs beat it depends on model and setting.
 #
 # **Try**: judge the claims again with `paper` halved. Which verdicts change?
@@ -453,13 +457,13 @@ helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 # 1. RFT and Iterative RPO use the same correct completions. What differs, and how does RFT differ from STaR?
 # 2. Five seeds, difference +1.2 (−0.3 to 2.7), paper +6. What do you write? And with paper +2?
 # 3. A paper tunes its method and takes the baseline's settings from elsewhere. What can its gain consist of?
-# 4. On the second model RFT is ahead at M2 and M3. Why does this not refute the paper's table?
+# 4. On the second model RFT is ahead at $M_2$ and $M_3$. Why does this not refute the paper's table?
 #
 # <details><summary>Answers</summary>
 #
-# 1. RFT has no rejected completions in its loss. STaR retrains from M_0 and shows answers of failed questions. 2. It rules
-# out an effect of the paper's size. With +2: not resolved. 3. Of the tuning alone. 4. The paper compares M1 of a model with 70
-# billion parameters. Here a correct step competes with one typical error, which may favour RFT.
+# 1. RFT has no rejected completions in its loss. STaR retrains from $M_0$ and shows answers of failed questions. 2. It rules
+#    out an effect of the paper's size. With +2: not resolved. 3. Of the tuning alone. 4. The paper compares $M_1$ of a model
+#    with 70 billion parameters. Here a correct step competes with one typical error, which may favour RFT.
 #
 # </details>
 #

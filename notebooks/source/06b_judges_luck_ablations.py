@@ -25,8 +25,8 @@
 # |---|---|---|---|
 # | time for this notebook | 30 seconds on one core | 1 minute on one core | depends on the model |
 #
-# **Needs**: the packages of this repository. No other notebook needs this one. Sections 1 and 6 sample and train; the other
-# sections read files of `figures/`.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). No other notebook needs this
+# one. Sections 1 and 6 sample and train; the other sections read files of `figures/`.
 #
 # **Before this**: [05 · Iterations](05_iterations.ipynb) and [06 · Is it the method?](06_baselines_and_ablations.ipynb).
 
@@ -89,8 +89,8 @@ for name in ("irpo", "self_consistency", "self_rewarding"):
 assert letters("self_consistency") == "wlwl lwlw"
 
 # %% [markdown]
-# In question `a` two incorrect completions agree and outvote the correct one. In question `c` no completion is correct, and the
-# vote chooses two anyway. The likelihood even chooses a completion that breaks off before its answer.
+# In question `a` two incorrect completions agree and outvote the correct one. In question `c` no completion is correct, and
+# the vote chooses two anyway. The likelihood even chooses a completion that breaks off before its answer.
 
 # %% [markdown]
 # ### Exercise 6b.1: majority vote as reward
@@ -125,7 +125,7 @@ print(checks_06.majority_vote(majority_vote))
 # %% [markdown]
 # The worked solution is in [solutions/06b_judges_luck_ablations.ipynb](solutions/06b_judges_luck_ablations.ipynb).
 #
-# How often do these rewards err on what M_0 writes? **Predict** the share of correct completions among the chosen ones.
+# How often do these rewards err on what $M_0$ writes? **Predict** the share of correct completions among the chosen ones.
 
 # %% tags=["nbval-ignore-output"]
 N_QUESTIONS, N = (40, 8) if PROFILE == "smoke" else (100, 16)
@@ -169,8 +169,8 @@ marks.drop(columns="run").round(2)
 
 # %% [markdown]
 # Asked in words, no difference from guessing is resolved for either model. The likelihood separates the completions of the
-# seed model. For SmolLM2-135M it is not resolved. So "own likelihood as reward" may work for this M_0 alone: its correct
-# completions tend to be longer.
+# seed model. For SmolLM2-135M it is not resolved. So "own likelihood as reward" may work for this $M_0$ alone, whose
+# bare answers are guesses.
 #
 # ### What do these rewards teach?
 #
@@ -192,7 +192,7 @@ assert costed[costed.metric == "greedy"].groupby("method").seed.nunique().eq(3).
 helpers_06.accuracy_against_tokens(costed)
 
 # %% [markdown]
-# The majority vote starts slowly and comes close without a single gold answer. At M4 its difference from Iterative RPO is
+# The majority vote starts at 45 % and comes close without a single gold answer. At $M_4$ its difference from Iterative RPO is
 # not resolved, and neither is that of GRPO. The other two are worse. What is the reward worth? The control with random
 # labels shows it:
 
@@ -209,7 +209,7 @@ for row in control.itertuples():
 #
 # RFT uses chosen completions alone. If it matches Iterative RPO, the rejected ones taught nothing more. The next study
 # tries cases in which they might: few samples, hot sampling (temperature 1.5), few questions, late iterations, and
-# *luck*. In "lucky" one incorrect completion in four counts as correct. In "choices" the question has four options, and
+# *luck*. In "lucky" one incorrect answer in four counts as correct. In "choices" the question has four options, and
 # the option nearest to the model's answer is ticked.
 #
 # **Predict**: in which of these cases do pairs beat RFT?
@@ -246,9 +246,9 @@ assert len(made)
 
 # %% [markdown]
 # With luck, about half of the chosen completions are answers without working. RFT copies them. In pairs such answers are
-# common on *both* sides, and more so among the rejected. So the difference still points to the working. With few samples or few
-# questions pairs are worse than RFT. The other cases are not resolved. RFT also has the higher tuned learning rate, and cases
-# with less data have fewer steps.
+# common on *both* sides, and more so among the rejected. So the difference still points to the working. With few samples or
+# few questions pairs are worse than RFT. The other cases are not resolved. RFT also has the higher tuned learning rate, and
+# cases with less data have fewer steps.
 #
 # On the second model of [notebook 06](06_baselines_and_ablations.ipynb) both methods have the same steps and the same learning
 # rate. *Half* means 80 of the 160 questions. **Predict**: in which case do pairs help now?
@@ -258,9 +258,9 @@ verdicts = helpers_06.claims("lesson_verdicts")
 helpers_06.claims_table(verdicts[verdicts.group == "regimes"])
 
 # %% [markdown]
-# With correct winners pairs help in no case. At 3e-4 no difference is resolved. At 1e-3 all means are below RFT; there the
-# DPO term goes far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With lucky winners all means are above RFT,
-# and no difference is resolved. So in these studies only luck on the first model makes pairs better than RFT.
+# Without luck pairs help in no case. At 3e-4 neither $M_1$ nor $M_4$ is resolved. At 1e-3 all means are below RFT; there the
+# DPO term goes far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With luck all means are above RFT,
+# and no difference is resolved. So in this section only luck on the first model makes pairs better than RFT.
 
 # %% [markdown]
 # ## 3 What happens after four iterations?
@@ -280,17 +280,17 @@ figure
 # %%
 kept = ["greedy", "kl_to_previous", "one_step_apart"]
 table = whole[whole.metric.isin(kept)].pivot_table(index=["metric", "method"], columns="iteration", values="value")
-print("means over", *sorted(set(eight_more[eight_more.metric == "greedy"].groupby("method").seed.nunique())), "seeds")
+print("means over seeds", *sorted(set(eight_more.seed)))
 table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
 
 # %% [markdown]
-# On average both methods with pairs stay below their best, DPO without NLL from M4 on and Iterative RPO from M5 on. RFT stays.
-# The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were chosen after
-# two iterations. For eight, that of the pairs may be too high. `one_step_apart` is the share of pairs that differ in one
-# line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare answer, and
-# later ones more often compare two calculations. On such pairs DPO can lower chosen and rejected completions together
-# ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)).
-# Tune for the number of iterations that you need, and stop with patience 2 ([notebook 05](05_iterations.ipynb)).
+# On average both methods with pairs stay below their best, DPO without NLL from $M_4$ on and Iterative RPO from $M_5$ on. RFT
+# stays. The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were
+# chosen after two iterations. For eight, that of the pairs may be too high. `one_step_apart` is the share of pairs that
+# differ in one line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare
+# answer, and later ones more often compare two calculations. On such pairs DPO can lower chosen and rejected completions
+# together ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)). Tune for the number of iterations that you need, and stop
+# with patience 2 ([notebook 05](05_iterations.ipynb)).
 #
 # On the second model every method has the learning rate that was best after four iterations.
 
@@ -304,15 +304,15 @@ figure
 helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 
 # %% [markdown]
-# From M4 to M8 only DPO without NLL, with β = 3, gains. The other changes are not resolved, and neither are the differences
-# at M8.
+# From $M_4$ to $M_8$ only DPO without NLL, with β = 3, gains. The other changes are not resolved, and neither are the
+# differences at $M_8$.
 
 # %% [markdown]
 # ## 4 Does the best β depend on the length of completions?
 #
-# β = 0.1 was chosen for responses of a hundred tokens and more. The gradient of a pair fades at δ ≈ 3/β = 30 nats. A chosen
-# completion can gain only its own nats, so the δ of a short pair may stay below that. The hypothesis: short completions need
-# a larger β.
+# β = 0.1 is the paper's, whose completions are longer. The gradient of a pair fades at δ ≈ 3/β = 30 nats. A chosen completion
+# can gain only its nats, $-\log M_0(w|x)$, so the δ of a short pair may stay below that. The hypothesis: short completions
+# need a larger β.
 #
 # A third model, *plain*, tests it. It has the misconceptions of the second one, and writes equations without words
 # ([script](../scripts/make_misconceptions_model.py)).
@@ -321,7 +321,7 @@ helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 
 # %% tags=["nbval-ignore-output"]
 plain = helpers_06.of_second_model(model="plain")
-panels = {"with words": lesson, "equations alone": plain}
+panels = {"misconceptions model": lesson, "plain model": plain}
 panels = {f"{name}: {helpers_06.nats(means):.0f} nats": (means, 1e-3) for name, means in panels.items()}
 figure = helpers_06.beta_map(panels)
 assert "nats" in plots.alt_text(figure)
@@ -335,10 +335,11 @@ helpers_06.claims_table(of_beta[of_beta.claim.str.contains("misconceptions|plain
 helpers_06.how_far(plain)
 
 # %% [markdown]
-# The hypothesis gets no support. At 1e-3 the means of β = 1 and 3 are above those of 0.1 and 0.3 on both models, and whether a
-# larger β helps more on one of them is not resolved. On the first model, with 5 nats, it is alike
-# ([results](../docs/results/second_model.md)). δ after one iteration is similar on both. With β = 0.1 it even exceeds the nats of
-# a whole completion of the third model: a chosen completion can gain only its nats, but a rejected one can lose any number.
+# The hypothesis gets no support. At 1e-3 the means of β = 1 and 3 are above those of 0.1 and 0.3 on both models, and whether
+# a larger β helps more on one of them is not resolved. On the first model, with 5 nats, a larger β leads as well
+# ([results](../docs/results/second_model.md)). δ after one iteration is similar on both. With β = 0.1 it even exceeds the
+# nats of a whole completion of the third model: a chosen completion can gain only its nats, but a rejected one can lose any
+# number.
 #
 # So compare 3/β with the δ that training reaches, not with the length of completions.
 
@@ -364,14 +365,14 @@ for row in clear.itertuples():
 
 # %% [markdown]
 # `k_pairs` = 1 has a quarter of the pairs and so a quarter of the steps. It shows how much was trained, not which pairs are
-# good. The interval of `keep_pairs` ends close to 0, which luck may cause in one of 21 rows. The rest is not resolved. All
-# settings but `k_pairs` = 1 are near the ceiling after two iterations.
+# good. The interval of `keep_pairs` (with earlier pairs) ends close to 0, which luck may cause in one of 21 rows. The rest is
+# not resolved.
 
 # %% [markdown]
 # ## 6 A method of your own
 #
 # A reward is a function of the rows of one question (`extracted`, `correct`, `logprob`, `n_tokens` and more). It returns a
-# float per row. Suppose you like short completions: the shortest correct one is chosen. **Predict** what M_1 learns.
+# float per row. Suppose you like short completions: the shortest correct one is chosen. **Predict** what $M_1$ learns.
 
 # %%
 def shortest_correct(rows):
@@ -388,11 +389,12 @@ for name in ("irpo", "shortest"):
     made = pairs_of(methods.get(name).reward)
     tokens = np.mean([len(ids) for ids in made["chosen_ids"]])
     lost = np.mean([truth[key] for key in zip(made["id"], made["rejected_sample"])])
-    print(f"{methods.get(name).title:28} {tokens:.1f} tokens per chosen completion, {lost:.0%} of rejected ones are correct")
+    print(f"{methods.get(name).title:28} chosen: {tokens:.1f} tokens, {bare(made['chosen']):.0%} without working; "
+          f"rejected: {lost:.0%} correct")
 assert lost > 0
 
 # %% [markdown]
-# Chosen completions got slightly shorter. The shortest have no working, so M_1 may learn to skip it. Correct completions
+# Chosen completions got slightly shorter. Some have no working, so $M_1$ may learn to skip it. Correct completions
 # are *rejected*: what a reward does not choose, it rejects. Train on chosen ones alone (`settings=methods.SFT`) if you do
 # not want that.
 
@@ -485,7 +487,7 @@ assert len(entries) >= 1
 # - Rejected completions helped where incorrect completions were chosen by luck.
 # - Among twenty ablations expect one interval that excludes 0 by luck.
 #
-# **Try**: the reward "longest correct completion". What does M_1 learn?
+# **Try**: the reward "longest correct completion". What does $M_1$ learn?
 #
 # **Recall**
 #

@@ -24,8 +24,8 @@
 # |---|---|---|---|
 # | time for this notebook | 1 minute on one core | 4 minutes on one core | as on the CPU; section 3 estimates your real run |
 #
-# **Needs**: the packages of this repository, and SmolLM2-135M-Instruct. `make lab` installs this model. Otherwise the
-# notebook downloads it from the Hugging Face hub (0.3 GB).
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)), and SmolLM2-135M-Instruct.
+# `make lab` installs this model. Otherwise the notebook downloads it from the Hugging Face hub (0.3 GB).
 #
 # **Before this**: [06 · Is it the method?](06_baselines_and_ablations.ipynb). The five stages stay the same. **Optional
 # sequel**: [07b · What the data must be](07b_what_the_data_must_be.ipynb).
@@ -191,10 +191,10 @@ table = pd.DataFrame(memory("qwen2.5-0.5b", 4) | memory("llama-3.1-8b", 1)).T[["
 helpers_07.memory_bars(table)
 
 # %% [markdown]
-# When the small model trains, the logits are largest: its vocabulary is as large as that of a large model. When the large model
-# samples, the cache is largest. `--micro-batch-size` lowers the first, `--sampling-batch-size` the second. Smaller values cost
-# time, and change results only by rounding. [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing) keeps the
-# activations small.
+# When the small model trains, the logits are largest: its vocabulary is as large as that of a large model. When the large
+# model samples, the cache is largest. `--micro-batch-size` lowers the first, `--sampling-batch-size` the second. Smaller
+# values cost time, and change results only by rounding. [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing)
+# keeps the activations small.
 #
 # On a GPU the run chooses what you leave open. It takes a base in 16 bits if there is room. Before
 # training it chooses micro-batch and checkpointing from the lengths of the pairs and the free memory. If memory still runs
@@ -244,9 +244,9 @@ helpers_07.hours_bars(planned)
 
 # %% [markdown]
 # By this estimate, 9 times. Most of the time is training. For decoding it assumes CUDA graphs, each of which launches all
-# kernels of a step ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours times
-# price. Prefer GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with
-# [loss scaling](../docs/glossary.md#loss-scaling).
+# kernels of a step ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours
+# times price. Prefer GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with [loss
+# scaling](../docs/glossary.md#loss-scaling).
 
 # %% [markdown]
 # ## 3 Estimate
@@ -260,7 +260,7 @@ print(planning.table(plan))
 assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
 # %% [markdown]
-# For the choice above, training. Evaluation takes the least, because it asks 300 validation questions. Training needs more
+# Here training takes most, and evaluation least: it asks only 300 validation questions. Training needs more
 # memory than its bar in section 2: this GPU has room, so the run keeps the base in 16 bits and all activations.
 #
 # **Predict**: what would it take to evaluate every model on the whole test split, with 32 completions per question?
@@ -281,7 +281,7 @@ assert plan.stages[-1].tokens > plan.stages[0].tokens
 #
 # Does every stage work with a real model, its tokenizer and its chat template? Find out in minutes, before you spend hours.
 # The next cell makes a small run: one iteration on 24 easy questions, with gold solutions as chosen completions. Its learning
-# rate is high, so that one iteration shows a change. The run therefore warns that M_1 is far from M_0 in
+# rate is high, so that one iteration shows a change. The run therefore warns that $M_1$ is far from $M_0$ in
 # [KL](../docs/glossary.md#kl-divergence).
 
 # %% tags=["nbval-ignore-output"]
@@ -320,7 +320,7 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 #
 # `evaluate.py` chooses the iteration with the highest greedy accuracy. It evaluates this model once on the whole test split,
 # with a [majority vote](../docs/glossary.md#majority-vote) over 32 completions. With `--iterations 0 best` it also evaluates
-# M_0 and compares the two.
+# $M_0$ and compares the two.
 #
 # **Without a GPU**, two commands train SmolLM2-135M in some hours. The [stored run](../docs/results/smollm2.md) of the next
 # section was made with these settings.
@@ -336,7 +336,7 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 # Did it work? The next cells draw **your run**, even before it is finished. Until you have one, they draw a stored run
 # on [SVAMP](../docs/glossary.md#svamp) ([data](../figures/real_curve.csv)).
 #
-# Its M_0 is not the published model, which hardly ever reaches a final answer. M_0 is that model after SFT on 2,447 short
+# Its $M_0$ is not the published model, which hardly ever reaches a final answer. $M_0$ is that model after SFT on 2,447 short
 # gold solutions of GSM8K. The learning rate was chosen on validation questions ([results](../docs/results/smollm2.md)).
 #
 # **Predict** the shape: a steep rise as with the miniature model, a gentle one, or none?
@@ -358,8 +358,8 @@ assert (gains.low <= gains.high).all()
 gains.round(1)
 
 # %% [markdown]
-# For the stored run: sampled accuracy gains in the first and in the third iteration, and triples from M_0 to M_3. No gain in
-# greedy accuracy from M_0 to M_3 is resolved. It is one seed on a small model. A claim needs more seeds
+# For the stored run: sampled accuracy gains in the first and in the third iteration, and triples from $M_0$ to $M_3$. No gain
+# in greedy accuracy from $M_0$ to $M_3$ is resolved. It is one seed on a small model. A claim needs more seeds
 # (`python scripts/plot.py RUN RUN ...`) and more test questions. How many more?
 
 # %% [markdown]
@@ -393,7 +393,7 @@ print(checks_07.questions_needed(questions_needed))
 #
 # What do larger models reach? Each of these published numbers has its own prompt and grader. Compare gains, not levels:
 #
-# | model, questions | M_0 | after each iteration |
+# | model, questions | $M_0$ | after each iteration |
 # |---|---|---|
 # | [Llama-2-70B-chat](https://arxiv.org/html/2404.19733v3#S3.T1), GSM8K | 55.6 | 73.1, 78.0, 81.1, 81.6 |
 # | [Llama-3-8B base](https://arxiv.org/html/2411.04109v3), GSM8K | 41.2 | 61.4, 64.3 |
@@ -440,9 +440,9 @@ figure
 # %% [markdown]
 # ## 7 Merge, serve, push
 #
-# Your result is an adapter of some megabytes. Which model do you publish? That depends on the base of your run: 16 bits or NF4
-# (`quantize` in `profile.json`). The next cells load M_1 of the small run on an NF4 base, as a run on a small GPU does. In one
-# layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ the change by the
+# Your result is an adapter of some megabytes. Which model do you publish? That depends on the base of your run: 16 bits or
+# NF4 (`quantize` in `profile.json`). The next cells load $M_1$ of the small run on an NF4 base, as a run on a small GPU does.
+# In one layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ the change by the
 # [LoRA](../docs/glossary.md#lora) adapter.
 
 # %% tags=["nbval-ignore-output"]
@@ -473,9 +473,10 @@ assert cosines["NF4"] < cosines["fp32"]
 helpers_07.survived(cosines)
 
 # %% [markdown]
-# Rounding, by far. Never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. $\Delta$ is so small
-# that bf16 keeps only a part. The next cell loads the model without NF4, and PEFT stores $W + \Delta$ in bf16. A run with an
-# NF4 base measures *another* model, $\hat W + \Delta$. **Predict**: do M_1 and the merged model write the same completions?
+# Rounding, by far. Never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. $\Delta$ is so
+# small that bf16 keeps only a part. The next cell loads the model without NF4, and PEFT stores $W + \Delta$ in bf16. A run
+# with an NF4 base measures *another* model, $\hat W + \Delta$. **Predict**: do $M_1$ and the merged model write the same
+# completions?
 
 # %% tags=["nbval-ignore-output"]
 folder = Path(tempfile.mkdtemp()) / "merged"
@@ -511,8 +512,8 @@ assert 0 <= same <= len(asked)
 # hf upload YOU/my-model merged --private
 # ```
 #
-# Send the training prompt with its instruction: `tasks.get("gsm8k").prompt(row)`. Your model card needs: the base
-# and its licence, data and splits, settings (`profile.json`), versions (`environment.json`), accuracy of M_0 and of *this* file
+# Send the training prompt with its instruction: `tasks.get("gsm8k").prompt(row)`. Your model card needs: the base and its
+# licence, data and splits, settings (`profile.json`), versions (`environment.json`), accuracy of $M_0$ and of *this* file
 # with intervals, and the number of seeds ([example](../docs/model_card_seed.md)).
 
 # %% [markdown]

@@ -23,7 +23,8 @@
 # |---|---|---|---|
 # | time for this notebook | 20 seconds on one core | 3 minutes on one core | as on the CPU |
 #
-# **Needs**: the packages of this repository, and SmolLM2-135M-Instruct as in notebook 07. No other notebook needs this one.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)), and SmolLM2-135M-Instruct as in
+# notebook 07. No other notebook needs this one.
 #
 # **Before this**: [07 · Real models on one GPU](07_real_models_on_one_gpu.ipynb).
 
@@ -189,7 +190,8 @@ print(checks_07.renumbered_twins(renumbered_twins))
 # - **Canary**: can it write the random [canary string](../docs/glossary.md#canary-string) of a benchmark? GSM8K has none.
 # - **Familiarity**: does it find the original text more probable than a changed one?
 #
-# Contamination probably distorts the gain from M_0 to M_T less than the accuracy of M_T: both models have read the same texts.
+# Contamination probably distorts the gain from $M_0$ to $M_T$ less than the accuracy of $M_T$: both models have read the same
+# texts.
 #
 # We run the last test. Replace every number by another number with as many digits, and compare the log-probabilities. The
 # difference per digit is the [memory gap](../docs/glossary.md#memory-gap).

@@ -26,7 +26,8 @@
 # |---|---|---|---|
 # | time for this notebook | 1 minute on two cores | 1 to 2 minutes on two cores | as `cpu`: the processes use the CPU |
 #
-# **Needs**: the packages of this repository. The processes run on the CPU of any machine.
+# **Needs**: the packages of this repository (in Colab: [`docs/colab.md`](../docs/colab.md)). The processes run on the CPU of
+# any machine.
 #
 # **Before this**: [07 · Real models on one GPU](07_real_models_on_one_gpu.ipynb).
 
@@ -362,14 +363,14 @@ assert found["split"]["bytes"] <= 0 or missing > 0.9 * P * gradients
 helpers_08.counted_bytes(derived, found)
 
 # %% [markdown]
-# For whole copies, within a few percent. With split layers the gradients are sent twice, because gloo has no reduce-scatter and
-# uses an all-reduce. NCCL, on GPUs, has a reduce-scatter. The losses do not show such a difference, but the bytes do.
+# For whole copies, within a few percent. With split layers the gradients are sent twice, because gloo has no reduce-scatter
+# and uses an all-reduce. NCCL, on GPUs, has a reduce-scatter. The losses do not show such a difference, but the bytes do.
 
 # %% [markdown]
 # ## 6 One process dies
 #
 # Without one process the others cannot continue, because the next sum needs all of them. We kill one of two when the samples
-# of M_0 are finished. **Predict**: what will you see?
+# of $M_0$ are finished. **Predict**: what will you see?
 
 # %% tags=["nbval-ignore-output"]
 out = work / "run"
@@ -405,12 +406,12 @@ plans = helpers_08.plans(["smollm2-135m", "llama-3.1-8b", "paper"], [1, 8, 64])
 helpers_08.shares_of_time(plans)
 
 # %% [markdown]
-# No, at most twice: compare the hours above the bars. A step has 16 pairs, and a process needs at least one pair. So 48 of 64
-# GPUs have no work. *The batch is the limit.*
+# No, at most twice: compare the hours above the bars. A step has 16 pairs, and a process needs at least one pair. So the
+# plan starts 16 processes, in sampling too, and 48 of 64 GPUs are idle. *The batch is the limit.*
 #
 # With split layers a GPU gathers the next layer while it computes the current one. If computing takes longer, the traffic
 # costs no time. A pass of $n$ tokens through $W$ weights needs $2Wn$ operations. A micro-batch has three passes:
-# forward, forward again (checkpointing), and backward.
+# forward, forward again (checkpointing), and backward (one pass, because the weights are frozen).
 
 # %% [markdown]
 # ### Exercise 8.4: the break-even
@@ -455,7 +456,7 @@ helpers_08.two_ways("paper", [8, 64]).round(1)
 helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 
 # %% [markdown]
-# On 64: there a micro-batch has too few tokens. Inside one machine, by this estimate, split layers cost no extra time. But
+# On 64 GPUs a micro-batch has too few tokens. Inside one machine, by this estimate, split layers cost no extra time. But
 # whole copies are as fast, and with the base in [NF4](../docs/glossary.md#nf4) they fit.
 #
 # The paper trains all weights, on [64 GPUs](https://arxiv.org/html/2404.19733v3#S3.SS1).
@@ -469,9 +470,9 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # torchrun --standalone --nproc_per_node 8 scripts/run.py --profile llama-3.1-8b --out runs/llama
 # ```
 #
-# **A model that does not fit on one GPU**: split layers, and a vLLM server on other GPUs for sampling. Only a run in one process
-# [starts its server itself](../docs/results/speed.md#vllm). Here you start the server first. It must see the run directory, from
-# which it loads the adapters.
+# **A model that does not fit on one GPU**: split layers, and a vLLM server on other GPUs for sampling. Only a run in one
+# process [starts its server itself](../docs/results/speed.md#vllm). Here you start the server first. It must see the run
+# directory, from which it loads the adapters.
 #
 # ```bash
 # VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve meta-llama/Llama-2-70b-chat-hf --enable-lora --max-lora-rank 16 \
@@ -508,7 +509,7 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # 1. Both draw the same random numbers.
 # 2. All parts have equally many pairs, but different numbers of tokens.
 # 3. 2 · 15/16 instead of 2 · 7/8 of the gradient: a fourteenth more.
-# 4. The trainer refuses, because a process needs at least one pair. At most 16 can work.
+# 4. The trainer refuses 64 processes, because each needs at least one pair. At most 16 can work.
 #
 # </details>
 #
