@@ -157,7 +157,7 @@ def saved(function) -> str:
     mistakes = {
         "That is the number of positions saved. Divide it by the positions without sharing.": without
         - shared,
-        "You saved the prompt for all answers, but it still has to be computed once: it is saved (N - 1) times, not N.": 4
+        "You saved the prompt for all completions, but it still has to be computed once: it is saved (N - 1) times, not N.": 4
         * prompt
         / without,
         "You divided by the positions with sharing. Compare with what it costs without.": (
@@ -165,9 +165,11 @@ def saved(function) -> str:
         )
         / shared,
         "That is the share that is left. Subtract it from 1.": shared / without,
-        "You left the answers' own tokens out of the total.": (without - shared) / (4 * prompt),
-        "You counted one answer's tokens only: add up all lengths.": 3 * prompt / (4 * prompt + 10),
-        "You took the mean length where the sum is needed: every answer has its own tokens.": 3
+        "You left the completions' own tokens out of the total.": (without - shared) / (4 * prompt),
+        "You counted one completion's tokens only: add up all lengths.": 3
+        * prompt
+        / (4 * prompt + 10),
+        "You took the mean length where the sum is needed: every completion has its own tokens.": 3
         * prompt
         / (4 * prompt + 25),
         "That is a percentage: return a share between 0 and 1.": 100 * (without - shared) / without,
@@ -177,12 +179,12 @@ def saved(function) -> str:
     right = (without - shared) / without
     if not _same([value], [right]):
         return _name([value], {text: [wrong] for text, wrong in mistakes.items()}) or (
-            f"For a prompt of {prompt} tokens and answers of {lengths} it is ({without} - {shared}) / {without} = {right:.3f}; yours is {value:.4g}."
+            f"For a prompt of {prompt} tokens and completions of {lengths} it is ({without} - {shared}) / {without} = {right:.3f}; yours is {value:.4g}."
         )
     alone, message = _number(function, 60, [10])
     if message or not _same([alone], [0]):
-        return "Almost: with a single answer nothing can be saved, so the result should be 0. Is N fixed in your function?"
-    return f"Right: {100 * right:.0f} % of all positions in this case. The more answers a prompt has and the shorter they are, the more it is."
+        return "Almost: with a single completion nothing can be saved, so the result should be 0. Is N fixed in your function?"
+    return f"Right: {100 * right:.0f} % of all positions in this case. The more completions a prompt has and the shorter they are, the more it is."
 
 
 def pass_at_k(function) -> str:

@@ -16,7 +16,8 @@ NUMBER = r"\d+(?:[.,/]\d+)*"
 DENIAL = re.compile(
     r"(?:\b(?:not|never|no)|n't)\s+(?:\w+\s+){0,2}42\b"
     r"|\b(?:(?:less|more|fewer|other)\s+than|under|over|above|below|at\s+(?:least|most))\s+42\b"
-    r"|\b42\b[^\n.]{0,20}\bor\s+(?:more|less|fewer|so)\b",
+    r"|\b42\b[^\n.]{0,20}\bor\s+(?:more|less|fewer|so)\b"
+    r"|\b42\s+(?:(?:is|was)\s+(?:not|wrong|incorrect|false)|dozen|hundred|thousand|million)\b",
     re.IGNORECASE,
 )
 EQUATION = re.compile(r"\d[\d\s+*/x×-]*=\s*(?=\d)")

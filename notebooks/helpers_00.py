@@ -5,6 +5,7 @@ Each figure is a `plots.TextFigure`, whose alt text has its numbers.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -137,24 +138,15 @@ def toy(shares: list[float], accuracies: list[float], ceiling: float):
 
 def two_learning_rates():
     """(figure, table): greedy accuracy of the `cpu` profile at two learning rates, five seeds."""
-    files = {"2e-5": "accuracy_per_iteration_mean.csv", "1e-4": "comparison_mean.csv"}
-    figure, axes = plots.new_figure(7, 3.6)
-    lines, columns = [], {}
-    for (name, file), colour in zip(files.items(), (BLUE, ORANGE), strict=True):
-        table = pd.read_csv(FIGURES / file)
-        table = table[(table.metric == "greedy") & (table.method == "irpo")]
-        table = table[table.iteration <= 4].sort_values("iteration")
-        assert set(table.seeds) == {5}
-        band = 100 * table.low, 100 * table.high
-        lines.append(
-            plots.draw_points(
-                axes, table.iteration, 100 * table.value, f"learning rate {name}", colour, band
-            )
-        )
-        columns[name] = [
+    sys.path.append(str(ROOT / "scripts"))  # the package `studies`
+    from studies import figures
+
+    means = figures.of_two_learning_rates(FIGURES)
+    table = means.assign(
+        text=[
             f"{100 * row.value:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
-            for row in table.itertuples()
+            for row in means.itertuples()
         ]
-    axes.set(xlabel="iteration", ylabel="greedy accuracy (%)", ylim=(0, 104), xticks=range(5))
-    figure = plots.finish(figure, "Accuracy per iteration, five seeds", {"accuracy in %": lines})
-    return figure, pd.DataFrame(columns, index=[f"M_{t}" for t in range(5)])
+    ).pivot(index="iteration", columns="learning_rate", values="text")
+    table = table[["2e-5", "1e-4"]].rename(index="M_{}".format).rename_axis(None, axis="index")
+    return figures.accuracy_at_rates(means), table.rename_axis(None, axis="columns")

@@ -6,8 +6,9 @@
 
 Writes notebooks/NN_*.ipynb with open exercises and notebooks/solutions/NN_*.ipynb with solutions.
 A source is a percent script, notebooks/source/NN_name.py: `# %% [markdown]` starts a text cell,
-`# %%` a code cell, `# %% tags=["nbval-ignore-output"]` one whose output nbval does not compare. A
-code cell that a student fills in has both versions; the lines with the markers are in neither
+`# %%` a code cell, `# %% tags=["nbval-ignore-output"]` one whose output nbval does not compare,
+and `# %% tags=["remove-cell"]` a check of the build, which JupyterLab folds and the book leaves out.
+A code cell that a student fills in has both versions; the lines with the markers are in neither
 notebook:
 
     def wrap_around(n_winners, n_losers, k):
@@ -39,7 +40,8 @@ EXERCISE = re.compile(
     r"^[ ]*# SOLUTION\n(?P<solution>.*?)^[ ]*# STUB\n(?P<stub>.*?)^[ ]*# END\n?", re.S | re.M
 )
 LINK = re.compile(r"(?<=\]\()(?!https?://|#)(?P<target>[^)\s]+)(?=\))")
-SOLUTION = re.compile(r"The worked solution is in \[[^\]]*\]\(solutions/[^)]*\)\.")
+SOLUTION = re.compile(r"(The worked solution is in )?\[[^\]]*\]\(solutions/[^)]*\)\.")
+CHECK = "remove-cell"  # the book leaves these cells out
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -73,9 +75,10 @@ def view(source: str, solved: bool) -> nbformat.NotebookNode:
 
 
 def _kept_metadata(cell) -> nbformat.NotebookNode:
-    """The tags of a cell, for example `# %% tags=["nbval-ignore-output"]`, and nothing else."""
-    tags = cell.metadata.get("tags")
-    return nbformat.from_dict({"tags": list(tags)} if tags else {})
+    """The tags of a cell, for example `# %% tags=["nbval-ignore-output"]`; CHECK is also folded."""
+    tags = list(cell.metadata.get("tags", []))
+    folded = {"jupyter": {"source_hidden": True}} if CHECK in tags else {}
+    return nbformat.from_dict({"tags": tags, **folded} if tags else {})
 
 
 def _from_solutions(link: re.Match) -> str:

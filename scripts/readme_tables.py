@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/results from the result files in figures/.
+"""Write the tables of README.md and docs/results, and README's figure, from the files in figures/.
 
 python scripts/readme_tables.py
 """
@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pandas
 
-from studies import api, report, trials
+from irpo_utils import plots
+from studies import api, figures, report, trials
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "figures"
@@ -376,7 +377,7 @@ def findings() -> str:
         f"Greedy accuracy in % on {n} test questions with the second M0: mean of {seeds} seeds and "
         "95 % interval. *Best on validation*: of M0 to M4, chosen in each seed. *Difference*: points "
         "above Iterative RPO, paired by seed and question; in italics: not resolved. "
-        "Learning rates and β: the best on validation at M4.",
+        "Learning rates and β: the best on validation at M4, with one seed.",
     ]
     return "\n".join(lines)
 
@@ -466,6 +467,16 @@ def fill(text: str) -> str:
     return text
 
 
+def headline() -> None:
+    """Write README's figure: accuracy per iteration at two learning rates."""
+    means = figures.of_two_learning_rates(FIGURES)
+    record = {"command": "python scripts/readme_tables.py"}
+    for name in ("accuracy_per_iteration", "comparison"):
+        record[f"{name}.json"] = json.loads((FIGURES / f"{name}.json").read_text())
+    plots.save(figures.accuracy_at_rates(means), FIGURES, "two_learning_rates", means, record)
+
+
 if __name__ == "__main__":
+    headline()
     for page in PAGES:
         page.write_text(fill(page.read_text()))

@@ -3,12 +3,13 @@
     python scripts/real_curve.py --data FOLDER --jobs 2
 
 1. M_0: SFT on gold solutions of GSM8K (profile `smollm2-135m-sft`).
-2. The learning rate of each method: one iteration with seed 0, evaluated on validation questions.
+2. The better of two learning rates for each method: one iteration with seed 0, on validation
+   questions.
 3. All iterations of each method with each seed (profile `smollm2-135m-cpu`), on test questions.
 
 It takes hours, and the same command resumes. Finished runs are kept in OUT/real_curve_runs.jsonl.
 One step can be made alone, for some methods: `--steps curve --methods irpo star --seeds 1`. The
-curve then uses the learning rate that the finished runs of step 2 choose.
+curve then uses the better learning rate of the finished runs of step 2.
 FOLDER has the questions of GSM8K and SVAMP; without it they come from the hub.
 """
 
@@ -27,7 +28,7 @@ from irpo_utils.ops import cli
 NAME = "real_curve"
 STEPS = ("m0", "learning_rate", "curve")
 METHODS = ("irpo", "star", "iterative_dpo")
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (1e-4, 3e-4)
 SWEEP = {"iterations": 1, "eval_split": "validation"}
 SEEDS = 2
 
@@ -106,10 +107,9 @@ class Study:
         return [Trial(m, {"learning_rate": r}, against="irpo") for m, r in rates.items() if r]
 
     def best_rate(self, method: str) -> float | None:
-        """The lowest learning rate whose interval contains the best accuracy; None before step 2.
+        """The learning rate with the higher accuracy on validation questions; None before step 2.
 
-        Accuracy: sampled, on validation questions; with few of them greedy decoding has ties. Of
-        rates that 100 questions cannot tell apart, the lowest moves the model least.
+        Accuracy is sampled: with few questions greedy decoding has ties.
         """
         accuracy = {}
         for trial in self.sweep():
@@ -117,9 +117,8 @@ class Study:
             rows = run["metrics"] if run and trial.method == method else []
             for row in rows:
                 if (row["metric"], row["iteration"]) == ("sampled", 1):
-                    accuracy[trial.settings["learning_rate"]] = row
-        best = max((row["value"] for row in accuracy.values()), default=None)
-        return min((rate for rate, row in accuracy.items() if row["high"] >= best), default=None)
+                    accuracy[trial.settings["learning_rate"]] = row["value"]
+        return max(accuracy, key=accuracy.get, default=None)
 
     def profile(self, trial=None, seed: int = 0, profile: str = "smollm2-135m-cpu", **changes):
         """The settings of a run."""

@@ -199,6 +199,8 @@ def test_completions_that_fool_nobody(attempt, words):
         "Final answer: 42 or more",
         "My answer isn't 42 but one less",
         "Final answer: 42/7",
+        "Final answer: 42 dozen",
+        "Final answer: 42 is wrong",
     ],
 )
 def test_completions_that_fool(attempt):

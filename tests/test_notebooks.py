@@ -1,6 +1,5 @@
 """The committed notebooks: made from their sources, executed in order, linked, and executed again by nbval."""
 
-import ast
 import importlib.util
 import json
 import os
@@ -146,7 +145,8 @@ def test_committed_notebook_says_nothing_of_the_machine(name, solved):
     notebook = committed(name, solved)
     assert dict(notebook.metadata) == MAKE.KERNEL
     for cell in notebook.cells:
-        assert set(cell.metadata) <= {"tags"} and not MACHINE.search(cell.source), cell.source
+        assert set(cell.metadata) <= {"tags", "jupyter"}, cell.source
+        assert not MACHINE.search(cell.source), cell.source
         for output in cell.get("outputs", []):
             assert not MACHINE.search(text_of(output)), text_of(output)
 
@@ -253,7 +253,7 @@ def test_exercises_have_hint_check_and_solution(name, solved):
         if cell.cell_type == "markdown" and re.search(r"^#+ Exercise ", cell.source, re.M)
     ]
     assert len(starts) >= least_exercises(name)
-    link = f"]({name}.ipynb)" if solved else f"](solutions/{name}.ipynb)"
+    words = "The code above is the worked solution." if solved else f"](solutions/{name}.ipynb)"
     for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(cells)]), 1):
         head, to_fill_in, *rest = cells[start:end]
         assert head.source.startswith(f"### Exercise {number_of(name)}.{number}: ")
@@ -266,9 +266,8 @@ def test_exercises_have_hint_check_and_solution(name, solved):
         ):
             assert part in head.source, f"{part} in {head.source}"
         assert to_fill_in.cell_type == "code" and is_check(rest[0])
-        assert any(link in cell.source for cell in rest if cell.cell_type == "markdown"), (
-            head.source
-        )
+        texts = (cell.source for cell in rest if cell.cell_type == "markdown")
+        assert any(words in text for text in texts), head.source
 
 
 @by_name
@@ -288,15 +287,18 @@ def test_no_cell_is_left_out_by_nbval(name):
     setting, *others = code_cells(view(name, solved=True))
     assert set(setting.metadata.get("tags", [])) <= {UNCOMPARED}
     for cell in others:
-        tags = set(cell.metadata.get("tags", []))
-        assert tags <= {UNCOMPARED}, cell.source
-        marks = re.findall(r"#\s*(NBVAL_\w+|PYTEST_\w+)", cell.source)
-        assert set(marks) <= {"NBVAL_IGNORE_OUTPUT"}, cell.source
-        assert not marks or cell.source.startswith("# NBVAL_IGNORE_OUTPUT\n"), cell.source
-        if marks:
-            assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(cell.source))), (
-                cell.source
-            )
+        assert cell.metadata.get("tags", []) in ([], [UNCOMPARED], [MAKE.CHECK]), cell.source
+        assert not re.search(r"#\s*(NBVAL_|PYTEST_)", cell.source), cell.source
+
+
+@by_name
+def test_checks_of_the_build_are_folded_and_print_nothing(name):
+    for cell in code_cells(committed(name, solved=True)):
+        if MAKE.CHECK in cell.metadata.get("tags", []):
+            assert cell.source.split("\n")[-1].startswith("assert "), cell.source
+            assert cell.metadata["jupyter"] == {"source_hidden": True} and not cell.outputs
+        else:
+            assert "plots.alt_text" not in cell.source, cell.source
 
 
 # Links
@@ -396,10 +398,13 @@ def test_links_of_the_solved_view_start_a_folder_deeper():
 
 
 def test_tags_of_a_source_are_in_the_notebook():
-    source = f'# %% tags=["{UNCOMPARED}"]\n1\n\n# %% other="x"\n2\n'
-    first, second = MAKE.view(source, solved=False).cells
+    source = (
+        f'# %% tags=["{UNCOMPARED}"]\n1\n\n# %% other="x"\n2\n\n# %% tags=["{MAKE.CHECK}"]\n3\n'
+    )
+    first, second, third = MAKE.view(source, solved=False).cells
     assert (first.source, first.metadata) == ("1", {"tags": [UNCOMPARED]})
     assert (second.source, second.metadata) == ("2", {})
+    assert third.metadata == {"tags": [MAKE.CHECK], "jupyter": {"source_hidden": True}}
 
 
 # The run that ships

@@ -64,13 +64,17 @@ def test_one_step_of_one_method_can_be_made_alone(tmp_path, monkeypatch):
     assert [folder.parent.name for folder in work] == ["sft_gold", *rates]
 
 
-def test_of_rates_that_are_not_told_apart_the_lowest_is_chosen(tmp_path):
+def test_the_better_learning_rate_is_chosen_on_validation(tmp_path):
     made = study(tmp_path)
-    found = {1e-4: (0.05, 0.06), 3e-4: (0.09, 0.12), 1e-3: (0.10, 0.13)}
+    found = {1e-4: 0.05, 3e-4: 0.09}
     for trial in made.sweep():
         if trial.method == "irpo":
-            value, high = found[trial.settings["learning_rate"]]
-            rows = [{"metric": "sampled", "iteration": 1, "value": value, "high": high}]
+            value = found[trial.settings["learning_rate"]]
+            rows = [
+                {"metric": "greedy", "iteration": 1, "value": 0.1 - value},
+                {"metric": "sampled", "iteration": 0, "value": 0.1 - value},
+                {"metric": "sampled", "iteration": 1, "value": value},
+            ]
             made.records.runs[trial.name, 0] = {"metrics": rows}
     assert made.best_rate("irpo") == 3e-4 and made.best_rate("star") is None
 

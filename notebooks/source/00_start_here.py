@@ -288,8 +288,8 @@ helpers_00.toy(shares[:5], accuracies, accuracy_of["careful"])
 # %% [markdown]
 # ### Exercise 0.1: Iterative RPO in a few lines
 #
-# **Goal**: say in code which model samples, which is the reference, and which is trained. **Difficulty**: 2 of 3. **Time**:
-# 15 minutes.
+# **Goal**: say in code which model samples, which is the reference, and which is trained. **Difficulty**: 2 of 3.
+# **Time**: 15 minutes.
 #
 # `model` is $M_0$, and the stages are functions: `sample(model, questions)` returns samples, `grade(samples)` grades
 # them, `pair(graded)` makes pairs, and `train(model, pairs, reference)` returns a new model that started as a copy of

@@ -64,7 +64,6 @@ task = tasks.get(profile.task)
 questions = task.load("validation", profile.data).select(range(24 if PROFILE == "smoke" else 80))
 model, tokenizer = runs.load_model(profile)
 n = profile.n_samples
-TOLERANCE = 1e-3 if models.default_device() == "cpu" else 2    # nats: float32, or 16 bits
 
 def draw(rows, **settings):
     """N completions per question with the settings of the profile, or with others."""
@@ -283,6 +282,9 @@ at_1 = [forced.log_softmax(-1)[P - 1 + i, token].item() for i, token in enumerat
 at_hot = [(forced / 1.5).log_softmax(-1)[P - 1 + i, token].item() for i, token in enumerate(ids)]
 print(f"recorded {hot['logprob']:.3f}")
 print(f"teacher forcing at T = 1: {sum(at_1):.3f}, at T = 1.5: {sum(at_hot):.3f}")
+
+# %% tags=["remove-cell"]
+TOLERANCE = 1e-3 if models.default_device() == "cpu" else 2    # nats: float32, or 16 bits
 assert abs(sum(at_1) - hot["logprob"]) < TOLERANCE
 
 # %% [markdown]
@@ -305,6 +307,8 @@ helpers_01.answer_logps([tokenizer.decode([token]) for token in ids], at_1)
 late = sum(forced.log_softmax(-1)[P + i, token].item() for i, token in enumerate(ids))
 [scored] = logprobs.score(model, tokenizer, [hot["prompt_ids"]], [ids])
 print(f"correct position {sum(at_1):.2f}, one late {late:.2f}; logprobs.score {scored:.2f}")
+
+# %% tags=["remove-cell"]
 assert abs(scored - sum(at_1)) < TOLERANCE
 
 # %% [markdown]
@@ -438,7 +442,7 @@ figures.sweep(curves, "k", "k, completions per question", "pass@k (%)")
 # </details>
 #
 # For large models [Yue et al. 2025](https://arxiv.org/abs/2504.13837) report that the curves meet and then cross, with $k$ in
-# the hundreds. Our curves end at 32, so they leave the question open.
+# the tens or hundreds. Our curves end at 32, so they leave the question open.
 #
 # ## 7 Which temperature?
 #

@@ -49,7 +49,6 @@ print("profile", PROFILE, "· device", models.default_device(), "· seed", profi
 task = tasks.get(profile.task)
 questions = task.load("validation", profile.data).select(range(24 if PROFILE == "smoke" else 80))
 model, tokenizer = runs.load_model(profile)
-ON_CPU = models.default_device() == "cpu"            # float32: two ways to compute agree closely
 
 def draw(rows, **settings):
     """N completions per question with the settings of the profile, or with others."""
@@ -157,6 +156,9 @@ plain, positions_plainly = decode_plainly(start, profile.max_new_tokens)
 P, L = start.shape[1], len(plain)
 print(f"P = {P}, L = {L}: {positions_plainly} positions computed")
 assert positions_plainly == L * P + L * (L - 1) // 2
+
+# %% tags=["remove-cell"]
+ON_CPU = models.default_device() == "cpu"            # float32: two ways to compute agree closely
 assert plain == example["completion_ids"] or not ON_CPU
 
 # %% [markdown]
@@ -208,6 +210,8 @@ with torch.inference_mode():
     shared = model(input_ids=first, past_key_values=cache, use_cache=True).logits[:, -1].float()
     copied = model(input_ids=torch.cat([prompt_ids.repeat(3, 1), first], 1)).logits[:, -1].float()
 print(f"largest difference between the logits: {(shared - copied).abs().max().item():.1e}")
+
+# %% tags=["remove-cell"]
 assert torch.allclose(shared, copied, atol=1e-3 if ON_CPU else 0.5)
 
 # %% [markdown]

@@ -307,7 +307,7 @@ helpers_03.side_by_side(early.chosen, early.rejected)
 # </details>
 #
 # Pairs that diverge later mostly show the same contrast: the rejected completion gives its answer before the working is
-# complete. All these pairs say *show your working*, by which we mean all reasoning steps. Only the pairs with another
+# complete. All these pairs say *show your working*, that is, all reasoning steps. Only the pairs with another
 # equation, or with another answer after the same working, can say *calculate correctly*: 108 and 100 of the
 # 1,396 pairs of the finished run that comes with the notebooks.
 #

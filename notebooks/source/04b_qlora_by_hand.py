@@ -318,6 +318,8 @@ for module in seed_model.modules():
         held += module.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
 expected = bits / 8 * sum(d_out * d_in for d_out, d_in in linear_shapes(*SIZES["seed"]))
 print(f"{layers} layers, {held:,} bytes, expected {expected:,.0f}")
+
+# %% tags=["remove-cell"]
 assert abs(held / expected - 1) < 0.01
 
 # %% [markdown]

@@ -67,6 +67,8 @@ for t in range(small.iterations):
                    seed=2 * t + 1, **fit)
     model.save_pretrained(adapters / f"M_{t + 1}", save_embedding_layers=False)
     print(f"M_{t} made {counts['pairs']} pairs, which trained M_{t + 1}")
+
+# %% tags=["remove-cell"]
 assert (adapters / "M_2").is_dir()
 
 # %% [markdown]
@@ -87,6 +89,8 @@ metrics = pd.read_csv(run / "metrics.csv")
 print(f"{run.name}: {T} iterations, learning rate {settings.learning_rate:g}, "
       f"evaluated on the {settings.eval_split} split")
 print("iteration_1:", *sorted(path.name for path in (run / "iteration_1").iterdir()))
+
+# %% tags=["remove-cell"]
 assert {"iteration", "metric", "k", "value", "low", "high"} <= set(metrics)
 
 # %% [markdown]
@@ -125,8 +129,10 @@ print(checks_05.pairs_of_each_model(pairs_of_each_model))
 
 # %% tags=["nbval-ignore-output"]
 figure = plots.accuracy_per_iteration(metrics)
-assert f"M_{T}" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert f"M_{T}" in plots.alt_text(figure)
 
 # %% [markdown]
 # Greedy gains shrink, probably because less is left to gain; sampled gains first grow. The paper's gains are 17.5, 4.9, 3.1
@@ -147,8 +153,10 @@ figures.accuracy_of_seeds(five, mean)
 
 # %% tags=["nbval-ignore-output"]
 figure = figures.diversity(metrics)
-assert "distinct answers" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert "distinct answers" in plots.alt_text(figure)
 
 # %% [markdown]
 # It shrinks. After $M_1$ so does the gap between pass@1 and pass@8: further samples add less.
@@ -164,8 +172,10 @@ evaluated, asked = helpers_05.greedy_completions(run, settings)
 lines = helpers_05.lines_of_working(evaluated)
 by_steps = lines.groupby(helpers_05.steps_needed(asked, lines.index)).mean()
 print("mean lines of working in the greedy completion")
-assert by_steps.shape[1] == T + 1
 by_steps.round(2)
+
+# %% tags=["remove-cell"]
+assert by_steps.shape[1] == T + 1
 
 # %% [markdown]
 # Working becomes complete on short questions first, then on long ones. The model learns to show steps that it skipped. This
@@ -178,6 +188,8 @@ print(asked[evaluated[0]["id"][i]]["question"])
 for t, graded in enumerate(evaluated):
     print(f"\nM_{t}", "correct" if graded[i]["correct"] else "incorrect")
     print(graded[i]["completion"].strip())
+
+# %% tags=["remove-cell"]
 assert len(evaluated) == T + 1
 
 # %% [markdown]
@@ -257,8 +269,10 @@ def compared(t):
             "solved": test["only_b"], "lost": test["only_a"], "p": test["p"]}
 
 steps_of_run = pd.DataFrame([compared(t) for t in range(1, T + 1)])
-assert (steps_of_run.p <= 1).all()
 steps_of_run.round(4)
+
+# %% tags=["remove-cell"]
+assert (steps_of_run.p <= 1).all()
 
 # %% [markdown]
 # Unpaired intervals are wider: here questions that are easy or hard for both models cancel. `solved` counts the questions
@@ -353,6 +367,8 @@ models.set_adapter(model, adapters / "M_1")                                     
 logp_before = logprobs.score(model, tokenizer, *texts)
 estimate = estimate_kl(logp_now, logp_before)
 print("(KL, standard error) in nats:", "exercise 5.3 is open" if estimate is ... else estimate)
+
+# %% tags=["remove-cell"]
 assert len(logp_now) == len(logp_before) == len(questions)
 
 # %% [markdown]
@@ -363,8 +379,10 @@ assert len(logp_now) == len(logp_before) == len(questions)
 
 # %% tags=["nbval-ignore-output"]
 figure = figures.warning_numbers(metrics)
-assert "nats" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert "nats" in plots.alt_text(figure)
 
 # %% [markdown]
 # KL stays small, and training raises the log-probability of chosen completions. Compare curves on the right at the same t:
@@ -477,8 +495,10 @@ def scores(rules):
     return table
 
 table = scores(rules)
-assert (table >= 0).all().all()
 helpers_05.regrets(table)
+
+# %% tags=["remove-cell"]
+assert (table >= 0).all().all()
 
 # %% [markdown]
 # The [bootstrap](../docs/glossary.md#bootstrap) draws settings, each with all its seeds. KL and the chosen log-probability
@@ -539,6 +559,8 @@ print(more("stop 3 points below", "patience 2"))
 # STUB
 # table = scores({"patience 2": stopping.patience_2})      # your turn: add a rule
 # END
+
+# %% tags=["remove-cell"]
 assert len(table) == len(shipped)
 
 # %% [markdown]

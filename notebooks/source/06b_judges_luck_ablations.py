@@ -86,6 +86,8 @@ def letters(name):
 
 for name in ("irpo", "self_consistency", "self_rewarding"):
     print(f"{helpers_06.NAMES[name]:26}{letters(name)}")
+
+# %% tags=["remove-cell"]
 assert letters("self_consistency") == "wlwl lwlw"
 
 # %% [markdown]
@@ -141,8 +143,10 @@ def quality(reward, graded=graded):
 
 judges = ("irpo", "self_consistency", "self_rewarding", "shuffled")
 judged = pd.DataFrame({helpers_06.NAMES[name]: quality(methods.get(name).reward) for name in judges}).T
-assert judged.iloc[0]["of them correct (%)"] == 100
 judged.round(1)
+
+# %% tags=["remove-cell"]
+assert judged.iloc[0]["of them correct (%)"] == 100
 
 # %% [markdown]
 # A vote improves with the number of voters:
@@ -152,8 +156,10 @@ ks = [k for k in (1, 2, 4, 8, 16) if k <= N]
 votes = [quality(baselines.by_majority, graded.filter(lambda row: row["sample"] < k)) for k in ks]
 grown = pd.DataFrame({"k": ks, "metric": "correct", "value": [vote["of them correct (%)"] / 100 for vote in votes]})
 figure = figures.sweep(grown, "k", "Completions that vote", "Correct among the chosen (%)")
-assert len(plots.alt_text(figure)) > 40
 figure
+
+# %% tags=["remove-cell"]
+assert len(plots.alt_text(figure)) > 40
 
 # %% [markdown]
 # With one voter every answer wins. With more voters the vote improves without any gold answer: incorrect answers
@@ -182,14 +188,18 @@ marks.drop(columns="run").round(2)
 # %% tags=["nbval-ignore-output"]
 means = helpers_06.read("comparison_mean").query("metric == 'greedy' and iteration == 4")
 three = means[means.seeds == 3].sort_values("difference", ascending=False)
-assert set(three.against) == {"irpo"}
 figures.differences(three, [helpers_06.NAMES[name] for name in three.method])
+
+# %% tags=["remove-cell"]
+assert set(three.against) == {"irpo"}
 
 # %% tags=["nbval-ignore-output"]
 runs_of_three = helpers_06.read("comparison").query("seed < 3")
 costed = runs_of_three[runs_of_three.method.isin(["irpo", *three.method])]
-assert costed[costed.metric == "greedy"].groupby("method").seed.nunique().eq(3).all()
 helpers_06.accuracy_against_tokens(costed)
+
+# %% tags=["remove-cell"]
+assert costed[costed.metric == "greedy"].groupby("method").seed.nunique().eq(3).all()
 
 # %% [markdown]
 # The majority vote starts at 45 % and comes close without a single gold answer. At $M_4$ its difference from Iterative RPO is
@@ -218,8 +228,10 @@ for row in control.itertuples():
 regimes = helpers_06.final(helpers_06.read("regimes_mean").query("method != 'star'"))
 labels = [f"{row.factor} (M{row.iteration}, {row.seeds} seeds)" for row in regimes.itertuples()]
 figure = figures.differences(regimes, labels)
-assert "lucky" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert "lucky" in plots.alt_text(figure)
 
 # %%
 for row in regimes.itertuples():
@@ -242,6 +254,8 @@ def bare(texts):
 for method in (methods.get("irpo"), lucky.LUCKY["irpo_lucky"]):
     made = pairs_of(method.reward)
     print(f"{method.title:30} without working: {bare(made['chosen']):.0%} of chosen, {bare(made['rejected']):.0%} of rejected")
+
+# %% tags=["remove-cell"]
 assert len(made)
 
 # %% [markdown]
@@ -274,8 +288,10 @@ whole = pd.concat([first_four, eight_more[eight_more.iteration >= 4]])
 whole = whole.drop_duplicates(["method", "seed", "iteration", "metric", "k"]).sort_values("iteration", kind="stable")
 whole_irpo = whole[whole.method == "irpo"]
 figure = figures.accuracy_of_seeds(whole_irpo)
-assert "M_8" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert "M_8" in plots.alt_text(figure)
 
 # %%
 kept = ["greedy", "kl_to_previous", "one_step_apart"]
@@ -297,8 +313,10 @@ table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(objec
 # %% tags=["nbval-ignore-output"]
 lesson, tuned = helpers_06.of_second_model(), helpers_06.tuned_methods()
 figure = helpers_06.lesson_accuracy(lesson, helpers_06.of_eight_iterations(tuned))
-assert "M8" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert "M8" in plots.alt_text(figure)
 
 # %%
 helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
@@ -324,8 +342,10 @@ plain = helpers_06.of_second_model(model="plain")
 panels = {"misconceptions model": lesson, "plain model": plain}
 panels = {f"{name}: {helpers_06.nats(means):.0f} nats": (means, 1e-3) for name, means in panels.items()}
 figure = helpers_06.beta_map(panels)
-assert "nats" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert "nats" in plots.alt_text(figure)
 
 # %%
 of_beta = verdicts[(verdicts.group == "beta") & verdicts.claim.str.contains("0.001, M4")]
@@ -354,8 +374,10 @@ helpers_06.how_far(plain)
 ablations = helpers_06.final(helpers_06.read("ablations_mean"))
 labels = [f"{row.factor.replace('_', ' ')} {row.level}" for row in ablations.itertuples()]
 figure = figures.differences(ablations, labels)
-assert set(ablations.seeds) == {3}
 figure
+
+# %% tags=["remove-cell"]
+assert set(ablations.seeds) == {3}
 
 # %%
 clear = ablations[(ablations.difference_low > 0) | (ablations.difference_high < 0)]
@@ -391,6 +413,8 @@ for name in ("irpo", "shortest"):
     lost = np.mean([truth[key] for key in zip(made["id"], made["rejected_sample"])])
     print(f"{methods.get(name).title:28} chosen: {tokens:.1f} tokens, {bare(made['chosen']):.0%} without working; "
           f"rejected: {lost:.0%} correct")
+
+# %% tags=["remove-cell"]
 assert lost > 0
 
 # %% [markdown]
@@ -436,8 +460,10 @@ print(checks_06.clear_majority_method(CLEAR))
 # %% tags=["nbval-ignore-output"]
 rewards = {"majority": baselines.by_majority} | ({"clear majority": CLEAR.reward} if CLEAR else {})
 compared = pd.DataFrame({name: quality(reward) for name, reward in rewards.items()}).T
-assert len(compared) >= 1
 compared.round(1)
+
+# %% tags=["remove-cell"]
+assert len(compared) >= 1
 
 # %% [markdown]
 # Solve exercise 6b.2 to see it: a clear majority chooses fewer completions, and a larger share is correct.
@@ -473,6 +499,8 @@ entries = {"irpo": methods.get("irpo"), "shortest": methods.get("shortest"), "cl
 # END
 for name, entry in entries.items():
     print(f"{entry.title:30}{run_small(name, entry)}")
+
+# %% tags=["remove-cell"]
 assert len(entries) >= 1
 
 # %% [markdown]

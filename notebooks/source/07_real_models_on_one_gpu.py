@@ -56,6 +56,8 @@ print("profile", PROFILE, "· device", models.default_device())
 
 # %% tags=["nbval-ignore-output"]
 print(helpers_07.driver())
+
+# %% tags=["remove-cell"]
 assert models.default_device() in ("cpu", "cuda")
 
 # %% [markdown]
@@ -104,10 +106,13 @@ helpers_07.wait_for_stage(process, spot / "iteration_0/samples")
 process.kill()                                 # SIGKILL: no time to save anything
 process.wait()
 kept = helpers_07.finished_stages(spot)
-assert helpers_07.start_run(spot).wait() == 0  # the same command
+status = helpers_07.start_run(spot).wait()     # the same command
 complete = helpers_07.finished_stages(spot)
 print("kept:    ", *kept)
 print("made now:", *(stage for stage in complete if stage not in kept))
+
+# %% tags=["remove-cell"]
+assert status == 0
 assert kept and all(complete[stage] == kept[stage] for stage in kept)
 
 # %% [markdown]
@@ -162,7 +167,8 @@ print(checks_07.minutes_lost(minutes_lost))
 # Does the model fit? Four parts take memory:
 #
 # - the base, here in 4 bits ([NF4](../docs/glossary.md#nf4)) with embeddings in 16 bits;
-# - the [adapter](../docs/glossary.md#adapter) with its gradients and optimiser state;
+# - the [adapter](../docs/glossary.md#adapter): 14 bytes per number with gradient and 8-bit optimiser state (16 in
+#   [04b](04b_qlora_by_hand.ipynb), where the optimiser has 32 bits);
 # - the [KV cache](../docs/glossary.md#kv-cache) in sampling, or the [activations](../docs/glossary.md#activation) in training;
 # - the [logits](../docs/glossary.md#logit).
 #
@@ -239,8 +245,10 @@ def hours(profile, gpu):
 
 gpus = ("T4-16GB", "RTX4090-24GB", "L40S-48GB", "A100-80GB", "H100-80GB", "H200-141GB")
 planned = pd.DataFrame({profile: {gpu: hours(profile, gpu) for gpu in gpus} for profile in ("qwen2.5-0.5b", "llama-3.1-8b")})
-assert planned.notna().any().all()
 helpers_07.hours_bars(planned)
+
+# %% tags=["remove-cell"]
+assert planned.notna().any().all()
 
 # %% [markdown]
 # By this estimate, 9 times. Most of the time is training. For decoding it assumes CUDA graphs, each of which launches all
@@ -257,6 +265,8 @@ helpers_07.hours_bars(planned)
 CHOICE, GPU, PRICE = "qwen2.5-0.5b", "RTX4090-24GB", 1.0         # price per hour, in your money
 plan = planning.plan(profiles.get(CHOICE), f"1x{GPU}", PRICE)
 print(planning.table(plan))
+
+# %% tags=["remove-cell"]
 assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 
 # %% [markdown]
@@ -269,6 +279,8 @@ assert math.isclose(plan.total.cost, PRICE * plan.total.hours)
 expensive = dict(eval_split="test", n_eval_questions=None, eval_samples=32, eval_samples_ends=32)
 plan = planning.plan(profiles.get(CHOICE, **expensive), f"1x{GPU}", PRICE)
 print(planning.table(plan))
+
+# %% tags=["remove-cell"]
 assert plan.stages[-1].tokens > plan.stages[0].tokens
 
 # %% [markdown]
@@ -295,13 +307,17 @@ if PROFILE == "smoke":
 small = profiles.get(NAME, **changes)
 out = Path(tempfile.mkdtemp()) / "small_run"
 small_metrics = pd.DataFrame(runs.run(small, out, progress=False))
+
+# %% tags=["remove-cell"]
 assert set(small_metrics.iteration) == {0, 1}
 
 # %% tags=["nbval-ignore-output"]
 wanted = {"greedy": "greedy accuracy", "no_answer_rate": "without an answer", "truncated_rate": "cut off", "mean_tokens": "tokens"}
 shown = small_metrics[small_metrics.metric.isin(wanted)].replace({"metric": wanted})
-assert (shown.low <= shown.value).all()
 shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
+
+# %% tags=["remove-cell"]
+assert (shown.low <= shown.value).all()
 
 # %% [markdown]
 # With ten questions the interval of accuracy is too wide for any conclusion. But every stage works. Now start the real
@@ -346,16 +362,20 @@ RUN = helpers_07.own_run(CHOICE, NAME)                           # None: no run 
 metrics, gains, described = helpers_07.result(RUN)
 print(described)
 figure = plots.accuracy_per_iteration(metrics)
-assert "M_0" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert "M_0" in plots.alt_text(figure)
 
 # %% [markdown]
 # The bands of greedy accuracy overlap. But the first and the last model answer the same questions, so compare them question by
 # question.
 
 # %% tags=["nbval-ignore-output"]
-assert (gains.low <= gains.high).all()
 gains.round(1)
+
+# %% tags=["remove-cell"]
+assert (gains.low <= gains.high).all()
 
 # %% [markdown]
 # For the stored run: sampled accuracy gains in the first and in the third iteration, and triples from $M_0$ to $M_3$. No gain
@@ -409,6 +429,8 @@ ten = helpers_07.last_completions(RUN, out).select(range(10))
 for row in ten:
     print(f"{row['reason']}, gold answer {row['answer']}:\n  {row['completion'].strip()[-160:]!r}")
 print("\n", grading.count_reasons(ten), "unread endings:", grading.unread(ten))
+
+# %% tags=["remove-cell"]
 assert sum(grading.count_reasons(ten).values()) == 10
 
 # %% [markdown]
@@ -422,8 +444,10 @@ assert sum(grading.count_reasons(ten).values()) == 10
 # %% tags=["nbval-ignore-output"]
 without_sft, _ = helpers_07.stored("smollm2_135m_svamp_no_sft")
 figure = helpers_07.signs({"your run" if RUN else "stored run": metrics, "run without SFT": without_sft})
-assert "KL" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert "KL" in plots.alt_text(figure)
 
 # %% [markdown]
 # Two of 100. So the model hardly changed, and its greedy accuracy stayed at 0. Look for these signs early:
@@ -454,6 +478,8 @@ A, B = (matrix["default"].weight.data.float() for matrix in (layer.lora_A, layer
 delta = small.lora_alpha / small.lora_r * B @ A
 W = plain.base_layer.weight.data.float()
 W_hat = bnb.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state).float()
+
+# %% tags=["remove-cell"]
 assert delta.shape == W.shape == W_hat.shape
 
 # %% [markdown]
@@ -469,8 +495,10 @@ nf4 = bnb.dequantize_4bit(*bnb.quantize_4bit(W_hat + delta, blocksize=64, quant_
 cosines = {"NF4": change(nf4, W_hat)}
 for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
     cosines[name] = change((W + delta).to(dtype), W)
-assert cosines["NF4"] < cosines["fp32"]
 helpers_07.survived(cosines)
+
+# %% tags=["remove-cell"]
+assert cosines["NF4"] < cosines["fp32"]
 
 # %% [markdown]
 # Rounding, by far. Never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. $\Delta$ is so
@@ -494,6 +522,8 @@ def greedy(model):
 same = sum(a == b for a, b in zip(greedy(m1), greedy(merged)))
 print(*sorted(file.name for file in folder.iterdir()))
 print(f"{same} of {len(asked)} greedy completions are the same")
+
+# %% tags=["remove-cell"]
 assert 0 <= same <= len(asked)
 
 # %% [markdown]

@@ -221,6 +221,8 @@ def memory_gaps(texts, copies=2):
     digits = np.array([sum(map(str.isdigit, text)) for text in texts])
     return (logps[:, 0] - logps[:, 1:].mean(1)) / digits
 
+
+# %% tags=["remove-cell"]
 assert memory_gaps(helpers_07.FACTS[:2]).shape == (2,)
 
 # %% [markdown]
@@ -238,8 +240,10 @@ rows = [(name, *evaluation.bootstrap_mean(gap), len(gap)) for name, gap in value
 table = pd.DataFrame(rows, columns=["texts", "nats per digit", "low", "high", "n"]).set_index("texts")
 print(table.round(2))
 figure = helpers_07.gaps(table, values)
-assert "known facts" in plots.alt_text(figure)
 figure
+
+# %% tags=["remove-cell"]
+assert "known facts" in plots.alt_text(figure)
 
 # %% [markdown]
 # Facts are far above the rest, so the test works. But our own questions are also above 0, although the model has not
@@ -258,6 +262,8 @@ def unpaired_difference(a, b, draws=2000):
 first, second = ("GSM8K train", "GSM8K test") if "GSM8K train" in values else tuple(values)[:2]
 difference, low, high = unpaired_difference(values[first], values[second])
 print(f"{first} minus {second}: {difference:+.2f} nats per digit ({low:+.2f} to {high:+.2f})")
+
+# %% tags=["remove-cell"]
 assert low <= high
 
 # %% [markdown]

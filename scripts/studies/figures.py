@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from itertools import cycle
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -71,6 +72,35 @@ def accuracy_of_seeds(metrics: pd.DataFrame, means: pd.DataFrame | None = None) 
                 axes.plot(run.iteration, 100 * run.value, label=f"_seed {seed}", **thin)
     axes.set_ylim(top=max(axes.get_ylim()[1], 1.02 * axes.dataLim.y1))
     return figure
+
+
+def of_two_learning_rates(folder: Path) -> pd.DataFrame:
+    """Greedy accuracy of Iterative RPO with the default profile at two learning rates, M_0 to M_4.
+
+    Means and intervals over five seeds from the result files in `folder`.
+    """
+    files = {"2e-5": "accuracy_per_iteration_mean.csv", "1e-4": "comparison_mean.csv"}
+    tables = []
+    for rate, file in files.items():
+        table = pd.read_csv(folder / file).query("metric == 'greedy' and method == 'irpo'")
+        tables.append(table[table.iteration <= 4].assign(learning_rate=rate))
+    columns = ["learning_rate", "iteration", "split", "metric", "k", "value", "low", "high"]
+    return pd.concat(tables).sort_values("iteration", kind="stable")[[*columns, "n", "seeds"]]
+
+
+def accuracy_at_rates(means: pd.DataFrame) -> TextFigure:
+    """Greedy accuracy per iteration, a line per learning rate; rows of `of_two_learning_rates`."""
+    figure, axes = plots.new_figure(7, 3.6)
+    lines = []
+    for (rate, rows), colour in zip(means.groupby("learning_rate", sort=False), COLOURS):
+        band = 100 * rows.low, 100 * rows.high
+        label = f"learning rate {rate}"
+        lines.append(plots.draw_points(axes, rows.iteration, 100 * rows.value, label, colour, band))
+    [seeds] = set(means.seeds)
+    axes.set(xlabel="Iteration t (model $M_t$)", ylabel="Greedy accuracy (%)", ylim=(0, 104))
+    axes.set_xticks(sorted(set(means.iteration)))
+    title = f"Accuracy per iteration, {seeds} seeds"
+    return plots.finish(figure, title, {"accuracy in %": lines})
 
 
 def accuracy_of_methods(means: pd.DataFrame) -> TextFigure:
