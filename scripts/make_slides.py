@@ -131,11 +131,12 @@ class Step:
     output: Item
     question: Item | None
     takeaway: Item | None
+    answers: bool = False  # the question; other outputs may follow it as well
 
     @property
     def rank(self) -> int:
         """Answers to questions come first, and among them figures."""
-        return 2 * (self.question is None) + (self.output.kind != "figure")
+        return 2 * (not self.answers) + (self.output.kind != "figure")
 
     @property
     def height(self) -> int:
@@ -189,7 +190,10 @@ class Section:
         ]
 
     def steps(self) -> list[Step]:
-        """Every output; all outputs that directly follow a question belong to it."""
+        """Every output; all outputs that directly follow a question belong to it.
+
+        The first figure among them answers it, or else the first output.
+        """
         found, question = [], None
         for item, after in zip(self.items, [*self.items[1:], None], strict=True):
             if item.kind in ("output", "figure"):
@@ -197,6 +201,9 @@ class Section:
                 found.append(Step(item, question, takeaway))
             else:
                 question = item if item.kind == "predict" else None
+        for step in found:
+            same = [s for s in found if step.question and s.question is step.question]
+            step.answers = step is min(same, key=lambda s: s.output.kind != "figure", default=None)
         return found
 
 
