@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from irpo_utils import grading, models, plots, sampling
+from irpo_utils import evaluation, grading, models, plots, sampling
 from irpo_utils.ops import run as runs
 from irpo_utils.plots import BLUE, COLOURS, GREEN, GREY, INK, ORANGE
-from studies import figures
+from studies import figures, stopping
 
 ROOT = Path(__file__).resolve().parents[1]
 # Methods of the comparison with five seeds, under the names that the notebooks use.
@@ -34,7 +34,6 @@ NAMES = {
     "self_consistency": "Majority as reward",
     "self_rewarding": "Own likelihood as reward",
 }
-METHOD_COLOURS = {"irpo": BLUE, "iterative_dpo": ORANGE, "star": GREEN, "sft_gold": GREY}
 LESSON = {  # methods of the second seed model's study: name, colour
     "irpo": ("Iterative RPO", BLUE),
     "dpo": ("DPO without NLL", ORANGE),
@@ -43,6 +42,7 @@ LESSON = {  # methods of the second seed model's study: name, colour
     "irpo_m0_samples": ("Iterative RPO, completions of M0 only", COLOURS[3]),
     "grpo": ("GRPO", COLOURS[5]),
 }
+COMPARED = ("Iterative RPO", "DPO without NLL", "RFT", "SFT on gold solutions")
 TRIALS = {  # trials of that study whose log-probabilities are drawn: name, colour, line
     "irpo/beta=1/learning_rate=0.0003": ("Iterative RPO, β = 1, 3e-4", BLUE, "-"),
     "irpo/beta=0.1/learning_rate=0.001": ("Iterative RPO, β = 0.1, 1e-3", BLUE, "--"),
@@ -109,9 +109,9 @@ def claims_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns | {"verdict": list(rows.verdict)}, index=list(rows.claim))
 
 
-def per_iteration(table: pd.DataFrame, begins: str) -> pd.DataFrame:
-    """The claims that begin so, with the column `iteration` (M1 to M4), of the main comparison."""
-    rows = table[table.claim.str.startswith(begins) & (table.source == "comparison_runs.jsonl")]
+def per_iteration(table: pd.DataFrame, begins: str, contains: str = "") -> pd.DataFrame:
+    """The claims with these texts and the column `iteration` (M1 to M4)."""
+    rows = table[table.claim.str.startswith(begins) & table.claim.str.contains(contains)]
     return rows.assign(iteration=[int(re.search(r"M(\d)", text)[1]) for text in rows.claim])
 
 
@@ -123,6 +123,25 @@ def of_second_model(name: str = "lesson_mean", model: str = "misconceptions") ->
     table = read(name)
     table = table[table.model == model]
     return table.assign(trial=table.method + "/" + table.settings.str.replace(" ", "/"))
+
+
+def tuning_of_second_model() -> pd.DataFrame:
+    """What the tuning of the four compared methods measured: a row per learning rate and β.
+
+    `value`, `low`, `high`: greedy accuracy of M_4 on validation questions in %, seed 0, 95 %.
+    """
+    rows = []
+    for run in stopping.records("lesson"):
+        settings, method = run["settings"], LESSON.get(run["method"], ("",))[0]
+        if run["model"] != "misconceptions" or run["seed"] or method not in COMPARED:
+            continue
+        if set(settings) <= {"learning_rate", "beta"} and len(run["iterations"]) == 5:
+            answers = run["iterations"][4]["validation"]["greedy"]  # 1 or 0 per question
+            solved, n = answers.count("1"), len(answers)
+            low, high = evaluation.wilson_interval(solved, n)
+            rate, beta = settings["learning_rate"], settings.get("beta")
+            rows.append((method, rate, beta, 100 * solved / n, 100 * low, 100 * high))
+    return pd.DataFrame(rows, columns=["method", "learning_rate", "beta", "value", "low", "high"])
 
 
 def tuned_methods() -> pd.DataFrame:
@@ -245,46 +264,24 @@ def _rows_axis(axes, labels: list[str]) -> None:
     axes.set(ylim=(-0.6, len(labels) - 0.4))
 
 
-def tuning_curves(tuned: pd.DataFrame, names: list[str]) -> plots.TextFigure:
-    """Validation accuracy over the learning rate; `tuned`: a row per method, a column per rate."""
+def tuning_curves(tuned: pd.DataFrame) -> plots.TextFigure:
+    """Validation accuracy over the learning rate, a line per method; rows of `tuning_of_second_model`."""
     figure, axes = plots.new_figure(6.6, 3.6)
     lines = []
-    for name in names:
-        rates, values = [float(rate) for rate in tuned.columns], tuned.loc[name]
-        line = plots.draw_points(axes, rates, values, NAMES[name], METHOD_COLOURS[name])
-        numbers = ", ".join(f"{y:.1f} at {x:g}" for x, y in zip(rates, values, strict=True))
+    for method, colour in LESSON.values():
+        rows = tuned[tuned.method == method].sort_values("learning_rate")
+        if rows.empty:
+            continue
+        line = plots.draw_points(axes, rows.learning_rate, rows.value, method, colour)
+        numbers = ", ".join(
+            f"{row.value:.1f} at {row.learning_rate:g}" for row in rows.itertuples()
+        )
         lines.append(line._replace(numbers=numbers))
-    axes.set(xscale="log", xlabel="Learning rate", ylim=(0, 102))
-    axes.set_ylabel("Validation accuracy (%)")
+    rates = sorted(set(tuned.learning_rate))
+    axes.set(xscale="log", xlabel="Learning rate", ylabel="Validation accuracy (%)", ylim=(0, 102))
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     return plots.finish(figure, "Validation accuracy (%) by learning rate", {"": lines})
-
-
-def accuracy_dots(means: pd.DataFrame, iterations, limits=(70, 100)) -> plots.TextFigure:
-    """Test accuracy with 95 % intervals, a panel per iteration; all rows have the same seeds.
-
-    `limits` of the axis in per cent. An arrow marks an interval that continues to the left of it.
-    """
-    figure, axes = plots.new_figure(5.2 * len(iterations), 3.4, panels=len(iterations))
-    sentences = []
-    for panel, t in zip(np.atleast_1d(axes), iterations, strict=True):
-        rows = means[means.iteration == t].sort_values("value", ascending=False)
-        spoken = []
-        for y, row in zip(range(len(rows) - 1, -1, -1), rows.itertuples(), strict=True):
-            value, low, high = 100 * row.value, 100 * row.low, 100 * row.high
-            colour = METHOD_COLOURS.get(row.method, GREY)
-            if high > limits[0]:
-                _dot(panel, y, value, max(low, limits[0]), high, colour)
-            if low < limits[0]:  # the interval continues to the left
-                panel.plot(limits[0], y, "<", color=colour, markersize=8, clip_on=False)
-            plots.annotate(panel, f"{value:.1f}", (1, y), xycoords=("axes fraction", "data"))
-            spoken.append(f"{NAMES[row.method]} {value:.1f} ({low:.1f} to {high:.1f})")
-        _rows_axis(panel, [NAMES[name] for name in rows.method])
-        panel.set(xlim=limits, title=f"M{t}", xlabel="Accuracy (%), 95 % interval")
-        sentences.append(f"M{t}: {'; '.join(spoken)}.")
-    figure.alt_text = f"Accuracy on the test questions (%). {' '.join(sentences)}"
-    return figure
 
 
 def accuracy_against_tokens(metrics: pd.DataFrame, limits=(60, 100)) -> plots.TextFigure:

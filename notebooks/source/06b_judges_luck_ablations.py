@@ -180,8 +180,7 @@ marks.drop(columns="run").round(2)
 #
 # ### What do these rewards teach?
 #
-# These methods have three seeds. We compare them with the same three seeds of Iterative RPO, and leave them out of the
-# ranking of notebook 06. *Gold vs. sampled (SPIN-style)* rejects every completion and chooses the gold solution. *GRPO*
+# These methods ran on the first model with three seeds. We compare them with the same seeds of Iterative RPO. *Gold vs. sampled (SPIN-style)* rejects every completion and chooses the gold solution. *GRPO*
 # uses no pairs: it compares the reward of each completion with the mean reward of its question
 # ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)).
 
