@@ -25,7 +25,8 @@ from irpo_utils.plots import BLUE, GREEN, GREY, INK, ORANGE
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures"
 EASY_QUESTIONS = str(ROOT / "notebooks" / "data" / "easy_questions.jsonl")
-CURVE = "real_curve"  # the real run in figures/
+CURVE = "real_curve"  # the real runs in figures/
+METHODS = {"irpo": "Iterative RPO", "star": "RFT", "iterative_dpo": "DPO without NLL"}
 TINY = "--iterations 1 --n-questions 24 --n-eval-questions 20 --eval-samples-ends 2".split()
 
 
@@ -110,7 +111,7 @@ def described(settings: dict, metrics: pd.DataFrame) -> str:
 
 
 def stored_curve() -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Like `result`: Iterative RPO in figures/real_curve*, metrics of seed 0, gains of all seeds."""
+    """Like `result`: Iterative RPO with seed 0 in figures/real_curve*."""
     table = pd.read_csv(FIGURES / f"{CURVE}.csv")
     metrics = table[(table.method == "irpo") & (table.seed == 0)]
     lines = map(json.loads, (FIGURES / f"{CURVE}_runs.jsonl").read_text().splitlines())
@@ -118,8 +119,8 @@ def stored_curve() -> tuple[pd.DataFrame, pd.DataFrame, str]:
     made, minutes = record["environment"], metrics.seconds.max() / 60
     source = f"figures/{CURVE}.csv, {minutes:.0f} minutes on {made['threads']} core of an "
     source += made["processor"]
-    paired, last = pd.read_csv(FIGURES / f"{CURVE}_paired.csv"), metrics.iteration.max()
-    rows = paired[(paired.method == "irpo") & (paired.against == "irpo")]
+    paired, last = pd.read_csv(FIGURES / f"{CURVE}_by_seed.csv"), metrics.iteration.max()
+    rows = paired[(paired.method == "irpo") & (paired.against == "irpo") & (paired.seed == 0)]
     rows = rows.assign(whole=rows.against_iteration != rows.iteration - 1)
     rows = rows[~rows.whole | ((rows.against_iteration == 0) & (rows.iteration == last))]
     gains = [
@@ -148,6 +149,34 @@ def _gain(metric: str, before: int, after: int, interval) -> dict:
     numbers = {"gain (points)": points, "low": low, "high": high}
     verdict = "resolved" if low > 0 or high < 0 else "not resolved"
     return {"accuracy": metric, "models": f"M_{before} to M_{after}", **numbers, "": verdict}
+
+
+def curve_of_methods() -> plots.TextFigure:
+    """Greedy and sampled accuracy of every method of the stored study, means over its seeds."""
+    sys.path.append(str(ROOT / "scripts"))  # the package `studies`
+    from studies import figures
+
+    means = pd.read_csv(FIGURES / f"{CURVE}_mean.csv")
+    return figures.accuracy_of_methods(means.assign(method=means.method.map(METHODS)))
+
+
+def ahead_of_others(metric: str = "sampled") -> pd.DataFrame:
+    """Iterative RPO minus each other method in points, by seed, paired by question."""
+    table = pd.read_csv(FIGURES / f"{CURVE}_by_seed.csv")
+    rows = table[(table.metric == metric) & (table.method == "irpo") & (table.against != "irpo")]
+    shown = {
+        "accuracy": rows.metric,
+        "Iterative RPO minus": rows.against.map(METHODS),
+        "model": "M_" + rows.iteration.astype(str),
+        **{name: 100 * rows[name] for name in ("difference", "low", "high")},
+        "seed": rows.seed,
+        "": np.where((rows.low > 0) | (rows.high < 0), "resolved", "not resolved"),
+    }
+    return (
+        pd.DataFrame(shown)
+        .sort_values(["Iterative RPO minus", "seed", "model"])
+        .reset_index(drop=True)
+    )
 
 
 def last_completions(*found: Path | None):

@@ -178,6 +178,13 @@ class Study:
         means.to_csv(self.out / f"{NAME}_mean.csv", index=False)
         both = [report.paired(trials, runs, name).assign(metric=name) for name in report.ANSWERS]
         pandas.concat(both).to_csv(self.out / f"{NAME}_paired.csv", index=False)
+        alone = []  # of one seed, so the interval is over questions
+        for seed in sorted({seed for _, seed in runs}):
+            of_seed = {key: run for key, run in runs.items() if key[1] == seed}
+            there = [trial for trial in trials if (trial.name, seed) in of_seed]
+            tables = [report.paired(there, of_seed, m).assign(metric=m) for m in report.ANSWERS]
+            alone.append(pandas.concat(tables).assign(seed=seed))
+        pandas.concat(alone).to_csv(self.out / f"{NAME}_by_seed.csv", index=False)
         table = report.write_table(NAME, trials, runs, self.out, record)
         titles = [api.method_title(name) for name in means.method]
         figure = figures.accuracy_of_methods(means.assign(method=titles))
