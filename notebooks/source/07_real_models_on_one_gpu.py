@@ -426,8 +426,8 @@ helpers_07.ahead_of_others().round(1)
 
 # %% [markdown]
 # With seed 0 Iterative RPO is ahead of RFT at every iteration, and of DPO without NLL at $M_2$ and $M_3$. This agrees with the
-# order in the paper. With seed 1 it is ahead of RFT on average, but no difference is resolved. DPO without NLL has one seed.
-# Over two seeds the interval is far too wide to decide ([results](../docs/results/smollm2.md)).
+# order in the paper. With seed 1 no difference from RFT is resolved. DPO without NLL has one seed.
+# The interval over two seeds decides nothing ([results](../docs/results/smollm2.md)).
 #
 # What do larger models reach? Each of these published numbers has its own prompt and grader. Compare gains, not levels:
 #
