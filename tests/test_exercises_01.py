@@ -130,7 +130,7 @@ def test_nucleus_names_the_mistake(wrong, words):
         (lambda p, ls: (len(ls) - 1) * p / (p + sum(ls)), "without"),
         (lambda p, ls: (p + sum(ls)) / (len(ls) * p + sum(ls)), "Subtract it from 1"),
         (lambda p, ls: (len(ls) - 1) * p / (len(ls) * p + sum(ls) / len(ls)), "mean length"),
-        (lambda p, ls: 3 * p / (4 * p + sum(ls)), "single answer"),
+        (lambda p, ls: 3 * p / (4 * p + sum(ls)), "single completion"),
         (lambda p, ls: 0.9, "yours is 0.9"),
     ],
 )
