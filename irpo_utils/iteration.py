@@ -152,7 +152,7 @@ class Stages:
 
     def seed(self, t: int, purpose: int) -> int:
         """Different random numbers for every iteration and purpose, the same when resumed."""
-        return (self.p.seed * 1000 + t) * 10 + purpose
+        return ((self.p.seed * 1000 + t) * 10 + purpose) % 2**32
 
 
 def plugin(name: str):

@@ -197,15 +197,15 @@ def turn_end(tokenizer) -> int:
 
 def set_adapter(model, folder: str | Path | None) -> None:
     """Turn the loaded model into another M_t by replacing the adapter's weights; None gives M_0."""
-    parameters = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    found = {n.replace(".default", ""): p for n, p in model.named_parameters() if ".default" in n}
     if folder is None:
-        weights = {n: torch.nan_to_num(p, 0, 0, 0) for n, p in parameters.items()}
-        weights |= {n: torch.zeros_like(p) for n, p in parameters.items() if "lora_B" in n}
+        weights = {n: torch.nan_to_num(p, 0, 0, 0) for n, p in found.items()}
+        weights |= {n: torch.zeros_like(p) for n, p in found.items() if "lora_B" in n}
     else:
         weights = load_peft_weights(str(folder), device=str(model.device))
-    if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+    if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in found.items()}:
         raise UserError(f"The adapter in {folder} has other layers or shapes than this model.")
-    for name, parameter in parameters.items():
+    for name, parameter in found.items():
         assign(parameter, weights[name])
 
 

@@ -107,10 +107,10 @@ class Profile:
         for low, listed in AT_LEAST.items():
             for name in listed.split():
                 value = getattr(self, name)
-                self._need(value is None or value >= low, name, f"at least {low}")
+                self._need(value is None or low <= value < math.inf, name, f"at least {low}")
         for name in ("learning_rate", "beta", "max_grad_norm", "eval_temperature", "epochs"):
             self._need(0 < getattr(self, name) < math.inf, name, "above 0")
-        good = self.temperature and min(self.temperature) > 0
+        good = self.temperature and all(0 < t < math.inf for t in self.temperature)
         self._need(good, "temperature", "one number above 0, or one per iteration")
         self._need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "-1 or above 0")
         self._need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")

@@ -240,7 +240,7 @@ def train(
         known = ", ".join(LOSSES)
         raise UserError(f"loss = {loss!r} must be one of {known}, and alpha = {alpha} at least 0.")
     draw_adapter(model, config.get("seed", 0))
-    data = pairs.select_columns(IDS)
+    data = Dataset(pairs.select_columns(IDS).with_format("arrow")[:])  # else TRL adds a file to it
     data = data.add_column("length", [sum(map(len, row.values())) for row in data])
     config |= {"beta": beta, "learning_rate": learning_rate}
     with tempfile.TemporaryDirectory() as folder, _restored(model) as trained:
@@ -283,7 +283,7 @@ def _config(model, settings: dict, loss: str, batch_size: int, micro_batch_size)
     config = DPOConfig(**(defaults | settings))
     share = max(batch_size // config.world_size, 1)
     micro = min(micro_batch_size or share, share)
-    if batch_size % (micro * config.world_size):
+    if batch_size < 1 or batch_size % (micro * config.world_size):
         raise UserError(
             f"batch_size = {batch_size} must be a multiple of micro_batch_size = {micro} times the "
             f"number of processes, {config.world_size}."

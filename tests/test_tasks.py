@@ -604,3 +604,30 @@ def test_a_file_too_small_to_split_is_refused(tmp_path):
     path = write(tmp_path / "one.jsonl", GOOD["jsonl"])
     with pytest.raises(UserError, match="is empty: too few questions"):
         [jsonl.TASK.load(split, str(path)) for split in SPLITS]
+
+
+def test_a_gold_solution_of_your_own_file_ends_as_the_prompt_asks():
+    task = tasks.get("jsonl")
+    raw = {"question": "Legs of three spiders?", "answer": "24", "solution": "3*8=24."}
+    row = task.row(raw)
+    assert row["solution"] == "3*8=24.\nFinal answer: 24"
+    assert task.row(raw | {"solution": row["solution"]})["solution"] == row["solution"]
+    assert task.is_correct(task.extract(row["solution"], row), "24")
+
+
+@pytest.mark.parametrize("bullet", ["- 36", "– 36", "- **36**", "• 36"])
+def test_a_bullet_is_not_a_minus_sign(bullet):
+    gsm8k = tasks.get("gsm8k")
+    assert gsm8k.extract(f"Final answer:\n{bullet}") == "36"
+    assert gsm8k.extract("Final answer:\n-36") == gsm8k.extract("Final answer: - 36") == "-36"
+
+
+@pytest.mark.parametrize("hedge", ["or Rome", "wrong", "no, Rome", "actually Rome"])
+def test_a_hedge_in_brackets_is_not_an_explanation(hedge):
+    task = tasks.get("jsonl")
+    row = {"answer": "Paris"}
+    right, hedged = (
+        task.extract(f"Final answer: Paris ({aside})", row) for aside in ("capital", hedge)
+    )
+    assert task.is_correct(right, "Paris", row) and not task.is_correct(hedged, "Paris", row)
+    assert right == task.extract("Final answer: Paris", row)

@@ -146,8 +146,9 @@ def referring_to_start(base: type[training.IterativeRPOTrainer], stages: iterati
         def _precompute_ref_logps(self, *args):
             with trial.unchanged(stages.model):
                 stages.engine.use(stages.model, stages.keep.adapter(0))
-                if "ref" in stages.model.peft_config:  # TRL's copy of M_t
-                    stages.model.delete_adapter("ref")
+                weights = dict(stages.model.named_parameters())
+                for name in (name for name in weights if ".ref." in name):  # TRL's copy of M_t
+                    weights[name].data.copy_(weights[name.replace(".ref.", ".default.")])
                 return super()._precompute_ref_logps(*args)
 
     return ReferringToStart

@@ -25,7 +25,7 @@ TASK = types.SimpleNamespace(prompt=lambda row: row["question"])
 def check(model, tokenizer, p: Profile, engine) -> None:
     """Raise `UserError` if the model cannot be sampled from or trained; it stays as it is."""
     kind = model.config.model_type
-    advice = "Choose another --model"
+    advice = "Choose another --model, --optimizer or --lr-scheduler"
     if getattr(model.get_base_model(), "_is_stateful", False):
         advice = f"It keeps a recurrent state instead of a cache of attention. {advice}"
     elif p.engine != "plain":
@@ -103,6 +103,7 @@ def check_training(model, tokenizer, p: Profile, engine, rows: list[dict]) -> No
     gradients = Gradients()
     settings = {"trainer": engine.trainer(model), "callbacks": [gradients], "disable_tqdm": True}
     settings |= {"gradient_checkpointing": p.gradient_checkpointing, "batch_size": len(pairs)}
+    settings |= {"optim": p.optimizer, "lr_scheduler_type": p.lr_scheduler}
     [log] = training.train(model, tokenizer, pairs, **settings)
     if names := gradients.missing:
         raise ValueError(f"{len(names)} weights of the adapter get no gradient, such as {names[0]}")

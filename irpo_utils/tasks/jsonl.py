@@ -54,14 +54,16 @@ class JSONL(FileTask):
             return arc_challenge.TASK.extract(completion, row)
         if _is_number(row.get("answer", "")):
             return gsm8k.TASK.extract(completion)
-        return _plain(answers.after_final_answer(completion) or "") or None
+        text = _plain(answers.after_final_answer(completion) or "")
+        is_open = "(" in row.get("answer", "")  # else what is in brackets would divide the votes
+        return (text if is_open else answers.replace(PATTERNS["aside"], text)) or None
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:
         """Equal as numbers if the gold answer is one, else as text; "Paris (capital)" is Paris."""
         if _is_number(answer):
             return gsm8k.TASK.is_correct(extracted, answer)
         given, gold = _plain(extracted or ""), _plain(answer)
-        return bool(given) and gold in (given, re.sub(r"\s*\([^()]*\)$", "", given))
+        return bool(given) and gold in (given, answers.replace(PATTERNS["aside"], given))
 
     def row(self, raw: dict) -> dict:
         """The row with text in every field, and a letter if there are choices."""
@@ -79,6 +81,8 @@ class JSONL(FileTask):
             arc_challenge.need_choices(choices)
             answer = arc_challenge.letter(answer, choices)
             need(answer, "`answer` is none of the choices")
+        if solution and not answers.MARKER.search(solution):  # as the prompt asks, and gsm8k does
+            solution = f"{solution.strip()}\nFinal answer: {answer}"
         row = {"question": question, "answer": answer, "solution": solution, "choices": choices}
         row["id"] = None if given_id is None else str(given_id)
         return {name: value for name, value in row.items() if value is not None}

@@ -36,7 +36,7 @@ def evaluate_run(
     """
     hub.limit_waiting()
     p = read_profile(run)
-    wanted = iterations if iterations is not None else sorted({0, p.iterations})
+    wanted = list(dict.fromkeys(iterations if iterations is not None else (0, p.iterations)))
     if "best" in wanted:
         best, reason = best_iteration(run, p, split or p.eval_split)
         wanted = list(dict.fromkeys(best if t == "best" else t for t in wanted))

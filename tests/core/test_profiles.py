@@ -80,3 +80,11 @@ def test_paths_that_datasets_reads_as_addresses_are_refused(name, path):
 def test_the_last_temperature_is_used_from_then_on():
     p = Profile(temperature=[0.8, 1.2])
     assert [p.temperature_of(t) for t in range(4)] == [0.8, 1.2, 1.2, 1.2]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"temperature": [float("inf")]}, {"temperature": [1.0, float("nan")]}]
+)
+def test_temperatures_that_are_no_numbers_are_refused(changes):
+    with pytest.raises(UserError, match="temperature"):
+        profiles.get("smoke", **changes)
