@@ -91,9 +91,8 @@ class Stages:
 
         preferences, counts = self.keep.dataset(t, "pairs", make)
         self.history.append(preferences)
-        n = counts["questions"]
-        rows = [{"metric": f"pairs_{key}", "value": value, "n": n} for key, value in counts.items()]
-        self.report(t, rows)
+        shared = {"n": counts["questions"]}
+        self.report(t, [{"metric": f"pairs_{k}", "value": v} | shared for k, v in counts.items()])
 
     def train(self, t: int) -> None:
         """M_t from M_{t-1}, which is also the reference, and its pairs."""

@@ -124,10 +124,9 @@ def empty_completions(questions, prompts: list[str], tokenizer) -> list[dict]:
     """A lone end token per question with reward 0: what gold solutions are paired with for SFT."""
     empty = {"completion": "", "completion_ids": [models.turn_end(tokenizer)], "reward": 0.0}
     rows = []
-    for question, prompt in zip(questions, prompts, strict=True):
+    for row, prompt in zip(questions, prompts, strict=True):
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        row = {"id": question["id"], "sample": 0, "prompt": prompt, "prompt_ids": ids}
-        rows.append(row | empty)
+        rows.append({"id": row["id"], "sample": 0, "prompt": prompt, "prompt_ids": ids} | empty)
     return rows
 
 

@@ -27,6 +27,7 @@ CHOICES = {
     "reference": ("previous", "start"),
     "dtype": (None, "float32", "bfloat16", "float16"),
     "eval_split": ("train", "validation", "test"),
+    "report_to": ("none", "tensorboard", "trackio", "wandb"),
 }
 
 

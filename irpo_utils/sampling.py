@@ -184,8 +184,7 @@ def decode(model, request: Request, batch_size: int, decode_batch=decode_batch):
 
 def check_ids(ids, where: str) -> None:
     """Refuse no ids, and ids that occur twice: completions are joined with questions by id."""
-    double = [name for name, count in Counter(ids).items() if count > 1]
-    if double:
+    if double := [name for name, count in Counter(ids).items() if count > 1]:
         raise UserError(
             f"{len(double)} ids occur more than once in the {where}, for example {double[0]!r}. "
             "Give every question its own `id`."

@@ -51,10 +51,10 @@ class PairLogps:
     ref_rejected: torch.Tensor | None = None
 
 
-def dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, *, alpha, beta):
+def dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, *, beta):
     """The two terms of Eq. 1 per pair, (loss_dpo, loss_nll): the loss is loss_dpo + alpha loss_nll.
 
-    All arguments are tensors (batch,), see `PairLogps`. `alpha` does not scale the second term.
+    All arguments but `beta` are tensors (batch,), see `PairLogps`.
     """
     ratio_chosen, ratio_rejected = chosen - ref_chosen, rejected - ref_rejected
     loss_dpo = -logsigmoid(beta * (ratio_chosen - ratio_rejected))
@@ -64,7 +64,7 @@ def dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, *, alpha,
 
 def _dpo_nll(pairs: PairLogps, alpha: float, beta: float):
     logps = pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected
-    loss_dpo, loss_nll = dpo_nll_loss(*logps, pairs.n_chosen, alpha=alpha, beta=beta)
+    loss_dpo, loss_nll = dpo_nll_loss(*logps, pairs.n_chosen, beta=beta)
     return loss_dpo + alpha * loss_nll, {"loss_dpo": loss_dpo, "loss_nll": loss_nll}
 
 

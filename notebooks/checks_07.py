@@ -93,7 +93,7 @@ def kv_cache_bytes(function) -> str:
 GAINS = {
     "a gain of 3 points with a half-width of 4.25 on 200 questions": (3.0, 4.25, 200),
     "a gain of 0.5 points with a half-width of 2 on 1,319 questions": (0.5, 2.0, 1319),
-    "a gain of 5 points with a half-width of 1 on 100 questions": (5.0, 1.0, 100),
+    "a gain of 5 points with a half-width of 1 on 90 questions": (5.0, 1.0, 90),
     "a gain of 7 points with a half-width of 9 on 150 questions": (7.0, 9.0, 150),
 }
 

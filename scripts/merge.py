@@ -25,8 +25,8 @@ def merge(model: str, adapter: str | Path, folder: str | Path, dtype: str | None
     from irpo_utils.ops import hub
 
     folder = Path(folder).expanduser()
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty. Give the merged model a new folder.")
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise UserError(f"{folder} is a file or not empty. Give the merged model a new folder.")
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise UserError(f"{adapter} has no adapter_config.json. Give RUN/iteration_T/adapter.")
     with hub.explained(model):
@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("model", help="the model of the run, such as qwen2.5-0.5b")
     parser.add_argument("adapter", help="folder of the adapter, such as RUN/iteration_4/adapter")
     parser.add_argument("folder", help="new folder for the merged model")
-    parser.add_argument("--dtype", help="precision of the weights (default: float32)")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="of the weights (default: float32)")
     options = parser.parse_args(arguments)
     cli.quiet_libraries()
     merge(**vars(options))

@@ -199,12 +199,12 @@ def test_a_file_of_options(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text(
         "profile: smoke\nout: here\nn_samples: 5\nlearning_rate: 2e-4\ntemperature: [0.5, 0.7]\n"
-        "n_questions: null\ngold: true\n"
+        "n_questions: null\ngold: true\nquiet: true\n"
     )
     profile, options = cli.parse_profile(["--config", str(file), "--n-samples", "6"])
     assert (profile.n_samples, profile.learning_rate, profile.iterations) == (6, 2e-4, 2)
     assert profile.temperature == [0.5, 0.7] and profile.n_questions is None and profile.gold
-    assert options.out == "here"
+    assert options.out == "here" and options.quiet and not options.ignore_plan
     file.write_text("n_sample: 5\n")
     assert "Did you mean --n-samples" in refused(capsys, "run", "--config", file)
     file.write_text("n_samples: five\n")
@@ -237,7 +237,7 @@ def test_a_file_of_options(tmp_path, capsys):
         ("--temperature 0", "--temperature"),
         ("--lr-scheduler foo", "--lr-scheduler"),
         ("--optimizer foo", "--optimizer"),
-        ("--report-to no_such_logger", "--report-to"),
+        ("--report-to os", "--report-to is 'os': it must be one of none, tensorboard"),
         ("--loss foo", "foo"),
         ("--engine warp", "warp"),
         ("--task crosswords", "word_problems"),

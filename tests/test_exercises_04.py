@@ -207,7 +207,7 @@ def test_a_placeholder_left_below_working_code_is_named():
 
 def test_gradients_that_are_cleared_before_the_step_are_named():
     def train_step(score, optimizer, reference, n_tokens, alpha, beta):
-        terms = training.dpo_nll_loss(*score(), *reference, n_tokens, alpha=alpha, beta=beta)
+        terms = training.dpo_nll_loss(*score(), *reference, n_tokens, beta=beta)
         loss = (terms[0] + alpha * terms[1]).mean()
         loss.backward()
         optimizer.zero_grad()
@@ -232,7 +232,7 @@ def step(zero=True, how=torch.mean, sign=1, use=lambda alpha: alpha, act=True, s
         if zero:
             optimizer.zero_grad()
         reference = reference[::-1] if swap else reference
-        terms = training.dpo_nll_loss(*score(), *reference, n_tokens, alpha=alpha, beta=beta)
+        terms = training.dpo_nll_loss(*score(), *reference, n_tokens, beta=beta)
         loss = how(terms[0] + use(alpha) * terms[1])
         (sign * loss).backward()
         if act:

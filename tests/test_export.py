@@ -108,8 +108,9 @@ def test_a_merged_model_is_the_unquantised_base_plus_the_adapter(tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template
     again, _ = models.load(str(folder), quantize=False)
     assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-4)
-    with pytest.raises(UserError, match="is not empty.*new folder"):
-        merge("seed", tmp_path / "adapter", folder)
+    for taken in (folder, folder / "config.json"):
+        with pytest.raises(UserError, match="is a file or not empty.*new folder"):
+            merge("seed", tmp_path / "adapter", taken)
     with pytest.raises(UserError, match="nothing has no adapter_config.json"):
         merge("seed", tmp_path / "nothing", tmp_path / "new")
     with pytest.raises(UserError, match="not/here could not be loaded"):

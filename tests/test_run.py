@@ -17,7 +17,17 @@ import pytest
 from datasets import DatasetDict, load_from_disk
 from filelock import FileLock
 
-from irpo_utils import UserError, evaluation, iteration, logprobs, models, profiles, sampling, tasks
+from irpo_utils import (
+    UserError,
+    evaluation,
+    iteration,
+    logprobs,
+    methods,
+    models,
+    profiles,
+    sampling,
+    tasks,
+)
 from irpo_utils.engines import Engine, plain
 from irpo_utils.ops import environment, run_directory, storage, trainer, warnings
 from irpo_utils.ops import plan as planning
@@ -336,6 +346,26 @@ def test_an_artefact_of_another_run_is_made_again(unbroken, finished, tmp_path, 
     assert results(finished) == results(unbroken)
 
 
+def test_an_edited_reward_makes_its_pairs_again(tmp_path, monkeypatch, capsys):
+    """A reward keeps its name in the settings when its code changes."""
+
+    def shortest(rows):
+        return [float(row["n_tokens"] == min(r["n_tokens"] for r in rows)) for row in rows]
+
+    def longest(rows):
+        return [float(row["n_tokens"] == max(r["n_tokens"] for r in rows)) for row in rows]
+
+    chosen = {}
+    for reward in (shortest, shortest, longest):
+        monkeypatch.setitem(methods.METHODS, "own", methods.Method("Own", "here", reward=reward))
+        run(smoke(method="own", iterations=1), tmp_path)
+        again = "pairs was made from other settings" in "".join(capsys.readouterr())
+        assert again == (reward is longest)
+        pairs, _ = storage.load(tmp_path / "iteration_0" / "pairs")
+        chosen[reward] = [len(ids) for ids in pairs["chosen_ids"]]
+    assert sum(chosen[longest]) > sum(chosen[shortest])
+
+
 def test_an_artefact_that_does_not_say_what_it_was_made_from_is_made_again(
     unbroken, finished, capsys
 ):
@@ -552,7 +582,7 @@ def test_a_start_with_other_scales_is_refused(unbroken, tmp_path, change):
         ({"probe": "nowhere"}, "--probe nowhere is no folder of pairs"),
         ({"lr_scheduler": "foo"}, "--lr-scheduler is 'foo'"),
         ({"optimizer": "foo"}, "--optimizer is 'foo'"),
-        ({"report_to": "no_such_logger"}, "pip install no_such_logger"),
+        ({"report_to": "wandb"}, "pip install wandb"),
         ({"task": "crosswords"}, "no task 'crosswords'"),
         ({"engine": "warp"}, "engines.warp.*--engine is"),
     ],
@@ -839,6 +869,8 @@ def test_collect_joins_seeds_and_refuses_other_settings(unbroken, tmp_path):
     two = with_seed(unbroken, tmp_path / "two", 2, beta=0.2)
     with pytest.raises(UserError, match="differ in more than their seed"):
         finished_runs.collect([unbroken, two])
+    with pytest.raises(UserError, match="same seed"):
+        finished_runs.collect([unbroken, unbroken])
 
 
 DAMAGES = [

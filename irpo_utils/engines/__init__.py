@@ -1,4 +1,4 @@
-"""Engines: the plain one is here, and each module is a faster one with the same results."""
+"""Engines: the plain one is here; the other modules have faster ones."""
 
 from __future__ import annotations
 

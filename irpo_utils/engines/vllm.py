@@ -158,7 +158,7 @@ class Server:
         """(tokens, finished, log-probability at temperature 1) of one completion."""
         tokens, reason = choice.get("token_ids"), choice["finish_reason"]
         if tokens is None:
-            fault = "returns no token ids, which training needs. Install vLLM 0.10.2 or newer"
+            fault = "returns no token ids, which training needs. Install vLLM 0.32 or newer"
         elif reason != "stop" and (reason != "length" or len(tokens) < request.max_new_tokens):
             fault = f"stopped a completion after {len(tokens)} tokens ({reason}). See its log"
         elif reason == "stop" and (not tokens or tokens[-1] not in request.ends):

@@ -36,7 +36,7 @@ class Overlap:
 def find(train, evaluation) -> Overlap:
     """The overlap of two sets of questions (rows with `id` and `question`)."""
     train, evaluation = list(train), list(evaluation)
-    exact = {_squeezed(row["question"]) for row in train}
+    exact = {"".join(row["question"].split()) for row in train}
     known = {normalise(row["question"]): row["id"] for row in train}
     grams = {gram for row in train for gram in n_grams(row["question"])}
     asked = {normalise(row["question"]) for row in evaluation}
@@ -47,7 +47,7 @@ def find(train, evaluation) -> Overlap:
     ]
     return Overlap(
         questions=len(evaluation),
-        exact=sum(_squeezed(row["question"]) in exact for row in evaluation),
+        exact=sum("".join(row["question"].split()) in exact for row in evaluation),
         normalised=len(examples),
         train_rows=sum(normalise(row["question"]) in asked for row in train),
         n_gram=sum(not grams.isdisjoint(n_grams(row["question"])) for row in evaluation),
@@ -86,7 +86,3 @@ def n_grams(question: str, n: int = N_GRAM) -> list[tuple[str, ...]]:
     """Runs of n words (letters and digits, case folded); none for a shorter question."""
     words = re.findall(r"[^\W_]+", question.casefold())
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())

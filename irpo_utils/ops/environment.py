@@ -67,10 +67,9 @@ def _processor() -> str:
 def _commit() -> str | None:
     """The commit of this checkout, with "+" if files were changed since."""
     words = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
     try:
-        done = subprocess.run(
-            words, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(words, **options)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

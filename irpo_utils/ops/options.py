@@ -84,6 +84,7 @@ def _words_of_file(path: str) -> list[str]:
     words = []
     for name, value in fields.items():
         values = value if isinstance(value, list) else ["none" if value is None else value]
+        values = [] if value is True else values  # a switch takes no value
         words += [f"--{str(name).replace('_', '-')}", *map(str, values)]
     return words
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import shutil
 import time
@@ -20,7 +21,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from irpo_utils import UserError, iteration
+from irpo_utils import UserError, iteration, methods
 from irpo_utils.ops import checksums, drift, environment, export, storage, trainer, trial
 from irpo_utils.ops import warnings as signs
 from irpo_utils.ops.statistics import further_rows
@@ -126,6 +127,9 @@ class RunDirectory(storage.Folder):
         made = [folder for folder in sources if folder is not None and folder.exists()]
         record = {str(folder.relative_to(self.out)): checksums.digest(folder) for folder in made}
         fields = {field: getattr(self.p, field) for field in FIELDS[name].split()} | self.known
+        if name == "pairs" and (reward := methods.get(self.p.method).reward):
+            with contextlib.suppress(OSError, TypeError):  # typed at a prompt, or a partial
+                fields["reward"] = inspect.getsource(reward)  # which may have been edited
         if name == "samples":
             fields["temperature"] = self.p.temperature_of(t)
         if name == "evaluation":

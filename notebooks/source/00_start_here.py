@@ -145,7 +145,7 @@ helpers_00.loop_diagram(question["question"], completions, profile.k_pairs)
 #
 # Grading reads the text after "Final answer:" and compares it with the known answer.
 #
-# **Predict**: the third completion below has the correct number in its working. Does it get the reward?
+# **Predict**: the known answer is 112, and the third completion below has it in its working. Does it get the reward?
 
 # %%
 texts = ["57*2=114\n114-2=112\nFinal answer: 112", "Final answer: 134",
@@ -182,9 +182,9 @@ assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_s
 # ## 4 Train: the model changes its answer
 #
 # The model should prefer the chosen completion $w$ over the rejected one $l$ *more than $M_t$ does*. The
-# [DPO](../docs/glossary.md#dpo) term (direct preference optimization) asks for this. It allows both probabilities to fall.
-# The [NLL term](../docs/glossary.md#nll-term) (negative log-likelihood) therefore raises the probability of $w$. The loss
-# of one pair for a question $x$ is Eq. 1 of the paper:
+# [DPO](../docs/glossary.md#dpo) term (direct preference optimization) asks for this. It allows both probabilities to fall. So
+# the [NLL term](../docs/glossary.md#nll-term) (negative log-likelihood) is added, which raises that of $w$. The loss of one
+# pair for a question $x$ is Eq. 1 of the paper:
 #
 # $$L = \underbrace{-\log\sigma\Big(\beta\log\frac{M_\theta(w|x)}{M_t(w|x)} - \beta\log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{\text{DPO}}
 # \;\underbrace{-\;\alpha\,\frac{\log M_\theta(w|x)}{|w|}}_{\text{NLL}}$$
@@ -267,7 +267,7 @@ print(f"careful among the correct ones: {correct_and_careful / correct:.2f}")
 #
 # </details>
 #
-# Suppose that $M_{t+1}$ is careful as often as the correct completions of $M_t$ were, and repeat.
+# Suppose that $M_{t+1}$ is careful as often as the correct completions of $M_t$, and repeat.
 
 # %%
 shares, accuracies = [careful], []
@@ -281,7 +281,7 @@ print("accuracy", [round(accuracy, 2) for accuracy in accuracies])
 helpers_00.toy(shares[:5], accuracies, accuracy_of["careful"])
 
 # %% [markdown]
-# The toy model never gets better *at* careful working. It only works carefully more often. This is called
+# The toy model never gets better *at* careful working. It shows careful working more often. This is called
 # [elicitation](../docs/glossary.md#elicitation). The toy model only imitates correct completions, while DPO also makes
 # rejected ones less probable. Notebook [01](01_sampling.ipynb) asks whether training adds more than elicitation.
 
@@ -344,8 +344,8 @@ figure
 table
 
 # %% [markdown]
-# - **The learning rate decides the shape of the curve.** At 1e-4 one iteration does most of the work. The README uses
-#   2e-5. We chose it on validation questions: at 2e-5 every iteration gains ([log](../figures/LOG.md)).
+# - **The learning rate decides the shape of the curve.** At 1e-4 one iteration does most of the work. The default is 2e-5. We
+#   chose it on validation questions: at 2e-5 every iteration gains ([log](../figures/LOG.md)).
 # - **At 1e-4 the last mean falls**, because one of five seeds falls to 74 % ([data](../figures/comparison.csv)). Notebook
 #   [05](05_iterations.ipynb) says when to stop.
 # - **You will meet several $M_1$.** They differ in learning rate or in the number of training questions. Accuracy is
@@ -391,7 +391,7 @@ stages.round(1)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In the shipped run (one core) training takes longest, and evaluation nearly as long. Grading and pairing take seconds.
+# In the shipped run (one core) training and evaluation take most of the time. Grading and pairing take seconds.
 #
 # </details>
 #

@@ -165,7 +165,7 @@ for p, token in zip(top.values.tolist(), top.indices.tolist()):
 #
 # </details>
 #
-# The second most probable token begins the working. Training moves probability from `Final` to such tokens.
+# The second most probable token begins the working. Training should move probability from `Final` to such tokens.
 #
 # ## 3 Temperature
 #
@@ -418,11 +418,11 @@ figure
 # last rule knows the number of steps, so it is a test and not a decoding method.
 # Training only needs to make the working more probable: [elicitation](../docs/glossary.md#elicitation).
 #
-# You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower. On the test questions of notebook 00
-# both are lower.
+# You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower. Both are lower on the test questions
+# than on these.
 #
-# Does training add more than elicitation? Compare pass@k of $M_0$ and of the last model of a finished run at learning rate
-# 2e-5. The evaluation draws 32 completions per test question.
+# Does training add more than elicitation? If not, pass@k of $M_0$ should catch up at a large $k$. Compare it with the last
+# model of a finished run at learning rate 2e-5 (32 completions per test question).
 #
 # **Predict**: training raises pass@1. How do the two curves compare at the largest $k$?
 
@@ -442,7 +442,7 @@ figures.sweep(curves, "k", "k, completions per question", "pass@k (%)")
 # </details>
 #
 # For large models [Yue et al. 2025](https://arxiv.org/abs/2504.13837) report that the curves meet and then cross, with $k$ in
-# the tens or hundreds. Our curves end at 32, so they leave the question open.
+# the tens or hundreds. Our curves end at 32 and do not show whether they meet.
 #
 # ## 7 Which temperature?
 #
@@ -517,9 +517,9 @@ for t in (0.6, 1.3):
 figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
 
 # %% [markdown]
-# At low temperatures the $N$ completions often agree, and at high ones hardly any is correct. The printed differences
-# compare the same questions. At $T = 1.3$ fewer of them give pairs than at 1.0. Between 0.6 and 1.0 the difference is not
-# resolved.
+# At low temperatures the $N$ completions often agree, and at high ones hardly any is correct. The printed differences are
+# paired by question. At $T = 1.3$ fewer of them give pairs than at 1.0. Between 0.6 and 1.0 the interval includes 0: *not
+# resolved*.
 #
 # **Predict**: is the best temperature of the *last* model lower or higher than that of $M_0$?
 
@@ -554,7 +554,7 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questi
 # - Temperature divides logits, and one random number draws a token.
 # - `logprob` is a sum over tokens under the model at $T = 1$.
 # - Banning one token shows that $M_0$ can do the working that it skips.
-# - The best temperature gives the most questions with pairs.
+# - We choose the temperature with the most questions that give pairs.
 #
 # **Try**: run `python -m irpo_utils run --temperature 0.6 --out runs/cooler`, and compare its $M_1$ in notebook 05.
 #

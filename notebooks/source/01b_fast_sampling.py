@@ -121,8 +121,8 @@ for temperature, top_p in ((1.0, 1.0), (1.6, 1.0), (1.6, 0.8)):
     print(f"T = {temperature}, top-p {top_p}: {100 * share:.1f} % of {len(graded)} completions are correct")
 
 # %% [markdown]
-# Top-p undoes much of the damage of a high temperature. The paper does not say whether it used top-p. Our profiles do
-# not, so they exclude no token.
+# Top-p undoes much of the damage of a high temperature. The paper does not say whether it used top-p. Our profiles leave it
+# off and exclude no token.
 #
 # ## 2 One completion, token by token
 #

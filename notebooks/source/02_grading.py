@@ -240,8 +240,8 @@ print(endings)
 # %% [markdown]
 # ## 5 Grade the grader
 #
-# When does a grader err? We *read* completions in many forms, for four tasks, and labelled them
-# ([file](data/graded_forms.jsonl)): would a teacher accept the answer?
+# When does a grader err? We labelled completions in many forms, for four tasks ([file](data/graded_forms.jsonl)): would a
+# teacher accept the answer?
 
 # %%
 forms = helpers_02.labelled_forms()
@@ -291,8 +291,8 @@ for row in forms[forms.package & ~correct].itertuples():
 #
 # We expect false positives to do more harm, so the package is strict when in doubt. Section 8 measures false positives only.
 #
-# The next table counts errors of the package on a second collection, from public bug reports (`jsonl`: your own questions).
-# *Debatable*: readers may disagree about the label. We improved the graders with it, so expect more errors on new
+# The next table counts errors of the package on a second collection, from public bug reports (`jsonl`: the task for your own
+# questions). *Debatable*: readers may disagree about the label. We improved the graders with it, so expect more errors on new
 # completions.
 
 # %%
@@ -372,7 +372,7 @@ helpers_02.behaviours(samples)
 # %% tags=["nbval-ignore-output"]
 incorrect = samples[~samples.correct & (samples.behaviour != "no working")]
 partial = incorrect[incorrect.behaviour == "partial working"]
-print(f"{len(partial)} of {len(incorrect)} incorrect completions with equations stop too early:")
+print(f"{len(partial)} of {len(incorrect)} incorrect completions with equations have too few equations:")
 example = partial.iloc[0]
 print(example.question, "\n" + example.completion, f"\n(the gold answer is {example.answer})")
 

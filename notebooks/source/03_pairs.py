@@ -150,7 +150,7 @@ print(f"without a correct completion: {counts['all_wrong']}, without an incorrec
 # </details>
 #
 # The top block of the figure gives nothing: without a correct completion there is nothing to prefer. A question with only
-# correct completions gives nothing either. Iterative RPO trains on questions that the model answers *sometimes*.
+# correct completions gives nothing either. Iterative RPO trains on questions that the model *sometimes* solves.
 #
 # Which questions are left out? Sort all questions into quarters by the length of the prompt.
 #
@@ -173,8 +173,8 @@ helpers_03.fates(by_quarter, "prompts by length")
 #
 # </details>
 #
-# Short questions are therefore over-represented in the first training set. This filter changes as the model improves: hard
-# questions start to give pairs, and easy ones stop. The next figure has a bar for each model that wrote the completions.
+# Short questions are therefore over-represented in the first training set. This selection changes as the model improves: hard
+# questions start to give pairs, and easy ones stop. The next figure has a bar for each model from $M_0$ on.
 
 # %% tags=["nbval-ignore-output"]
 history = helpers_03.counts_per_iteration(run, counts)
@@ -187,9 +187,9 @@ history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated"
 # - `used` counts questions that give pairs, `all_wrong` those with only incorrect completions, and `all_right` those with only
 #   correct ones.
 # - `duplicates` counts completions that repeat another one of the same question.
-# - `repeated` counts pairs that occur again, because a list was too short for $K$ different pairs.
+# - `repeated` counts pairs that occur again, because both lists were too short for $K$ different pairs.
 #
-# At first more questions give pairs. Later more and more questions have only correct completions. On ARC the paper has about
+# Up to $M_2$ more and more questions give pairs. Later more have only correct completions. On ARC the paper has about
 # 20,000 pairs in the first iteration, 11,000 in the second and 5,000 in the third
 # ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The authors name the fixed set of questions as one reason
 # why the gains shrink ([appendix A](https://arxiv.org/html/2404.19733v3#A1)).
@@ -200,7 +200,7 @@ history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated"
 #   ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). Then every question has a chosen completion. The
 #   disadvantage is that a person wrote it: $M_t$ may give it a low probability.
 # - **Duplicates.** Completions can be identical. By default `build_pairs` removes duplicates first (notebook 00 does not).
-#   The paper describes no such step. Without it a text that was sampled five times gets five times the weight.
+#   The paper describes no such step. Without it a text that was sampled often can be in more of the $K$ pairs.
 
 # %% [markdown]
 # **Predict**: below, `easy` has only correct completions and `hard` only incorrect ones. Which of them does a gold solution
@@ -275,9 +275,9 @@ def lost(chances, n):
 print(checks_03.lost(lost))
 
 # %% [markdown]
-# [Worked solution](solutions/03_pairs.ipynb). Apply your function to this run. The share of
-# correct completions of each question is an estimate of $p$. A question without a correct completion has the estimate 0, so
-# the function never rescues it. A larger $N$ may.
+# [Worked solution](solutions/03_pairs.ipynb). Apply your function to this run. The share of correct completions of each
+# question is an estimate of $p$. A question without a correct completion has the estimate 0: the function counts it as lost
+# at every $N$.
 
 # %% tags=["nbval-ignore-output"]
 for n in (4, 16):
@@ -307,9 +307,9 @@ helpers_03.side_by_side(early.chosen, early.rejected)
 # </details>
 #
 # Pairs that diverge later mostly show the same contrast: the rejected completion gives its answer before the working is
-# complete. All these pairs say *show your working*, that is, all reasoning steps. Only the pairs with another
-# equation, or with another answer after the same working, can say *calculate correctly*: 108 and 100 of the
-# 1,396 pairs of the finished run that comes with the notebooks.
+# complete. All these pairs say *show your working*, that is, all reasoning steps. Only pairs with another equation (108), or
+# with another answer after the same working (100, of them 32 without any), can say *calculate correctly*. The shipped run has
+# 1,396 pairs.
 #
 # The point of divergence matters for the loss of notebook [04](04_dpo_nll_training.ipynb). The
 # [log-ratio](../docs/glossary.md#log-ratio) of a token is its log-probability under the model in training minus that under
@@ -382,8 +382,8 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # ## What you have learnt
 #
 # - Pairing walks through chosen and rejected completions in parallel. Each list starts again at its own end.
-# - A question gives pairs only if the model answers it correctly sometimes. More completions rescue questions of both
-#   kinds. Gold solutions rescue the hard ones.
+# - A question gives pairs only if the model answers it correctly sometimes. More completions rescue hard and easy questions,
+#   gold solutions the hard ones.
 # - For DPO only the tokens after the point of divergence count.
 # - With the seed model most pairs teach the model to show its working.
 #

@@ -186,9 +186,9 @@ helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 # $$\frac{\partial L_\text{DPO}}{\partial \log M_\theta(w|x)} = -\beta\,\sigma(-\beta\delta), \qquad
 # \frac{\partial L_\text{DPO}}{\partial \log M_\theta(l|x)} = +\beta\,\sigma(-\beta\delta)$$
 #
-# The loss pushes $\log M_\theta(w|x)$ up and $\log M_\theta(l|x)$ down with equal size. The factor $\sigma(-\beta\delta)$
-# is $1/2$ at $\delta = 0$. At $\delta = \ln 19 / \beta \approx 3/\beta$ it is $1/20$, a tenth of that: at 30 nats for
-# $\beta = 0.1$, and at 3 for $\beta = 1$. Arrows show gradient descent.
+# The loss pushes $\log M_\theta(w|x)$ up and $\log M_\theta(l|x)$ down with equal size. The factor $\sigma(-\beta\delta)$ is
+# $1/2$ at $\delta = 0$. It falls to a tenth, $1/20$, at $\delta = \ln 19 / \beta \approx 3/\beta$: 30 nats for $\beta = 0.1$,
+# and 3 for $\beta = 1$. In the figure below, arrows show minus the gradient.
 
 # %%
 chosen = torch.tensor([-20.0, 0.0, 20.0], requires_grad=True)      # log-ratios, so δ = chosen - rejected
@@ -249,7 +249,7 @@ helpers_04.toy_probabilities(toy)
 # - \beta \log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{L_\text{DPO}}
 # + \alpha \underbrace{\Big(-\frac{\log M_\theta(w|x)}{|w|}\Big)}_{L_\text{NLL}}$$
 #
-# The paper uses α = 1 and β = 0.1. Its $w$ is $(c^w, y^w)$: reasoning and answer.
+# The paper uses α = 1 and β = 0.1. Its $w$ is $(c^w, y^w)$; there $y$ is only the answer.
 #
 # ### What is a sum and what is a mean?
 #
@@ -267,8 +267,9 @@ weights = tokens / tokens.sum()
 print(f"tokens of a batch: {-logps.sum() / tokens.sum():.2f}   weights {weights[0]:.2f} and {weights[1]:.2f}")
 
 # %% [markdown]
-# The second way gives the long completion five times the weight. [TRL](../docs/glossary.md#trl)'s `sft` loss does this within
-# a micro-batch ([discussion](https://github.com/huggingface/trl/pull/1705)), so we use our own loss.
+# The second way gives the long completion five times the weight. The `sft` loss of [TRL](../docs/glossary.md#trl)'s
+# `DPOTrainer` does this within a [micro-batch](../docs/glossary.md#micro-batch)
+# ([discussion](https://github.com/huggingface/trl/pull/1705)), so we use our own loss.
 
 # %% [markdown]
 # ### Exercise 4.1: Eq. 1 in one function
@@ -342,8 +343,8 @@ def my_response_logps(logits, input_ids, response_mask):
 print(checks_04.response_logps(my_response_logps))
 
 # %% [markdown]
-# [Worked solution](solutions/04_dpo_nll_training.ipynb). For a real model `logprobs.response_logps` gives one number per
-# token. Load $M_0$ and score four pairs.
+# [Worked solution](solutions/04_dpo_nll_training.ipynb). In the package `logprobs.response_logps` gives one number per token.
+# Load $M_0$ and score four pairs.
 
 # %% tags=["nbval-ignore-output"]
 model, tokenizer, trainer = helpers_04.load_m0(profile)
@@ -367,7 +368,7 @@ print("chosen  ", reference[0], "\nrejected", reference[1])
 
 # %% tags=["nbval-ignore-output"]
 n_tokens = torch.tensor([len(ids) for ids in four["chosen_ids"]], device=model.device)
-loss_dpo, loss_nll = training.dpo_nll_loss(*score(), *reference, n_tokens, alpha=1.0, beta=0.1)
+loss_dpo, loss_nll = training.dpo_nll_loss(*score(), *reference, n_tokens, beta=0.1)
 print(f"DPO term {loss_dpo.mean():.4f}, ln 2 = {math.log(2):.4f}; NLL term {loss_nll.mean():.4f}")
 
 # %% tags=["remove-cell"]
@@ -381,7 +382,7 @@ assert (loss_dpo - math.log(2)).abs().max() < tolerance
 #
 # </details>
 #
-# If the DPO term differs by more than rounding, training does not start from the reference, or dropout is on.
+# If the DPO term differs from $\ln 2$ by more than rounding, training does not start from the reference, or dropout is on.
 
 # %% [markdown]
 # ### Exercise 4.3: one training step
@@ -402,7 +403,7 @@ assert (loss_dpo - math.log(2)).abs().max() < tolerance
 def train_step(score, optimizer, reference, n_tokens, alpha, beta):
     # SOLUTION
     optimizer.zero_grad()
-    loss_dpo, loss_nll = training.dpo_nll_loss(*score(), *reference, n_tokens, alpha=alpha, beta=beta)
+    loss_dpo, loss_nll = training.dpo_nll_loss(*score(), *reference, n_tokens, beta=beta)
     loss = (loss_dpo + alpha * loss_nll).mean()
     loss.backward()
     optimizer.step()
@@ -599,7 +600,7 @@ for rate in rates:
 # 1. It cancels in the reward difference.
 # 2. It sums in the DPO term and averages in the NLL term. It ignores prompt and padding.
 # 3. Nothing is trained, or the reference changes with the model.
-# 4. In the toy and in our study, when they resemble rejected completions.
+# 4. In the toy, and perhaps in our study: when they resemble rejected completions.
 #
 # </details>
 #

@@ -116,7 +116,7 @@ assert torch.equal(packed, stored.flatten())
 # %% [markdown]
 # **Double quantisation.** A 32-bit absmax for every 64 weights costs half a bit per weight.
 # [Double quantisation](../docs/glossary.md#double-quantisation) stores it in 8 bits: subtract the mean, take groups of 256,
-# divide each by its own absmax, and use the nearest of 256 fixed levels.
+# divide each group by its own absmax, and use the nearest of 256 fixed levels.
 
 # %%
 eight_bit_levels = bnb.create_dynamic_map()
@@ -141,7 +141,7 @@ print(f"{bits:.3f} bits per weight; without double quantisation {4 + 32 / 64:.3f
 print(f"mean error {error:.0%} of the mean weight")
 
 # %% [markdown]
-# A network tolerates such errors. One reason is that the errors of many weights partly cancel in a sum. In this course $M_0$
+# In a sum, the errors of many weights partly cancel. In this course $M_0$
 # *is* the rounded model, so sampling and training see the same weights. Never merge a trained adapter into the four bits:
 # rounding would remove its small changes
 # ([measured by users](https://github.com/huggingface/transformers/issues/31293)).

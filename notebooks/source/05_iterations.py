@@ -235,8 +235,8 @@ assert math.isclose(2 * as_uneven, significance.mcnemar(a, b)["p"])
 #
 # <details><summary>Hint</summary>
 #
-# Count the discordant questions on both sides. Add the binomial probabilities of all splits that are as uneven or more,
-# then double the sum. A probability cannot exceed 1. Without discordant questions p is 1.
+# Count the discordant questions on both sides. Add the binomial probabilities of 0 up to the smaller count, then double the
+# sum. A probability cannot exceed 1. Without discordant questions p is 1.
 #
 # </details>
 
@@ -275,7 +275,7 @@ steps_of_run.round(4)
 assert (steps_of_run.p <= 1).all()
 
 # %% [markdown]
-# Unpaired intervals are wider: here questions that are easy or hard for both models cancel. `solved` counts the questions
+# Pairing narrows the intervals: questions that are easy or hard for both models cancel. `solved` counts the questions
 # that only $M_t$ solves, `lost` those that only the previous model solves. All of this holds for one seed.
 
 # %% [markdown]
@@ -299,10 +299,10 @@ for name, matrix in (("M_2 against the control", twice - control), ("control aga
 helpers_05.control({"$M_1$": once, "twice the pairs\nof $M_0$": control, "$M_2$": twice})
 
 # %% [markdown]
-# $M_2$ is better: the interval excludes 0. $M_2$ used about 12 % more pairs. Whether the control differs from $M_1$ is not
-# resolved. A likely reason is that new samples show the errors of the *new* model. In the paper $M_2$ is 3.2 points above this
-# control ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)).
-# At this learning rate the gains of iterations 3 and 4 are not resolved ([claims](../figures/lesson_claims.csv)).
+# $M_2$ is better: the interval excludes 0. A likely reason is that new samples show the errors of the *new* model; $M_2$ also
+# used about 12 % more pairs. Whether the control differs from $M_1$ is not resolved. In the paper $M_2$ is 3.2 points above
+# this control ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). At this learning rate the gains of iterations 3 and 4
+# are not resolved ([claims](../figures/lesson_claims.csv)).
 
 # %% [markdown]
 # ## 6 How far did training move the model?
@@ -388,7 +388,7 @@ assert "nats" in plots.alt_text(figure)
 # KL stays small, and training raises the log-probability of chosen completions. Compare curves on the right at the same t:
 # each iteration has different pairs.
 #
-# Now compare 1e-4 and 3e-4, each with the NLL term (α = 1) and without it (α = 0)
+# Now compare the learning rates 1e-4 and 3e-4, with the NLL term (α = 1) and without it (α = 0)
 # ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which of the four
 # settings is $M_2$ far below 80 %?
 
@@ -401,11 +401,11 @@ helpers_05.stability_table()
 # %% [markdown]
 # Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations.
 #
-# Do the training metrics show a loss? The next runs train a second miniature model, whose working has errors ([notebook
-# 06](06_baselines_and_ablations.ipynb)) at β = 0.1 and 3e-4, 20 steps per iteration. Without the NLL term one of three seeds
-# loses 4.7 points from $M_3$ to $M_4$. With it the same seed loses 0.3 ([runs](../figures/lesson_runs.jsonl)). [Reward
-# accuracy](../docs/glossary.md#reward-accuracy) is the share of training pairs with a positive reward margin. **Predict**:
-# which of the two has the higher reward accuracy?
+# Do the training metrics show a fall in accuracy? The next runs train a second miniature model, whose working has errors
+# ([notebook 06](06_baselines_and_ablations.ipynb)), at β = 0.1 and learning rate 3e-4, 20 steps per iteration. Without the
+# NLL term one of three seeds loses 4.7 points from $M_3$ to $M_4$. With it the same seed loses 0.3
+# ([runs](../figures/lesson_runs.jsonl)). [Reward accuracy](../docs/glossary.md#reward-accuracy) is the share of training
+# pairs with a positive reward margin. **Predict**: which of the two has the higher reward accuracy?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)
@@ -418,7 +418,7 @@ helpers_05.a_fall_and_its_twin().round(3)
 helpers_05.last_steps(significance.mcnemar).round(3)
 
 # %% [markdown]
-# It is not resolved at 5 %, and neither is the loss of one seed with the NLL term. KL jumps only in the first.
+# Neither this loss nor that of seed 2 with the NLL term is resolved at 5 %. KL jumps only without the NLL term, in seed 0.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
@@ -432,9 +432,9 @@ helpers_05.last_steps(significance.mcnemar).round(3)
 #
 # **Goal**: select a model without the test set. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# `keep(rows)` takes one dict per iteration t = 0, 1, ..., with `validation`, `test`, `kl` and `chosen_change` (the last
-# two are None at t = 0). It returns the number of the model that patience 1 keeps. $M_0$ is a candidate. On a tie you may
-# stop or continue.
+# `keep(rows)` takes one dict per iteration t = 0, 1, ..., with `validation`, `test`, `kl` and `chosen_change` (the last two
+# are None at t = 0). It returns the number of the model that patience 1 keeps. $M_0$ is a candidate. On a tie the check
+# accepts both.
 #
 # <details><summary>Hint</summary>
 #
@@ -482,12 +482,12 @@ rules = {
 }
 
 # %% tags=["nbval-ignore-output"]
-def loss(rule, rows):
+def regret(rule, rows):
     """Test accuracy (points) that the kept model lies behind the best iteration of its run."""
     return 100 * (max(row["test"] for row in rows) - rows[rule(rows)]["test"])
 
 def scores(rules):
-    table = pd.DataFrame({name: [loss(rule, one["rows"]) for one in shipped] for name, rule in rules.items()})
+    table = pd.DataFrame({name: [regret(rule, one["rows"]) for one in shipped] for name, rule in rules.items()})
     for name in table:
         mean, low, high = stopping.interval_over_settings(shipped, table[name])
         kept_m0 = sum(rules[name](one["rows"]) == 0 for one in shipped)
@@ -501,9 +501,9 @@ helpers_05.regrets(table)
 assert (table >= 0).all().all()
 
 # %% [markdown]
-# The [bootstrap](../docs/glossary.md#bootstrap) draws settings, each with all its seeds. KL and the chosen log-probability
-# lose most: in section 7 the KL of a healthy first iteration is above 1 nat. The best of all needs all iterations. Is
-# patience 2 worth its cost?
+# The [bootstrap](../docs/glossary.md#bootstrap) draws settings, each with all its seeds. The rules on KL and on chosen
+# completions lose most: at 1e-4 a healthy first iteration has a KL above 1 nat (section 7). The best of all needs all
+# iterations. Is patience 2 worth its cost?
 
 # %% tags=["nbval-ignore-output"]
 def more(a, b):
@@ -521,26 +521,27 @@ for i in (table["patience 1"] - table["patience 2"]).nlargest(3).index:
     print([round(100 * row["validation"]) for row in shipped[i]["rows"]], shipped[i]["name"])
 
 # %% [markdown]
-# There patience 1 stops too early: later models are better. **Use patience 2**: it loses less than patience 1, and only
-# slightly more than the best of all. In four iterations, as in most runs here, it seldom stops early.
+# In these three runs patience 1 stops too early: later models are better. **Use patience 2**: it loses less than patience 1,
+# and only slightly more than the best of all. Most runs here have four iterations, so it seldom stops early.
 #
-# Does a rule stop *before* a fall? A fall is a loss of 5 points of test accuracy or more. The lead counts iterations from the
-# stop to the fall; *at the fall* it is zero. A false alarm stops a run that never falls ([all
+# Does a rule stop *before* a fall? A fall is a model 5 or more points of test accuracy below an earlier one. The lead counts
+# iterations from the stop to the fall; *at the fall* it is zero. A false alarm stops a run that never falls ([all
 # rules](../figures/lesson_rules.csv)). Only the first model's runs measured the pairs that differ in one line.
 
 # %%
 helpers_05.warnings_of_rules()
 
 # %% [markdown]
-# Limits on KL stop before most falls. They also stop runs that never fall, and lose more than keeping the last model.
-# Patience 2 stops before few.
+# A limit of 1 nat on KL stops before most falls. It also stops runs that never fall, and loses more than keeping the last
+# model. Patience 2 stops before few.
 #
 # Chosen completions fall in most healthy runs, so only KL says when to *look*. Read ten completions, check how many hit the
 # token limit (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by patience 2.
 #
 # ### Open exercise: a rule of your own
 #
-# **Add** a rule, **score** it, and **argue**: is it better than patience 2? Look at the interval of the difference.
+# **Add** a rule, **score** it, and **argue**: is it better than patience 2? Look at the interval of the difference (`more`,
+# above).
 
 # %% tags=["nbval-ignore-output"]
 # SOLUTION

@@ -63,9 +63,9 @@ pd.DataFrame({helpers_06.NAMES[name]: {"loss and settings": str(methods.get(name
 # table calls it STaR, but [STaR](../docs/glossary.md#star) retrains from $M_0$ in each iteration and shows the model the
 # answers of questions that it fails. **SFT on gold solutions** uses no completions at all.
 #
-# The $M_0$ of notebooks 00 to 05 makes the comparison too easy: any training that restores the working succeeds. In the paper,
-# chosen and rejected completions are both chains of thought. So we use a second miniature model
-# ([model card](../docs/model_card_misconceptions.md)). It always shows its working and makes errors of pupils, such as a
+# The $M_0$ of notebooks 00 to 05 makes the comparison too easy: any training that restores the working succeeds. In the
+# paper, chosen and rejected completions are both chains of thought. So we use a second miniature model ([model
+# card](../docs/model_card_misconceptions.md)). It always shows its working and makes typical pupils' errors, such as a
 # forgotten carry.
 #
 # Everything else is equal: $M_0$, questions, adapter, and 20 optimiser steps per iteration. One setting must *not* be equal.
@@ -75,7 +75,8 @@ pd.DataFrame({helpers_06.NAMES[name]: {"loss and settings": str(methods.get(name
 # ## 2 Was every method tuned?
 #
 # A comparison needs tuned baselines. We tuned each method on the validation accuracy of $M_4$: at least three learning rates,
-# one seed. Iterative RPO also had a choice of four β, DPO of five. The table has the best β at each learning rate; at 3e-3 only 0.3 was tried.
+# one seed. Iterative RPO also had a choice of four β, DPO of five. The table has the best β at each learning rate. At 3e-3
+# both had only β = 0.3, and at 1e-4 Iterative RPO did too.
 #
 # **Predict**: which loss tolerates a higher learning rate, DPO without NLL or SFT?
 
@@ -92,7 +93,7 @@ figure
 assert "RFT" in plots.alt_text(figure)
 
 # %% [markdown]
-# SFT does. At 3e-3 DPO without NLL ends at 7.3 %, and both SFT methods are above 83 %.
+# SFT does. At 3e-3 DPO without NLL (β = 0.3) ends at 7.3 %, and both SFT methods are above 83 %.
 
 # %% [markdown]
 # ### Exercise 6.1: choose a learning rate
@@ -137,7 +138,7 @@ for method, tried in best_beta.groupby("method"):
 
 # %% [markdown]
 # No choice is at the edge. But no method has a learning rate that is clearly the best of all. β is no firmer: the choices,
-# β = 3 for DPO and β = 0.3 for Iterative RPO, each led another β by only two of 300 questions
+# β = 3 for DPO and β = 0.3 for Iterative RPO, each led the second-best β by only two of 300 questions
 # ([runs](../figures/lesson_runs.jsonl)).
 
 # %% [markdown]
@@ -195,7 +196,8 @@ print("paired, seeds and questions:    {:+.3f} ({:+.3f} to {:+.3f})".format(*see
 #
 # <details><summary>Hint</summary>
 #
-# Make arrays with `np.array`, subtract, and give the matrix to `seed_and_question_interval`.
+# Make arrays with `np.array`, subtract, and give the matrix to `seed_and_question_interval`. It returns (difference, low,
+# high).
 #
 # </details>
 
@@ -214,8 +216,7 @@ print(checks_06.paired(paired))
 
 # %% [markdown]
 # The worked solution is in [solutions/06_baselines_and_ablations.ipynb](solutions/06_baselines_and_ablations.ipynb). Does
-# Iterative RPO beat RFT? The first model is next to the second one. There RFT has three times the learning rate of Iterative
-# RPO.
+# Iterative RPO beat RFT? The right panel shows the first model, where RFT has three times the learning rate of Iterative RPO.
 
 # %% tags=["nbval-ignore-output"]
 verdicts, first_model = helpers_06.claims("lesson_verdicts"), helpers_06.claims()
@@ -300,9 +301,9 @@ helpers_06.claims_table(compared)
 # **The rise** agrees with the paper in three of four iterations. **New completions** are worth more than further steps on
 # those of $M_0$.
 #
-# **RFT**: at $M_1$ the interval rules out a lead of the paper's size for Iterative RPO. A possible reason: here a correct step
-# competes with *one* typical error, so raising one already lowers the other. A model with several plausible errors per step
-# would test this. **SFT on gold solutions** is ahead at $M_1$, which disagrees with the paper.
+# **RFT**: at $M_1$ the interval rules out a lead of the paper's size for Iterative RPO. A possible reason: here a correct
+# step competes with *one* typical error, so raising the correct step already lowers the error. A model with several plausible
+# errors per step would test this. **SFT on gold solutions** is ahead at $M_1$, which disagrees with the paper.
 #
 # **DPO without NLL** is behind at $M_1$, and the verdict reads "agrees". But the two methods have different β (section 2), so
 # two things differ. Section 6 compares both methods at the same β.
@@ -316,10 +317,10 @@ about_m1 = first_model.claim.str.contains(r"\(M1|NLL term helps \(M4") & (first_
 helpers_06.claims_table(first_model[about_m1])
 
 # %% [markdown]
-# Yes. With 600 questions Iterative RPO is ahead of RFT at $M_1$, with 150 it is 22 points behind. Few samples (N = 3) and hot
-# sampling (temperature 1.5) also favour RFT. Fewer questions make fewer steps, and RFT has the higher learning rate. The NLL
-# term gains nothing at $M_1$ and 16 points at $M_4$. [All claims](../figures/lesson_claims.csv),
-# [all methods](../docs/results/comparison.md).
+# Yes. With 600 questions Iterative RPO is ahead of RFT at $M_1$; with 150 it is 22 points behind. Few samples (N = 3) and hot
+# sampling (temperature 1.5) also favour RFT. A possible reason: with fewer steps, RFT's higher learning rate counts more. The
+# NLL term gains nothing at $M_1$ and 16 points at $M_4$. [All claims](../figures/lesson_claims.csv), [all
+# methods](../docs/results/comparison.md).
 
 # %% [markdown]
 # ## 5 How did the model change?
@@ -355,7 +356,7 @@ assert "forgets the carry" in plots.alt_text(figure)
 # ## 6 When does the NLL term matter?
 #
 # In the paper the NLL term is worth 11 points. [Lanchantin et al.](https://arxiv.org/abs/2506.21495) find no benefit. So the
-# question is not *whether* but *when*. First learning rate and α, at β = 0.3 on the second model.
+# question is not *whether* but *when*. First we vary learning rate and α, at β = 0.3 on the second model.
 #
 # **Predict**: in which corner of the map does training fail?
 
@@ -387,8 +388,8 @@ helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 # %% [markdown]
 # The figure shows $M_4$, the table $M_1$. At 3e-4 the mean gain of the term at $M_1$ is at most about 1 point. At 1e-3 the
 # NLL term helps at $M_1$, by 19 points with β = 0.1 and by 12 with β = 0.3, which agrees with the paper. With β = 1 and 3 the
-# interval rules out a gain of the paper's size. At $M_4$ its effect is not resolved at any β of this figure. Of four
-# comparisons of β at 1e-3 one is resolved: Iterative RPO ends 26 points higher with β = 3 than with 0.1
+# interval rules out a gain of the paper's size. At $M_4$ its effect is not resolved at any β of this figure. At 1e-3 we
+# compared β = 1 and 3 with 0.1. One of four differences is resolved: Iterative RPO ends 26 points higher with β = 3
 # ([verdicts](../figures/lesson_verdicts.csv)).
 #
 # In [notebook 04](04_dpo_nll_training.ipynb) the DPO gradient of a pair has faded at δ ≈ 3/β. How far did $M_1$ get?

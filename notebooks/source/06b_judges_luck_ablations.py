@@ -165,8 +165,9 @@ assert len(plots.alt_text(figure)) > 40
 # With one voter every answer wins. With more voters the vote improves without any gold answer: incorrect answers
 # scatter, and correct ones agree.
 #
-# A model can also judge itself. How often does a correct completion get a better mark than an incorrect one of the
-# same question? Guessing gives 0.5.
+# A model can also judge itself, by likelihood or *asked in words*: is the answer correct, yes or no? `value` is how often a
+# correct completion scores above an incorrect one of the same question. Guessing gives 0.5. `length` is a control: longer
+# completions score higher.
 
 # %%
 marks = helpers_06.read("judges")
@@ -180,9 +181,9 @@ marks.drop(columns="run").round(2)
 #
 # ### What do these rewards teach?
 #
-# These methods ran on the first model with three seeds. We compare them with the same seeds of Iterative RPO. *Gold vs. sampled (SPIN-style)* rejects every completion and chooses the gold solution. *GRPO*
-# uses no pairs: it compares the reward of each completion with the mean reward of its question
-# ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)).
+# These methods ran on the first model with three seeds. We compare them with the same seeds of Iterative RPO. *Gold vs.
+# sampled (SPIN-style)* rejects every completion and chooses the gold solution. *GRPO* uses no pairs: it compares the reward
+# of each completion with the mean reward of its question ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)).
 
 # %% tags=["nbval-ignore-output"]
 means = helpers_06.read("comparison_mean").query("metric == 'greedy' and iteration == 4")
@@ -201,9 +202,9 @@ helpers_06.accuracy_against_tokens(costed)
 assert costed[costed.metric == "greedy"].groupby("method").seed.nunique().eq(3).all()
 
 # %% [markdown]
-# The majority vote starts at 45 % and comes close without a single gold answer. At $M_4$ its difference from Iterative RPO is
-# not resolved, and neither is that of GRPO. The other two are worse. What is the reward worth? The control with random
-# labels shows it:
+# With the majority vote $M_1$ is at 45 %, below the figure. Later models come close to Iterative RPO without a single gold
+# answer. At $M_4$ its difference from Iterative RPO is not resolved, and neither is that of GRPO. The other two are worse.
+# What is the reward worth? The control shuffles the labels within each question:
 
 # %%
 control = helpers_06.read("comparison_mean").query("metric == 'greedy' and method == 'shuffled'")
@@ -211,15 +212,15 @@ for row in control.itertuples():
     print(f"random labels, M{row.iteration}: {100 * row.value:.1f} % ({100 * row.low:.1f} to {100 * row.high:.1f}), {row.seeds} seeds")
 
 # %% [markdown]
-# With random labels mean accuracy falls in every iteration. So the gain comes from the reward, not from training as such.
+# With such random labels mean accuracy falls in every iteration. So the gain comes from the reward, not from training as such.
 
 # %% [markdown]
 # ## 2 When do rejected completions teach?
 #
-# RFT uses chosen completions alone. If it matches Iterative RPO, the rejected ones taught nothing more. The next study
-# tries cases in which they might: few samples, hot sampling (temperature 1.5), few questions, late iterations, and
-# *luck*. In "lucky" one incorrect answer in four counts as correct. In "choices" the question has four options, and
-# the option nearest to the model's answer is ticked.
+# RFT uses chosen completions alone. If it matches Iterative RPO, the rejected ones taught nothing more. The next study tries
+# cases in which they might: few samples, hot sampling (temperature 1.5), few questions, late iterations, and *luck*. In
+# "lucky" one incorrect answer in four counts as correct. In "choices" the question has four options, and the grader takes the
+# one nearest to the model's answer.
 #
 # **Predict**: in which of these cases do pairs beat RFT?
 
@@ -271,9 +272,9 @@ verdicts = helpers_06.claims("lesson_verdicts")
 helpers_06.claims_table(verdicts[verdicts.group == "regimes"])
 
 # %% [markdown]
-# Without luck pairs help in no case. At 3e-4 neither $M_1$ nor $M_4$ is resolved. At 1e-3 all means are below RFT; there the
-# DPO term goes far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With luck all means are above RFT,
-# and no difference is resolved. So in this section only luck on the first model makes pairs better than RFT.
+# Without luck pairs help in no case. At 3e-4 no difference is resolved. At 1e-3 all means are below RFT; there the DPO term
+# moves the model far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With luck all means are above RFT, and no
+# difference is resolved. So in this section only luck on the first model makes pairs better than RFT.
 
 # %% [markdown]
 # ## 3 What happens after four iterations?
@@ -300,8 +301,10 @@ table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(objec
 
 # %% [markdown]
 # On average both methods with pairs stay below their best, DPO without NLL from $M_4$ on and Iterative RPO from $M_5$ on. RFT
-# stays. The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were
-# chosen after two iterations. For eight, that of the pairs may be too high. `one_step_apart` is the share of pairs that
+# stays near 90 %. The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates
+# were chosen after two iterations. For eight, that of the methods with pairs may be too high.
+#
+# `one_step_apart` is the share of pairs that
 # differ in one line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare
 # answer, and later ones more often compare two calculations. On such pairs DPO can lower chosen and rejected completions
 # together ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)). Tune for the number of iterations that you need, and stop
@@ -328,7 +331,7 @@ helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 # ## 4 Does the best β depend on the length of completions?
 #
 # β = 0.1 is the paper's, whose completions are longer. The gradient of a pair fades at δ ≈ 3/β = 30 nats. A chosen completion
-# can gain only its nats, $-\log M_0(w|x)$, so the δ of a short pair may stay below that. The hypothesis: short completions
+# can gain only its nats, $-\log M_0(w|x)$, so with short completions δ may stay below 30. The hypothesis: short completions
 # need a larger β.
 #
 # A third model, *plain*, tests it. It has the misconceptions of the second one, and writes equations without words
@@ -385,9 +388,9 @@ for row in clear.itertuples():
     print(f"{row.factor} {row.level}: {100 * row.difference:+.1f} ({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f})")
 
 # %% [markdown]
-# `k_pairs` = 1 has a quarter of the pairs and so a quarter of the steps. It shows how much was trained, not which pairs are
-# good. The interval of `keep_pairs` (with earlier pairs) ends close to 0, which luck may cause in one of 21 rows. The rest is
-# not resolved.
+# `k_pairs` = 1 has a quarter of the pairs and so a quarter of the steps. It measures the amount of training, not the quality
+# of pairs. `keep_pairs` adds the pairs of earlier iterations. Its interval ends close to 0; luck may cause one such in 21
+# rows. The rest is not resolved.
 
 # %% [markdown]
 # ## 6 A method of your own
@@ -511,7 +514,7 @@ assert len(entries) >= 1
 #
 # - A reward decides what is chosen *and* what is rejected. Measure both before you train.
 # - A vote finds correct answers without gold ones if incorrect answers scatter.
-# - Rejected completions helped where incorrect completions were chosen by luck.
+# - On the first model rejected completions helped where luck chose incorrect ones.
 # - Among twenty ablations expect one interval that excludes 0 by luck.
 #
 # **Try**: the reward "longest correct completion". What does $M_1$ learn?
@@ -519,7 +522,7 @@ assert len(entries) >= 1
 # **Recall**
 #
 # 1. Why can a majority vote choose completions of a question that the model cannot solve?
-# 2. With random labels, why is the share of correct chosen completions above the overall share?
+# 2. With random labels, why is a larger share correct among the chosen completions than overall?
 # 3. Twenty ablations, one interval excludes 0 by little. What do you do before you report it?
 #
 # <details><summary>Answers</summary>

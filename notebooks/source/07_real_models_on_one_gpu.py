@@ -49,7 +49,7 @@ NAME = "smollm2-135m-cpu" if PROFILE == "smoke" else PROFILE
 print("profile", PROFILE, "· device", models.default_device())
 
 # %% [markdown]
-# ## 1 Get in
+# ## 1 Connect
 #
 # What must work before you pay by the hour? Check the driver first. The pinned torch brings CUDA 13, which needs **driver 580
 # or newer** and a GPU from 2018 or later. Run `nvidia-smi` *before* you install 3 GB.
@@ -167,8 +167,8 @@ print(checks_07.minutes_lost(minutes_lost))
 # Does the model fit? Four parts take memory:
 #
 # - the base, here in 4 bits ([NF4](../docs/glossary.md#nf4)) with embeddings in 16 bits;
-# - the [adapter](../docs/glossary.md#adapter): 14 bytes per number with gradient and 8-bit optimiser state (16 in
-#   [04b](04b_qlora_by_hand.ipynb), where the optimiser has 32 bits);
+# - the [adapter](../docs/glossary.md#adapter): 14 bytes per weight in training: the weight and its gradient (4 each), 4 in
+#   reserve, and 2 for the 8-bit optimiser state;
 # - the [KV cache](../docs/glossary.md#kv-cache) in sampling, or the [activations](../docs/glossary.md#activation) in training;
 # - the [logits](../docs/glossary.md#logit).
 #
@@ -251,7 +251,7 @@ helpers_07.hours_bars(planned)
 assert planned.notna().any().all()
 
 # %% [markdown]
-# By this estimate, 9 times. Most of the time is training. For decoding it assumes CUDA graphs, each of which launches all
+# By this estimate, 9 times. For decoding the estimate assumes CUDA graphs, each of which launches all
 # kernels of a step ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours
 # times price. Prefer GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with [loss
 # scaling](../docs/glossary.md#loss-scaling).

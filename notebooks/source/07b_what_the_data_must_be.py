@@ -283,12 +283,12 @@ assert low <= high
 # **Recall**
 #
 # 1. A test question with ten words is in the training file with one word changed. Which of the three checks finds it?
-# 2. A model finds GSM8K's test questions much more probable than yours. What have you shown?
+# 2. GSM8K's test questions have a much larger memory gap than yours. What have you shown?
 #
 # <details><summary>Answers</summary>
 #
-# 1. None: it is too short for 13 words in a row, and another word makes it another question. 2. That its numbers are easier
-# to guess, or that the model has seen it. Without a control of the same kind you cannot tell.
+# 1. None: it is too short for 13 words in a row, and another word makes it another question. 2. That their numbers are easier
+#    to guess, or that the model has seen them. Without a control of the same kind you cannot tell.
 #
 # </details>
 #

@@ -416,8 +416,8 @@ plans = helpers_08.plans(["smollm2-135m", "llama-3.1-8b", "paper"], [1, 8, 64])
 helpers_08.shares_of_time(plans)
 
 # %% [markdown]
-# No, at most twice: compare the hours above the bars. A step has 16 pairs, and a process needs at least one pair. So the
-# plan starts 16 processes, in sampling too, and 48 of 64 GPUs are idle. *The batch is the limit.*
+# No, at most twice: compare the hours above the bars. A step has 16 pairs, and a process needs at least one pair. So the plan
+# assumes 16 processes, also in sampling, and 48 of 64 GPUs are idle. *The batch is the limit.*
 #
 # With split layers a GPU gathers the next layer while it computes the current one. If computing takes longer, the traffic
 # costs no time. A pass of $n$ tokens through $W$ weights needs $2Wn$ operations. A micro-batch has three passes:
@@ -429,7 +429,7 @@ helpers_08.shares_of_time(plans)
 # **Goal**: find when split layers cost no time. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
 # `hidden_from(gathered, link, weights, flops)` returns the tokens per micro-batch at which computing takes as long as
-# sending. A GPU sends `gathered` bytes per micro-batch, `link` bytes per second, and computes `flops` operations per second.
+# sending. A GPU sends `gathered` bytes per micro-batch at `link` bytes per second, and computes `flops` operations per second.
 #
 # <details><summary>Hint</summary>
 #

@@ -26,6 +26,8 @@ def collect(runs: list[str | Path]) -> tuple[pandas.DataFrame, pandas.DataFrame,
     over M_0 is paired, question by question.
     """
     settings = [read_profile(run) for run in runs]
+    if len({p.seed for p in settings}) < len(runs):
+        raise UserError("Two of these runs have the same seed, and would count as two seeds.")
     for run, p in zip(runs, settings, strict=True):
         _check_comparable(run, p, runs[0], settings[0])
     first, means = settings[0], []

@@ -5,7 +5,7 @@ import torch
 from core_settings import TINY
 from datasets import Dataset
 
-from irpo_utils import iteration, models, profiles, tasks
+from irpo_utils import iteration, models, profiles, tasks, training
 from irpo_utils.engines import cpu
 
 
@@ -24,6 +24,7 @@ def fast():
 def model(loaded):
     """The seed model with a zero adapter, whatever an earlier test did to it."""
     models.set_adapter(loaded[0], None)
+    training.draw_adapter(loaded[0], 0)
     return loaded[0]
 
 

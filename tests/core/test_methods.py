@@ -86,6 +86,8 @@ def test_a_reward_sees_all_columns_of_one_question_at_a_time(graded):
     assert seen == [["a"] * 4, ["b"] * 4, ["c"] * 4] and found["reward"][:] == [0.4] * 12
     again = methods.reward(found.add_column("new", [0] * 12), lambda rows: [1] * len(rows))
     assert again["reward"][:] == [1.0] * 12
+    with pytest.raises(UserError, match="one number for each completion"):
+        methods.reward(graded, lambda rows: [1])
 
 
 def test_gold_solutions_alone_are_paired_with_empty_completions(tokenizer):

@@ -8,7 +8,7 @@ from core_settings import randomise
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from irpo_utils import UserError, iteration, logprobs, models, profiles, sampling
+from irpo_utils import UserError, iteration, logprobs, models, profiles, sampling, training
 from irpo_utils.engines import Engine, cpu
 
 
@@ -22,6 +22,7 @@ def ready(engine, loaded, fast):
     """The model and tokenizer as the engine loads them, with a zero adapter."""
     found = fast if isinstance(engine, cpu.Engine) else loaded
     models.set_adapter(found[0], None)
+    training.draw_adapter(found[0], 0)
     return found
 
 
@@ -78,6 +79,7 @@ def test_the_engine_of_a_cpu_draws_the_completions_of_the_plain_decoder(
     """Batches of other sizes are rounded differently, so a few completions may diverge."""
     for model, _ in (loaded, fast):
         models.set_adapter(model, None)
+        training.draw_adapter(model, 0)
         randomise(model)
     settings = {"n": 4, "batch_size": 24, "seed": 3}
     plain = draw(loaded, questions, task, **settings)

@@ -58,7 +58,7 @@ def test_loss_equals_an_independent_implementation_in_float64(alpha, beta):
     values = -rng.uniform(0, 400, size=(4, 64))
     lengths = rng.integers(1, 300, size=64)
     arguments = *map(torch.from_numpy, values), torch.from_numpy(lengths)
-    dpo, nll = training.dpo_nll_loss(*arguments, alpha=alpha, beta=beta)
+    dpo, nll = training.dpo_nll_loss(*arguments, beta=beta)
     expected = torch.from_numpy(loss_in_numpy(*values, lengths, alpha, beta))
     assert torch.allclose(dpo + alpha * nll, expected, rtol=0, atol=1e-6)
 
@@ -68,7 +68,7 @@ def test_gradients_equal_the_derivatives_of_equation_1():
     w, x, rw, rx = (torch.from_numpy(-rng.uniform(5, 60, size=16)) for _ in range(4))
     n, alpha, beta = torch.from_numpy(rng.integers(3, 40, size=16)), 0.7, 0.3
     w.requires_grad_(), x.requires_grad_()
-    dpo, nll = training.dpo_nll_loss(w, x, rw, rx, n, alpha=alpha, beta=beta)
+    dpo, nll = training.dpo_nll_loss(w, x, rw, rx, n, beta=beta)
     (dpo + alpha * nll).sum().backward()
     s = 1 / (1 + np.exp((beta * ((w - rw) - (x - rx))).detach().numpy()))  # σ(-h)
     assert np.allclose(w.grad.numpy(), -beta * s - alpha / n.numpy(), atol=1e-6)
@@ -79,7 +79,7 @@ def test_each_nll_is_divided_by_its_own_length():
     """Divided by all tokens of the batch, the long response would weigh five times as much."""
     zero, chosen = torch.zeros(2), torch.tensor([-60.0, -300.0])
     lengths = torch.tensor([60, 300])
-    _, nll = training.dpo_nll_loss(chosen, zero, zero, zero, lengths, alpha=1, beta=0.1)
+    _, nll = training.dpo_nll_loss(chosen, zero, zero, zero, lengths, beta=0.1)
     assert nll.tolist() == [1.0, 1.0]
 
 
