@@ -44,7 +44,7 @@ $(VLLM)/.ready: | $(READY)
 		(folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")'
 	@touch $(VLLM)/.ready
 
-run: $(READY)    ## Iterative RPO with the default profile, about ten minutes on two cores
+run: $(READY)    ## Iterative RPO with the default profile, six minutes on two idle cores
 	$(BIN)/python -m irpo_utils run --profile cpu --out runs/cpu
 
 test: $(REAL)    ## the fast tests, a quarter of an hour on two cores

@@ -206,7 +206,7 @@ def pass_at_k(function) -> str:
         "You multiplied c/n by k. Chances of events that can happen together do not add.": k
         * c
         / n,
-        "You multiplied c/n by k and cut at 1. Chances of events that can happen together do not add.": min(
+        "1 is too much here. Do you divide with `//`, or cut k * c / n at 1? Chances of events that can happen together do not add.": min(
             1.0, k * c / n
         ),
         "That is the probability that all k are correct. One is enough: count the picks without any correct one.": math.comb(

@@ -64,8 +64,8 @@ def extract_number(function) -> str:
             "Final answer: 12 or 13",
             None,
             {
-                12: "Of two different numbers you took the first. That rewards hedging: return None.",
-                13: "Of two different numbers you took the last. That rewards hedging: return None.",
+                12: "Of two different numbers you took the first. A hedge is no answer: return None.",
+                13: "Of two different numbers you took the last. A hedge is no answer: return None.",
             },
         ),
         (
@@ -78,7 +78,9 @@ def extract_number(function) -> str:
         (
             "Final answer: 12 = 12.0",
             12,
-            {None: "12 and 12.0 are one number written twice: compare numbers, not texts."},
+            {
+                None: "12 and 12.0 are one number written twice: count *different* numbers, not texts."
+            },
         ),
         (
             "We need 5 more.\nThe answer is 42.",

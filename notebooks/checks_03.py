@@ -171,7 +171,7 @@ def lost(function) -> str:
         "The order is reversed: return first the number that is all incorrect, then the number that is all correct.": lambda n: (
             solution(n)[::-1]
         ),
-        "You raise to the power of n only once: (1 - p)**n is the chance that *all* are incorrect, not 1 - p**n.": lambda n: (
+        "1 - p**n is the chance of at least one incorrect completion. All are incorrect with (1 - p)**n.": lambda n: (
             sum(1 - p**n for p in chances),
             solution(n)[1],
         ),

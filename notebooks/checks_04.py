@@ -62,7 +62,7 @@ def loss(function) -> str:
     if message := _match(value, whole):
         return message
     if _close(_call(function, *case, 0.0, BETA)[0], value):
-        return "In the NLL term: α is missing, the loss is the same whatever α is."
+        return "The loss is the same whatever α is: the NLL term or its α is missing."
     wrong = [_dpo_term(function, case), _nll_term(function, case)]
     found = [message for message in wrong if message]
     return " ".join(found) if found else _compare(value, right)
@@ -395,7 +395,7 @@ def lora_linear(cls) -> str:
     for name, shape in shapes.items():
         matrix = getattr(layer, name, None)
         if not isinstance(matrix, torch.nn.Parameter):
-            return f"`{name}` is not a `torch.nn.Parameter`, so no optimiser would train it."
+            return f"`{name}` is missing or is not a `torch.nn.Parameter`. The check needs one."
         if tuple(matrix.shape) != shape:
             return f"`{name}` has shape {tuple(matrix.shape)}; with this base it is {shape}."
     if base.weight.requires_grad:

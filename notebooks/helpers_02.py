@@ -26,7 +26,7 @@ GRADERS = {"strict": BLUE, "within 20 %": GREEN, "partial credit": ORANGE}
 MEASURES = {
     "correct": "sampled accuracy (%)",
     "no_working": "without working (%)",
-    "partial": "partial working (%)",
+    "partial": "partial working, incorrect (%)",
 }
 EQUATION = re.compile(
     r"(?<![-+*/x×=.\d])(?<![-+*/x×=]\s)"  # not in the middle of a longer sum

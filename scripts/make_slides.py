@@ -21,6 +21,7 @@ import operator
 import posixpath
 import re
 import shutil
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ TALL = 500  # pixels of a figure in the notebook that needs all the room on a sl
 WORDS = 60  # of a paragraph
 CHARACTERS = 80  # in a line of text
 LINES, COLUMNS = 14, 110  # of printed output
-LARGE_LINES, LARGE_COLUMNS = 6, 70  # of printed output in large type
+LARGE_LINES, LARGE_COLUMNS = 6, 76  # of printed output in large type
 TABLE_ROWS, TABLE_COLUMNS = 9, 8
 REVEAL = ("dist/reveal.css", "dist/reveal.js", "plugin/notes/notes.js")
 
@@ -53,7 +54,7 @@ PAGE = """<!doctype html>
 <link rel="stylesheet" href="../_static/slides.css">
 <script>
 window.MathJax = {{
-  options: {{enableMenu: false}},
+  options: {{enableMenu: false, menuOptions: {{settings: {{assistiveMml: false}}}}}},
   startup: {{pageReady: () => MathJax.startup.defaultPageReady().then(fit)}},
 }}
 </script>
@@ -106,8 +107,9 @@ class Item:
     def height(self) -> int:
         """Pixels on a slide, an estimate that is rather too large."""
         rows = self.content.count("\n") + 1
-        if self.kind == "figure":
-            return FIGURE
+        if self.kind == "figure":  # at 0.8 of its size in the notebook, if that is more
+            _, _, png = self.content.partition("data:image/png;base64,")
+            return min(max(FIGURE, int(0.8 * png_size(png)[1])), HEIGHT - LEAST)
         if self.kind == "output":
             height = 45 * self.content.count("<tr") + 15
             for large, text in re.findall("<pre( class=.*?)?>(.*?)</pre>", self.content, re.S):
@@ -156,7 +158,8 @@ class Step:
         else:
             takeaway = None
         if self.output.kind == "figure":
-            shown = f'<div class="figure" style="height: {FIGURE + left}px">{shown}</div>'
+            height = self.output.height + left
+            shown = f'<div class="figure" style="height: {height}px">{shown}</div>'
         parts.append(f'<div class="fragment">{shown}</div>' if self.question else shown)
         if takeaway:
             parts.append(f'<div class="fragment">{takeaway.html}</div>')
@@ -214,14 +217,14 @@ def png_size(png: str) -> tuple[int, int]:
 
 
 def shorten(item: Item, height: int = HEIGHT) -> Item:
-    """Of a paragraph the first sentences, without a last one that ends in a colon.
+    """Of a paragraph the first sentences, without a last one that leads to what is not shown.
 
     There is always one. Further ones have room in `height` pixels and in WORDS.
     """
     if item.kind != "paragraph":
         return item
     sentences = re.split(r"(?<=[.?!:])\s+(?=[A-Z*`$\[])", item.content)
-    if len(sentences) > 1 and sentences[-1].endswith(":"):
+    if len(sentences) > 1 and not re.search(r"[.?!][)*`]*$", sentences[-1]):
         sentences.pop()
     kept = Item(item.kind, sentences[0])
     for sentence in sentences[1:]:
@@ -338,9 +341,11 @@ def table(text: str) -> str | None:
 
 
 def printed(text: str) -> str | None:
-    """Printed text as HTML; None if it is empty or too large for a slide."""
-    lines = text.split("\n")
-    if not text or len(lines) > LINES or max(map(len, lines)) > COLUMNS:
+    """Printed text as HTML with long lines wrapped; None if it is empty or too large for a slide."""
+    wrapped = (textwrap.wrap(line, COLUMNS) or [""] for line in text.split("\n"))
+    lines = [part for parts in wrapped for part in parts]
+    text = "\n".join(lines)
+    if not text or len(lines) > LINES:
         return None
     large = len(lines) <= LARGE_LINES and max(map(len, lines)) <= LARGE_COLUMNS
     return f"<pre{' class=large' if large else ''}>{html.escape(text)}</pre>"
@@ -364,7 +369,7 @@ def deck(notebook: nbformat.NotebookNode) -> str:
             body = [item.html for item in lead]
             if step:
                 body += step.html(HEIGHT - sum(item.height for item in lead))
-            slides.append(slide(section.title, body, notes=notes if lead is parts[0][0] else ()))
+            slides.append(slide(section.title, body, notes=notes))
     return "\n".join(slides + endings)
 
 

@@ -106,11 +106,11 @@ def one(found):
         (lambda text: Fraction(re.findall(r"\d+", text)[-1]), "only its last part"),
         (
             lambda text: (number(last_line(text)) or [None])[0],
-            "took the first. That rewards hedging",
+            "took the first. A hedge is no answer",
         ),
         (
             lambda text: (number(last_line(text)) or [None])[-1],
-            "took the last. That rewards hedging",
+            "took the last. A hedge is no answer",
         ),
         (
             lambda text: (

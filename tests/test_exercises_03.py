@@ -145,7 +145,7 @@ def wrong(p, n):
     "attempt, words",
     [
         (lambda p, n: (right(p, n), wrong(p, n)), "order is reversed"),
-        (lambda p, n: (sum(1 - x**n for x in p), right(p, n)), "not 1 - p**n"),
+        (lambda p, n: (sum(1 - x**n for x in p), right(p, n)), "at least one incorrect completion"),
         (lambda p, n: (len(p) - wrong(p, n), len(p) - right(p, n)), "The lost ones are the others"),
         (lambda p, n: wrong(p, n) + right(p, n), "Return its two parts"),
         (lambda p, n: wrong(p, n), "Return two"),

@@ -105,7 +105,7 @@ def dpo(w, l, rw, rl, n, alpha, beta):
             ["In the NLL term", "not divided by the number of tokens"],
         ),
         (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, -a, b), ["the sign is wrong"]),
-        (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, 1, b), ["α is missing"]),
+        (lambda w, l, rw, rl, n, a, b: eq1(w, l, rw, rl, n, 1, b), ["its α is missing"]),
         (
             lambda w, l, rw, rl, n, a, b: dpo(w, l, rw, rl, n, a, b) - a * (w - rw) / n,
             ["In the NLL term", "log-ratio to the reference"],

@@ -145,7 +145,8 @@ helpers_00.loop_diagram(question["question"], completions, profile.k_pairs)
 #
 # Grading reads the text after "Final answer:" and compares it with the known answer.
 #
-# **Predict**: the known answer is 112, and the third completion below has it in its working. Does it get the reward?
+# **Predict**: the known answer is 112. The working of a completion ends in 112, and its last line is "Final answer: 11". Does
+# it get the reward?
 
 # %%
 texts = ["57*2=114\n114-2=112\nFinal answer: 112", "Final answer: 134",
@@ -216,8 +217,8 @@ print(f"DPO term {-math.log(1 / (1 + math.exp(-margin))):.4f},",
 #
 # </details>
 #
-# This is a free test. If the first DPO term of a run differs from 0.6931 by more than rounding, the reference is not
-# the model that training starts from. If it *stays* there, the model does not change, or the reference changes too.
+# This is a free test. If the first DPO term of a run differs from 0.6931 by more than rounding, training does not start from
+# the reference, or dropout is on. If it *stays* there, the model does not change, or the reference changes too.
 #
 # Take twenty gradient steps on these pairs. The learning rate is larger than in section 6, because twenty steps are
 # few. Training changes `model` itself: to start again, run the notebook from the top.

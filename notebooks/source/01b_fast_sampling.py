@@ -239,7 +239,7 @@ print(f"one prompt {1000 * t_once:.1f} ms, 32 copies {1000 * t_copies:.1f} ms: {
 #
 # **Goal**: count before you optimise. **Difficulty**: 2 of 3. **Time**: 10 minutes.
 #
-# A prompt of `prompt_tokens` tokens gets one completion for each number in the list `lengths`, of that many tokens. Without
+# A prompt has `prompt_tokens` tokens. `lengths` lists the number of tokens of each of its completions. Without
 # sharing, every completion needs all positions of the prompt and its own. With sharing, the prompt is computed once.
 # `saved(prompt_tokens, lengths)` returns the share of the positions that is saved: (without − with) / without.
 #
@@ -285,7 +285,7 @@ for name, schedule in (("all wait", helpers_01.schedule_waiting), ("refilled", h
 
 # %% [markdown]
 # Reproducible continuous batching needs random numbers that do not depend on the batch. In this package every token has its
-# own (notebook [01](01_sampling.ipynb)), so on a CPU batching changes no completion:
+# own (notebook [01](01_sampling.ipynb)), so batching changes no completion, up to rounding:
 
 # %% tags=["nbval-ignore-output"]
 crowded = draw(questions.select(range(8)), n=2, batch_size=16)
@@ -297,7 +297,7 @@ print(f"{same} of {len(crowded)} completions are the same, drawn sixteen at a ti
 # ## What you have learnt
 #
 # - Top-p removes the tail that a high temperature makes likely.
-# - The KV cache saves repeated positions. For one completion of a small model it saves far less time.
+# - The KV cache saves repeated positions. For one completion of a small model it saves little time.
 # - The prompt is computed once for all N completions, and a batch should not wait for its longest one.
 #
 # **Try**: draw the figure of section 4 with 4 and with 16 rows. For which does refilling save more?

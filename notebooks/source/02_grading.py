@@ -125,7 +125,7 @@ for text in ("Final answer: **24**", "final answer: The answer is $24$.", "### F
     print(f"{text!r:40} -> {answers.read(text)!r}")
 
 # %% [markdown]
-# The last text has no marker, so it gets no reward. So the reward also depends on the format.
+# The last text has no marker and gets no reward. The reward also depends on the format.
 
 # %% [markdown]
 # ## 3 Compare: when are two texts the same number?
@@ -143,8 +143,8 @@ for text in ("$24.00", "1,080.50 euros", "1/3", "0.33", "-5", "12 or 13"):
     print(f"{text:16}", *numbers_in(text))
 
 # %% [markdown]
-# **Predict**: the gold answer is 12, and some completions say "Final answer: 12 or 13". Your grader accepts the first
-# number. What could the model learn over four iterations?
+# **Predict**: the gold answer is 12, and some completions say "Final answer: 12 or 13". Your grader accepts either number.
+# What could the model learn over four iterations?
 #
 # <details><summary>Answer</summary>
 #
@@ -528,7 +528,7 @@ helpers_02.differences(iteration=2)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Yes, both means are more than 20 points lower. Which grader costs more is not resolved. Under *within 20 %* many
+# Yes, both means are more than 20 points lower. Under *within 20 %* many
 # completions still have no working. Under *partial credit* partial working grows.
 #
 # </details>

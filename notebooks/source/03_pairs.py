@@ -169,7 +169,7 @@ helpers_03.fates(by_quarter, "prompts by length")
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The longest prompts: $M_0$ answers them correctly least often. They mostly ask for more steps.
+# The longest prompts: $M_0$ answers them correctly least often.
 #
 # </details>
 #
@@ -322,12 +322,12 @@ helpers_03.side_by_side(early.chosen, early.rejected)
 shared = [0.31, -0.12, 0.05]                            # log-ratios of the tokens that both start with
 chosen_rest, rejected_rest = [0.40, 0.22], [-0.35, 0.10, -0.08]
 difference = sum(shared + chosen_rest) - sum(shared + rejected_rest)
-print(f"all tokens: {difference:.2f}, only after the divergence: {sum(chosen_rest) - sum(rejected_rest):.2f}")
+print(f"all tokens: {difference:.2f}, from the divergence on: {sum(chosen_rest) - sum(rejected_rest):.2f}")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Only those of the tokens after the point of divergence.
+# Only those of the tokens from the point of divergence on.
 #
 # </details>
 #
@@ -384,7 +384,7 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # - Pairing walks through chosen and rejected completions in parallel. Each list starts again at its own end.
 # - A question gives pairs only if the model answers it correctly sometimes. More completions rescue hard and easy questions,
 #   gold solutions the hard ones.
-# - For DPO only the tokens after the point of divergence count.
+# - For DPO only the tokens from the point of divergence on count.
 # - With the seed model most pairs teach the model to show its working.
 #
 # **Try**: `build_pairs` returns the pairs and their counts. Call it with `pairing="random"` and look at `repeated`.

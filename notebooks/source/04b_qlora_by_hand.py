@@ -130,7 +130,7 @@ print("absmax after: ", absmax_again[:5])
 # %% [markdown]
 # Level times absmax gives the weight that the model computes with.
 #
-# **Predict**: how large is the mean error, as a share of the mean weight: 1 %, 10 % or 50 %?
+# **Predict**: how large is the mean |error|, as a share of the mean |weight|: 1 %, 10 % or 50 %?
 
 # %%
 dequantised = (levels[index] * absmax_again[:, None]).view_as(weight)
@@ -138,7 +138,7 @@ assert torch.allclose(dequantised, bnb.dequantize_4bit(stored, state), atol=1e-6
 bits = 4 + 8 / 64 + 32 / (64 * 256)
 error = (dequantised - weight).abs().mean() / weight.abs().mean()
 print(f"{bits:.3f} bits per weight; without double quantisation {4 + 32 / 64:.3f}; before 32")
-print(f"mean error {error:.0%} of the mean weight")
+print(f"mean |error|: {error:.0%} of the mean |weight|")
 
 # %% [markdown]
 # In a sum, the errors of many weights partly cancel. In this course $M_0$
@@ -230,8 +230,8 @@ base = layer.base_layer.weight
 print("base", tuple(base.shape), base.dtype, " A", tuple(A.shape), " B", tuple(B.shape))
 
 # %% [markdown]
-# The assertion holds: both outputs are equal up to rounding. The base is a column of bytes with two weights each. This is all
-# of QLoRA: a frozen NF4 weight (section 1) with a LoRA adapter next to it (section 2).
+# The assertion holds: both outputs are equal up to rounding. The base is a column of bytes with two weights each. These two
+# parts make a QLoRA layer: a frozen NF4 weight (section 1) and a LoRA adapter (section 2).
 
 # %% [markdown]
 # ### Exercise 4b.2: count what is trained
@@ -282,10 +282,10 @@ def linear_shapes(d, n_blocks, ffn, kv, *_):
     return n_blocks * [(d, d), (kv, d), (kv, d), (d, d), (ffn, d), (ffn, d), (d, ffn)]
 
 # %% [markdown]
-# If **all weights** are trained, each takes 18 bytes: 2 for the bf16 weight, 2 for the gradient, 4 for an fp32 copy, 8 for two
-# Adam moments, and 2 for the reference. With **QLoRA** the base takes the bits counted above, and an embedding takes 2 bytes
-# per number. An adapter number takes 16 bytes: weight, gradient and two moments in fp32. The reference is the base with a
-# zero adapter, so it needs no extra memory.
+# If **all weights** are trained, each takes 18 bytes: 2 for the bf16 weight, 2 for the gradient, 4 for an fp32 copy, 8 for
+# two Adam moments, and 2 for the reference. With **QLoRA** the base takes the bits counted above, and an embedding takes 2
+# bytes per number. An adapter number takes 16 bytes: weight, gradient and two moments in fp32. The reference shares the base,
+# so it needs almost no extra memory.
 
 # %%
 def gigabytes(name, r=16):
@@ -303,9 +303,8 @@ for name in SIZES:
     print(f"{name:14}{base:8.3f}{embeddings:12.3f}{adapter:9.3f}{qlora:9.3f}{full:13.3f}")
 
 # %% [markdown]
-# The table counts weights, gradients and optimiser states. Activations and logits come on top. They grow with batch size and
-# length. A smaller `micro_batch_size` and `gradient_checkpointing` reduce them. `python -m irpo_utils plan` estimates the
-# total for a GPU.
+# The table leaves out activations and logits, which grow with batch size and length. A smaller `micro_batch_size` and
+# `gradient_checkpointing` reduce them. `python -m irpo_utils plan` estimates the total for a GPU.
 #
 # Is the number for the base correct? Count the bytes of the seed model.
 

@@ -214,7 +214,7 @@ only_b = sum(y and not x for x, y in zip(a, b))
 print(f"only a correct: {only_a}, only b correct: {only_b}")
 
 # %% [markdown]
-# **Predict**: is one against five significant at 5 %?
+# **Predict**: of six discordant questions one model solves one and the other five. Is this significant at 5 %?
 
 # %%
 tosses = only_a + only_b
@@ -375,7 +375,7 @@ assert len(logp_now) == len(logp_before) == len(questions)
 # ## 7 What does a collapse look like?
 #
 # A run records two warning numbers: the KL to the previous model, and the log-probability per token of chosen
-# completions before and after training. First, the run of section 2.
+# completions before and after training. First, the run of section 2:
 
 # %% tags=["nbval-ignore-output"]
 figure = figures.warning_numbers(metrics)
@@ -389,8 +389,8 @@ assert "nats" in plots.alt_text(figure)
 # each iteration has different pairs.
 #
 # Now compare the learning rates 1e-4 and 3e-4, with the NLL term (α = 1) and without it (α = 0)
-# ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which of the four
-# settings is $M_2$ far below 80 %?
+# ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which setting, 1e-4 or
+# 3e-4 with α = 1 or 0, is $M_2$ far below 80 %?
 
 # %%
 helpers_05.stability()
@@ -405,7 +405,7 @@ helpers_05.stability_table()
 # ([notebook 06](06_baselines_and_ablations.ipynb)), at β = 0.1 and learning rate 3e-4, 20 steps per iteration. Without the
 # NLL term one of three seeds loses 4.7 points from $M_3$ to $M_4$. With it the same seed loses 0.3
 # ([runs](../figures/lesson_runs.jsonl)). [Reward accuracy](../docs/glossary.md#reward-accuracy) is the share of training
-# pairs with a positive reward margin. **Predict**: which of the two has the higher reward accuracy?
+# pairs with a positive reward margin. **Predict**: which has the higher reward accuracy, the run with or without the NLL term?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)

@@ -472,7 +472,7 @@ assert "KL" in plots.alt_text(figure)
 #
 # | sign | healthy | trouble, and what to do |
 # |---|---|---|
-# | completions without an answer | few, falling | many: SFT first, or another prompt |
+# | completions without an answer (cut off included) | few, falling | many: SFT first, or another prompt |
 # | completions cut off | few | rising: the model loops, lower the learning rate |
 # | questions with pairs | tens of percent | a few percent: easier questions, more samples, `--gold true` |
 # | KL to the previous model | stable or falling | above 4 nats the run warns: lower the learning rate |
@@ -506,6 +506,10 @@ assert delta.shape == W.shape == W_hat.shape
 # %% tags=["nbval-ignore-output"]
 print(f"rounding {(W_hat - W).norm() / W.norm():.1%}, training {delta.norm() / W.norm():.2%} of the weights' norm")
 
+# %% [markdown]
+# Rounding, by far. What does rounding leave of $\Delta$? The figure shows how much the stored change looks like $\Delta$.
+
+# %% tags=["nbval-ignore-output"]
 def change(stored, before):
     return torch.nn.functional.cosine_similarity((stored.float() - before).flatten(), delta.flatten(), dim=0).item()
 

@@ -388,8 +388,8 @@ print(*messages, f"exit status {status}", "", "finished: " + ", ".join(before), 
 assert status != 0 and len(messages) == 1 and "iteration_0/samples" in before and "iteration_1/adapter" not in before
 
 # %% [markdown]
-# The surviving process reports the failure once, and all processes end. Now resume with *one* process. **Predict**: is it the
-# same run?
+# The surviving process reports the failure once, and all processes end. **Predict**: if *one* process resumes the run, is it
+# the same run?
 
 # %% tags=["nbval-ignore-output"]
 helpers_08.resume(out)
@@ -462,11 +462,14 @@ for n in (8, 64):
           f"a micro-batch has {run['micro_batch']:,.0f}")
 helpers_08.two_ways("paper", [8, 64]).round(1)
 
+# %% [markdown]
+# On 64 GPUs: there a micro-batch has too few tokens. Memory on eight GPUs:
+
 # %%
 helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 
 # %% [markdown]
-# On 64 GPUs a micro-batch has too few tokens. Inside one machine, by this estimate, split layers cost no extra time. But
+# Inside one machine, by this estimate, split layers cost no extra time. But
 # whole copies are as fast, and with the base in [NF4](../docs/glossary.md#nf4) they fit.
 #
 # The paper trains all weights, on [64 GPUs](https://arxiv.org/html/2404.19733v3#S3.SS1).
