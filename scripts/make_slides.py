@@ -34,7 +34,7 @@ NOTEBOOKS = ROOT / "notebooks"
 FEWEST, SLIDES = 10, 15  # of a deck, where the notebook has enough outputs
 HEIGHT = 600  # pixels for what is under the title
 LEAD, LEAST = 260, 99  # pixels for the text before an output, the most and the least
-FIGURE = 330  # pixels, the smallest height of a figure
+FIGURE, LARGE_FIGURE = 330, 440  # pixels, the smallest height of a small and of a large figure
 TALL = 500  # pixels of a figure in the notebook that needs all the room on a slide
 WORDS = 60  # of a paragraph
 CHARACTERS = 80  # in a line of text
@@ -109,7 +109,7 @@ class Item:
         rows = self.content.count("\n") + 1
         if self.kind == "figure":  # at 0.8 of its size in the notebook, if that is more
             _, _, png = self.content.partition("data:image/png;base64,")
-            return min(max(FIGURE, int(0.8 * png_size(png)[1])), HEIGHT - LEAST)
+            return min(max(FIGURE, int(0.8 * png_size(png)[1])), LARGE_FIGURE)
         if self.kind == "output":
             height = 45 * self.content.count("<tr") + 15
             for large, text in re.findall("<pre( class=.*?)?>(.*?)</pre>", self.content, re.S):

@@ -419,7 +419,7 @@ figure
 # Training only needs to make the working more probable: [elicitation](../docs/glossary.md#elicitation).
 #
 # You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower. Both are lower on the test questions
-# ([28.0 and 16.2 %](shipped_run/README.md)).
+# ([28.0 and 16.2 %](shipped_run/metrics.csv)).
 #
 # Does training add more than elicitation? If not, pass@k of $M_0$ should catch up at a large $k$. Compare it with the last
 # model of a finished run at learning rate 2e-5 (32 completions per test question).
