@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from docutils import nodes
+from mdit_py_plugins.anchors.index import slugify
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 
@@ -119,6 +120,7 @@ def prepare_notebook(app, docname: str, source: list[str]) -> None:
             if any(make_slides.png_size(png)[0] >= WIDE for png in pictures):
                 image["classes"] = "wide"
             cell["metadata"]["mystnb"] = {"image": image}
+    link_to_exercises(notebook["cells"])
     first = notebook["cells"][0]
     if REPOSITORY:
         page = "../" * docname.count("/") + "docs/colab.md"
@@ -126,6 +128,17 @@ def prepare_notebook(app, docname: str, source: list[str]) -> None:
     if docname.startswith("notebooks/solutions/"):
         first["source"] = re.sub(r"\A# (.+)", r"# \1: solutions", first["source"])
     source[0] = json.dumps(notebook)
+
+
+def link_to_exercises(cells: list[dict]) -> None:
+    """Let links to a solution open it at the exercise: the page is long."""
+    anchor = ""
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            for title in re.findall("^### (Exercise .+)$", cell["source"], re.M):
+                anchor = f"#{slugify(title)}"
+            link = r"(?<=\]\()(solutions/\w+\.ipynb)(?=\))"
+            cell["source"] = re.sub(link, rf"\1{anchor}", cell["source"])
 
 
 def fill_in_address(app, docname: str, source: list[str]) -> None:

@@ -214,6 +214,12 @@ def test_figures_that_a_phone_would_make_unreadable_are_wide(book):
     assert not all("wide" in kind for kind in narrow)
 
 
+def test_a_link_to_a_solution_opens_its_exercise(book):
+    page = (book / "notebooks" / "05_iterations.html").read_text()
+    anchors = re.findall(r'href="solutions/05_iterations\.html#(exercise-5-\d)', page)
+    assert anchors == ["exercise-5-1", "exercise-5-2", "exercise-5-3", "exercise-5-4"]
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_slides_have_goals_figures_questions_and_a_summary(name, book):
     page = parsed(book / "slides" / f"{name}.html")
