@@ -184,8 +184,8 @@ assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_s
 #
 # The model should prefer the chosen completion $w$ over the rejected one $l$ *more than $M_t$ does*. The
 # [DPO](../docs/glossary.md#dpo) term (direct preference optimization) asks for this. It allows both probabilities to fall. So
-# the [NLL term](../docs/glossary.md#nll-term) (negative log-likelihood) is added, which raises that of $w$. The loss of one
-# pair for a question $x$ is Eq. 1 of the paper:
+# the [NLL term](../docs/glossary.md#nll-term) (negative log-likelihood) raises the probability of $w$. The loss of one pair
+# for a question $x$ is Eq. 1 of the paper:
 #
 # $$L = \underbrace{-\log\sigma\Big(\beta\log\frac{M_\theta(w|x)}{M_t(w|x)} - \beta\log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{\text{DPO}}
 # \;\underbrace{-\;\alpha\,\frac{\log M_\theta(w|x)}{|w|}}_{\text{NLL}}$$

@@ -517,9 +517,8 @@ for t in (0.6, 1.3):
 figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
 
 # %% [markdown]
-# At low temperatures the $N$ completions often agree, and at high ones hardly any is correct. The printed differences are
-# paired by question. At $T = 1.3$ fewer of them give pairs than at 1.0. Between 0.6 and 1.0 the interval includes 0: *not
-# resolved*.
+# At low temperatures the $N$ completions often agree, and at high ones hardly any is correct. The differences are paired by
+# question. At $T = 1.3$ fewer questions give pairs than at 1.0. Between 0.6 and 1.0 the interval includes 0: *not resolved*.
 #
 # **Predict**: is the best temperature of the *last* model lower or higher than that of $M_0$?
 

@@ -271,8 +271,8 @@ print(checks_01.saved(saved))
 # [continuous batching](../docs/glossary.md#continuous-batching) (Orca,
 # [Yu et al. 2022](https://www.usenix.org/conference/osdi22/presentation/yu)): a free row takes the next completion at once.
 #
-# **Predict**: below, 48 completions of $M_0$ go through 8 rows. What share of the computed rows is needed, with and
-# without waiting?
+# **Predict**: below, 48 completions of $M_0$ go through 8 rows. What share of the computed tokens is needed, with and without
+# waiting?
 
 # %% tags=["nbval-ignore-output"]
 lengths = samples["n_tokens"][:48]

@@ -161,7 +161,7 @@ for text in ("1,080.50 euros", "3 * 8 = 24 eggs", "½", "12 or 13", "24 eggs, 12
     print(f"{text:32}", numbers.parse(text))
 
 # %% [markdown]
-# The package also rejects completion 2 of section 1, which is correct. We accept this false negative, because the same rule
+# The package also rejects completion 2 of section 1, which is correct. We allow this false negative, because the same rule
 # rejects hedging.
 
 # %% [markdown]
@@ -291,9 +291,9 @@ for row in forms[forms.package & ~correct].itertuples():
 #
 # We expect false positives to do more harm, so the package is strict when in doubt. Section 8 measures false positives only.
 #
-# The next table counts errors of the package on a second collection, from public bug reports (`jsonl`: the task for your own
-# questions). *Debatable*: readers may disagree about the label. We improved the graders with it, so expect more errors on new
-# completions.
+# The next table counts errors of the package on a second collection, from public bug reports. The task `jsonl` is for your
+# own questions. *Debatable*: readers may disagree about the label. We improved the graders with it, so expect more errors on
+# new completions.
 
 # %%
 helpers_02.grading_cases()
@@ -498,7 +498,7 @@ print(checks_02.lucky_pairs(lucky_pairs))
 # - **within 20 %**: also accepts a number that is at most 20 % off;
 # - **partial credit**: also accepts working without a false equation.
 #
-# What does each reward among the completions above?
+# Which completions above does each grader reward?
 
 # %% tags=["nbval-ignore-output"]
 def within(row):
@@ -515,7 +515,7 @@ pd.DataFrame({name: samples[reward].behaviour.value_counts() for name, reward in
 # %% [markdown]
 # **Predict**: does a lenient grader cost accuracy? Which behaviour does each grader keep or increase?
 #
-# Accuracy is *sampled* at $T = 1$, not greedy as in notebook 00. The table shows $M_2$ minus the strict $M_2$, in points with
+# Accuracy is *sampled* at $T = 1$, not greedy as in notebook 00. The table shows lenient minus strict $M_2$, in points with
 # 95 % intervals over three seeds and 200 validation questions.
 
 # %%

@@ -189,7 +189,7 @@ history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated"
 # - `duplicates` counts completions that repeat another one of the same question.
 # - `repeated` counts pairs that occur again, because both lists were too short for $K$ different pairs.
 #
-# Up to $M_2$ more and more questions give pairs. Later more have only correct completions. On ARC the paper has about
+# Up to $M_2$ more and more questions give pairs. At $M_3$ fewer do: more are `all_right`. On ARC the paper has about
 # 20,000 pairs in the first iteration, 11,000 in the second and 5,000 in the third
 # ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The authors name the fixed set of questions as one reason
 # why the gains shrink ([appendix A](https://arxiv.org/html/2404.19733v3#A1)).
@@ -200,7 +200,7 @@ history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated"
 #   ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). Then every question has a chosen completion. The
 #   disadvantage is that a person wrote it: $M_t$ may give it a low probability.
 # - **Duplicates.** Completions can be identical. By default `build_pairs` removes duplicates first (notebook 00 does not).
-#   The paper describes no such step. Without it a text that was sampled often can be in more of the $K$ pairs.
+#   The paper describes no such step. With duplicates, a frequent text can be in more of the $K$ pairs.
 
 # %% [markdown]
 # **Predict**: below, `easy` has only correct completions and `hard` only incorrect ones. Which of them does a gold solution
@@ -243,8 +243,8 @@ for n in [n for n in (1, 2, 4, 8, 16, 30) if n <= profile.n_samples]:
 helpers_03.lost_questions(measured)
 
 # %% [markdown]
-# Questions with $p$ near 0.5 need few completions. Questions with $p$ near 0 or 1 need many. The training set has questions
-# of all these kinds, so the points fall more slowly than the line of $p = 0.5$.
+# Questions with $p$ near 0.5 need few completions. Questions with $p$ near 0 or 1 need many. Many questions here have a $p$
+# near 0, so the points fall more slowly than the line of $p = 0.5$.
 
 # %% [markdown]
 # ### Exercise 3.2: how many questions are lost at N = 4, and at N = 16?
@@ -308,8 +308,8 @@ helpers_03.side_by_side(early.chosen, early.rejected)
 #
 # Pairs that diverge later mostly show the same contrast: the rejected completion gives its answer before the working is
 # complete. All these pairs say *show your working*, that is, all reasoning steps. Only pairs with another equation (108), or
-# with another answer after the same working (100, of them 32 without any), can say *calculate correctly*. The shipped run has
-# 1,396 pairs.
+# with another answer after the same working (68), can say *calculate correctly*. The shipped run has 1,396
+# pairs.
 #
 # The point of divergence matters for the loss of notebook [04](04_dpo_nll_training.ipynb). The
 # [log-ratio](../docs/glossary.md#log-ratio) of a token is its log-probability under the model in training minus that under
@@ -384,11 +384,11 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # - Pairing walks through chosen and rejected completions in parallel. Each list starts again at its own end.
 # - A question gives pairs only if the model answers it correctly sometimes. More completions rescue hard and easy questions,
 #   gold solutions the hard ones.
-# - For DPO only the tokens from the point of divergence on count.
+# - For DPO only the tokens after the shared ones count.
 # - With the seed model most pairs teach the model to show its working.
 #
 # **Try**: `build_pairs` returns the pairs and their counts. Call it with `pairing="random"` and look at `repeated`.
-# Then take `k=20`: how many of the pairs are new?
+# Then take `k=20`: how many pairs are different?
 #
 # <details><summary>Typical misunderstandings</summary>
 #

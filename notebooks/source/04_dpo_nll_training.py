@@ -187,7 +187,7 @@ helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 # \frac{\partial L_\text{DPO}}{\partial \log M_\theta(l|x)} = +\beta\,\sigma(-\beta\delta)$$
 #
 # The loss pushes $\log M_\theta(w|x)$ up and $\log M_\theta(l|x)$ down with equal size. The factor $\sigma(-\beta\delta)$ is
-# $1/2$ at $\delta = 0$. It falls to a tenth, $1/20$, at $\delta = \ln 19 / \beta \approx 3/\beta$: 30 nats for $\beta = 0.1$,
+# $1/2$ at $\delta = 0$. It falls to $1/20$ at $\delta = \ln 19 / \beta \approx 3/\beta$: 30 nats for $\beta = 0.1$,
 # and 3 for $\beta = 1$. In the figure below, arrows show minus the gradient.
 
 # %%
@@ -249,7 +249,7 @@ helpers_04.toy_probabilities(toy)
 # - \beta \log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{L_\text{DPO}}
 # + \alpha \underbrace{\Big(-\frac{\log M_\theta(w|x)}{|w|}\Big)}_{L_\text{NLL}}$$
 #
-# On GSM8K the paper uses α = 1 and β = 0.1. Its $w$ is $(c^w, y^w)$; there $y$ is only the answer.
+# On GSM8K the paper uses α = 1 and β = 0.1. It writes $w$ as $(c^w, y^w)$, working and answer.
 #
 # ### What is a sum and what is a mean?
 #
@@ -578,7 +578,7 @@ for rate in rates:
 # ## What you have learnt
 #
 # - DPO is maximum likelihood under Bradley–Terry. The reward is β times a log-ratio, and $Z$ cancels.
-# - The loss pushes chosen up and rejected down with equal size $\beta\,\sigma(-\beta\delta)$.
+# - DPO pushes chosen up and rejected down with equal size $\beta\,\sigma(-\beta\delta)$.
 # - A mean can hide a heavy tail: plot every pair.
 #
 # **Try**: change the features in section 3 until DPO raises the chosen completion.

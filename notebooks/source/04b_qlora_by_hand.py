@@ -141,7 +141,7 @@ print(f"{bits:.3f} bits per weight; without double quantisation {4 + 32 / 64:.3f
 print(f"mean |error|: {error:.0%} of the mean |weight|")
 
 # %% [markdown]
-# In a sum, the errors of many weights partly cancel. In this course $M_0$
+# In the sums of a layer these errors partly cancel. In this course $M_0$
 # *is* the rounded model, so sampling and training see the same weights. Never merge a trained adapter into the four bits:
 # rounding would remove its small changes
 # ([measured by users](https://github.com/huggingface/transformers/issues/31293)).
