@@ -411,14 +411,14 @@ helpers_05.stability_table()
 helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
-# The run that loses, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
-# completions are good. KL jumps in the iteration of the loss. Is the loss more than luck? Here is this step in all six runs:
+# The run without it, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
+# completions are good. KL jumps where accuracy falls. Is the fall more than luck? Here is this step in all six runs:
 
 # %%
 helpers_05.last_steps(significance.mcnemar).round(3)
 
 # %% [markdown]
-# Neither this loss nor that of seed 2 with the NLL term is resolved at 5 %. KL jumps only without the NLL term, in seed 0.
+# Neither this fall nor that of seed 2 with the NLL term is resolved at 5 %. KL jumps only without the NLL term, in seed 0.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?

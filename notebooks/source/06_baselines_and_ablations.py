@@ -283,7 +283,7 @@ print(checks_06.verdict(verdict))
 # The worked solution is in [solutions/06_baselines_and_ablations.ipynb](solutions/06_baselines_and_ablations.ipynb).
 #
 # **Predict**: how many claims get the verdict "agrees"? The figure has those with a number of the paper. Where `paper` is
-# empty in the table, the verdict is about the direction.
+# empty in the table, the paper has no number, and only the direction counts.
 
 # %% tags=["nbval-ignore-output"]
 compared = verdicts[verdicts.group == "comparison"]
@@ -319,8 +319,8 @@ helpers_06.claims_table(first_model[about_m1])
 # %% [markdown]
 # Yes. With 600 questions Iterative RPO is ahead of RFT at $M_1$; with 150 it is 22 points behind. Few samples (N = 3) and hot
 # sampling (temperature 1.5) also favour RFT. A possible reason: with fewer steps, RFT's higher learning rate counts more. The
-# NLL term gains at most 1.2 points at $M_1$, and 16 at $M_4$. [All claims](../figures/lesson_claims.csv), [all
-# methods](../docs/results/comparison.md).
+# interval of the gain from the NLL term is -1.0 to 1.2 points at $M_1$, and 1 to 31 at $M_4$. [All
+# claims](../figures/lesson_claims.csv), [all methods](../docs/results/comparison.md).
 
 # %% [markdown]
 # ## 5 How did the model change?
@@ -335,8 +335,8 @@ figure
 assert "GRPO" in plots.alt_text(figure)
 
 # %% [markdown]
-# At $M_2$ RFT's mean KL is smaller than that of Iterative RPO. At $M_3$ and $M_4$ it is larger. SFT on gold solutions moved
-# furthest.
+# SFT on gold solutions moved furthest. Whether RFT or Iterative RPO moved further cannot be told: each is ahead in some seeds
+# at every iteration.
 #
 # What does the rise consist of?
 
@@ -423,9 +423,9 @@ helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 
 # %% [markdown]
 # At 3e-4 chosen completions rise at $M_1$ with the NLL term. They also rise without it, which disagrees with figure 3. At
-# 1e-3 with β = 0.1 they fall: without the term as in figure 3, and with it against figure 3. Rejected ones fall further and
-# go up and down after $M_1$. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. The reason may
-# be that of section 4: correct and incorrect steps compete.
+# 1e-3 with β = 0.1 they fall with and without the term; in figure 3 only without it. Rejected ones fall more, and after $M_1$
+# they go up and down. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. The reason may be
+# that of section 4: correct and incorrect steps compete.
 
 # %% [markdown]
 # ## What you have learnt

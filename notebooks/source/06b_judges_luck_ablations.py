@@ -176,8 +176,8 @@ marks.drop(columns="run").round(2)
 
 # %% [markdown]
 # Asked in words, no difference from guessing is resolved for either model. The likelihood separates the completions of the
-# seed model. For SmolLM2-135M it is not resolved. So "own likelihood as reward" may work for this $M_0$ alone, whose
-# bare answers are guesses.
+# seed model. For SmolLM2-135M it is not resolved. Whether "own likelihood as reward" works beyond this $M_0$, whose bare
+# answers are guesses, is open.
 #
 # ### What do these rewards teach?
 #
@@ -202,9 +202,9 @@ helpers_06.accuracy_against_tokens(costed)
 assert costed[costed.metric == "greedy"].groupby("method").seed.nunique().eq(3).all()
 
 # %% [markdown]
-# With the majority vote $M_1$ is at 45 %, below the figure. Later models come close to Iterative RPO without a single gold
-# answer. At $M_4$ its difference from Iterative RPO is not resolved, and neither is that of GRPO. The other two are worse.
-# What is the reward worth? The control shuffles the labels within each question:
+# With the majority vote $M_1$ is at 45 %, off the plot. $M_4$ comes close to Iterative RPO without a single gold answer. At
+# $M_4$ its difference from Iterative RPO is not resolved, and neither is that of GRPO. The other two are worse. What is the
+# reward worth? The control shuffles the labels within each question:
 
 # %%
 control = helpers_06.read("comparison_mean").query("metric == 'greedy' and method == 'shuffled'")
@@ -272,9 +272,9 @@ verdicts = helpers_06.claims("lesson_verdicts")
 helpers_06.claims_table(verdicts[verdicts.group == "regimes"])
 
 # %% [markdown]
-# Without luck pairs help in no case. At 3e-4 no difference is resolved. At 1e-3 all means are below RFT; there the DPO term
-# moves the model far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With luck all means are above RFT, and no
-# difference is resolved. So in this section only luck on the first model makes pairs better than RFT.
+# Without luck no gain from pairs is resolved. At 3e-4 no difference is resolved. At 1e-3 all means are below RFT; there the
+# DPO term moves the model far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With luck all means are above
+# RFT, and no difference is resolved. So in this section only luck on the first model makes pairs better than RFT.
 
 # %% [markdown]
 # ## 3 What happens after four iterations?
@@ -302,7 +302,7 @@ table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(objec
 # %% [markdown]
 # On average both methods with pairs stay below their best, DPO without NLL from $M_4$ on and Iterative RPO from $M_5$ on. RFT
 # stays near 90 %. The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates
-# were chosen after two iterations. For eight, that of the methods with pairs may be too high.
+# were tuned for two iterations; with pairs they may be too high for eight.
 #
 # `one_step_apart` is the share of pairs that
 # differ in one line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare
@@ -324,8 +324,7 @@ assert "M8" in plots.alt_text(figure)
 helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 
 # %% [markdown]
-# From $M_4$ to $M_8$ only DPO without NLL, with β = 3, gains. The other changes are not resolved, and neither are the
-# differences at $M_8$.
+# From $M_4$ to $M_8$ only the gain of DPO without NLL (β = 3) is resolved. At $M_8$ no tested difference is.
 
 # %% [markdown]
 # ## 4 Does the best β depend on the length of completions?
@@ -358,10 +357,9 @@ helpers_06.how_far(plain)
 
 # %% [markdown]
 # The hypothesis gets no support. At 1e-3 the means of β = 1 and 3 are above those of 0.1 and 0.3 on both models, and whether
-# a larger β helps more on one of them is not resolved. On the first model, with 5 nats, a larger β leads as well
-# ([results](../docs/results/second_model.md)). δ after one iteration is similar on both. With β = 0.1 it even exceeds the
-# nats of a whole completion of the third model: a chosen completion can gain only its nats, but a rejected one can lose any
-# number.
+# a larger β helps more on one of them is not resolved. δ after one iteration is similar on both. With β = 0.1 it even exceeds
+# the nats of a whole completion of the third model: a chosen completion can gain only its nats, but a rejected one can lose
+# any number. On the first model, with 5 nats, a larger β leads as well ([results](../docs/results/second_model.md)).
 #
 # So compare 3/β with the δ that training reaches, not with the length of completions.
 

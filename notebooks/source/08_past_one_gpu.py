@@ -483,9 +483,9 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # torchrun --standalone --nproc_per_node 8 scripts/run.py --profile llama-3.1-8b --out runs/llama
 # ```
 #
-# **A model that does not fit on one GPU**: split layers, and a vLLM server on other GPUs for sampling. Only a run in one
-# process [starts its server itself](../docs/results/speed.md#vllm). Here you start the server first. It must see the run
-# directory, from which it loads the adapters.
+# **Less memory per GPU** (for the paper's model 15 GB instead of 49): split layers, and a vLLM server on other GPUs for
+# sampling. Only a run in one process [starts its server itself](../docs/results/speed.md#vllm). Here you start the server
+# first. It must see the run directory, from which it loads the adapters.
 #
 # ```bash
 # VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve meta-llama/Llama-2-70b-chat-hf --enable-lora --max-lora-rank 16 \
