@@ -89,6 +89,6 @@ def reward(graded, function):
         return graded
     rewards = [float(value) for rows in group(graded).values() for value in function(rows)]
     if len(rewards) != len(graded):
-        raise UserError(f"{function.__name__} must return one number for each completion.")
+        raise UserError("A reward must return one number for each completion of a question.")
     kept = graded.remove_columns([c for c in graded.column_names if c == "reward"])
     return kept.add_column("reward", rewards)

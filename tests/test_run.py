@@ -588,8 +588,9 @@ def test_a_start_with_other_scales_is_refused(unbroken, tmp_path, change):
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    unbroken, tmp_path, changes, message
+    unbroken, tmp_path, monkeypatch, changes, message
 ):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     given = {k: v.format(run=unbroken) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(UserError, match=message):
         run(smoke(**given), tmp_path / "out")
