@@ -161,8 +161,13 @@ def curve_of_methods() -> plots.TextFigure:
 
 
 def ahead_of_others(metric: str = "sampled") -> pd.DataFrame:
-    """Iterative RPO minus each other method in points, by seed, paired by question."""
-    table = pd.read_csv(FIGURES / f"{CURVE}_by_seed.csv")
+    """Iterative RPO minus each other method in points, paired by question, by seed.
+
+    The rows of all seeds together resample seeds and questions.
+    """
+    together = pd.read_csv(FIGURES / f"{CURVE}_paired.csv")
+    together = together[together.seeds > 1].assign(seed="all")
+    table = pd.concat([pd.read_csv(FIGURES / f"{CURVE}_by_seed.csv"), together])
     rows = table[(table.metric == metric) & (table.method == "irpo") & (table.against != "irpo")]
     shown = {
         "accuracy": rows.metric,
@@ -174,7 +179,9 @@ def ahead_of_others(metric: str = "sampled") -> pd.DataFrame:
     }
     return (
         pd.DataFrame(shown)
-        .sort_values(["Iterative RPO minus", "seed", "model"])
+        .sort_values(
+            ["Iterative RPO minus", "seed", "model"], key=lambda column: column.astype(str)
+        )
         .reset_index(drop=True)
     )
 
