@@ -379,8 +379,8 @@ assert (gains.low <= gains.high).all()
 
 # %% [markdown]
 # For the stored run: sampled accuracy gains in the first and in the third iteration, and triples from $M_0$ to $M_3$. No gain
-# in greedy accuracy from $M_0$ to $M_3$ is resolved. It is one seed of a small model; with the other two sampled accuracy
-# rises as well. A claim needs more seeds (`python scripts/plot.py RUN RUN ...`) and more test questions. How many more?
+# in greedy accuracy from $M_0$ to $M_3$ is resolved. With the other two seeds sampled accuracy rises as well. A claim needs
+# more seeds (`python scripts/plot.py RUN RUN ...`) and more test questions. How many more?
 
 # %% [markdown]
 # ### Exercise 7.3: how many test questions?
@@ -414,8 +414,7 @@ print(checks_07.questions_needed(questions_needed))
 #
 # ### Is it the method?
 #
-# The stored study also has RFT and DPO without NLL: the same $M_0$, learning rate and number of iterations. On the miniature
-# models of [notebook 06](06_baselines_and_ablations.ipynb) Iterative RPO was seldom ahead of RFT.
+# The stored study also has RFT and DPO without NLL: the same $M_0$, learning rate and number of iterations.
 #
 # **Predict** the order of the three methods in sampled accuracy.
 
@@ -427,8 +426,8 @@ helpers_07.ahead_of_others().round(1)
 
 # %% [markdown]
 # Iterative RPO has the highest mean, as in the paper. It is ahead of RFT with every seed at every iteration, but over all
-# seeds no lead is resolved. DPO without NLL has one seed. What is resolved over all seeds: from $M_0$ to $M_3$ Iterative RPO
-# gains 7.5 points (3.5 to 11.8) and RFT 5.3 (2.2 to 9.5) ([results](../docs/results/smollm2.md)).
+# seeds no lead is resolved. DPO without NLL has one seed. Both gain from $M_0$ to $M_3$: 7.5 points (3.5 to 11.8) and 5.3
+# (2.2 to 9.5) ([results](../docs/results/smollm2.md)).
 #
 # What do larger models reach? Each of these published numbers has its own prompt and grader. Compare gains, not levels:
 #
