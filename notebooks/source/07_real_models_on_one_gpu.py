@@ -426,8 +426,8 @@ helpers_07.ahead_of_others().round(1)
 
 # %% [markdown]
 # Iterative RPO has the highest mean, as in the paper. It is ahead of RFT with every seed at every iteration, but over all
-# seeds no lead is resolved. DPO without NLL has one seed. Both gain from $M_0$ to $M_3$: 7.5 points (3.5 to 11.8) and 5.3
-# (2.2 to 9.5) ([results](../docs/results/smollm2.md)).
+# seeds no lead is resolved. DPO without NLL has one seed. From $M_0$ to $M_3$ Iterative RPO gains 7.5 points (3.5 to 11.8)
+# and RFT 5.3 (2.2 to 9.5) ([results](../docs/results/smollm2.md)).
 #
 # What do larger models reach? Each of these published numbers has its own prompt and grader. Compare gains, not levels:
 #
