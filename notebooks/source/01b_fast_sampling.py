@@ -297,7 +297,7 @@ print(f"{same} of {len(crowded)} completions are the same, drawn sixteen at a ti
 # ## What you have learnt
 #
 # - Top-p removes the tail that a high temperature makes likely.
-# - The KV cache saves repeated positions. For one completion of a small model it saves little time.
+# - The KV cache saves repeated positions. For one completion of a small model the time falls less.
 # - The prompt is computed once for all N completions, and a batch should not wait for its longest one.
 #
 # **Try**: draw the figure of section 4 with 4 and with 16 rows. For which does refilling save more?

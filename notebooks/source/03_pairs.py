@@ -308,8 +308,7 @@ helpers_03.side_by_side(early.chosen, early.rejected)
 #
 # Pairs that diverge later mostly show the same contrast: the rejected completion gives its answer before the working is
 # complete. All these pairs say *show your working*, that is, all reasoning steps. Only pairs with another equation (108), or
-# with another answer after the same working (68), can say *calculate correctly*. The shipped run has 1,396
-# pairs.
+# with another answer after shared lines (68, *later*), can say *calculate correctly*. The shipped run has 1,396 pairs.
 #
 # The point of divergence matters for the loss of notebook [04](04_dpo_nll_training.ipynb). The
 # [log-ratio](../docs/glossary.md#log-ratio) of a token is its log-probability under the model in training minus that under
@@ -382,8 +381,8 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # ## What you have learnt
 #
 # - Pairing walks through chosen and rejected completions in parallel. Each list starts again at its own end.
-# - A question gives pairs only if the model answers it correctly sometimes. More completions rescue hard and easy questions,
-#   gold solutions the hard ones.
+# - A question gives pairs only if the model answers it correctly sometimes. More completions rescue hard and easy questions.
+#   Gold solutions rescue only hard ones.
 # - For DPO only the tokens after the shared ones count.
 # - With the seed model most pairs teach the model to show its working.
 #

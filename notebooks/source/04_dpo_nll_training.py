@@ -319,7 +319,7 @@ helpers_04.padding_grid(batch, words)
 # **Goal**: compute log-probabilities of completions. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
 # P columns hold the prompts, and R columns hold the completions. `logits` has shape (rows, P + R, vocabulary), `input_ids`
-# (rows, P + R), and `response_mask` (rows, R) is 1 on completion tokens. Return the sum of each row, shape (rows,).
+# (rows, P + R), and `response_mask` (rows, R) is 1 on completion tokens. Return one log-probability per row, shape (rows,).
 #
 # <details><summary>Hint</summary>
 #

@@ -433,8 +433,8 @@ helpers_05.last_steps(significance.mcnemar).round(3)
 # **Goal**: select a model without the test set. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
 # `keep(rows)` takes one dict per iteration t = 0, 1, ..., with `validation`, `test`, `kl` and `chosen_change` (the last two
-# are None at t = 0). It returns the number of the model that patience 1 keeps. $M_0$ is a candidate. On a tie the check
-# accepts both.
+# are None at t = 0). It returns the number of the model that patience 1 keeps. $M_0$ is a candidate. Ties may count either
+# way.
 #
 # <details><summary>Hint</summary>
 #
@@ -526,7 +526,7 @@ for i in (table["patience 1"] - table["patience 2"]).nlargest(3).index:
 #
 # Does a rule stop *before* a fall? A fall is a model 5 or more points of test accuracy below an earlier one. The lead counts
 # iterations from the stop to the fall; *at the fall* it is zero. A false alarm stops a run that never falls ([all
-# rules](../figures/lesson_rules.csv)). Only the first model's runs measured the pairs that differ in one line.
+# rules](../figures/lesson_rules.csv)). The last row has data only from runs of the first model.
 
 # %%
 helpers_05.warnings_of_rules()

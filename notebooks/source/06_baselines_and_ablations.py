@@ -76,7 +76,7 @@ pd.DataFrame({helpers_06.NAMES[name]: {"loss and settings": str(methods.get(name
 #
 # A comparison needs tuned baselines. We tuned each method on the validation accuracy of $M_4$: at least three learning rates,
 # one seed. Iterative RPO also had a choice of four β, DPO of five. The table has the best β at each learning rate. At 3e-3
-# both had only β = 0.3, and at 1e-4 Iterative RPO did too.
+# both had only β = 0.3, as Iterative RPO had at 1e-4.
 #
 # **Predict**: which loss tolerates a higher learning rate, DPO without NLL or SFT?
 
@@ -126,7 +126,7 @@ print(checks_06.choose_learning_rate(choose_learning_rate))
 
 # %% [markdown]
 # The worked solution is in [solutions/06_baselines_and_ablations.ipynb](solutions/06_baselines_and_ablations.ipynb). How firm
-# is the choice? Test the best learning rate against each other one, question by question ([McNemar's
+# is the choice? Compare the best learning rate with all others, question by question ([McNemar's
 # test](../docs/glossary.md#mcnemar-test)).
 
 # %%

@@ -72,7 +72,7 @@ table.assign(per_token=(table.logprob / table.n_tokens).round(2))
 # **Predict** which completions each of three rewards chooses (w) and which it rejects (l), question by question:
 #
 # - *gold*: the final answer equals the gold answer;
-# - *majority vote*: the answer that most completions of the question give
+# - *majority vote*: the question's most frequent answer
 #   ([Prasad et al. 2024](https://arxiv.org/abs/2411.04109));
 # - *own likelihood*: the half with the higher log-probability per token, a simple stand-in for the model as its own judge
 #   ([Yuan et al. 2024](https://arxiv.org/abs/2401.10020)).
@@ -272,9 +272,9 @@ verdicts = helpers_06.claims("lesson_verdicts")
 helpers_06.claims_table(verdicts[verdicts.group == "regimes"])
 
 # %% [markdown]
-# Without luck no gain from pairs is resolved. At 3e-4 no difference is resolved. At 1e-3 all means are below RFT; there the
-# DPO term moves the model far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With luck all means are above
-# RFT, and no difference is resolved. So in this section only luck on the first model makes pairs better than RFT.
+# Without luck no gain from pairs is resolved, and all means are below RFT. At 3e-4 no difference is resolved. At 1e-3 the DPO
+# term moves the model far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With luck all means are above RFT,
+# and no difference is resolved. So in this section only luck on the first model makes pairs better than RFT.
 
 # %% [markdown]
 # ## 3 What happens after four iterations?
@@ -329,9 +329,9 @@ helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 # %% [markdown]
 # ## 4 Does the best β depend on the length of completions?
 #
-# β = 0.1 is the paper's, whose completions are longer. The gradient of a pair fades at δ ≈ 3/β = 30 nats. A chosen completion
-# can gain only its nats, $-\log M_0(w|x)$, so with short completions δ may stay below 30. The hypothesis: short completions
-# need a larger β.
+# The paper uses β = 0.1 with longer completions. The gradient of a pair fades at δ ≈ 3/β = 30 nats. A chosen completion can
+# gain at most $-\log M_0(w|x)$ nats, so with short completions δ may stay below 30. The hypothesis: short completions need a
+# larger β.
 #
 # A third model, *plain*, tests it. It has the misconceptions of the second one, and writes equations without words
 # ([script](../scripts/make_misconceptions_model.py)).
@@ -358,8 +358,8 @@ helpers_06.how_far(plain)
 # %% [markdown]
 # The hypothesis gets no support. At 1e-3 the means of β = 1 and 3 are above those of 0.1 and 0.3 on both models, and whether
 # a larger β helps more on one of them is not resolved. δ after one iteration is similar on both. With β = 0.1 it even exceeds
-# the nats of a whole completion of the third model: a chosen completion can gain only its nats, but a rejected one can lose
-# any number. On the first model, with 5 nats, a larger β leads as well ([results](../docs/results/second_model.md)).
+# the third model's 2 nats per completion: chosen log-probabilities stop at 0, and rejected ones can fall without limit. On
+# the first model, with 5 nats, a larger β leads as well ([results](../docs/results/second_model.md)).
 #
 # So compare 3/β with the δ that training reaches, not with the length of completions.
 

@@ -482,7 +482,7 @@ assert "KL" in plots.alt_text(figure)
 # %% [markdown]
 # ## 7 Merge, serve, push
 #
-# Your result is an adapter of some megabytes. Which model do you publish? That depends on the base of your run: 16 bits or
+# Your result is an adapter of some megabytes. Which model did you measure? That depends on the base of your run: 16 bits or
 # NF4 (`quantize` in `profile.json`). The next cells load $M_1$ of the small run on an NF4 base, as a run on a small GPU does.
 # In one layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ the change by the
 # [LoRA](../docs/glossary.md#lora) adapter.

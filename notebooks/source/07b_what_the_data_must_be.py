@@ -155,7 +155,7 @@ except UserError as error:
 #
 # <details><summary>Hint</summary>
 #
-# `re.sub(r"\d[\d,.]*", "#", text)` replaces whole numbers, and also the full stop after a number at the end of a sentence.
+# `re.sub(r"\d[\d,.]*", "#", text)` replaces each number by one mark, and with it a full stop or comma that follows.
 # Does that matter? What happens to `12` and `5` if you replace digit by digit?
 #
 # </details>
@@ -287,7 +287,7 @@ assert low <= high
 #
 # <details><summary>Answers</summary>
 #
-# 1. None: it is too short for 13 words in a row, and another word makes it another question. 2. That their numbers are easier
+# 1. None: ten words are too few for the third check, and the first two need equal words. 2. That their numbers are easier
 #    to guess, or that the model has seen them. Without a control of the same kind you cannot tell.
 #
 # </details>
