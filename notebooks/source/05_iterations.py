@@ -214,7 +214,7 @@ only_b = sum(y and not x for x, y in zip(a, b))
 print(f"only a correct: {only_a}, only b correct: {only_b}")
 
 # %% [markdown]
-# **Predict**: of six discordant questions one model solves one and the other five. Is this significant at 5 %?
+# **Predict**: with six discordant questions, is one against five significant at 5 %?
 
 # %%
 tosses = only_a + only_b
@@ -388,7 +388,7 @@ assert "nats" in plots.alt_text(figure)
 # KL stays small, and training raises the log-probability of chosen completions. Compare curves on the right at the same t:
 # each iteration has different pairs.
 #
-# Now compare the learning rates 1e-4 and 3e-4, with the NLL term (α = 1) and without it (α = 0)
+# Now compare the learning rates 1e-4 and 3e-4, with (α = 1) and without (α = 0) the NLL term
 # ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which setting, 1e-4 or
 # 3e-4 with α = 1 or 0, is $M_2$ far below 80 %?
 
@@ -405,7 +405,7 @@ helpers_05.stability_table()
 # ([notebook 06](06_baselines_and_ablations.ipynb)), at β = 0.1 and learning rate 3e-4, 20 steps per iteration. Without the
 # NLL term one of three seeds loses 4.7 points from $M_3$ to $M_4$. With it the same seed loses 0.3
 # ([runs](../figures/lesson_runs.jsonl)). [Reward accuracy](../docs/glossary.md#reward-accuracy) is the share of training
-# pairs with a positive reward margin. **Predict**: which has the higher reward accuracy, the run with or without the NLL term?
+# pairs with a positive reward margin. **Predict**: which has the higher reward accuracy, with or without the NLL term?
 
 # %%
 helpers_05.a_fall_and_its_twin().round(3)
@@ -418,7 +418,7 @@ helpers_05.a_fall_and_its_twin().round(3)
 helpers_05.last_steps(significance.mcnemar).round(3)
 
 # %% [markdown]
-# Neither this fall nor that of seed 2 with the NLL term is resolved at 5 %. KL jumps only without the NLL term, in seed 0.
+# Neither this fall nor that of seed 2 with the NLL term is resolved at 5 %. KL jumps only in seed 0 without the term.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
@@ -458,7 +458,7 @@ print(checks_05.keep(keep))
 
 # %% [markdown]
 # The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). We score rules on the
-# shipped runs. Runs of the first model have one split: half of its questions select the model, half measure accuracy.
+# shipped runs. Runs of the first model have one split: half its questions select, half measure.
 #
 # **Predict**: is a limit on KL, or on a fall of the chosen completions, a better rule than patience 2?
 
@@ -540,8 +540,7 @@ helpers_05.warnings_of_rules()
 #
 # ### Open exercise: a rule of your own
 #
-# **Add** a rule, **score** it, and **argue**: is it better than patience 2? Look at the interval of the difference (`more`,
-# above).
+# **Add** a rule, **score** it, and **argue**: is it better than patience 2? Look at the interval that `more` prints.
 
 # %% tags=["nbval-ignore-output"]
 # SOLUTION

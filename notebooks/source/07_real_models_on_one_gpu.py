@@ -379,7 +379,7 @@ assert (gains.low <= gains.high).all()
 
 # %% [markdown]
 # For the stored run: sampled accuracy gains in the first and in the third iteration, and triples from $M_0$ to $M_3$. No gain
-# in greedy accuracy from $M_0$ to $M_3$ is resolved. With the other two seeds sampled accuracy rises as well. A claim needs
+# in greedy accuracy from $M_0$ to $M_3$ is resolved. With the other seeds sampled accuracy rises as well. A claim needs
 # more seeds (`python scripts/plot.py RUN RUN ...`) and more test questions. How many more?
 
 # %% [markdown]
@@ -410,7 +410,7 @@ print(checks_07.questions_needed(questions_needed))
 
 # %% [markdown]
 # The worked solution is in [solutions/07_real_models_on_one_gpu.ipynb](solutions/07_real_models_on_one_gpu.ipynb). With so
-# many questions a true gain of this size is resolved only half of the time.
+# many questions a true gain of this size is resolved only half the time.
 #
 # ### Is it the method?
 #
@@ -482,7 +482,7 @@ assert "KL" in plots.alt_text(figure)
 # %% [markdown]
 # ## 7 Merge, serve, push
 #
-# Your result is an adapter of some megabytes. Which model did you measure? That depends on the base of your run: 16 bits or
+# Your result is an adapter of some megabytes. Which model did you measure? That depends on its base: 16 bits or
 # NF4 (`quantize` in `profile.json`). The next cells load $M_1$ of the small run on an NF4 base, as a run on a small GPU does.
 # In one layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ the change by the
 # [LoRA](../docs/glossary.md#lora) adapter.
