@@ -128,11 +128,12 @@ class Item:
 
 @dataclass
 class Step:
-    """An output, the question that asks to predict it, and the paragraph that explains it."""
+    """An output, the question that asks to predict it, and the paragraphs around it."""
 
     output: Item
     question: Item | None
-    takeaway: Item | None
+    takeaway: Item | None  # the paragraph after it
+    before: Item | None = None  # the paragraph before it
     answers: bool = False  # the question; other outputs may follow it as well
 
     @property
@@ -143,6 +144,11 @@ class Step:
     @property
     def height(self) -> int:
         return self.output.height + (self.question.height + 20 if self.question else 0)
+
+    def introduction(self) -> list[Item]:
+        """What says what is to be seen where there is no question: the paragraph before."""
+        shown = [shorten(self.before)] if self.before and not self.question else []
+        return [item for item in shown if item.height <= HEIGHT - self.height]
 
     def html(self, height: int) -> list[str]:
         """The step in at most `height` pixels; output and explanation appear with the next key."""
@@ -198,10 +204,11 @@ class Section:
         The first figure among them answers it, or else the first output.
         """
         found, question = [], None
-        for item, after in zip(self.items, [*self.items[1:], None], strict=True):
+        around = zip([None, *self.items], self.items, [*self.items[1:], None], strict=False)
+        for before, item, after in around:
             if item.kind in ("output", "figure"):
-                takeaway = after if after and after.kind == "paragraph" else None
-                found.append(Step(item, question, takeaway))
+                texts = (x if x and x.kind == "paragraph" else None for x in (after, before))
+                found.append(Step(item, question, *texts))
             else:
                 question = item if item.kind == "predict" else None
         for step in found:
@@ -294,8 +301,10 @@ def read_sections(notebook: nbformat.NotebookNode) -> list[Section]:
                     sections.append(Section(title))
             elif not in_exercise:
                 sections[-1].items.append(Item(kind, text))
-            elif "](solutions/" in text:  # the last line of an exercise
+            elif link := re.search(r"\]\(solutions/\S*\)\.?\s*", text):  # the end of an exercise
                 in_exercise = False
+                if rest := text[link.end() :]:
+                    sections[-1].items.append(Item(kind, rest))
     return sections
 
 
@@ -417,9 +426,9 @@ def parts_of(section: Section, steps: list[Step]) -> list[Part]:
     room = HEIGHT - steps[0].height
     if sum(item.height for item in lead) > room:
         if any(item.kind != "paragraph" for item in lead) or room < LEAST:
-            return [(lead, None), *(([], step) for step in steps)]
+            return [(lead, None), *((step.introduction(), step) for step in steps)]
         lead = section.lead(room)
-    return [(lead, steps[0]), *(([], step) for step in steps[1:])]
+    return [(lead, steps[0]), *((step.introduction(), step) for step in steps[1:])]
 
 
 def summary(section: Section) -> list[str]:
