@@ -255,7 +255,7 @@ def test_slides_of_a_small_notebook():
             "<details><summary>Answer</summary>\n\nForty-two.\n\n</details>\n\n### Exercise 1.1: count\n\nDo it. <details>hidden</details>"
         ),
         code("not on a slide"),
-        text("[Solution](solutions/title.ipynb)\n\nAfterwards."),
+        text("[Solution](solutions/title.ipynb). And then?\n\nAfterwards."),
         text("## What you have learnt\n\n- counting\n\n1. How many?"),
     ]
     notebook = nbformat.v4.new_notebook(cells=cells)
@@ -266,7 +266,12 @@ def test_slides_of_a_small_notebook():
     assert r"\(x &lt; y\)" in section
     assert section.index("how many?") < section.index('<div class="fragment"><pre class=large>42')
     assert section.index("42</pre>") < section.index("Forty-two.")
-    assert "See:" in notes and "Afterwards." in notes and "Solution" not in notes
+    assert (
+        "See:" in notes
+        and "And then?" in notes
+        and "Afterwards." in notes
+        and "Solution" not in notes
+    )
     assert not re.search("not on|Do it|hidden", "".join(slides))
     assert "counting" in slides[2] and "How many?" in slides[3]
 
@@ -279,11 +284,14 @@ def test_slides_keep_the_order_of_a_section():
         nbformat.v4.new_markdown_cell("## 1 First\n\nSome text.\n\n**Predict**: how many?"),
         nbformat.v4.new_code_cell("print()", outputs=[nbformat.v4.new_output("stream", text="42")]),
         nbformat.v4.new_code_cell("draw()", outputs=[drawn]),
+        nbformat.v4.new_markdown_cell("The same by seed:"),
+        nbformat.v4.new_code_cell("draw()", outputs=[drawn]),
         nbformat.v4.new_markdown_cell("## What you have learnt\n\n- counting\n\n1. How many?"),
     ]
-    slides = make_slides.deck(nbformat.v4.new_notebook(cells=cells)).split("<section>")[2:4]
+    slides = make_slides.deck(nbformat.v4.new_notebook(cells=cells)).split("<section>")[2:5]
     assert "Some text." in slides[0] and slides[0].index("how many?") < slides[0].index("42")
     assert "<img" in slides[1] and "<img" not in slides[0]
+    assert slides[2].index("The same by seed:") < slides[2].index("<img")
 
 
 def test_workflow_publishes_what_make_book_builds():
