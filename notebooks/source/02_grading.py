@@ -513,10 +513,10 @@ rewards = {"strict": samples.correct,
 pd.DataFrame({name: samples[reward].behaviour.value_counts() for name, reward in rewards.items()}).T
 
 # %% [markdown]
-# **Predict**: does a lenient grader cost accuracy? Which behaviour does each grader keep or increase?
-#
 # Accuracy is *sampled* at $T = 1$, not greedy as in notebook 00. The table shows lenient minus strict $M_2$, in points with
 # 95 % intervals over three seeds and 200 validation questions.
+#
+# **Predict**: does a lenient grader cost accuracy? Which behaviour does each grader keep or increase?
 
 # %%
 study = helpers_02.grader_study()
