@@ -1,5 +1,6 @@
 """The book: it builds without warnings, its links lead somewhere, and a browser shows it without a network."""
 
+import base64
 import functools
 import html
 import http.server
@@ -292,6 +293,20 @@ def test_slides_keep_the_order_of_a_section():
     assert "Some text." in slides[0] and slides[0].index("how many?") < slides[0].index("42")
     assert "<img" in slides[1] and "<img" not in slides[0]
     assert slides[2].index("The same by seed:") < slides[2].index("<img")
+    assert all("Some text." in slide.partition("<aside")[2] for slide in slides)
+
+
+def test_slides_wrap_long_lines_and_give_large_figures_room():
+    lines = make_slides.printed("word " * 60).split("\n")
+    assert len(lines) > 1 and max(map(len, lines)) <= make_slides.COLUMNS + len("<pre></pre>")
+
+    def height(pixels):
+        header = bytes(16) + (700).to_bytes(4) + pixels.to_bytes(4)
+        png = base64.b64encode(header).decode()
+        return make_slides.Item("figure", f"data:image/png;base64,{png}").height
+
+    assert height(200) == make_slides.FIGURE < height(500) == 400 < height(2000)
+    assert height(2000) == make_slides.LARGE_FIGURE
 
 
 def test_workflow_publishes_what_make_book_builds():

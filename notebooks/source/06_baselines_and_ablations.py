@@ -335,8 +335,8 @@ figure
 assert "GRPO" in plots.alt_text(figure)
 
 # %% [markdown]
-# SFT on gold solutions moved furthest. Whether RFT or Iterative RPO moved further cannot be told: each is ahead in some seeds
-# at every iteration.
+# SFT on gold solutions moved furthest. From $M_2$ on neither RFT nor Iterative RPO moved further in every seed
+# ([runs](../figures/lesson_runs.jsonl)).
 #
 # What does the rise consist of?
 

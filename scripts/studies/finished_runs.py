@@ -27,7 +27,7 @@ def collect(runs: list[str | Path]) -> tuple[pandas.DataFrame, pandas.DataFrame,
     """
     settings = [read_profile(run) for run in runs]
     if len({p.seed for p in settings}) < len(runs):
-        raise UserError("Two of these runs have the same seed, and would count as two seeds.")
+        raise UserError("Two runs have the same seed and would count as two: give one per seed.")
     for run, p in zip(runs, settings, strict=True):
         _check_comparable(run, p, runs[0], settings[0])
     first, means = settings[0], []
