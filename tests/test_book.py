@@ -309,6 +309,13 @@ def test_slides_wrap_long_lines_and_give_large_figures_room():
     assert height(2000) == make_slides.LARGE_FIGURE
 
 
+def test_the_plan_for_teaching_names_sections_as_the_notebooks_do():
+    sources = [path.read_text() for path in (ROOT / "notebooks" / "source").glob("*.py")]
+    titles = {title for text in sources for title in re.findall("^# ## (.+)$", text, re.M)}
+    named = re.findall(r"\*(\d+ \w[^*|]*)\*", (ROOT / "docs" / "teaching.md").read_text())
+    assert len(named) > 50 and set(named) <= titles
+
+
 def test_workflow_publishes_what_make_book_builds():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
