@@ -20,7 +20,7 @@ from studies.significance import seed_and_question_interval
 
 STUDY = ROOT / "figures" / "pair_log_probabilities.jsonl"
 HELD_OUT = ROOT / "figures" / "pair_log_probabilities_pairs.jsonl"
-STYLES = {"DPO": (ORANGE, "-"), "DPO + NLL": (BLUE, "-"), "SFT": (GREEN, "--")}
+STYLES = {"DPO": (ORANGE, ":"), "DPO + NLL": (BLUE, "-"), "SFT": (GREEN, "--")}
 
 
 # ------------------------------------------------------------------------------ model and pairs
@@ -152,7 +152,7 @@ def toy_probabilities(runs: dict[str, np.ndarray]) -> plots.TextFigure:
     return plots.finish(figure, title, panels)
 
 
-def padding_grid(batch: dict, words: list[str], pad: str = "·") -> plots.TextFigure:
+def padding_grid(batch: dict, words: list[str]) -> plots.TextFigure:
     """The token grid of `pad_batch`: padding, prompt and completion, and which logits are used."""
     ids, attention = batch["input_ids"], batch["attention_mask"]
     rows, columns = ids.shape
@@ -167,7 +167,7 @@ def padding_grid(batch: dict, words: list[str], pad: str = "·") -> plots.TextFi
             shape = FancyBboxPatch(place, 0.92, 0.84, "round,pad=0,rounding_size=0.08")
             shape.set(facecolor=colours[kind], edgecolor=GREY, linewidth=0.6)
             axes.add_patch(shape)
-            word = words[int(ids[row, column])] if used else pad
+            word = words[int(ids[row, column])]
             axes.text(column, row, word, ha="center", va="center", fontsize=10, color=INK)
     for column in range(first - 1, columns - 1):  # these logits predict the next column
         style = {"arrowstyle": "-|>", "color": GREY, "connectionstyle": "arc3,rad=-0.35"}
@@ -227,7 +227,7 @@ def chosen_with_band(records, rates) -> plots.TextFigure:
     panels = {}
     for panel, rate in zip(axes, rates, strict=True):
         lines = []
-        for method, (colour, dashes) in STYLES.items():
+        for method, (colour, dashes) in reversed(STYLES.items()):  # the dotted line on top
             of_method = [r for r in records if (r["method"], r["learning_rate"]) == (method, rate)]
             steps = of_method[0]["steps"]
             rows = [
@@ -235,7 +235,9 @@ def chosen_with_band(records, rates) -> plots.TextFigure:
                 for at in range(len(steps))
             ]
             mean, low, high = np.array(rows).T
-            panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.fill_between(steps, low, high, color=colour, alpha=0.08, linewidth=0)
+            for edge in (low, high):
+                panel.plot(steps, edge, color=colour, linewidth=0.8, linestyle=dashes)
             line = plots.draw_line(panel, steps, mean, method, colour, linestyle=dashes)
             numbers = f"{mean[-1]:.2f} ({low[-1]:.2f} to {high[-1]:.2f})"
             lines.append(line._replace(numbers=numbers))

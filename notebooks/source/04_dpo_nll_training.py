@@ -84,7 +84,7 @@ for difference in (-2.0, 0.0, 2.0, 5.0):
 # %% [markdown]
 # **Step 2: the best policy for a given reward.** A [policy](../docs/glossary.md#policy) $\pi$ is a model that we may choose.
 # It should earn a high reward and stay close to the [reference model](../docs/glossary.md#reference-model) $M_t$, because we
-# graded only completions of $M_t$. The [KL divergence](../docs/glossary.md#kl-divergence) measures how close it is. For one
+# graded only completions of $M_t$. The [KL divergence](../docs/glossary.md#kl-divergence) measures how far it is. For one
 # question $x$ we want
 #
 # $$\max_\pi \; \mathbb{E}_{y \sim \pi}\big[r(x, y)\big] - \beta\, \mathrm{KL}(\pi \,\|\, M_t), \qquad
@@ -179,9 +179,9 @@ assert torch.allclose(implied[1] - implied[0], reward[1] - reward[0])
 helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 
 # %% [markdown]
-# With a small β the slope is smaller but fades later.
+# With a small β the slope starts smaller but fades later.
 #
-# **The gradient** follows from $(\log\sigma)'(z) = 1 - \sigma(z) = \sigma(-z)$:
+# **The gradient** follows from $(\log\sigma)'(z) = \sigma(-z)$, with $M_t$ constant:
 #
 # $$\frac{\partial L_\text{DPO}}{\partial \log M_\theta(w|x)} = -\beta\,\sigma(-\beta\delta), \qquad
 # \frac{\partial L_\text{DPO}}{\partial \log M_\theta(l|x)} = +\beta\,\sigma(-\beta\delta)$$
@@ -202,11 +202,11 @@ assert torch.allclose(rejected.grad, 0.1 * torch.sigmoid(-0.1 * chosen))
 helpers_04.gradient_arrows(beta=0.1)
 
 # %% [markdown]
-# ## 3 Why is that not enough?
+# ## 3 Why is DPO not enough?
 #
-# All completions depend on the same parameters, so a step cannot move one log-probability alone. Our toy has two parameters
-# θ and three completions. The logit of a completion is the dot product of its features with θ, and $\beta = 1$. The chosen
-# and the rejected one have similar features.
+# All completions depend on the same parameters, so a step cannot move one log-probability alone. Our toy has two parameters θ
+# and three completions. The logit of a completion is the dot product of its features with θ, and $\beta = 1$. The features of
+# the rejected one are similar but larger.
 
 # %%
 features = torch.tensor([[1.0, 0.2], [1.2, -0.2], [-1.0, 0.5]])     # chosen, rejected, a third one
@@ -219,7 +219,8 @@ def toy_training(alpha, steps=60):
         logp = torch.log_softmax(features @ theta, -1)
         rows.append(logp.exp().detach().numpy())
         loss_dpo = -torch.nn.functional.logsigmoid((logp[0] - ref[0]) - (logp[1] - ref[1]))
-        [gradient] = torch.autograd.grad(loss_dpo - alpha * logp[0], theta)
+        loss = loss_dpo - alpha * logp[0]                    # the second term comes below
+        gradient = torch.autograd.grad(loss, theta)[0]
         theta = (theta - 0.5 * gradient).requires_grad_()
     return rows
 
@@ -227,7 +228,7 @@ def toy_training(alpha, steps=60):
 # **Predict**: which of the three is the most probable after training with DPO alone?
 
 # %% tags=["nbval-ignore-output"]
-print("change of the three logits along f_w - f_l:", features @ (features[0] - features[1]))
+print("change of the three logits along features[0] - features[1]:", features @ (features[0] - features[1]))
 toy = {"DPO": np.array(toy_training(alpha=0.0)), "DPO + NLL": np.array(toy_training(alpha=1.0))}
 helpers_04.toy_probabilities(toy)
 
@@ -235,14 +236,14 @@ helpers_04.toy_probabilities(toy)
 # <details><summary>Answer</summary>
 #
 # It is the third completion. In $\log M_\theta(w) - \log M_\theta(l)$ the softmax denominator cancels, so every step moves
-# θ along the difference of the features, $f_w - f_l$. As the printed line shows, the logits of chosen and rejected then fall,
-# and the third one rises.
+# θ along the difference of the features, $f_w - f_l$. This changes the chosen logit by $|f_w|^2 - f_w \cdot f_l$, which is
+# negative here. As the printed line shows, the rejected logit falls further, and the third one rises.
 #
 # </details>
 #
 # This is [likelihood displacement](../docs/glossary.md#likelihood-displacement)
 # ([Razin et al. 2024](https://arxiv.org/abs/2410.08847)). Iterative RPO therefore adds a term that raises the chosen
-# completion: its negative log-likelihood (NLL), divided by its number of tokens $|w|$. This is Eq. 1 of
+# completion (right panel): its negative log-likelihood (NLL), divided by its number of tokens $|w|$. This is Eq. 1 of
 # [the paper](https://arxiv.org/html/2404.19733v3#S2) for one pair:
 #
 # $$L = \underbrace{-\log\sigma\Big(\beta \log\frac{M_\theta(w|x)}{M_t(w|x)}
@@ -253,8 +254,9 @@ helpers_04.toy_probabilities(toy)
 #
 # ### What is a sum and what is a mean?
 #
-# DPO compares probabilities of whole completions, so it needs *sums* over tokens. Eq. 1 averages the NLL within *each* chosen
-# completion, so pairs have equal weights. A common error averages over all tokens of the batch.
+# DPO compares probabilities of whole completions, so it needs *sums* over tokens. In the NLL a sum would give long
+# completions more weight, so Eq. 1 averages within *each* chosen completion. Some libraries average over all tokens of the
+# batch.
 #
 # **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What is the NLL term of this batch
 # in both ways?
@@ -303,14 +305,14 @@ print(checks_04.loss(my_loss))
 # %% [markdown]
 # ## 4 From a model to log-probabilities
 #
-# The loss needs $\log M_\theta(y|x)$, the sum over the tokens of a completion, end token included. Two details cause
+# The loss needs $\log M_\theta(y|x)$, the summed log-probabilities of its tokens, end token included. Two details cause
 # bugs. **Shift**: the logits of a column predict the *next* column. **Mask**: rows have different lengths, and padding must
 # not count. `pad_batch` pads prompts on the left and completions on the right, so all completions begin in the same column.
 
 # %% tags=["nbval-ignore-output"]
-words = ["2", "+", "3", "=", "5", "<end>", "6", "so"]
+words = ["2", "+", "3", "=", "5", "<end>", "6", "so", "·"]        # "·" is the padding
 prompts, completions = [[0, 1, 2, 3], [2, 3]], [[4, 5], [7, 6, 5]]
-batch = logprobs.pad_batch(prompts, completions, pad_id=0)
+batch = logprobs.pad_batch(prompts, completions, pad_id=8)
 helpers_04.padding_grid(batch, words)
 
 # %% [markdown]
@@ -347,7 +349,7 @@ print(checks_04.response_logps(my_response_logps))
 # Load $M_0$ and score four pairs.
 
 # %% tags=["nbval-ignore-output"]
-model, tokenizer, trainer = helpers_04.load_m0(profile)
+model, tokenizer, trainer = helpers_04.load_m0(profile)       # trainer: a class, for section 5
 data = preferences.shuffle(seed=0)
 four = data.select(range(4))
 
@@ -389,7 +391,7 @@ assert (loss_dpo - math.log(2)).abs().max() < tolerance
 #
 # **Goal**: make one step that raises δ. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
-# `score()` returns the log-probabilities of chosen and of rejected, with gradients. `reference` holds those of the reference.
+# `score()` returns the log-probabilities of chosen and of rejected, with gradients. `reference` has the same from $M_t$.
 # Make one step on the mean loss, and return the loss before the step.
 #
 # <details><summary>Hint</summary>
@@ -416,8 +418,8 @@ def train_step(score, optimizer, reference, n_tokens, alpha, beta):
 print(checks_04.train_step(train_step))
 
 # %% [markdown]
-# [Worked solution](solutions/04_dpo_nll_training.ipynb). Now train the [LoRA](../docs/glossary.md#lora) adapter of $M_0$, a
-# few added weights.
+# [Worked solution](solutions/04_dpo_nll_training.ipynb). Now take one step on the [LoRA](../docs/glossary.md#lora) adapter of
+# $M_0$, a few added weights.
 
 # %% tags=["nbval-ignore-output"]
 adapter = [weight for name, weight in model.named_parameters() if "lora_" in name]
@@ -430,7 +432,7 @@ def delta():
 
 print("δ before:", delta())
 loss = train_step(score, optimizer, reference, n_tokens, alpha=1.0, beta=0.1)
-print("δ after: ", "solve exercise 4.3 first" if loss is ... else delta())
+print("δ after: ", delta() if torch.is_tensor(loss) else "solve exercise 4.3 first")
 
 # %% [markdown]
 # ## 5 A short training run
@@ -445,7 +447,7 @@ held_out = set(asked[:max(1, len(asked) // 20)])
 probe_pairs = data.filter(lambda row: row["id"] in held_out)
 train_pairs = data.filter(lambda row: row["id"] not in held_out)
 
-def train(alpha, beta=0.1, learning_rate=3e-4, seed=0):
+def train(alpha, beta=0.1, learning_rate=3e-4, seed=0):          # 15 times the default: few steps
     """A training from M_0: the log and the rows of the probe."""
     models.set_adapter(model, None)                                  # back to M_0
     probe = Probe(probe_pairs, tokenizer, every=max(1, STEPS // 8))
@@ -473,9 +475,9 @@ helpers_04.batches_and_probe(log, probed, beta=0.1)
 #
 # **Goal**: defend a choice with runs. **Difficulty**: 3 of 3. **Time**: 20 minutes.
 #
-# **Run** `train` with several α. **Plot** the probe. **Argue**: which α raises chosen and δ most, and what would change your
-# mind? At the start the gradients with respect to $\log M_\theta(w|x)$ have the sizes β/2 (DPO term) and $\alpha / |w|$ (NLL
-# term). Repeat a run with `seed=1` before you claim a difference.
+# **Run** `train` with several α. **Plot** the probe. **Argue**: which α raises chosen and the difference most, and what would
+# change your mind? At the start the gradients with respect to $\log M_\theta(w|x)$, β/2 (DPO term) and $\alpha / |w|$ (NLL
+# term), are equal for $\alpha = \beta |w| / 2$. Repeat a run with `seed=1` before you claim a difference.
 
 # %% tags=["nbval-ignore-output"]
 # SOLUTION
@@ -489,22 +491,22 @@ figures.training_curves(alphas)
 # %% [markdown]
 # <details><summary>What we see in the solved notebook</summary>
 #
-# With α = 10 the rejected log-probability falls less, and the difference grows less. A probe does not show which α gives the
-# higher *accuracy*.
+# The difference grows most with α = 0 and least with α = 10. The chosen log-probability hardly differs. A probe does not show
+# which α gives the higher *accuracy*.
 #
 # </details>
 
 # %% [markdown]
 # ## 6 Does DPO alone lower the chosen completions?
 #
-# In the [paper's figure 3a](https://arxiv.org/html/2404.19733v3#S3.SS1) it does, for Llama-2-70B on GSM8K. For our model
-# [a script](../scripts/studies/pair_log_probabilities.py) trained $M_0$ with three methods, two learning rates and three
-# seeds. It stored both log-probabilities of *each* of 256 held-out pairs.
+# In the [paper's figure 3a](https://arxiv.org/html/2404.19733v3#S3.SS1) it does, for Llama-2-70B-chat on GSM8K. For our model
+# [a script](../scripts/studies/pair_log_probabilities.py) trained $M_0$ with DPO, DPO + NLL and SFT on chosen, at 5 and 15
+# times our learning rate, with three seeds. It scored both completions of *each* of 256 held-out pairs.
 
 # %% tags=["nbval-ignore-output"]
 records = helpers_04.study()
-rates = sorted({record["learning_rate"] for record in records})
-helpers_04.chosen_with_band(records, rates)
+learning_rates = sorted({record["learning_rate"] for record in records})
+helpers_04.chosen_with_band(records, learning_rates)
 
 # %% [markdown]
 # Bands are 95 % intervals over seeds and pairs. The vertical axes differ.
@@ -512,25 +514,26 @@ helpers_04.chosen_with_band(records, rates)
 # **Predict**: with DPO alone at 3e-4, what share of the chosen completions rises: a quarter, half, or more?
 
 # %%
-print("learning rate  method     seeds  mean change of chosen (95 %)     median  rise")
-for rate in rates:
+print("learning rate  method     seeds  mean change of chosen (95 %)         median  share above 0")
+for learning_rate in learning_rates:
     for method in ("DPO", "DPO + NLL", "SFT"):
-        change = helpers_04.changes(records, method, rate, "chosen")          # (seeds, pairs), nats
-        print(f"{rate:<14.0e} {method:10} {len(change):<6} {helpers_04.interval(change):30}",
-              f"{np.median(change):+.2f}  {(change > 0).mean():.0%}")
+        change = helpers_04.changes(records, method, learning_rate, "chosen")          # (seeds, pairs), nats
+        print(f"{learning_rate:<14.0e} {method:10} {len(change):<6} {helpers_04.interval(change):36}",
+              f"{np.median(change):+.2f}   {(change > 0).mean():.0%}")
 
 # %% [markdown]
-# Most rise, but the mean change is not resolved. Why?
+# With DPO at 3e-4 most rise, but the mean change is not resolved. Why?
 
 # %% tags=["nbval-ignore-output"]
-helpers_04.change_histogram(records, max(rates))
+helpers_04.change_histogram(records, max(learning_rates))
 
 # %% [markdown]
-# The vertical axis is logarithmic. A few completions fall by more than 10 nats and pull the mean down. Which ones?
+# The vertical axis is logarithmic. A few completions fall by more than 10 nats. They lower the mean and widen its interval.
+# Which ones?
 
 # %%
 held_out = helpers_04.held_out_pairs()
-change = helpers_04.changes(records, "DPO", max(rates), "chosen").mean(0)          # mean over seeds
+change = helpers_04.changes(records, "DPO", max(learning_rates), "chosen").mean(0)          # mean over seeds
 for i in change.argsort()[:4]:
     print(f"{change[i]:+.1f}", repr(held_out[i]["chosen"].strip()))
 
@@ -543,10 +546,10 @@ def shows_result(completion):
     lines = completion.strip().split("\n")
     return len(lines) > 1 and lines[-2].split("=")[-1] == lines[-1].split(": ")[-1]
 
-shown, bare = (np.array([test(pair["chosen"]) for pair in held_out])
-               for test in (shows_result, lambda completion: "=" not in completion))
+shown = np.array([shows_result(pair["chosen"]) for pair in held_out])
+bare = sum("=" not in pair["chosen"] for pair in held_out)
 rejected_shown = np.mean([shows_result(pair["rejected"]) for pair in held_out])
-print(f"{(~shown).sum()} of {len(shown)} chosen completions do not show their result; {bare.sum()} have no equation")
+print(f"{(~shown).sum()} of {len(shown)} chosen completions do not show their result; {bare} have no equation")
 print(f"rejected completions that do not show their result: {1 - rejected_shown:.0%}")
 
 # %% [markdown]
@@ -554,31 +557,34 @@ print(f"rejected completions that do not show their result: {1 - rejected_shown:
 # it need a test on new pairs.
 
 # %%
-for rate in rates:
-    dpo, nll, sft = (helpers_04.changes(records, m, rate, "chosen") for m in ("DPO", "DPO + NLL", "SFT"))
-    print(f"learning rate {rate:.0e}: change in nats (95 %)")
+for learning_rate in learning_rates:
+    dpo, nll, sft = (helpers_04.changes(records, method, learning_rate, "chosen")
+                     for method in ("DPO", "DPO + NLL", "SFT"))
+    sft_rejected = helpers_04.changes(records, "SFT", learning_rate, "rejected")
+    print(f"learning rate {learning_rate:.0e}: change in nats (95 %)")
     helpers_04.claim("DPO alone lowers chosen completions", dpo, "falls")
     helpers_04.claim("DPO alone lowers those without their result", dpo[:, ~shown], "falls")
     helpers_04.claim("SFT lowers those without their result", sft[:, ~shown], "falls")
     helpers_04.claim("DPO + NLL raises chosen more than DPO alone", nll - dpo, "rises")
     helpers_04.claim("SFT raises chosen more than DPO + NLL", sft - nll, "rises")
-    helpers_04.claim("SFT lowers rejected", helpers_04.changes(records, "SFT", rate, "rejected"), "falls")
+    helpers_04.claim("SFT lowers rejected", sft_rejected, "falls")
 
 # %% [markdown]
 # At 1e-4 chosen completions rise on average with every method, and the NLL term makes no difference that we can measure.
-# At 3e-4 the question of this section is *not resolved*.
+# At 3e-4 neither a fall with DPO nor an effect of the NLL is *resolved*.
 #
-# At both learning rates DPO lowers the small group. A possible cause: the group resembles the rejected completions of
-# *other* pairs. SFT also lowers it, so rejected completions are not the only cause.
+# At both learning rates DPO lowers the small group that we chose afterwards. A possible cause: the group resembles the
+# rejected completions of *other* pairs. SFT also lowers it, so rejected completions are not the only cause.
 #
-# SFT lowers rejected completions. In the paper's figure 2a it raises them. The pairs differ: most of our rejected completions
-# skip the working, while on GSM8K both sides are chains of thought.
+# SFT lowers rejected completions. In the paper's figure 2a it raises them. The pairs differ: 95 % of our rejected
+# completions do not show their result, while on GSM8K both sides are chains of thought.
 
 # %% [markdown]
 # ## What you have learnt
 #
-# - DPO is maximum likelihood under Bradley–Terry. The reward is β times a log-ratio, and $Z$ cancels.
-# - DPO pushes chosen up and rejected down with equal size $\beta\,\sigma(-\beta\delta)$.
+# - DPO is maximum likelihood under Bradley–Terry, with β times a log-ratio as the reward.
+# - Its gradients on the two log-probabilities are opposite, with size $\beta\,\sigma(-\beta\delta)$.
+# - The NLL term raises the chosen completion. Eq. 1 divides it by $|w|$.
 # - A mean can hide a heavy tail: plot every pair.
 #
 # **Try**: change the features in section 3 until DPO raises the chosen completion.
@@ -602,7 +608,7 @@ for rate in rates:
 # 1. It cancels in the reward difference.
 # 2. It sums in the DPO term and averages in the NLL term. It ignores prompt and padding.
 # 3. Nothing is trained, or the reference changes with the model.
-# 4. In the toy, and perhaps in our study: when they resemble rejected completions.
+# 4. In the toy: if $f_w \cdot f_l > |f_w|^2$. In our study perhaps: if they resemble rejected ones.
 #
 # </details>
 #
