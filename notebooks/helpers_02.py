@@ -60,17 +60,25 @@ def with_questions(graded) -> pd.DataFrame:
 def labelled_forms() -> pd.DataFrame:
     """Completions in the forms that models use, each with a verdict by reading."""
     path = ROOT / "notebooks" / "data" / "graded_forms.jsonl"
-    forms = pd.read_json(path, lines=True, dtype=False)
-    forms["verdict"] = forms.verdict.map({"right": "correct", "wrong": "incorrect"})
-    return forms
+    return pd.read_json(path, lines=True, dtype=False)
+
+
+def records(forms: pd.DataFrame) -> list[dict]:
+    """The rows as dicts, as a task gives them: None where a column has no value."""
+    return forms.astype(object).where(forms.notna(), None).to_dict("records")
+
+
+def last_line(completion: str) -> str:
+    """The last line, or an empty text."""
+    return completion.splitlines()[-1] if completion else ""
 
 
 def grading_cases() -> pd.DataFrame:
     """Error counts of the package's graders on the second collection, per task."""
     cases = pd.read_csv(FIGURES / "grading_cases.csv")
     cases = cases[cases.kind == "all"].drop(columns="kind")
-    cases["sure"] = np.where(cases.sure, "clear", "debatable")
-    return cases.rename(columns={"sure": "verdict"}).set_index("task")
+    cases["label"] = np.where(cases.sure, "clear", "debatable")
+    return cases.drop(columns="sure").set_index("task")
 
 
 def equations(completion: str) -> list[tuple]:
@@ -262,7 +270,7 @@ def luck(groups: dict[str, pd.DataFrame]) -> plots.TextFigure:
         said.append(f"{share:.0f} % ({low:.0f} to {high:.0f}) of {len(rows)}")
         axes.text(high + 1, -i, f" {said[-1]}", va="center")
     axes.set_yticks([-i for i in range(len(groups))], list(groups))
-    axes.set(xlabel="lucky: correct letter, incorrect number (%)", xlim=(0, 100))
+    axes.set(xlabel="lucky: correct letter, incorrect number (%, 95 % interval)", xlim=(0, 100))
     figure.alt_text = "Correct letter with an incorrect number: " + "; ".join(
         f"{name}: {text}" for name, text in zip(groups, said, strict=True)
     )

@@ -26,8 +26,8 @@ LEFT = 'style="text-align:left; white-space:pre-wrap"'
 KINDS = {
     "answers before the working is complete": ORANGE,
     "writes another equation": BLUE,
-    "gives another answer after the same working": GREEN,
-    "writes an equation too many": GREY,
+    "gives another answer at the same line": GREEN,
+    "writes an equation, chosen answers": GREY,
 }
 FATES = {"gives pairs": BLUE, "all incorrect": ORANGE, "all correct": GREY}
 
@@ -45,6 +45,22 @@ def counts_per_iteration(run, counts: dict) -> pd.DataFrame:
     files = sorted(run.glob("iteration_*/pairs/counts.json")) if run else []
     rows = [json.loads(file.read_text()) for file in files] or [counts]
     return pd.DataFrame(rows).rename(index="$M_{}$".format)
+
+
+def quarters_by_prompt_length(table: pd.DataFrame) -> pd.DataFrame:
+    """The counts of `build_pairs` for each quarter of the questions, sorted by prompt length."""
+    by_question = table.groupby("id").agg(prompt=("prompt_ids", "first"), share=("correct", "mean"))
+    order = by_question.prompt.map(len).rank(method="first")
+    quarter = pd.qcut(order, 4, labels=["shortest", "second", "third", "longest"])
+    shares = by_question.share.groupby(quarter, observed=True)
+    counts = pd.DataFrame(
+        {
+            "questions": shares.size(),
+            "all_wrong": shares.agg(lambda share: (share == 0).sum()),
+            "all_right": shares.agg(lambda share: (share == 1).sum()),
+        }
+    )
+    return counts.assign(used=counts.questions - counts.all_wrong - counts.all_right)
 
 
 def walk_table(chosen: list, rejected: list, k: int) -> str:

@@ -392,7 +392,7 @@ def test_labelled_completions():
     assert {row["task"] for row in rows} == {"gsm8k", "arc_challenge", "math", "word_problems"}
     for row in rows:
         assert (
-            row["verdict"] in ("right", "wrong")
+            row["verdict"] in ("correct", "incorrect")
             and row["question"]
             and row["form"]
             and row["reason"]
@@ -407,7 +407,7 @@ def test_labelled_completions():
     ):  # MATH needs seconds of another process
         task, mine = tasks.get(name), [row for row in rows if row["task"] == name]
         verdicts = [
-            (row["verdict"] == "right", grading.grade_one(row, task)["correct"]) for row in mine
+            (row["verdict"] == "correct", grading.grade_one(row, task)["correct"]) for row in mine
         ]
         assert {right for right, _ in verdicts} == {True, False}
         assert sum(right == graded for right, graded in verdicts) > 0.5 * len(verdicts)

@@ -53,7 +53,7 @@ print("profile", PROFILE, "· device", models.default_device(), "· seed", profi
 # %% [markdown]
 # ## 1 One question, asked several times
 #
-# Ask a language model a difficult question thirty times. Some of its [completions](../docs/glossary.md#completion), the
+# Ask a language model a difficult question several times. Some of its [completions](../docs/glossary.md#completion), the
 # texts that it writes, are correct. Can the model learn from them?
 #
 # A *profile* is a set of settings. The `cpu` profile has word problems and a first model $M_0$, the
@@ -86,9 +86,13 @@ print(f"{len(questions)} questions, N = {profile.n_samples}: {len(graded)} sampl
 def completions_of(question):
     return [row for row in graded if row["id"] == question["id"]]
 
-mixed = [question for question, answer in zip(questions, greedy)
-         if not answer["correct"] and len({row["correct"] for row in completions_of(question)}) == 2]
-assert mixed, "The model solves all of these questions, or none: take more than 16."
+def has_both_kinds(question):
+    verdicts = [row["correct"] for row in completions_of(question)]
+    return any(verdicts) and not all(verdicts)
+
+mixed = [question for question, best in zip(questions, greedy)
+         if not best["correct"] and has_both_kinds(question)]
+assert mixed, "No question has an incorrect greedy completion and both kinds of samples: take more than 16."
 question, completions = mixed[0], completions_of(mixed[0])
 print(question["question"], "\nknown answer:", question["answer"])
 print("greedy:", helpers_00.show(draw(Dataset.from_list([question]))[0]["completion"]), "\n")
@@ -129,8 +133,8 @@ helpers_00.loop_diagram(question["question"], completions, profile.k_pairs)
 #    form $K$ [preference pairs](../docs/glossary.md#preference-pair). A question without both kinds gives no pairs.
 # 4. **Train.** A copy of $M_t$ learns to prefer chosen over rejected completions *more than $M_t$ does*.
 # 5. **Evaluate.** The trained model $M_{t+1}$ answers questions that training never uses.
-# 6. **Repeat** with $M_{t+1}$ and new completions. The paper does this three or four times
-#    ([section 3](https://arxiv.org/html/2404.19733v3#S3)).
+# 6. **Repeat** with $M_{t+1}$ and new completions. The paper runs three or four iterations ([section
+#    3](https://arxiv.org/html/2404.19733v3#S3)).
 #
 # We count iterations from 0. One model has three roles:
 #
@@ -165,9 +169,9 @@ print(by_hand)
 #
 # Conversely, a lucky guess gets the reward ([02](02_grading.ipynb)).
 #
-# Pairing walks through the correct and the incorrect completions in parallel. When a list ends, it starts again. After $K$
-# pairs the walk stops. This is a zip with wrap-around, not a random draw
-# ([section 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2).
+# Pairing walks through the correct and the incorrect completions in parallel. When a list ends, only that list starts again.
+# After $K$ pairs the walk stops. This is a zip with wrap-around, not a random draw ([section
+# 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2).
 
 # %% tags=["nbval-ignore-output"]
 chosen = [row["sample"] for row in completions if row["correct"]]
@@ -175,6 +179,7 @@ rejected = [row["sample"] for row in completions if not row["correct"]]
 by_hand = [(chosen[i % len(chosen)], rejected[i % len(rejected)])
            for i in range(profile.k_pairs)]
 
+# our runs also remove repeated completions first; the paper does not
 preferences, counts = pairs.build_pairs(completions, k=profile.k_pairs, deduplicate=False)
 print("indices of chosen", chosen, "· of rejected", rejected, "· pairs", by_hand)
 assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_sample"]))
@@ -201,10 +206,11 @@ assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_s
 
 # %% tags=["nbval-ignore-output"]
 pair = preferences[0]
-texts = [pair["prompt_ids"]] * 2, [pair["chosen_ids"], pair["rejected_ids"]]
+prompts = [pair["prompt_ids"], pair["prompt_ids"]]
+both = [pair["chosen_ids"], pair["rejected_ids"]]             # lists of token ids
 reference, _ = runs.load_model(profile)                       # M_t, here M_0
-logp_w, logp_l = logprobs.score(model, tokenizer, *texts)
-ref_w, ref_l = logprobs.score(reference, tokenizer, *texts)
+logp_w, logp_l = logprobs.score(model, tokenizer, prompts, both)
+ref_w, ref_l = logprobs.score(reference, tokenizer, prompts, both)
 margin = profile.beta * (logp_w - ref_w) - profile.beta * (logp_l - ref_l)
 print(f"log-probability of chosen {logp_w:.2f}, of rejected {logp_l:.2f} nats")
 print(f"DPO term {-math.log(1 / (1 + math.exp(-margin))):.4f},",
@@ -220,8 +226,8 @@ print(f"DPO term {-math.log(1 / (1 + math.exp(-margin))):.4f},",
 # This is a free test. If the first DPO term of a run differs from 0.6931 by more than rounding, training does not start from
 # the reference, or dropout is on. If it *stays* there, the model does not change, or the reference changes too.
 #
-# Take twenty gradient steps on these pairs. The learning rate is larger than in section 6, because twenty steps are
-# few. Training changes `model` itself: to start again, run the notebook from the top.
+# Take twenty gradient steps on these pairs. The [learning rate](../docs/glossary.md#learning-rate) is 15 times the default,
+# because twenty steps are few. Training changes `model` itself: to start again, run the notebook from the top.
 
 # %% tags=["nbval-ignore-output"]
 before = draw(Dataset.from_list([question]))[0]["completion"]
@@ -234,9 +240,8 @@ print("greedy before:", helpers_00.show(before))
 print("greedy after: ", helpers_00.show(after))
 
 # %% [markdown]
-# This is the course in one cell: the model learned from its own completions, without a worked solution. The figure shows
-# mean log-probabilities. It starts flat because the [learning rate](../docs/glossary.md#learning-rate) of the first step is 0
-# (warm-up).
+# This is the course in one cell: the model learned from its own completions, without a worked solution. The figure averages
+# log-probabilities over the pairs. It starts flat because the learning rate of the first step is 0 (warm-up).
 
 # %% tags=["nbval-ignore-output"]
 helpers_00.twenty_steps(log)
@@ -268,7 +273,7 @@ print(f"careful among the correct ones: {correct_and_careful / correct:.2f}")
 #
 # </details>
 #
-# Suppose that $M_{t+1}$ is careful as often as the correct completions of $M_t$, and repeat.
+# Suppose this share becomes the careful share of *all* completions of $M_{t+1}$, and repeat.
 
 # %%
 shares, accuracies = [careful], []
@@ -283,8 +288,8 @@ helpers_00.toy(shares[:5], accuracies, accuracy_of["careful"])
 
 # %% [markdown]
 # The toy model never gets better *at* careful working. It shows careful working more often. This is called
-# [elicitation](../docs/glossary.md#elicitation). The toy model only imitates correct completions, while DPO also makes
-# rejected ones less probable. Notebook [01](01_sampling.ipynb) asks whether training adds more than elicitation.
+# [elicitation](../docs/glossary.md#elicitation). The toy model only imitates correct completions, while DPO also ranks them
+# above rejected ones. Notebook [01](01_sampling.ipynb) asks whether training adds more than elicitation.
 
 # %% [markdown]
 # ### Exercise 0.1: Iterative RPO in a few lines
@@ -325,7 +330,8 @@ print(checks_00.iterative_rpo(iterative_rpo))
 # %% [markdown]
 # ## 6 Where the course ends
 #
-# **Predict**: sketch the accuracy of $M_0$ to $M_4$ on test questions. Which iteration gains most?
+# **Predict**: sketch the accuracy of $M_0$ to $M_4$ on test questions, at a low and at a high learning rate. Which iteration
+# gains most?
 
 # %% tags=["nbval-ignore-output"]
 figure, table = helpers_00.two_learning_rates()
@@ -339,19 +345,20 @@ figure
 # </details>
 #
 # Both lines start from the same $M_0$. Only the learning rate differs. Figure and table have means over five
-# seeds with 95 % [intervals](../docs/glossary.md#confidence-interval).
+# [seeds](../docs/glossary.md#seed) with 95 % [intervals](../docs/glossary.md#confidence-interval).
 
 # %%
 table
 
 # %% [markdown]
 # - **The learning rate decides the shape of the curve.** At 1e-4 one iteration does most of the work. The default is 2e-5. We
-#   chose it on validation questions: at 2e-5 every iteration gains ([log](../figures/LOG.md)).
+#   chose it on validation questions: of the rates at which every iteration gains over one point, its $M_4$ is best
+#   ([log](../figures/LOG.md)).
 # - **At 1e-4 the last mean falls**, because one of five seeds falls to 74 % ([data](../figures/comparison.csv)). Notebook
 #   [05](05_iterations.ipynb) says when to stop.
 # - **You will meet several $M_1$.** They differ in learning rate or in the number of training questions. Accuracy is
 #   greedy (here) or sampled. Compare only numbers of the same table.
-# - **The rise is elicitation.** Training restores the working. Notebook [06](06_baselines_and_ablations.ipynb) compares
+# - **Mostly the rise is elicitation.** Training restores the working. Notebook [06](06_baselines_and_ablations.ipynb) compares
 #   other methods, also on a model that always shows its working and makes mistakes in it.
 #
 # Here is a test question that $M_0$ answers incorrectly and the last model correctly. The models come from a finished run at
@@ -361,15 +368,15 @@ table
 run = helpers_00.finished_run(PROFILE)
 settings = runs.read_profile(run)
 asked = tasks.get(settings.task).load(settings.eval_split, settings.data)
-answers = [load_from_disk(str(run / f"iteration_{t}/evaluation/greedy"))
-           for t in range(settings.iterations + 1)]
-learned = [i for i, (first, last) in enumerate(zip(answers[0], answers[-1]))
+greedy_of = [load_from_disk(str(run / f"iteration_{t}/evaluation/greedy"))
+             for t in range(settings.iterations + 1)]
+learned = [i for i, (first, last) in enumerate(zip(greedy_of[0], greedy_of[-1]))
            if not first["correct"] and last["correct"]]
 shown = learned[0] if learned else 0                # a very small run may have none
-print(next(row["question"] for row in asked if row["id"] == answers[0][shown]["id"]), "\n")
-for t, answer in enumerate(answers):
-    print(f"M_{t}", "correct  " if answer[shown]["correct"] else "incorrect",
-          helpers_00.show(answer[shown]["completion"]))
+print(next(row["question"] for row in asked if row["id"] == greedy_of[0][shown]["id"]), "\n")
+for t, completions_of_model in enumerate(greedy_of):
+    row = completions_of_model[shown]
+    print(f"M_{t}", "correct  " if row["correct"] else "incorrect", helpers_00.show(row["completion"]))
 
 # %% [markdown]
 # We selected this example. The figure above is the evidence.
@@ -392,7 +399,8 @@ stages.round(1)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In the shipped run (one core) training and evaluation take most of the time. Grading and pairing take seconds.
+# In the shipped run (one core, which also had other work) training and evaluation take most of the time. Grading and pairing
+# take seconds.
 #
 # </details>
 #
@@ -473,7 +481,7 @@ print(checks_00.sampling_hours(sampling_hours))
 # <details><summary>Typical misunderstandings</summary>
 #
 # - *The DPO term is $\ln 2$ because the model knows nothing yet.* It is $\ln 2$ because the model *is* its reference.
-# - *The model learned arithmetic.* It learned to show its working, which it could do before.
+# - *The model learned arithmetic.* It mostly learned to show its working, which it could do before.
 #
 # </details>
 #
@@ -487,7 +495,7 @@ print(checks_00.sampling_hours(sampling_hours))
 #
 # 1. $M_3$, the model that iteration 3 starts from.
 # 2. It gives no pairs, because there is no rejected completion.
-# 3. Training does not start from the reference.
+# 3. Training does not start from the reference, or dropout is on.
 #
 # </details>
 #

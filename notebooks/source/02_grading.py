@@ -66,7 +66,7 @@ completions = ["5+43=48\n48/2=24\nFinal answer: 24",
                "48 eggs are halved, and 48/2 is not 24"]
 
 # %% [markdown]
-# The simplest grader takes the last number of the text.
+# The simplest grader takes the last run of digits.
 # [Evaluation libraries](https://github.com/EleutherAI/lm-evaluation-harness/blob/main/lm_eval/tasks/gsm8k/gsm8k.yaml) can
 # do this.
 #
@@ -95,7 +95,7 @@ for completion in completions:
 # %% [markdown]
 # ## 2 Extract: where is the answer?
 #
-# The prompt asks for the marker "Final answer:" ([appendix B.1](https://arxiv.org/html/2404.19733v3#A2)). A model may
+# The paper's prompt requests the marker "Final answer:" ([appendix B.1](https://arxiv.org/html/2404.19733v3#A2)). A model may
 # correct itself, so the *last* marker counts.
 
 # %%
@@ -108,11 +108,11 @@ def after_marker(completion):
 [after_marker(completion) for completion in completions]
 
 # %% [markdown]
-# Real models also write `**Final answer**:` and `\boxed{24}`. All tasks of the package therefore share one answer
-# extractor, [`answers.py`](../irpo_utils/tasks/answers.py):
+# Real models also write `**Final answer**:` and `\boxed{24}`. One answer extractor,
+# [`answers.py`](../irpo_utils/tasks/answers.py), reads these forms for all tasks:
 #
-# 1. **Marker and block**: find the last "Final answer", also in bold or in a heading. The block is the rest of its line. If
-#    that is empty, or if a brace, a formula or a code fence is open, it includes the next line.
+# 1. **Marker and block**: find the last "Final answer", also in bold or in a heading. The block is the rest of its line, or
+#    the next line if this rest is empty. An open brace, formula or code fence extends it.
 # 2. **Wrapping**: remove boxes, math delimiters, bold type, quotes, and phrases such as "The answer is".
 # 3. **Number**: the task parses the text. On multiple choice it reads a letter.
 
@@ -122,7 +122,7 @@ helpers_02.front_end("57*2=114\n114-2=112\n**Final answer**:\n$\\boxed{112}$ she
 # %%
 for text in ("Final answer: **24**", "final answer: The answer is $24$.", "### Final answer\n24",
              "The answer is 24."):
-    print(f"{text!r:40} -> {answers.read(text)!r}")
+    print(f"{text!r:40} -> {answers.read(text)!r}")          # read: steps 1 and 2
 
 # %% [markdown]
 # The last text has no marker and gets no reward. The reward also depends on the format.
@@ -136,8 +136,9 @@ for text in ("Final answer: **24**", "final answer: The answer is $24$.", "### F
 # %%
 def numbers_in(text):
     plain = re.sub(r"[$€]", "", text)
-    plain = re.sub(r"(?<=\d),(?=\d{3})", "", plain)
-    return [Fraction(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?:/\d+)?", plain)]
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", plain)            # 1,080 -> 1080
+    found = re.findall(r"-?\d+(?:\.\d+)?(?:/\d+)?", plain)     # sign, digits, decimals, denominator
+    return [Fraction(number) for number in found]
 
 for text in ("$24.00", "1,080.50 euros", "1/3", "0.33", "-5", "12 or 13"):
     print(f"{text:16}", *numbers_in(text))
@@ -195,11 +196,11 @@ print(checks_02.extract_number(extract_number))
 # [Worked solution](solutions/02_grading.ipynb).
 
 # %% [markdown]
-# ## 4 Cut off is not finished
+# ## 4 Truncated completions
 #
 # A completion that hits the token limit (`max_new_tokens`) is cut off at an arbitrary point.
 #
-# **Predict**: the text below lacks its last 4, 3, 2, 1 and 0 characters. Which answer does the grader read from each piece?
+# **Predict**: we remove the last 4, 3, 2, 1 or 0 characters of a text. Which answer does the grader read each time?
 
 # %%
 whole, word_problems = "57*2=114\n114-2=112\nFinal answer: 112", tasks.get("word_problems")
@@ -209,7 +210,7 @@ for length in range(len(whole) - 4, len(whole) + 1):
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It reads none from two pieces, then 1, 11 and 112.
+# It reads none twice, then 1, 11 and 112.
 #
 # </details>
 #
@@ -217,13 +218,14 @@ for length in range(len(whole) - 4, len(whole) + 1):
 # [truncated](../docs/glossary.md#truncated-completion) completion. `finished` is True if the model itself ended the text.
 
 # %%
-for completion, finished in ((whole, True), (whole, False), (whole[:-1], True),
-                             ("57*2=114\n114-2=112", True)):
+cases = [(whole, True), (whole, False),
+         ("57*2=114\nFinal answer: 114", True), ("57*2=114\n114-2=112", True)]
+for completion, finished in cases:
     row = {"completion": completion, "answer": "112", "finished": finished}
     print(grading.grade_one(row, word_problems))
 
 # %% [markdown]
-# How often does each reason occur among the completions of $M_0$?
+# How often does each reason occur for $M_0$ (none of its completions is truncated)?
 
 # %% tags=["nbval-ignore-output"]
 graded = helpers_02.graded_completions(PROFILE, profile)
@@ -235,13 +237,14 @@ print(f"{count} without a readable answer; their most frequent last lines (# is 
 print(endings)
 
 # %% [markdown]
-# Read such endings before you train. Here they are less than 1 % of all completions, and most repeat a part of the marker.
+# Read such endings before you train: frequent ones show problems with the format. Here less than 1 % are unreadable, and half
+# of those repeat the marker.
 
 # %% [markdown]
 # ## 5 Grade the grader
 #
-# When does a grader err? We labelled completions in many forms, for four tasks ([file](data/graded_forms.jsonl)): would a
-# teacher accept the answer?
+# When does a grader err? For four tasks we wrote completions in many forms and labelled them
+# ([file](data/graded_forms.jsonl)): would a teacher accept the answer?
 
 # %%
 forms = helpers_02.labelled_forms()
@@ -256,11 +259,11 @@ for row in forms[forms.id.isin(["buns-09", "buns-20", "film-04"])].itertuples():
 # **Predict**: which of the three has the most false positives, and which the most false negatives?
 
 # %%
-rows = forms.astype(object).where(forms.notna(), None).to_dict("records")
+rows = helpers_02.records(forms)
 correct = forms.verdict == "correct"
 graders = {
     "exact": lambda row: after_marker(row["completion"]) == row["answer"],
-    "contains": lambda row: row["answer"] in (row["completion"].splitlines() or [""])[-1],
+    "contains": lambda row: row["answer"] in helpers_02.last_line(row["completion"]),
     "package": lambda row: grading.grade_one(row, tasks.get(row["task"]))["correct"]}
 for name, grader in graders.items():
     forms[name] = [grader(row) for row in rows]
@@ -276,7 +279,7 @@ helpers_02.grader_errors(errors, correct)
 #
 # </details>
 #
-# These are not error *rates*: the file has each form about once. Which false positives does the package have?
+# These are not error *rates*: we chose the forms ourselves. Which false positives does the package have?
 
 # %%
 for row in forms[forms.package & ~correct].itertuples():
@@ -287,13 +290,14 @@ for row in forms[forms.package & ~correct].itertuples():
 # Which kind of error does more harm in training?
 #
 # - A *false negative* rejects a correct completion. The model learns to avoid an unusual form.
-# - A *false positive* chooses an incorrect completion. The next model writes more of this kind, and they are rewarded again.
+# - A *false positive* chooses an incorrect completion. The next model may write more of this kind, which is rewarded again.
 #
-# We expect false positives to do more harm, so the package is strict when in doubt. Section 8 measures false positives only.
+# We expect false positives to do more harm, so the package accepts many false negatives. Section 8 measures false positives
+# only.
 #
 # The next table counts errors of the package on a second collection, from public bug reports. The task `jsonl` is for your
-# own questions. *Debatable*: readers may disagree about the label. We improved the graders with it, so expect more errors on
-# new completions.
+# own questions. *Debatable* means that readers may disagree about the label. We used this collection to improve the graders,
+# so expect more errors on new completions.
 
 # %%
 helpers_02.grading_cases()
@@ -337,7 +341,8 @@ print(checks_02.fooled(fooled, naive))
 
 # %%
 for equation in equations("57*2=104\n104 - 2 = $102\nFinal answer: 102"):
-    print(*equation, is_true(equation))
+    left, operator, right, result = equation
+    print(left, operator, right, "=", result, is_true(equation))
 
 # %% [markdown]
 # $M_0$ has three behaviours:
@@ -353,6 +358,7 @@ def behaviour(row):
     shown = len(equations(row.completion))
     if shown == 0:
         return "no working"
+    # gold_steps: equations of the gold solution
     return "partial working" if shown < row.gold_steps else "full working"
 
 samples = helpers_02.with_questions(graded)
@@ -372,8 +378,10 @@ helpers_02.behaviours(samples)
 # %% tags=["nbval-ignore-output"]
 incorrect = samples[~samples.correct & (samples.behaviour != "no working")]
 partial = incorrect[incorrect.behaviour == "partial working"]
-print(f"{len(partial)} of {len(incorrect)} incorrect completions with equations have too few equations:")
-example = partial.iloc[0]
+print(len(partial), "of", len(incorrect), "incorrect completions with equations have too few equations;")
+all_true = incorrect.completion.map(lambda text: all(map(is_true, equations(text))))
+print((~all_true).sum(), "have a false equation. One with true equations:\n")
+example = incorrect[all_true & (incorrect.behaviour == "partial working")].iloc[0]
 print(example.question, "\n" + example.completion, f"\n(the gold answer is {example.answer})")
 
 # %% [markdown]
@@ -383,7 +391,8 @@ print(example.question, "\n" + example.completion, f"\n(the gold answer is {exam
 samples["false"] = [not all(map(is_true, equations(text))) for text in samples.completion]
 odd = samples[samples.correct & (samples.false | (samples.behaviour == "no working"))]
 print(len(odd), "of", samples.correct.sum(), "rewarded completions have no working or a false equation:")
-for row in odd.sort_values(["false", "gold_steps"]).iloc[[0, -1]].itertuples():
+examples = odd.sort_values(["false", "gold_steps"]).iloc[[0, -1]]      # one of each kind
+for row in examples.itertuples():
     print(f"\n{row.question} (gold answer {row.answer})")
     print("  ->", " ; ".join(row.completion.splitlines()))
 
@@ -421,17 +430,19 @@ print(checks_02.sound(sound))
 # %% tags=["nbval-ignore-output"]
 rewarded = samples[samples.correct]
 passed = [sound(row.completion, row.extracted) for row in rewarded.itertuples()]
-print("Solve exercise 2.3 first." if ... in passed else
-      f"{passed.count(True)} of {len(rewarded)} rewarded completions pass your reward")
+if passed[:1] == [...]:
+    print("Solve exercise 2.3 first.")
+else:
+    print(f"{passed.count(True)} of {len(rewarded)} rewarded completions pass your reward")
 
 # %% [markdown]
 # ## 7 Luck on multiple choice
 #
-# With four options a guess is often correct. The paper notes this for the multiple-choice task ARC
-# ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The task
-# [`word_choices`](../scripts/studies/word_choices.py) gives each question four options with letters, hidden from the
-# model. The model still writes a number, and the grader picks the nearest option. So we can grade the *same* completions
-# again. A completion is **lucky** if its letter is correct and its number is not.
+# With four options a guess is often correct. The paper notes this for the multiple-choice task ARC ([section
+# 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The task [`word_choices`](../scripts/studies/word_choices.py) gives each
+# question four equally spaced options with letters, hidden from the model. The model still writes a number, and the grader
+# picks the nearest option. So we can grade the *same* completions again. A completion is **lucky** if its letter is correct
+# and its number is not.
 #
 # **Predict**: is the lucky share of the rewarded completions below 25 %, about 25 %, or above?
 
@@ -448,7 +459,7 @@ helpers_02.luck({"rewarded": letters[letters.correct], "chosen, in pairs": in_pa
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It is above 50 %: $M_0$ guesses more often than it shows full working.
+# It is above 50 %: most of its numbers are incorrect, and many of those are nearest to the correct option.
 #
 # </details>
 #
@@ -457,7 +468,7 @@ helpers_02.luck({"rewarded": letters[letters.correct], "chosen, in pairs": in_pa
 # %% [markdown]
 # ### Exercise 2.4: the share of lucky pairs
 #
-# **Goal**: approximate the lower bar of the figure above. **Difficulty**: 2 of 3. **Time**: 10 minutes.
+# **Goal**: compute what the lower bar above shows. **Difficulty**: 2 of 3. **Time**: 10 minutes.
 #
 # Write `lucky_pairs(questions)`. Each question is a list of labels: `"solved"`, `"lucky"` (both are rewarded) or
 # `"incorrect"`. A question with a rewarded and an incorrect completion gives one pair. Its chosen completion is drawn at
@@ -492,11 +503,12 @@ print(checks_02.lucky_pairs(lucky_pairs))
 # ## 8 What does a lenient grader teach?
 #
 # The study [`lenient_grader.py`](../scripts/studies/lenient_grader.py) grades the *same* completions of $M_0$ with three
-# graders. With each grader it then makes $M_1$ and $M_2$ (300 questions, at most 500 pairs, learning rate 1e-4).
+# graders. With each grader it then trains $M_1$ and $M_2$ (300 questions, at most 500 pairs per iteration, learning rate
+# 1e-4).
 #
-# - **strict**: the grader of this notebook;
+# - **strict**: the grader of the package;
 # - **within 20 %**: also accepts a number that is at most 20 % off;
-# - **partial credit**: also accepts working without a false equation.
+# - **partial credit**: also accepts an incorrect answer after true equations.
 #
 # Which completions above does each grader reward?
 
@@ -513,10 +525,10 @@ rewards = {"strict": samples.correct,
 pd.DataFrame({name: samples[reward].behaviour.value_counts() for name, reward in rewards.items()}).T
 
 # %% [markdown]
-# Accuracy is *sampled* at $T = 1$, not greedy as in notebook 00. The table shows lenient minus strict $M_2$, in points with
-# 95 % intervals over three seeds and 200 validation questions.
+# Accuracy is *sampled* at $T = 1$, not greedy as in notebook 00. Bands and intervals (95 %) are over three seeds and 200
+# validation questions. The table gives the points of each lenient $M_2$ above the strict one.
 #
-# **Predict**: does a lenient grader cost accuracy? Which behaviour does each grader keep or increase?
+# **Predict**: does a lenient grader cost accuracy? Which behaviour stays frequent with each grader?
 
 # %%
 study = helpers_02.grader_study()
@@ -528,27 +540,29 @@ helpers_02.differences(iteration=2)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Yes, both means are more than 20 points lower. Under *within 20 %* many
+# Yes, both $M_2$ are over 20 points below *strict*. Under *within 20 %* many
 # completions still have no working. Under *partial credit* partial working grows.
 #
 # </details>
 #
-# *Within 20 %* does not even reach its own goal: fewer completions are at most 20 % off than under *strict*.
+# *Within 20 %* is worse even by its own measure: fewer completions are at most 20 % off than under *strict*.
 
 # %% [markdown]
 # ## What you have learnt
 #
 # - A grader extracts and compares. Both steps cause false positives and false negatives. Count them on labelled completions.
-# - Where many answers are possible, correct answers mostly come with full working. On multiple choice many are luck.
-# - A model keeps the behaviour that a lenient grader rewards, and gains less accuracy.
+# - On our open questions correct answers mostly come with full working. On multiple choice many are luck.
+# - With a lenient grader the shortcuts that it rewards stay more frequent, and the model gains less accuracy.
 #
-# **Try**: add ten completions of your model to the labelled forms, and run section 5 again. Add a lenient grader
-# to the study of section 8, and run it with `--seeds 1`.
+# **Try**: add ten completions of your model to the labelled forms, and run section 5 again. Add a grader to
+# [`lenient_grader.py`](../scripts/studies/lenient_grader.py) and to `helpers_02.GRADERS`, and run the script with
+# `--seeds 1`.
 #
 # <details><summary>Typical misunderstandings</summary>
 #
 # - *A good grader has few errors.* The kind of error matters, because the next model learns from it.
-# - *A lenient grader only adds noise.* It rewards a behaviour, such as partial working, and the next model shows more of it.
+# - *A lenient grader only adds noise.* It rewards a shortcut, and the trained model shows it more often than under a strict
+#   grader.
 #
 # </details>
 #
@@ -556,7 +570,7 @@ helpers_02.differences(iteration=2)
 #
 # 1. Why does the *last* "Final answer:" count?
 # 2. A completion ends in "Final answer: 36" and was cut off at the token limit. What is its reward, and why?
-# 3. Why is a lucky answer rare on open questions and frequent on multiple choice?
+# 3. Why is a correct guess rare on open questions and frequent on multiple choice?
 # 4. What does a model learn from partial credit?
 #
 # <details><summary>Answers</summary>

@@ -34,7 +34,6 @@ sys.path[:0] = [".", ".."]                          # helpers_03.py and checks_0
 PROFILE = os.environ.get("IRPO_PROFILE", "cpu")     # the one setting: "cpu", "smoke", or a GPU profile
 
 # %% tags=["nbval-ignore-output"]
-import pandas as pd
 from datasets import Dataset
 
 import checks_03, helpers_03
@@ -48,7 +47,7 @@ print("profile", PROFILE, "· device", models.default_device(), "· seed", profi
 # %% [markdown]
 # ## 1 A real pair
 #
-# $M_0$ wrote $N$ completions for every training question, and notebook 02 graded them. A
+# $M_0$ wrote $N = 8$ completions per training question, and notebook 02 graded them. A
 # [preference pair](../docs/glossary.md#preference-pair) joins two completions of the *same* question: a correct one,
 # the **chosen** ("winning") completion, and an incorrect one, the **rejected** ("losing") completion.
 
@@ -68,7 +67,7 @@ helpers_03.side_by_side(late.chosen, late.rejected)
 # %% [markdown]
 # ## 2 Walk through both lists
 #
-# A question may have two chosen and three rejected completions. Iterative RPO makes $K$ pairs of them. Which ones? The paper
+# Suppose a question has two correct and three incorrect completions. It gives $K$ pairs (4 in our run). Which ones? The paper
 # walks through both lists in parallel. When it reaches the end of a list, it starts that list again, and only that list
 # ([section 2](https://arxiv.org/html/2404.19733v3#S2), footnote 2). We call this
 # [wrap-around pairing](../docs/glossary.md#wrap-around-pairing).
@@ -87,9 +86,9 @@ print(helpers_03.walk_table(chosen=[0, 2], rejected=[1, 3, 4], k=5))
 #
 # </details>
 #
-# The walk is not random. It does not need to be, because the completions were drawn independently. It uses every completion
-# of a list equally often, up to a difference of one. The number of *different* pairs is at most the least common multiple of
-# the two sizes: after that many pairs both lists start again together.
+# The walk is not random. It does not need to be, because the completions were drawn independently. Within a list, the numbers
+# of uses differ by at most one. The number of *different* pairs is at most the least common multiple of the two sizes: after
+# that many pairs both lists start again together.
 
 # %%
 for sizes in ((2, 3), (4, 6), (1, 2)):
@@ -158,27 +157,21 @@ print(f"without a correct completion: {counts['all_wrong']}, without an incorrec
 
 # %% tags=["nbval-ignore-output"]
 table = graded.to_pandas()
-questions = table.groupby("id").agg(tokens=("prompt_ids", lambda ids: len(ids.iloc[0])), share=("correct", "mean"))
-quarters = ["shortest", "second", "third", "longest"]
-questions["quarter"] = pd.qcut(questions.tokens.rank(method="first"), 4, labels=quarters)
-by_quarter = questions.groupby("quarter", observed=True).share.agg(
-    questions="size", all_wrong=lambda s: (s == 0).sum(), all_right=lambda s: (s == 1).sum())
-by_quarter["used"] = by_quarter.questions - by_quarter.all_wrong - by_quarter.all_right
-helpers_03.fates(by_quarter, "prompts by length")
+helpers_03.fates(helpers_03.quarters_by_prompt_length(table), "prompts by length")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The longest prompts: $M_0$ answers them correctly least often.
+# The longest prompts: they need the most reasoning steps.
 #
 # </details>
 #
 # Short questions are therefore over-represented in the first training set. This selection changes as the model improves: hard
-# questions start to give pairs, and easy ones stop. The next figure has a bar for each model from $M_0$ on.
+# questions start to give pairs, and easy ones stop. The next figure has one bar per model that wrote the completions.
 
 # %% tags=["nbval-ignore-output"]
 history = helpers_03.counts_per_iteration(run, counts)
-helpers_03.fates(history, "iteration")
+helpers_03.fates(history, "model that wrote the completions")
 
 # %% tags=["nbval-ignore-output"]
 history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated", "pairs"]]
@@ -187,18 +180,18 @@ history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated"
 # - `used` counts questions that give pairs, `all_wrong` those with only incorrect completions, and `all_right` those with only
 #   correct ones.
 # - `duplicates` counts completions that repeat another one of the same question.
-# - `repeated` counts pairs that occur again, because both lists were too short for $K$ different pairs.
+# - `repeated` counts pairs that occur again, because the least common multiple is below $K$.
 #
-# Up to $M_2$ more and more questions give pairs. At $M_3$ fewer do: more are `all_right`. On ARC the paper has about
-# 20,000 pairs in the first iteration, 11,000 in the second and 5,000 in the third
-# ([section 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The authors name the fixed set of questions as one reason
-# why the gains shrink ([appendix A](https://arxiv.org/html/2404.19733v3#A1)).
+# Up to $M_2$ more and more questions give pairs. At $M_3$ fewer do: more are `all_right`. On ARC the paper has about 20,000
+# pairs in the first iteration, 11,000 in the second and 5,000 in the third ([section
+# 3.2](https://arxiv.org/html/2404.19733v3#S3.SS2)). The authors name the fixed set of questions as one reason why their
+# accuracy gains shrink ([appendix A](https://arxiv.org/html/2404.19733v3#A1)).
 #
 # Two details change what a question contributes.
 #
-# - **Gold solutions.** On GSM8K the paper adds the worked solution of the dataset to the chosen completions
-#   ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). Then every question has a chosen completion. The
-#   disadvantage is that a person wrote it: $M_t$ may give it a low probability.
+# - **Gold solutions.** On GSM8K the paper adds the worked solution of the dataset to the chosen completions ([section
+#   3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)). Then every question has a chosen completion. But a person wrote it:
+#   training then imitates a text that $M_t$ would rarely write.
 # - **Duplicates.** Completions can be identical. By default `build_pairs` removes duplicates first (notebook 00 does not).
 #   The paper describes no such step. With duplicates, a frequent text can be in more of the $K$ pairs.
 
@@ -207,11 +200,12 @@ history[["questions", "used", "all_wrong", "all_right", "duplicates", "repeated"
 # rescue?
 
 # %%
-toy = Dataset.from_list([
-    {"id": question, "sample": i, "prompt": question, "prompt_ids": [1, 2], "completion": f"{question} {i}",
-     "completion_ids": [10 + i, 3], "correct": correct}
-    for question, verdicts in {"easy": [True] * 3, "hard": [False] * 3}.items()
-    for i, correct in enumerate(verdicts)])
+rows = []
+for question, correct in (("easy", True), ("hard", False)):
+    for i in range(3):                                               # three completions per question
+        rows.append({"id": question, "sample": i, "prompt": question, "prompt_ids": [1, 2],
+                     "completion": f"{question} {i}", "completion_ids": [10 + i, 3], "correct": correct})
+toy = Dataset.from_list(rows)
 gold = [{"id": question, "completion": "gold", "completion_ids": [99, 3]} for question in ("easy", "hard")]
 for row in pairs.build_pairs(toy, k=3, gold=gold)[0]:
     print(row["id"], "· chosen", row["chosen_sample"], "· rejected", row["rejected_sample"])
@@ -232,14 +226,15 @@ for row in pairs.build_pairs(toy, k=3, gold=gold)[0]:
 #
 # $$P(\text{no pair}) = (1-p)^N + p^N$$
 #
-# The lines below show this for four values of $p$. The points are measured: they use the first $N$ completions of each
-# real question. With one completion no question gives a pair.
+# The lines below show this for four values of $p$. The points are measured: they use the first $N$ of the 8 completions of
+# each question. With one completion no question gives a pair.
 
 # %% tags=["nbval-ignore-output"]
 measured = {}
-for n in [n for n in (1, 2, 4, 8, 16, 30) if n <= profile.n_samples]:
-    share = table[table["sample"] < n].groupby("id").correct.mean()
-    measured[n] = share.isin([0, 1]).mean()
+for n in (1, 2, 4, 8, 16, 30):
+    if n <= profile.n_samples:
+        share = table[table["sample"] < n].groupby("id").correct.mean()
+        measured[n] = share.isin([0, 1]).mean()
 helpers_03.lost_questions(measured)
 
 # %% [markdown]
@@ -280,8 +275,9 @@ print(checks_03.lost(lost))
 # at every $N$.
 
 # %% tags=["nbval-ignore-output"]
+chances = list(table.groupby("id").correct.mean())
 for n in (4, 16):
-    print(f"N = {n}:", helpers_03.numbers(lost(list(questions.share), n), "all incorrect", "all correct"))
+    print(f"N = {n}:", helpers_03.numbers(lost(chances, n), "all incorrect", "all correct"))
 
 # %% [markdown]
 # ## 5 What does a pair teach?
@@ -294,7 +290,7 @@ for n in (4, 16):
 helpers_03.where_they_diverge(frame)
 
 # %% tags=["nbval-ignore-output"]
-print(helpers_03.kinds_of_divergence(frame))
+print(helpers_03.kinds_of_divergence(frame))        # what the rejected completion does where they diverge
 early = frame.loc[frame.line.idxmin()]
 helpers_03.side_by_side(early.chosen, early.rejected)
 
@@ -308,7 +304,8 @@ helpers_03.side_by_side(early.chosen, early.rejected)
 #
 # Pairs that diverge later mostly show the same contrast: the rejected completion gives its answer before the working is
 # complete. All these pairs say *show your working*, that is, all reasoning steps. Only pairs with another equation (108), or
-# with another answer after shared lines (68, *later*), can say *calculate correctly*. The shipped run has 1,396 pairs.
+# with another answer after shared lines (68, *later*), can say *calculate correctly*. In 51 pairs (32 + 19, *first line*) the
+# chosen completion is itself a bare answer.
 #
 # The point of divergence matters for the loss of notebook [04](04_dpo_nll_training.ipynb). The
 # [log-ratio](../docs/glossary.md#log-ratio) of a token is its log-probability under the model in training minus that under
@@ -330,8 +327,8 @@ print(f"all tokens: {difference:.2f}, from the divergence on: {sum(chosen_rest) 
 #
 # </details>
 #
-# The NLL term is different: it averages over the *whole* chosen completion. So it is the only term that acts on the shared
-# tokens. The next exercise measures how many there are.
+# The NLL term is different: it averages over the *whole* chosen completion. So it is the only term that acts directly on the
+# shared tokens. The next exercise measures how many there are.
 
 # %% [markdown]
 # ### Exercise 3.3: the point of divergence
@@ -374,8 +371,8 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # Are shared tokens good or bad? Researchers disagree. [Step-DPO](https://arxiv.org/abs/2406.18629) builds pairs whose first
 # difference is one incorrect step. [Smaug](https://arxiv.org/abs/2402.13228) shows that DPO can lower the probability of the
 # chosen completion if a pair differs in few tokens. [Razin et al.](https://arxiv.org/abs/2410.08847) remove pairs whose
-# completions have similar hidden embeddings. Most of our pairs differ in many tokens. The paper adds the NLL term, and
-# notebook [04](04_dpo_nll_training.ipynb) measures its effect.
+# completions look similar to the model. Our pairs share few tokens on average. Against such a fall the paper adds the NLL
+# term, and notebook [04](04_dpo_nll_training.ipynb) measures its effect.
 
 # %% [markdown]
 # ## What you have learnt
@@ -387,13 +384,13 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # - With the seed model most pairs teach the model to show its working.
 #
 # **Try**: `build_pairs` returns the pairs and their counts. Call it with `pairing="random"` and look at `repeated`.
-# Then take `k=20`: how many pairs are different?
+# With the walk and `k=20`, how many pairs are different?
 #
 # <details><summary>Typical misunderstandings</summary>
 #
 # - *When one list ends, both start again.* Only the list that ended starts again.
 # - *$K$ pairs are $K$ different pairs.* After the least common multiple of the two sizes, the pairs repeat.
-# - *The model trains on all questions.* It trains only on those that it sometimes answers correctly.
+# - *The model trains on all questions.* It trains only on those with both kinds of completion.
 #
 # </details>
 #

@@ -187,8 +187,8 @@ helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 # \frac{\partial L_\text{DPO}}{\partial \log M_\theta(l|x)} = +\beta\,\sigma(-\beta\delta)$$
 #
 # The loss pushes $\log M_\theta(w|x)$ up and $\log M_\theta(l|x)$ down with equal size. The factor $\sigma(-\beta\delta)$ is
-# $1/2$ at $\delta = 0$. It falls to $1/20$ at $\delta = \ln 19 / \beta \approx 3/\beta$: 30 nats for $\beta = 0.1$,
-# and 3 for $\beta = 1$. In the figure below, arrows show minus the gradient.
+# $1/2$ at $\delta = 0$. It falls to $1/20$ at $\delta = \ln 19 / \beta \approx 3/\beta$: 30 nats for $\beta = 0.1$, and 3 for
+# $\beta = 1$.
 
 # %%
 chosen = torch.tensor([-20.0, 0.0, 20.0], requires_grad=True)      # log-ratios, so δ = chosen - rejected
@@ -250,7 +250,7 @@ helpers_04.toy_probabilities(toy)
 # - \beta \log\frac{M_\theta(l|x)}{M_t(l|x)}\Big)}_{L_\text{DPO}}
 # + \alpha \underbrace{\Big(-\frac{\log M_\theta(w|x)}{|w|}\Big)}_{L_\text{NLL}}$$
 #
-# On GSM8K the paper uses α = 1 and β = 0.1. It writes $w$ as $(c^w, y^w)$, working and answer.
+# On GSM8K the paper uses α = 1 and β = 0.1.
 #
 # ### What is a sum and what is a mean?
 #
@@ -384,7 +384,7 @@ assert (loss_dpo - math.log(2)).abs().max() < tolerance
 #
 # </details>
 #
-# If the DPO term differs from $\ln 2$ by more than rounding, training does not start from the reference, or dropout is on.
+# 
 
 # %% [markdown]
 # ### Exercise 4.3: one training step
@@ -476,8 +476,8 @@ helpers_04.batches_and_probe(log, probed, beta=0.1)
 # **Goal**: defend a choice with runs. **Difficulty**: 3 of 3. **Time**: 20 minutes.
 #
 # **Run** `train` with several α. **Plot** the probe. **Argue**: which α raises chosen and the difference most, and what would
-# change your mind? At the start the gradients with respect to $\log M_\theta(w|x)$, β/2 (DPO term) and $\alpha / |w|$ (NLL
-# term), are equal for $\alpha = \beta |w| / 2$. Repeat a run with `seed=1` before you claim a difference.
+# change your mind? At the start both terms raise chosen equally fast for $\alpha = \beta |w| / 2$. Repeat a run with `seed=1`
+# before you claim a difference.
 
 # %% tags=["nbval-ignore-output"]
 # SOLUTION
@@ -528,7 +528,7 @@ for learning_rate in learning_rates:
 helpers_04.change_histogram(records, max(learning_rates))
 
 # %% [markdown]
-# The vertical axis is logarithmic. A few completions fall by more than 10 nats. They lower the mean and widen its interval.
+# A few completions fall by more than 10 nats. They lower the mean and widen its interval.
 # Which ones?
 
 # %%
@@ -573,7 +573,7 @@ for learning_rate in learning_rates:
 # At 1e-4 chosen completions rise on average with every method, and the NLL term makes no difference that we can measure.
 # At 3e-4 neither a fall with DPO nor an effect of the NLL is *resolved*.
 #
-# At both learning rates DPO lowers the small group that we chose afterwards. A possible cause: the group resembles the
+# At both learning rates DPO lowers the small group. A possible cause: the group resembles the
 # rejected completions of *other* pairs. SFT also lowers it, so rejected completions are not the only cause.
 #
 # SFT lowers rejected completions. In the paper's figure 2a it raises them. The pairs differ: 95 % of our rejected
