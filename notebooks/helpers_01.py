@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from irpo_utils import grading, models, plots
-from irpo_utils.plots import BLUE, GREY, ORANGE
+from irpo_utils.plots import BLUE
 
 
 class Ban(LogitsProcessor):
@@ -136,7 +136,7 @@ def gantt(lengths: list[int], n_rows: int):
         (panels[1], refilled, "a free row takes the next completion"),
     ):
         for i, (row, start, length) in enumerate(schedule):
-            colour = (BLUE, ORANGE, GREY)[i % 3]
+            colour = ("#0072B2", "#5AA5CF", "#A6CDE4")[i % 3]  # shades without a meaning
             axes.barh(row, length, left=start, color=colour, edgecolor="white", height=0.85)
         axes.set(xlabel="step", ylabel="row of the batch", xlim=(0, end), title=name)
         axes.invert_yaxis()

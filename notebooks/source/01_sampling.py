@@ -56,8 +56,8 @@ profile = profiles.get(PROFILE)
 print("profile", PROFILE, "· device", models.default_device(), "· seed", profile.seed)
 
 # %% [markdown]
-# We will choose a temperature by its results. The questions therefore come from the validation split, not from the test
-# split.
+# Section 7 chooses a setting by its results. The questions therefore come from the validation
+# [split](../docs/glossary.md#split), not from the test split.
 
 # %% tags=["nbval-ignore-output"]
 task = tasks.get(profile.task)
@@ -67,10 +67,10 @@ n = profile.n_samples
 
 def draw(rows, **settings):
     """N completions per question with the settings of the profile, or with others."""
-    settings = {"n": n, "temperature": 1.0, "batch_size": profile.sampling_batch_size, **settings}
+    defaults = {"n": n, "temperature": 1.0, "batch_size": profile.sampling_batch_size}
     return sampling.sample(model, tokenizer, rows, task, seed=profile.seed, progress=False,
                            max_new_tokens=profile.max_new_tokens,
-                           engine=runs.engine_of(profile), **settings)
+                           engine=runs.engine_of(profile), **(defaults | settings))   # engine: how to compute
 
 print(f"{len(questions)} questions of {task.name}, model {profile.model}")
 
@@ -89,8 +89,9 @@ print(gsm8k.PROMPT)
 # ([chain of thought](../docs/glossary.md#chain-of-thought), [Wei et al. 2022](https://arxiv.org/abs/2201.11903)). The
 # fixed form lets a program find the answer.
 #
-# An instruction-tuned model was trained on conversations in one fixed format, the
-# [chat template](../docs/glossary.md#chat-template). This cell writes it by hand for the seed model.
+# An instruction-tuned model was trained on conversations in one fixed format, the [chat
+# template](../docs/glossary.md#chat-template). The seed model has such a format, but it reads the bare question, without an
+# instruction:
 
 # %%
 seed_tokenizer = models.load_tokenizer(models.find("seed"))
@@ -109,8 +110,8 @@ ids = seed_tokenizer(by_hand, add_special_tokens=False).input_ids
 print(len(ids), "tokens:", [seed_tokenizer.decode([i]) for i in ids])
 
 # %% [markdown]
-# Each marker is one token, and so is each digit. `add_special_tokens=False` is necessary because the template already
-# contains all markers.
+# Each marker is one token, and so is each digit. `add_special_tokens=False` prevents duplicate markers: many tokenizers would
+# add them again.
 #
 # **Predict**: you forget the template and give $M_0$ the bare text. Are the completions as good, slightly worse, or much
 # worse?
@@ -219,9 +220,9 @@ helpers_01.next_tokens(table)
 #
 # </details>
 #
-# A higher temperature has two effects on $M_0$. At the first token it helps: the working begins more often. At later tokens
-# it hurts: many incorrect tokens each become a little more probable, and one incorrect digit spoils the rest. Section 7
-# measures which effect is stronger.
+# A higher temperature has two effects on $M_0$. `Final` becomes less probable, so the working begins more often. But at every
+# position many incorrect tokens each become a little more probable, and one incorrect digit spoils the rest. Section 7
+# measures the sum of both effects.
 #
 # ## 4 One random number per token
 #
@@ -278,8 +279,12 @@ with torch.inference_mode():
     text = torch.tensor([hot["prompt_ids"] + ids], device=model.device)
     forced = model(input_ids=text).logits[0].float().cpu()
 
-at_1 = [forced.log_softmax(-1)[P - 1 + i, token].item() for i, token in enumerate(ids)]
-at_hot = [(forced / 1.5).log_softmax(-1)[P - 1 + i, token].item() for i, token in enumerate(ids)]
+def logps_at(temperature, first=P - 1):
+    """Log-probability of each token of the completion; the logits before a token predict it."""
+    logps = (forced / temperature).log_softmax(-1)
+    return [logps[first + i, token].item() for i, token in enumerate(ids)]
+
+at_1, at_hot = logps_at(1.0), logps_at(1.5)
 print(f"recorded {hot['logprob']:.3f}")
 print(f"teacher forcing at T = 1: {sum(at_1):.3f}, at T = 1.5: {sum(at_hot):.3f}")
 
@@ -293,18 +298,20 @@ assert abs(sum(at_1) - hot["logprob"]) < TOLERANCE
 # It belongs to the model at $T = 1$. The loss compares two *models* and has no sampling temperature.
 #
 # </details>
+#
+# Which tokens are improbable?
 
 # %% tags=["nbval-ignore-output"]
 helpers_01.answer_logps([tokenizer.decode([token]) for token in ids], at_1)
 
 # %% [markdown]
-# Two tokens carry most of the sum: there the model could have continued differently.
+# Two tokens carry most of the sum: there other tokens were also probable.
 #
 # Check the index. The prompt has `P` tokens, and the logits at position `P - 1 + i` predict the token at position `P + i`.
 # **Predict** what happens if you are off by one.
 
 # %% tags=["nbval-ignore-output"]
-late = sum(forced.log_softmax(-1)[P + i, token].item() for i, token in enumerate(ids))
+late = sum(logps_at(1.0, first=P))
 [scored] = logprobs.score(model, tokenizer, [hot["prompt_ids"]], [ids])
 print(f"correct position {sum(at_1):.2f}, one late {late:.2f}; logprobs.score {scored:.2f}")
 
@@ -338,7 +345,7 @@ print("questions by number of correct completions:",
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It is much higher. The method depends on this gap.
+# It is much higher. This gap supplies the chosen completions.
 #
 # </details>
 #
@@ -399,10 +406,12 @@ print(f"simpler     {sum(w * (1 - (1 - c / 4)**k) for c, w in enumerate(chances)
 # %% tags=["nbval-ignore-output"]
 if profile.model == "seed":
     prompts = [models.render_prompt(tokenizer, task.prompt(row)) for row in questions]
-    rules = {"without a rule": lambda text, row: False,
-             "no Final as the first token": lambda text, row: text == "",
-             "no Final before all steps": lambda text, row: (
-                 text.count("=") < questions[row]["steps"] or not text.endswith("\n"))}
+    def before_all_steps(text, i):                        # an equation is missing or not finished
+        return text.count("=") < questions[i]["steps"] or not text.endswith("\n")
+
+    rules = {"without a rule": lambda text, i: False,
+             "no Final as the first token": lambda text, i: text == "",
+             "no Final before all steps": before_all_steps}
     solved = {}
     for name, rule in rules.items():
         texts = helpers_01.greedy_under_rule(model, tokenizer, prompts, rule, "Final",
@@ -418,11 +427,11 @@ figure
 # last rule knows the number of steps, so it is a test and not a decoding method.
 # Training only needs to make the working more probable: [elicitation](../docs/glossary.md#elicitation).
 #
-# You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower. Both are lower on the test questions
-# ([28.0 and 16.2 %](shipped_run/metrics.csv)).
+# You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower. Test questions have more steps on
+# average, and both are lower there ([28.0 and 16.2 %](shipped_run/metrics.csv)).
 #
 # Does training add more than elicitation? If not, pass@k of $M_0$ should catch up at a large $k$. Compare it with the last
-# model of a finished run at learning rate 2e-5 (32 completions per test question).
+# model of a finished run at learning rate 2e-5 (32 completions per test question; 95 % bands).
 #
 # **Predict**: training raises pass@1. How do the two curves compare at the largest $k$?
 
@@ -460,12 +469,11 @@ for t in temperatures:
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The lowest. It is not the best one for training: a question whose completions are all correct, or all incorrect, gives no
-# pair.
+# The lowest. But fewer questions give pairs there: a question whose completions are all correct, or all incorrect, gives none.
 #
 # </details>
 #
-# For this model the damage at later tokens (section 3) is the stronger effect.
+# For this model the damage (section 3) is the stronger effect.
 
 # %% [markdown]
 # ### Exercise 1.3: choose a temperature
@@ -509,27 +517,29 @@ rows = [{"temperature": t, **evaluation.bootstrap_row(name, values)}
         for t in temperatures for name, values in shares_of(counts[t]).items()]
 best = max(temperatures, key=lambda t: shares_of(counts[t])["both kinds"].mean())
 print("most questions with pairs at T =", best)
-for t in (0.6, 1.3):
-    pairs_at_1, pairs_at_t = (shares_of(counts[x])["both kinds"].astype(int) for x in (1.0, t))
-    row = evaluation.bootstrap_row("difference", pairs_at_1 - pairs_at_t)
+at_1 = shares_of(counts[1.0])["both kinds"].astype(int)
+for t in (0.3, 0.6, 1.3):
+    row = evaluation.bootstrap_row("difference", at_1 - shares_of(counts[t])["both kinds"])
     print(f"both kinds, T = 1.0 minus T = {t}: {100 * row['value']:+.1f} points",
           f"({100 * row['low']:+.1f} to {100 * row['high']:+.1f})")
 figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
 
 # %% [markdown]
-# At low temperatures the $N$ completions often agree, and at high ones hardly any is correct. The differences are paired by
-# question. At $T = 1.3$ fewer questions give pairs than at 1.0. Between 0.6 and 1.0 the interval includes 0: *not resolved*.
+# At low temperatures the $N$ completions often agree, and at high ones hardly any is correct. The differences are
+# [paired](../docs/glossary.md#paired-comparison) by question. At 0.3 and 1.3 fewer questions give pairs than at 1.0. Between
+# 0.6 and 1.0 the interval includes 0: *not resolved*.
 #
 # **Predict**: is the best temperature of the *last* model lower or higher than that of $M_0$?
 
 # %% tags=["nbval-ignore-output"]
 adapter = run / f"iteration_{last}" / "adapter"
-later = last if adapter.exists() and runs.read_profile(run).model == profile.model else 0
-models.set_adapter(model, adapter if later else None)           # weights of the last model
+if not adapter.exists() or runs.read_profile(run).model != profile.model:
+    adapter, last = None, 0                                     # no trained model: M_0 twice
+models.set_adapter(model, adapter)                              # weights of the last model
 counts_later = {t: correct_counts(draw(questions, temperature=t)).tolist() for t in temperatures}
 models.set_adapter(model, None)                                 # back to M_0
 
-by_model = {"M_0": counts, f"M_{later} (last)": counts_later}
+by_model = {"M_0": counts, f"M_{last} (last)": counts_later}
 rows = [{"temperature": t, **evaluation.bootstrap_row(name, shares_of(by_t[t])["both kinds"])}
         for name, by_t in by_model.items() for t in temperatures]
 for name, by_t in by_model.items():
@@ -549,13 +559,14 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questi
 #
 # ## What you have learnt
 #
-# - A prompt is an instruction and a question in the chat template.
+# - A prompt is a question, often with an instruction, in the chat template.
 # - Temperature divides logits, and one random number draws a token.
 # - `logprob` is a sum over tokens under the model at $T = 1$.
 # - Banning one token shows that $M_0$ can do the working that it skips.
 # - We choose the temperature with the most questions that give pairs.
 #
-# **Try**: run `python -m irpo_utils run --temperature 0.6 --out runs/cooler`, and compare its $M_1$ in notebook 05.
+# **Try**: run `python -m irpo_utils run --iterations 1 --temperature 0.6 --out runs/cooler`, and compare $M_1$ in the printed
+# tables.
 #
 # <details><summary>Typical misunderstandings</summary>
 #

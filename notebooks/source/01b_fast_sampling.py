@@ -52,10 +52,10 @@ model, tokenizer = runs.load_model(profile)
 
 def draw(rows, **settings):
     """N completions per question with the settings of the profile, or with others."""
-    settings = {"n": profile.n_samples, "temperature": 1.0, "batch_size": profile.sampling_batch_size,
-                "engine": runs.engine_of(profile), **settings}
+    defaults = {"n": profile.n_samples, "temperature": 1.0, "engine": runs.engine_of(profile),
+                "batch_size": profile.sampling_batch_size}
     return sampling.sample(model, tokenizer, rows, task, seed=profile.seed, progress=False,
-                           max_new_tokens=profile.max_new_tokens, **settings)
+                           max_new_tokens=profile.max_new_tokens, **(defaults | settings))
 
 samples = draw(questions)
 print(f"{len(samples)} completions of {len(questions)} questions, model {profile.model}")
@@ -70,7 +70,7 @@ print(f"{len(samples)} completions of {len(questions)} questions, model {profile
 
 # %%
 logits_of_four = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-evenly = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1] + 0.0003         # a thousand random numbers, evenly spread
+evenly = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000       # in place of random numbers
 
 tokens = sampling.next_tokens(logits_of_four.expand(1000, -1), evenly, temperature=1.0, top_p=0.7)
 print((tokens.bincount(minlength=4) / 1000).tolist())
@@ -139,17 +139,18 @@ print(f"prompt of {start.shape[1]} tokens, completion of {example['n_tokens']}:\
 # %%
 @torch.inference_mode()
 def decode_plainly(ids, limit):
-    """Every step runs the whole text through the model: (new tokens, positions computed)."""
-    begin, positions = ids.shape[1], 0
-    while ids.shape[1] - begin < limit and ids[0, -1].item() not in ends or ids.shape[1] == begin:
+    """Every step runs the whole text. Returns the new tokens and the number of positions computed."""
+    tokens, positions = [], 0
+    while len(tokens) < limit and (not tokens or tokens[-1] not in ends):
         logits = model(input_ids=ids, use_cache=False).logits[:, -1]
         positions += ids.shape[1]
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    return ids[0, begin:].tolist(), positions
+        tokens.append(logits.argmax().item())
+        ids = torch.cat([ids, torch.tensor([tokens[-1:]], device=ids.device)], 1)
+    return tokens, positions
 
 # %% [markdown]
-# **Predict**: with a prompt of P tokens and a completion of L tokens, about how many positions does this loop compute?
-# P + L, or more like L times P?
+# **Predict**: with a prompt of P tokens and a completion of L tokens, about how many
+# [positions](../docs/glossary.md#position) does this loop compute? P + L, or more like L times P?
 
 # %% tags=["nbval-ignore-output"]
 plain, positions_plainly = decode_plainly(start, profile.max_new_tokens)
@@ -163,7 +164,7 @@ assert plain == example["completion_ids"] or not ON_CPU
 
 # %% [markdown]
 # More than L times P: the prompt runs through the model again for every new token. Most of these positions were computed
-# before, with the same result, because a position only depends on earlier positions. Later positions need the *keys* and
+# before, with the same result, because no position depends on later ones. Later positions need the *keys* and
 # *values* of earlier ones, in every attention layer. The [KV cache](../docs/glossary.md#kv-cache) keeps them.
 
 # %%
@@ -187,13 +188,14 @@ assert positions_cached == P + len(cached) - 1
 # **Predict**: the cache saves nearly all positions. Does it save as much of the *time*?
 
 # %% tags=["nbval-ignore-output"]
-t_plain, t_cached = (helpers_01.seconds(decode, start, L) for decode in (decode_plainly, decode_with_cache))
+t_plain = helpers_01.seconds(decode_plainly, start, L)
+t_cached = helpers_01.seconds(decode_with_cache, start, L)
 print(f"positions: {positions_plainly / positions_cached:.1f} times fewer; time: {t_plain / t_cached:.1f} times as fast")
 
 # %% [markdown]
-# Not for one completion of a small model. Each step has a fixed cost (Python, launching the operations, reading the
-# weights), whether it computes one position or sixty. That is why you decode many completions at once: one step for all
-# of them costs far less than one step for each.
+# It saves far less time for one completion of a small model. Each step has a fixed cost (Python, launching the operations,
+# reading the weights), whether it computes one position or sixty. That is why you decode many completions at once: one step
+# for all of them costs less than one step for each.
 #
 # ## 3 One prompt, N completions
 #
@@ -204,7 +206,7 @@ print(f"positions: {positions_plainly / positions_cached:.1f} times fewer; time:
 prompt_ids = torch.tensor([max(samples["prompt_ids"], key=len)], device=model.device)
 with torch.inference_mode():
     out = model(input_ids=prompt_ids, use_cache=True)                # the prompt, once
-    first = out.logits[0, -1].topk(3).indices[:, None]               # three completions that start differently
+    first = out.logits[0, -1].topk(3).indices[:, None]       # three completions that start differently
     cache = out.past_key_values
     cache.batch_repeat_interleave(3)                                 # its keys and values, three times
     shared = model(input_ids=first, past_key_values=cache, use_cache=True).logits[:, -1].float()
@@ -224,7 +226,8 @@ assert torch.allclose(shared, copied, atol=1e-3 if ON_CPU else 0.5)
 def prefill(ids):
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
 
-t_once, t_copies = helpers_01.seconds(prefill, prompt_ids, repeats=7), helpers_01.seconds(prefill, prompt_ids.repeat(32, 1), repeats=7)
+t_once = helpers_01.seconds(prefill, prompt_ids, repeats=7)
+t_copies = helpers_01.seconds(prefill, prompt_ids.repeat(32, 1), repeats=7)
 print(f"one prompt {1000 * t_once:.1f} ms, 32 copies {1000 * t_copies:.1f} ms: {t_copies / t_once:.1f} times as long")
 
 # %% [markdown]
@@ -271,8 +274,8 @@ print(checks_01.saved(saved))
 # [continuous batching](../docs/glossary.md#continuous-batching) (Orca,
 # [Yu et al. 2022](https://www.usenix.org/conference/osdi22/presentation/yu)): a free row takes the next completion at once.
 #
-# **Predict**: below, 48 completions of $M_0$ go through 8 rows. What share of the computed tokens is needed, with and without
-# waiting?
+# **Predict**: below, 48 completions of $M_0$ go through 8 rows. In each step a row either produces a token or is idle. What
+# share of the row steps produces one, with and without waiting?
 
 # %% tags=["nbval-ignore-output"]
 lengths = samples["n_tokens"][:48]
@@ -281,17 +284,19 @@ helpers_01.gantt(lengths, n_rows=8)
 # %% tags=["nbval-ignore-output"]
 for name, schedule in (("all wait", helpers_01.schedule_waiting), ("refilled", helpers_01.schedule_refilled)):
     steps = max(start + length for _, start, length in schedule(lengths, 8))
-    print(f"{name}: {steps} steps of 8 rows, {sum(lengths) / (8 * steps):.0%} of them needed")
+    print(f"{name}: {steps} steps of 8 rows, {sum(lengths) / (8 * steps):.0%} of them produce a token")
 
 # %% [markdown]
-# Reproducible continuous batching needs random numbers that do not depend on the batch. In this package every token has its
-# own (notebook [01](01_sampling.ipynb)), so batching changes no completion, up to rounding:
+# Refilling moves completions between batches. A completion should not depend on that. In this package every token has its own
+# random number (notebook [01](01_sampling.ipynb)), so the batch changes no completion, up to rounding. Compare two batch
+# sizes:
 
 # %% tags=["nbval-ignore-output"]
-crowded = draw(questions.select(range(8)), n=2, batch_size=16)
-lonely = draw(questions.select(range(8)), n=2, batch_size=2, engine=None)           # None: the plain loop
-same = sum(a == b for a, b in zip(crowded["completion_ids"], lonely["completion_ids"]))
-print(f"{same} of {len(crowded)} completions are the same, drawn sixteen at a time and, in the plain loop, two at a time")
+eight = questions.select(range(8))
+large_batch = draw(eight, n=2, batch_size=16)
+small_batch = draw(eight, n=2, batch_size=2, engine=None)                   # None: the plain loop
+same = sum(a == b for a, b in zip(large_batch["completion_ids"], small_batch["completion_ids"]))
+print(f"{same} of {len(large_batch)} completions are the same in batches of 16 and of 2")
 
 # %% [markdown]
 # ## What you have learnt

@@ -528,8 +528,7 @@ for learning_rate in learning_rates:
 helpers_04.change_histogram(records, max(learning_rates))
 
 # %% [markdown]
-# A few completions fall by more than 10 nats. They lower the mean and widen its interval.
-# Which ones?
+# A few completions fall by more than 10 nats. They also widen the interval. Which ones?
 
 # %%
 held_out = helpers_04.held_out_pairs()

@@ -215,10 +215,17 @@ def sweep(metrics: pd.DataFrame, x: str, xlabel: str, ylabel: str = "Share (%)")
         raise UserError(f"sweep needs a table with metric, value and {x}.")
     figure, axes = plots.new_figure(6.6, 4.0)
     lines = []
-    for colour, (name, rows) in zip(COLOURS, metrics.groupby("metric", sort=False), strict=False):
+    styles = zip(COLOURS, cycle(("-", "--", ":")), strict=False)
+    for (colour, dashes), (name, rows) in zip(
+        styles, metrics.groupby("metric", sort=False), strict=False
+    ):
         rows = rows.sort_values(x)
         band = [100 * rows[side] for side in ("low", "high") if side in rows]
-        lines.append(plots.draw_points(axes, rows[x], 100 * rows["value"], name, colour, band))
+        lines.append(
+            plots.draw_points(
+                axes, rows[x], 100 * rows["value"], name, colour, band, linestyle=dashes
+            )
+        )
     axes.set_xticks(sorted(set(metrics[x])))
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=PERCENT)
     return plots.finish(figure, f"{ylabel} by {xlabel[0].lower()}{xlabel[1:]}", {"": lines})
