@@ -167,9 +167,8 @@ def warnings_of_rules() -> pd.DataFrame:
     rows = {}
     for name in WARNINGS:
         row = table.loc[name]
-        early = (
-            f"{row.before:.0f} of {row.falls:.0f} ({row.before_low:.0f} to {row.before_high:.0f} %)"
-        )
+        share = f"{100 * row.before / row.falls:.0f} %"
+        early = f"{share} ({row.before_low:.0f} to {row.before_high:.0f}) of {row.falls:.0f}"
         lead = f"{row.lead:.1f} ({row.lead_low:.1f} to {row.lead_high:.1f})"
         false = f"{row.false_alarms:.0f} of {row.without_fall:.0f}"
         rows[name] = {
@@ -259,7 +258,9 @@ def control(columns: dict[str, np.ndarray]) -> plots.TextFigure:
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         plots.annotate(axes, f"{mean:.1f}", (x + 0.12, mean), bbox=white)
     axes.set_xticks(range(len(columns)), list(columns))
-    axes.set(ylabel="Greedy accuracy (%)", xlim=(-0.4, len(columns) - 0.4))
+    axes.set(
+        ylabel="Greedy accuracy (%)\ndots: seeds, bars: means", xlim=(-0.4, len(columns) - 0.4)
+    )
     numbers = "; ".join(f"{name}: {mean:.1f}" for name, mean in zip(columns, means))
     numbers = numbers.replace("\n", " ").replace("$", "")
     figure.alt_text = (

@@ -228,6 +228,13 @@ def comparison_part(seeds: int, records: dict) -> list[Run]:
     ]
 
 
+def new_completions_part(seeds: int, records: dict) -> list[Run]:
+    """Training on the completions of M0 alone at the settings of Iterative RPO: where these methods
+    differ in their learning rates, a difference between them is not one of completions."""
+    settings = best_settings("irpo", records)
+    return [Run("irpo_m0_samples", seed, settings) for seed in range(seeds) if settings]
+
+
 def map_part(seeds: int, records: dict) -> list[Run]:
     """Learning rate x α at the best β; α = 1 and 0 are `irpo` and `dpo`, and RFT has no DPO
     term."""
@@ -286,6 +293,7 @@ PARTS = {
     "beta": beta_part,
     "tuning": tuning_part,
     "comparison": comparison_part,
+    "new_completions": new_completions_part,
     "hasty": hasty_part,
     "plain": plain_part,
     "map": map_part,
@@ -297,6 +305,7 @@ SEEDS = {
     "weights": 3,
     "beta": 3,
     "comparison": 5,
+    "new_completions": 5,
     "hasty": 3,
     "plain": 3,
     "map": 3,

@@ -18,7 +18,7 @@
 # - write the whole loop in ten lines;
 # - read a finished run: accuracy with intervals, pass@k, and what changes in the completions;
 # - decide whether a gain is more than luck, and whether a second iteration is worth it;
-# - recognise a collapse, and choose the model to keep.
+# - notice a fall in accuracy, and choose the model to keep.
 #
 # | | `smoke` | `cpu` (default) | one GPU |
 # |---|---|---|---|
@@ -54,17 +54,19 @@ print("profile", PROFILE, "· device", models.default_device())
 
 # %%
 small = helpers_05.small_profile(PROFILE)
-model, tokenizer, task, questions, draw, fit = helpers_05.load_m0(small)
+model, tokenizer, task, questions, sampling_options, training_options = helpers_05.load_m0(small)
 adapters = Path(tempfile.mkdtemp())
-print(f"{len(questions)} questions x {small.n_samples} samples, {small.iterations} iterations")
+print(f"{len(questions)} questions x {small.n_samples} completions, {small.iterations} iterations,",
+      f"learning rate {small.learning_rate:g} (ten times that of the profile, for a visible change)")
 
 # %% tags=["nbval-ignore-output"]
 for t in range(small.iterations):
-    samples = sampling.sample(model, tokenizer, questions, task, n=small.n_samples, seed=2 * t, **draw)
+    samples = sampling.sample(model, tokenizer, questions, task, n=small.n_samples, seed=2 * t,
+                              **sampling_options)
     graded = grading.grade(samples, task)
     preferences, counts = pairs.build_pairs(graded, k=small.k_pairs, max_length=small.max_length)
     training.train(model, tokenizer, preferences, small.alpha, small.beta, small.learning_rate,
-                   seed=2 * t + 1, **fit)
+                   seed=2 * t + 1, **training_options)
     model.save_pretrained(adapters / f"M_{t + 1}", save_embedding_layers=False)
     print(f"M_{t} made {counts['pairs']} pairs, which trained M_{t + 1}")
 
@@ -135,9 +137,9 @@ figure
 assert f"M_{T}" in plots.alt_text(figure)
 
 # %% [markdown]
-# Greedy gains shrink, probably because less is left to gain; sampled gains first grow. The paper's gains are 17.5, 4.9, 3.1
-# and 0.5 points ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). The *majority* curve takes the most frequent answer
-# of eight completions ([self-consistency](https://arxiv.org/abs/2203.11171)).
+# After $M_2$ greedy gains shrink, perhaps because little is left. Sampled gains first grow. Bands are 95 % intervals. The
+# paper's gains are 17.5, 4.9, 3.1 and 0.5 points ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). The *majority* curve
+# takes the most frequent answer of eight completions ([self-consistency](https://arxiv.org/abs/2203.11171)).
 #
 # The next figure has five seeds of the same profile ([data](../figures/accuracy_per_iteration.csv)). Thin lines are single
 # runs.
@@ -148,8 +150,8 @@ mean = pd.read_csv(helpers_05.FIGURES / "accuracy_per_iteration_mean.csv")
 figures.accuracy_of_seeds(five, mean)
 
 # %% [markdown]
-# Do these gains cost variety? [pass@k](../docs/glossary.md#passk) is the share of questions that at least one of k completions
-# solves. **Predict**: does the number of distinct answers grow or shrink?
+# Do they cost variety? [pass@k](../docs/glossary.md#passk) is the share of questions that at least one of k completions
+# solves. **Predict**: do distinct final answers become more or fewer?
 
 # %% tags=["nbval-ignore-output"]
 figure = figures.diversity(metrics)
@@ -159,7 +161,7 @@ figure
 assert "distinct answers" in plots.alt_text(figure)
 
 # %% [markdown]
-# It shrinks. After $M_1$ so does the gap between pass@1 and pass@8: further samples add less.
+# Fewer. After $M_2$ the gap between pass@1 and pass@8 also shrinks: further completions add less.
 
 # %% [markdown]
 # ## 3 Read: what changes in the completions?
@@ -180,7 +182,7 @@ assert by_steps.shape[1] == T + 1
 # %% [markdown]
 # Working becomes complete on short questions first, then on long ones. The model learns to show steps that it skipped. This
 # is [elicitation](../docs/glossary.md#elicitation). How far it explains the gains of real models is
-# [disputed](https://arxiv.org/abs/2504.13837). An example:
+# [disputed](https://arxiv.org/abs/2504.13837). A selected example:
 
 # %% tags=["nbval-ignore-output"]
 i = helpers_05.learned_question(evaluated, lines)
@@ -195,8 +197,8 @@ assert len(evaluated) == T + 1
 # %% [markdown]
 # ## 4 Doubt: is a gain more than luck?
 #
-# $M_0$ answers 140 of 500 questions correctly. With 500 *other* questions the number would differ. Wilson's interval contains
-# the accuracies that are compatible with 140 of 500.
+# $M_0$ answers 140 of 500 questions correctly. With 500 *other* questions the number would differ. Wilson's 95 % interval
+# contains the accuracies that fit 140 of 500.
 
 # %%
 low, high = evaluation.wilson_interval(140, 500)
@@ -218,9 +220,9 @@ print(f"only a correct: {only_a}, only b correct: {only_b}")
 
 # %%
 tosses = only_a + only_b
-as_uneven = sum(math.comb(tosses, i) for i in range(min(only_a, only_b) + 1)) / 2**tosses
-print(f"p = {2 * as_uneven:.3f}")              # two-sided: a could have been the better one
-assert math.isclose(2 * as_uneven, significance.mcnemar(a, b)["p"])
+one_sided = sum(math.comb(tosses, i) for i in range(min(only_a, only_b) + 1)) / 2**tosses
+print(f"p = {2 * one_sided:.3f}")              # two-sided: a could have been the better one
+assert math.isclose(2 * one_sided, significance.mcnemar(a, b)["p"])
 
 # %% [markdown]
 # No: six tosses are at least this uneven in over a fifth of all cases. This is the exact
@@ -265,23 +267,24 @@ def compared(t):
     before, after = (evaluation.correct_per_question(evaluated[i]) for i in (t - 1, t))
     test = significance.mcnemar(list(before.values()), [after[i] for i in before])
     gain = evaluation.compare(evaluated[t - 1], evaluated[t])
-    return {"step": f"M_{t - 1} to M_{t}", **{name: 100 * gain[name] for name in ("difference", "low", "high")},
-            "solved": test["only_b"], "lost": test["only_a"], "p": test["p"]}
+    row = {"step": f"M_{t - 1} to M_{t}"}
+    row |= {name: 100 * gain[name] for name in ("difference", "low", "high")}
+    return row | {"solved": test["only_b"], "lost": test["only_a"], "p": test["p"]}
 
 steps_of_run = pd.DataFrame([compared(t) for t in range(1, T + 1)])
-steps_of_run.round(4)
+print(steps_of_run.to_string(index=False, float_format="{:.3g}".format))
 
 # %% tags=["remove-cell"]
 assert (steps_of_run.p <= 1).all()
 
 # %% [markdown]
-# Pairing narrows the intervals: questions that are easy or hard for both models cancel. `solved` counts the questions
+# Pairing narrows the intervals, because questions that are easy or hard for both models cancel. `solved` counts the questions
 # that only $M_t$ solves, `lost` those that only the previous model solves. All of this holds for one seed.
 
 # %% [markdown]
 # ## 5 Doubt: why iterate at all?
 #
-# Perhaps we only need to train longer on $M_0$'s samples. The control makes twice the pairs from them and trains once, for
+# Perhaps we only need to train longer on $M_0$'s completions. The control makes twice the pairs from them and trains once, for
 # nearly as many steps as two iterations. Both use learning rate 1e-4 and the same five seeds
 # ([runs](../figures/comparison_runs.jsonl)).
 #
@@ -299,18 +302,18 @@ for name, matrix in (("M_2 against the control", twice - control), ("control aga
 helpers_05.control({"$M_1$": once, "twice the pairs\nof $M_0$": control, "$M_2$": twice})
 
 # %% [markdown]
-# $M_2$ is better: the interval excludes 0. A likely reason is that new samples show the errors of the *new* model; $M_2$ also
-# used about 12 % more pairs. Whether the control differs from $M_1$ is not resolved. In the paper $M_2$ is 3.2 points above
-# this control ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). At this learning rate the gains of iterations 3 and 4
-# are not resolved ([claims](../figures/lesson_claims.csv)).
+# $M_2$ is better: the interval excludes 0. A likely reason: new completions show the errors of the *new* model. But $M_2$
+# also has a new reference, and 12 % more pairs. Whether the control differs from $M_1$ is not resolved. In the paper $M_2$ is
+# 3.2 points above this control ([Table 1](https://arxiv.org/html/2404.19733v3#S3.T1)). At this learning rate the gains of
+# iterations 3 and 4 are not resolved ([claims](../figures/lesson_claims.csv)).
 
 # %% [markdown]
 # ## 6 How far did training move the model?
 #
-# The [KL divergence](../docs/glossary.md#kl-divergence) $\text{KL}(M_t \| M_{t-1}) = \sum_y M_t(y)
-# \log\frac{M_t(y)}{M_{t-1}(y)}$ measures how far, in nats. We cannot list all completions $y$. But the sum is the
-# mean log-ratio of completions that $M_t$ samples, so we can estimate it. Here are the exact sum and 1,000 repeated estimates
-# for four possible completions.
+# The [KL divergence](../docs/glossary.md#kl-divergence) $\text{KL}(M_t \| M_{t-1}) = \sum_y M_t(y|x)
+# \log\frac{M_t(y|x)}{M_{t-1}(y|x)}$ measures this, in nats. We cannot list all completions $y$. But the sum is
+# the mean log-ratio of completions that $M_t$ samples, so we can estimate it. Here are the exact sum and 1,000 repeated
+# estimates for four possible completions.
 #
 # **Predict**: a KL divergence is never negative. Can its estimate be?
 
@@ -360,7 +363,7 @@ print(checks_05.estimate_kl(estimate_kl))
 # is $M_2$ from $M_1$? The answer may be "not resolved".
 
 # %% tags=["nbval-ignore-output"]
-drawn = sampling.sample(model, tokenizer, questions, task, n=1, seed=99, **draw)      # `model` is M_2
+drawn = sampling.sample(model, tokenizer, questions, task, n=1, seed=99, **sampling_options)      # `model` is M_2
 texts = drawn["prompt_ids"][:], drawn["completion_ids"][:]
 logp_now = logprobs.score(model, tokenizer, *texts)
 models.set_adapter(model, adapters / "M_1")                                          # now it is M_1
@@ -372,7 +375,7 @@ print("(KL, standard error) in nats:", "exercise 5.3 is open" if estimate is ...
 assert len(logp_now) == len(logp_before) == len(questions)
 
 # %% [markdown]
-# ## 7 What does a collapse look like?
+# ## 7 Which numbers warn of a fall?
 #
 # A run records two warning numbers: the KL to the previous model, and the log-probability per token of chosen
 # completions before and after training. First, the run of section 2:
@@ -385,8 +388,8 @@ figure
 assert "nats" in plots.alt_text(figure)
 
 # %% [markdown]
-# KL stays small, and training raises the log-probability of chosen completions. Compare curves on the right at the same t:
-# each iteration has different pairs.
+# KL stays below 0.2 nats, and training raises the log-probability of chosen completions. Compare curves on the right at the
+# same t: each iteration has different pairs.
 #
 # Now compare the learning rates 1e-4 and 3e-4, with (α = 1) and without (α = 0) the NLL term
 # ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which setting, 1e-4 or
@@ -399,7 +402,7 @@ helpers_05.stability()
 helpers_05.stability_table()
 
 # %% [markdown]
-# Only at 3e-4 without the NLL term. The KL of this setting is the highest in both iterations.
+# At 3e-4 without the NLL term. The KL of this setting is the highest in both iterations.
 #
 # Do the training metrics show a fall in accuracy? The next runs train a second miniature model, whose working has errors
 # ([notebook 06](06_baselines_and_ablations.ipynb)), at β = 0.1 and learning rate 3e-4, 20 steps per iteration. Without the
@@ -411,20 +414,20 @@ helpers_05.stability_table()
 helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
-# The run without it, in both iterations. A high reward accuracy says that DPO separates its pairs, not that the
-# completions are good. KL jumps where accuracy falls. Is the fall more than luck? Here is this step in all six runs:
+# With this seed, the run without it. Reward accuracy compares a model with its reference on training pairs: it does not test
+# completions. Here KL also jumps. Is the fall more than luck? Here is this step in all six runs:
 
 # %%
 helpers_05.last_steps(significance.mcnemar).round(3)
 
 # %% [markdown]
-# Neither this fall nor that of seed 2 with the NLL term is resolved at 5 %. KL jumps only in seed 0 without the term.
+# Neither this fall nor that of seed 2 with the NLL term is resolved at 5 %. So six runs cannot answer the question.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
 #
 # The paper selects its checkpoints on held-out training questions ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)).
-# If the *test* set selected the model, its accuracy would be too optimistic.
+# If the *test* set selected the model, test accuracy would be too optimistic.
 # **Patience n** stops when n models in a row do not exceed the best validation accuracy so far. It keeps that best model.
 
 # %% [markdown]
@@ -433,8 +436,8 @@ helpers_05.last_steps(significance.mcnemar).round(3)
 # **Goal**: select a model without the test set. **Difficulty**: 2 of 3. **Time**: 15 minutes.
 #
 # `keep(rows)` takes one dict per iteration t = 0, 1, ..., with `validation`, `test`, `kl` and `chosen_change` (the last two
-# are None at t = 0). It returns the number of the model that patience 1 keeps. $M_0$ is a candidate. Ties may count either
-# way.
+# are None at t = 0). It returns the number of the model that patience 1 keeps. $M_0$ is a candidate. The check accepts ties
+# either way.
 #
 # <details><summary>Hint</summary>
 #
@@ -457,8 +460,8 @@ def keep(rows):
 print(checks_05.keep(keep))
 
 # %% [markdown]
-# The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). We score rules on the
-# shipped runs. Runs of the first model have one split: half its questions select, half measure.
+# The worked solution is in [solutions/05_iterations.ipynb](solutions/05_iterations.ipynb). We score rules on stored runs.
+# Runs from the default $M_0$ have one split: half its questions select, half measure.
 #
 # **Predict**: is a limit on KL, or on a fall of the chosen completions, a better rule than patience 2?
 
@@ -494,6 +497,9 @@ def scores(rules):
         print(f"{name:25} loses {mean:4.1f} points ({low:.1f} to {high:.1f}), at most {table[name].max():.1f}; keeps M_0 {kept_m0} times")
     return table
 
+far = [one["rows"] for one in shipped if one["rows"][1]["kl"] > 1]
+risen = sum(rows[1]["validation"] > rows[0]["validation"] for rows in far)
+print(f"KL of the first iteration exceeds 1 nat in {len(far)} runs; validation accuracy rises in {risen} of them")
 table = scores(rules)
 helpers_05.regrets(table)
 
@@ -502,8 +508,8 @@ assert (table >= 0).all().all()
 
 # %% [markdown]
 # The [bootstrap](../docs/glossary.md#bootstrap) draws settings, each with all its seeds. The rules on KL and on chosen
-# completions lose most: at 1e-4 a healthy first iteration has a KL above 1 nat (section 7). The best of all needs all
-# iterations. Is patience 2 worth its cost?
+# completions lose most: in many first iterations KL exceeds 1 nat while accuracy rises. The best of all needs all iterations.
+# Is patience 2 worth its cost?
 
 # %% tags=["nbval-ignore-output"]
 def more(a, b):
@@ -513,8 +519,9 @@ def more(a, b):
 
 print(more("patience 1", "patience 2"))
 print(more("patience 2", "keep the best of all"))
-for n, name in ((1, "patience 1"), (2, "patience 2"), (0, "keep the last model")):
-    trained = [min(rules[name](one["rows"]) + n, len(one["rows"]) - 1) for one in shipped]
+for patience, name in ((1, "patience 1"), (2, "patience 2"), (0, "keep the last model")):
+    # patience n trains n models after the one that it keeps
+    trained = [min(rules[name](one["rows"]) + patience, len(one["rows"]) - 1) for one in shipped]
     print(f"{name} trains {np.mean(trained):.1f} iterations")
 print("validation accuracy (%) where patience 1 loses most against patience 2:")
 for i in (table["patience 1"] - table["patience 2"]).nlargest(3).index:
@@ -522,11 +529,11 @@ for i in (table["patience 1"] - table["patience 2"]).nlargest(3).index:
 
 # %% [markdown]
 # In these three runs patience 1 stops too early: later models are better. **Use patience 2**: it loses less than patience 1,
-# and only slightly more than the best of all. Most runs here have four iterations, so it seldom stops early.
+# and only slightly more than the best of all. But it seldom saves an iteration: most runs have four.
 #
 # Does a rule stop *before* a fall? A fall is a model 5 or more points of test accuracy below an earlier one. The lead counts
 # iterations from the stop to the fall; *at the fall* it is zero. A false alarm stops a run that never falls ([all
-# rules](../figures/lesson_rules.csv)). The last row has data only from runs of the first model.
+# rules](../figures/lesson_rules.csv)). Only runs from the default $M_0$ have data for the last rule.
 
 # %%
 helpers_05.warnings_of_rules()
@@ -535,8 +542,8 @@ helpers_05.warnings_of_rules()
 # A limit of 1 nat on KL stops before most falls. It also stops runs that never fall, and loses more than keeping the last
 # model. Patience 2 stops before few.
 #
-# Chosen completions fall in most healthy runs, so only KL says when to *look*. Read ten completions, check how many hit the
-# token limit (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by patience 2.
+# In most runs without a fall chosen completions fall at least once, so only KL says when to *look*. Read ten completions,
+# check how many hit the token limit (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by patience 2.
 #
 # ### Open exercise: a rule of your own
 #
@@ -566,9 +573,9 @@ assert len(table) == len(shipped)
 # %% [markdown]
 # ## What you have learnt
 #
-# - The loop is four calls. Greedy gains shrink, and completions become less varied.
+# - The loop is four calls. Later gains shrink, and final answers vary less.
 # - Two models need a paired test.
-# - A high reward accuracy in training does not show good completions.
+# - Reward accuracy on training pairs does not measure completions.
 # - Select by validation accuracy with patience 2. KL tells you when to look.
 #
 # **Try**: run `python -m irpo_utils run --eval-split validation --learning-rate 3e-4 --out runs/high` and apply
@@ -582,10 +589,10 @@ assert len(table) == len(shipped)
 # 4. Reward accuracy 0.97, margin rising, chosen log-probability falling. What do you do?
 #
 # <details><summary>Answers</summary>
-#
-# 1. It samples, it is the reference, and training starts from it. 2. That more pairs of $M_0$ explain the gain of $M_2$.
-# 3. Not necessarily. Look at the standard error: an estimate many standard errors below 0 means a bug. 4. Read completions
-# and look at validation accuracy before you trust the model.
+# 1. It samples, it is the reference, and training starts from it.
+# 2. That more pairs of $M_0$ explain the gain of $M_2$.
+# 3. Not necessarily. Look at the standard error: an estimate many standard errors below 0 means a bug.
+# 4. Read completions and look at validation accuracy before you trust the model.
 #
 # </details>
 #
