@@ -6,6 +6,7 @@ Each figure is a `plots.TextFigure`, whose alt text has its numbers.
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +84,17 @@ def settings_in_words(settings: str) -> str:
 
 
 def claims(name: str = "lesson_claims") -> pd.DataFrame:
-    """The claims of a result file with paired differences in points; no verdict: an empty text."""
+    """The claims of a result file with paired differences in points; no verdict: an empty text.
+
+    Claims of ours, for which the paper has no number, hold or do not; the paper has no part in it.
+    """
     table = read(name)
     names = {side: table[side].map(_named) for side in ("a", "b")}
-    return table.assign(claim=table.claim.map(in_words), verdict=table.verdict.fillna(""), **names)
+    table = table.assign(claim=table.claim.map(in_words), verdict=table.verdict.fillna(""), **names)
+    ours = ~np.isfinite(table.paper) & (table.get("group", "") != "log-probabilities")
+    own_words = {"agrees": "holds", "disagrees": "the opposite holds"}
+    table["verdict"] = table.verdict.where(~ours, table.verdict.replace(own_words))
+    return table
 
 
 def _named(side: str) -> str:
@@ -101,11 +109,15 @@ def with_interval(row) -> str:
 
 
 def claims_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Claim, the paper's difference, the difference here with its interval, seeds, verdict."""
+    """Claim, the paper's difference if there is one, the difference here with its interval, the seeds
+    in which the claim holds, and the verdict."""
     here = [with_interval(row) for row in rows.itertuples()]
-    above = [f"{row.seeds_above_zero} of {row.seeds}" for row in rows.itertuples()]
+    lowers = rows.paper < 0  # a claim that something falls
+    on_its_side = rows.seeds_above_zero.where(~lowers, rows.seeds - rows.seeds_above_zero)
+    seeds_of = [f"{n} of {total}" for n, total in zip(on_its_side, rows.seeds, strict=True)]
     paper = [f"{value:+.1f}" if np.isfinite(value) else "" for value in rows.paper]
-    columns = {"paper": paper, "here (95 %)": here, "seeds above 0": above}
+    columns = {"paper": paper} if any(paper) else {}
+    columns |= {"here (95 %)": here, "seeds on its side": seeds_of}
     return pd.DataFrame(columns | {"verdict": list(rows.verdict)}, index=list(rows.claim))
 
 
@@ -149,7 +161,7 @@ def tuning_of_second_model() -> pd.DataFrame:
 def tuned_methods() -> pd.DataFrame:
     """One row per method of that study at its tuned settings, with its test accuracy in %.
 
-    `last`: of M4. `selected`: of the iteration with the best validation accuracy, for each seed.
+    "best on validation": the iteration with the best validation accuracy, for each seed.
     """
     table = read("lesson_results")
     table = table[table.tuned & table.trial.str.startswith("misconceptions/")]
@@ -162,8 +174,8 @@ def tuned_methods() -> pd.DataFrame:
         table[name] = text
     table["method"] = [LESSON[trial.split("/")[0]][0] for trial in table.trial]
     table["settings"] = [settings_in_words(trial.split("/", 1)[1]) for trial in table.trial]
-    names = {"chosen": "selected", "chosen_iterations": "selected iterations"}
-    shown = ["settings", "seeds", "last", *names.values()]
+    names = {"last": "M4", "chosen": "best on validation", "chosen_iterations": "its iterations"}
+    shown = ["settings", "seeds", *names.values()]
     table = table.rename(columns=names)
     return table.set_index("method")[["trial", *shown]]
 
@@ -274,13 +286,17 @@ def tuning_curves(tuned: pd.DataFrame) -> plots.TextFigure:
         rows = tuned[tuned.method == method].sort_values("learning_rate")
         if rows.empty:
             continue
-        line = plots.draw_points(axes, rows.learning_rate, rows.value, method, colour)
+        x = rows.learning_rate * 1.04 ** (len(lines) - 1.5)
+        axes.vlines(x, rows.low, rows.high, color=colour, linewidth=1, alpha=0.6)
+        line = plots.draw_points(axes, x, rows.value, method, colour)
         numbers = ", ".join(
-            f"{row.value:.1f} at {row.learning_rate:g}" for row in rows.itertuples()
+            f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f}) at {row.learning_rate:g}"
+            for row in rows.itertuples()
         )
         lines.append(line._replace(numbers=numbers))
     rates = sorted(set(tuned.learning_rate))
-    axes.set(xscale="log", xlabel="Learning rate", ylabel="Validation accuracy (%)", ylim=(0, 102))
+    axes.set(xscale="log", xlabel="Learning rate", ylim=(0, 102))
+    axes.set_ylabel("Validation accuracy of $M_4$ (%), 95 % intervals")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     return plots.finish(figure, "Validation accuracy (%) by learning rate", {"": lines})
@@ -332,7 +348,7 @@ def forest(rows: pd.DataFrame) -> plots.TextFigure:
     """Claims with the difference here (dot, 95 % interval) and the paper's (diamond), if it has a
     number."""
     colours = {"agrees": BLUE, "disagrees": ORANGE, "not resolved": GREY}
-    figure, axes = plots.new_figure(9.2, 1.2 + 0.34 * len(rows))
+    figure, axes = plots.new_figure(9.6, 1.2 + 0.5 * len(rows))
     spoken = []
     for y, row in zip(range(len(rows) - 1, -1, -1), rows.itertuples(), strict=True):
         _dot(axes, y, row.points, row.low, row.high, colours.get(row.verdict, GREEN))
@@ -343,7 +359,7 @@ def forest(rows: pd.DataFrame) -> plots.TextFigure:
             paper = f"paper {row.paper:+.1f}"
         spoken.append(f"{row.claim}: {with_interval(row)}, {paper}, {row.verdict}")
     axes.axvline(0, color=INK, linewidth=1)
-    _rows_axis(axes, list(rows.claim))
+    _rows_axis(axes, [textwrap.fill(claim, 36) for claim in rows.claim])
     axes.set_xlabel("Difference in accuracy (points); diamond: the paper")
     figure.alt_text = f"Claims of the paper and differences here (points). {'; '.join(spoken)}."
     return figure
@@ -436,7 +452,8 @@ def accuracy_against_kl() -> plots.TextFigure:
         line = plots.draw_points(axes, points.kl_m0, 100 * points.value, name, colour)
         numbers = (f"{100 * row.value:.1f} at {row.kl_m0:.2f}" for row in points.itertuples())
         lines.append(line._replace(numbers=", ".join(numbers)))
-    axes.set(xlabel="KL to $M_0$ (nats per completion)", ylabel="Accuracy on validation (%)")
+    axes.set(xlabel="KL to $M_0$ (nats per completion; log scale above 1)")
+    axes.set_ylabel("Accuracy on validation (%)")
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks([0, 0.5, 1, 2, 5, 10], labels=["0", "0.5", "1", "2", "5", "10"])
     axes.set_xlim(-0.02, 13)
@@ -460,24 +477,24 @@ def misconceptions(table: pd.DataFrame, tuned: pd.DataFrame) -> plots.TextFigure
         panel.sharey(axes[0])
         sentences.append(f"{title}: {'; '.join(spoken)}.")
         handles = panel.get_legend_handles_labels()
-    axes[0].set_ylabel("Lines that follow it (%)")
+    axes[0].set_ylabel("Lines with the error, where it applies (%)")
     figure.legend(*handles, frameon=False, fontsize=9, loc="outside right center")
     figure.alt_text = f"Misconceptions per iteration, M0 to M4 (%). {' '.join(sentences)}"
     return figure
 
 
 def lesson_log_probabilities(table: pd.DataFrame) -> plots.TextFigure:
-    """Change since M0 of chosen and rejected held-out completions (nats), 95 % bands."""
+    """Change since M0 of chosen and rejected held-out completions (nats), 95 % intervals."""
     figure, axes = plots.new_figure(9.6, 4.4, panels=2)
     panels = {}
     for panel, side in zip(axes, ("chosen", "rejected"), strict=True):
         lines = panels[side] = []
         for key, (name, colour, dashes) in TRIALS.items():
             rows = table[(table.trial == f"misconceptions/{key}") & (table.metric == side)]
-            band, label = (rows.low, rows.high), f"{name} ({seeds(rows.seeds.max())})"
-            line = plots.draw_points(
-                panel, rows.iteration, rows.value, label, colour, band, linestyle=dashes
-            )
+            label = f"{name} ({seeds(rows.seeds.max())})"
+            x = rows.iteration + 0.07 * (len(lines) - (len(TRIALS) - 1) / 2)
+            panel.vlines(x, rows.low, rows.high, color=colour, linewidth=1)
+            line = plots.draw_points(panel, x, rows.value, label, colour, linestyle=dashes)
             last = rows.iloc[-1]
             numbers = f"M4 {last.value:+.2f} ({last.low:+.2f} to {last.high:+.2f})"
             lines.append(line._replace(numbers=numbers))

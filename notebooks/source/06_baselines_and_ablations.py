@@ -53,13 +53,17 @@ print("profile", PROFILE, "· device", models.default_device(), "· seed", profi
 # Iterative RPO.
 
 # %%
+def described(name):
+    method = methods.get(name)
+    settings = [f"{key} = {value}" for key, value in method.settings.items() if key != "iterations"]
+    return {"settings": ", ".join(settings) or "alpha = 1",
+            "trains on": "completions of M_t" if method.samples else "gold solutions"}
+
 shown = ("irpo", "iterative_dpo", "star", "sft_gold")
-pd.DataFrame({helpers_06.NAMES[name]: {"loss and settings": str(methods.get(name).settings or "DPO + NLL, alpha = 1"),
-                                       "trains on": "completions of M_t" if methods.get(name).samples else "gold solutions"}
-              for name in shown}).T
+pd.DataFrame({helpers_06.NAMES[name]: described(name) for name in shown}).T
 
 # %% [markdown]
-# **DPO without NLL** sets α to 0. **RFT**, rejection-sampling fine-tuning, is SFT on the correct completions. The paper's
+# **DPO without NLL** sets α to 0. **RFT**, rejection-sampling fine-tuning, is SFT on the chosen completions. The paper's
 # table calls it STaR, but [STaR](../docs/glossary.md#star) retrains from $M_0$ in each iteration and shows the model the
 # answers of questions that it fails. **SFT on gold solutions** uses no completions at all.
 #
@@ -68,15 +72,15 @@ pd.DataFrame({helpers_06.NAMES[name]: {"loss and settings": str(methods.get(name
 # card](../docs/model_card_misconceptions.md)). It always shows its working and makes typical pupils' errors, such as a
 # forgotten carry.
 #
-# Everything else is equal: $M_0$, questions, adapter, and 20 optimiser steps per iteration. One setting must *not* be equal.
-# Each loss needs its own learning rate.
+# Everything else is equal: $M_0$, questions, adapter, and 20 optimiser steps per iteration. Two settings must *not* be equal:
+# each loss needs its own learning rate and β.
 
 # %% [markdown]
 # ## 2 Was every method tuned?
 #
 # A comparison needs tuned baselines. We tuned each method on the validation accuracy of $M_4$: at least three learning rates,
-# one seed. Iterative RPO also had a choice of four β, DPO of five. The table has the best β at each learning rate. At 3e-3
-# both had only β = 0.3, as Iterative RPO had at 1e-4.
+# one seed. Iterative RPO also had a choice of four β, DPO of five. The table has the best β at each learning rate. Both had
+# only β = 0.3 at 3e-3, and Iterative RPO also at 1e-4.
 #
 # **Predict**: which loss tolerates a higher learning rate, DPO without NLL or SFT?
 
@@ -93,21 +97,21 @@ figure
 assert "RFT" in plots.alt_text(figure)
 
 # %% [markdown]
-# SFT does. At 3e-3 DPO without NLL (β = 0.3) ends at 7.3 %, and both SFT methods are above 83 %.
+# SFT does, where DPO has β = 0.3: at 3e-3 DPO without NLL ends at 7.3 %, and both SFT methods are above 83 %.
 
 # %% [markdown]
 # ### Exercise 6.1: choose a learning rate
 #
 # **Goal**: choose on validation, and notice when the search was too narrow. **Difficulty**: 1 of 3. **Time**: 10 minutes.
 #
-# `accuracy` maps each learning rate to a validation accuracy, or to None if that run broke down. Return two things: the
+# `accuracy` maps each learning rate to a validation accuracy, or to None if that run diverged. Return two things: the
 # learning rate with the highest accuracy (the smaller one if two are equal), and whether it is the smallest or largest
 # learning rate *that was tried*.
 #
 # <details><summary>Hint</summary>
 #
 # Ignore None values when you choose. Their learning rates still count as tried. `max` with a `key` that is a tuple,
-# `(accuracy, -rate)`, settles ties.
+# `(accuracy, -learning_rate)`, settles ties.
 #
 # </details>
 
@@ -137,8 +141,8 @@ for method, tried in best_beta.groupby("method"):
     print(f"{method:22} {best.learning_rate:<6g} {'edge' if edge else 'inside':7} against {', '.join(tests)}")
 
 # %% [markdown]
-# No choice is at the edge. The second-best learning rate is told apart only for DPO, and barely. β is no firmer: the choices,
-# β = 3 for DPO and β = 0.3 for Iterative RPO, each led the second-best β by only two of 300 questions
+# No choice is at the edge. Only DPO's second-best learning rate differs from the best, and barely (p = 0.047). β is no
+# firmer: the choices, β = 3 for DPO and β = 0.3 for Iterative RPO, each led the second-best β by only two of 300 questions
 # ([runs](../figures/lesson_runs.jsonl)).
 
 # %% [markdown]
@@ -156,25 +160,25 @@ helpers_06.lesson_accuracy(lesson, tuned)
 tuned.drop(columns="trial")
 
 # %% [markdown]
-# Here SFT on gold solutions is first after one iteration. In the table `last` is $M_4$, and `selected` is the iteration with
-# the best validation accuracy in each seed. SFT on gold solutions and Iterative RPO on $M_0$'s completions do not iterate:
-# their $M_t$ is $M_0$ after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement learning, has no pairs.
+# Here SFT on gold solutions is first after one iteration. The table has $M_4$ and the iteration with the best validation
+# accuracy in each seed. SFT on gold solutions and Iterative RPO on $M_0$'s completions do not iterate: their $M_t$ is $M_0$
+# after 20t steps. [GRPO](../docs/glossary.md#grpo), a method of reinforcement learning, has no pairs.
 #
 # ### Which differences are real?
 #
-# The intervals above are too wide to tell. All methods answer the same questions, and with the same seed they start from the
-# same completions of $M_0$. So subtract question by question and seed by seed. The result is a matrix, one row per seed and
-# one column per question. A new experiment would have other questions *and* other seeds, so the
+# Most intervals above overlap, which decides nothing. All methods answer the same questions, and those with pairs start from
+# the same completions of $M_0$ in each seed. So subtract question by question and seed by seed. The result is a matrix, one
+# row per seed and one column per question. A new experiment would have other questions *and* other seeds, so the
 # [bootstrap](../docs/glossary.md#bootstrap) draws both.
 #
-# **Predict** for two methods a and b, three seeds and 40 questions: is b better?
+# **Predict**: on questions that can be solved, b gains 0.30, 0.10 and -0.06 in three seeds. Is b better?
 
 # %%
 rng = np.random.default_rng(1)
-hard = rng.random(40) < 0.5                            # questions that neither method solves
-luck = np.array([[0.15], [0.05], [-0.03]])             # seeds that went well for b, or not
-a = np.where(hard, 0.0, 0.7) * np.ones((3, 1))
-b = np.where(hard, 0.0, 0.7 + 2 * luck)
+hard = rng.random(40) < 0.5                            # of 40 questions: those that neither method solves
+gain_of_b = np.array([[0.30], [0.10], [-0.06]])        # in each seed
+a = np.tile(np.where(hard, 0.0, 0.7), (3, 1))          # (seeds, questions)
+b = np.where(hard, 0.0, 0.7 + gain_of_b)
 
 each = [evaluation.bootstrap_mean(x.mean(0)) for x in (a, b)]
 print("unpaired:                     ", *(f"{x:.2f} ({low:.2f} to {high:.2f})" for x, low, high in each), sep="  ")
@@ -182,8 +186,8 @@ print("paired, questions only:         {:+.3f} ({:+.3f} to {:+.3f})".format(*eva
 print("paired, seeds and questions:    {:+.3f} ({:+.3f} to {:+.3f})".format(*seed_and_question_interval(b - a)))
 
 # %% [markdown]
-# Unpaired, the hard questions hide the difference. Paired by question, b is ahead *for these three seeds*. But in one seed a
-# is ahead. If the bootstrap also draws seeds, the interval includes 0: "not resolved", which does not mean equal.
+# Unpaired, the hard questions hide the difference. Paired by question, b is ahead *on average over these seeds*. But in one
+# seed a is ahead. If the bootstrap also draws seeds, the interval includes 0: "not resolved", which does not mean equal.
 
 # %% [markdown]
 # ### Exercise 6.2: a paired difference
@@ -239,7 +243,7 @@ for name, rows in panels.items():
 # %% [markdown]
 # ## 4 Which of the paper's claims hold?
 #
-# Our interval can say four things about the paper's difference:
+# Our interval can say four things about a claim of the paper. *Agrees* and *disagrees* concern its direction, not its size:
 #
 # | verdict | the 95 % interval |
 # |---|---|
@@ -282,8 +286,8 @@ print(checks_06.verdict(verdict))
 # %% [markdown]
 # The worked solution is in [solutions/06_baselines_and_ablations.ipynb](solutions/06_baselines_and_ablations.ipynb).
 #
-# **Predict**: how many claims get the verdict "agrees"? The figure has those with a number of the paper. Where `paper` is
-# empty in the table, the paper has no number, and only the direction counts.
+# **Predict**: how many claims get the verdict "agrees"? The figure has the claims for which the paper has a number. Where
+# `paper` is empty in the table, the claim is ours: it *holds*, *the opposite holds*, or it is not resolved.
 
 # %% tags=["nbval-ignore-output"]
 compared = verdicts[verdicts.group == "comparison"]
@@ -317,15 +321,15 @@ about_m1 = first_model.claim.str.contains(r"\(M1|NLL term helps \(M4") & (first_
 helpers_06.claims_table(first_model[about_m1])
 
 # %% [markdown]
-# Yes. With 600 questions Iterative RPO is ahead of RFT at $M_1$; with 150 it is 22 points behind. Few samples (N = 3) and hot
-# sampling (temperature 1.5) also favour RFT. A possible reason: with fewer steps, RFT's higher learning rate counts more. The
-# interval of the gain from the NLL term is -1.0 to 1.2 points at $M_1$, and 1 to 31 at $M_4$. [All
+# Yes. With 600 questions Iterative RPO is ahead of RFT at $M_1$; with 150 it is 22 points behind. RFT also leads with N = 3
+# and at temperature 1.5. A possible reason: with fewer steps, RFT's higher learning rate counts more. The NLL term's gain is
+# -1.0 to 1.2 points at $M_1$, which rules out the paper's size, and 1 to 31 at $M_4$. [All
 # claims](../figures/lesson_claims.csv), [all methods](../docs/results/comparison.md).
 
 # %% [markdown]
 # ## 5 How did the model change?
 #
-# Did RFT go further? **Predict** which method moved furthest from $M_0$ (points: $M_0$ to $M_4$, on validation).
+# Did RFT move further? **Predict** which method moved furthest from $M_0$ (dots: $M_0$ to $M_4$, on validation).
 
 # %% tags=["nbval-ignore-output"]
 figure = helpers_06.accuracy_against_kl()
@@ -335,7 +339,7 @@ figure
 assert "GRPO" in plots.alt_text(figure)
 
 # %% [markdown]
-# SFT on gold solutions moved furthest. From $M_2$ on neither RFT nor Iterative RPO moved further in every seed
+# SFT on gold solutions moved furthest. From $M_2$ on the order of RFT and Iterative RPO differs between seeds
 # ([runs](../figures/lesson_runs.jsonl)).
 #
 # What does the rise consist of?
@@ -349,13 +353,13 @@ figure
 assert "forgets the carry" in plots.alt_text(figure)
 
 # %% [markdown]
-# All five misconceptions become rarer from $M_0$ to $M_4$, mostly in the first two iterations. No label marked the incorrect
+# All five errors become rarer from $M_0$ to $M_4$, mostly in the first two iterations. No label marked the incorrect
 # line: the reward sees only the final answer.
 
 # %% [markdown]
 # ## 6 When does the NLL term matter?
 #
-# In the paper the NLL term is worth 11 points. [Lanchantin et al.](https://arxiv.org/abs/2506.21495) find no benefit. So the
+# In the paper the NLL term gains 2 to 11 points. [Lanchantin et al.](https://arxiv.org/abs/2506.21495) find no benefit. So the
 # question is not *whether* but *when*. First we vary learning rate and α, at β = 0.3 on the second model.
 #
 # **Predict**: in which corner of the map does training fail?
@@ -371,10 +375,10 @@ assert "α = 0 at 0.003" in plots.alt_text(figure)
 helpers_06.claims_table(verdicts[verdicts.group == "map"])
 
 # %% [markdown]
-# $M_0$ is at 40 %. At 3e-4 no effect of the term is resolved. At 3e-3 training ends at 5 % without it, at 37 % with α = 1, and
-# at 55 % with α = 3. At 1e-3 the means also rise with α, but these differences are not resolved. RFT, the limit of large α,
-# is ahead of α = 3 at the two higher learning rates. So here the NLL term limits the damage of a high learning rate. Whether
-# it also raises the best accuracy is not resolved.
+# $M_0$ is at 40 %. At 3e-4 no effect of the term is resolved. At 3e-3 training ends at 5 % without it, at 37 % with α = 1,
+# and at 55 % with α = 3. At 1e-3 the means also rise with α, but these differences are not resolved. RFT, which keeps only
+# the NLL, is ahead of α = 3 at the two higher learning rates. So at 3e-3 the NLL term limits the damage. Whether it also
+# raises the best accuracy is not resolved.
 #
 # Now β. **Predict**: at which β does the NLL term help?
 
@@ -386,27 +390,28 @@ nll_term = verdicts[(verdicts.group == "NLL term") & ~verdicts.claim.str.contain
 helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 
 # %% [markdown]
-# At $M_4$, in the figure, no effect of the term is resolved at any β. The table has $M_1$. At 3e-4 the mean gain of the term
-# at $M_1$ is at most about 1 point. At 1e-3 the NLL term helps at $M_1$, by 19 points with β = 0.1 and by 12 with β = 0.3,
-# which agrees with the paper. With β = 1 and 3 the interval rules out a gain of the paper's size. At 1e-3 we compared β = 1
-# and 3 with 0.1. One of four differences is resolved: Iterative RPO ends 26 points higher with β = 3
-# ([verdicts](../figures/lesson_verdicts.csv)).
+# At $M_4$ no paired difference is resolved at any β ([verdicts](../figures/lesson_verdicts.csv)). The table has $M_1$. At
+# 3e-4 the mean gain of the term at $M_1$ is at most about 1 point. At 1e-3 the NLL term helps at $M_1$, by 19 points with β =
+# 0.1 and by 12 with β = 0.3, which agrees with the paper. With β = 1 and 3 the interval rules out a gain of the paper's size.
+# At 1e-3 we also compared β = 1 and 3 with 0.1, for both methods at $M_4$. One of the four differences is resolved: Iterative
+# RPO ends 26 points higher with β = 3.
 #
-# In [notebook 04](04_dpo_nll_training.ipynb) the DPO gradient of a pair has faded at δ ≈ 3/β. How far did $M_1$ get?
+# In [notebook 04](04_dpo_nll_training.ipynb) the DPO gradient of a pair falls to a tenth at δ ≈ 3/β. How far did $M_1$ of
+# Iterative RPO get?
 
 # %%
 helpers_06.how_far(lesson)
 
 # %% [markdown]
 # At 1e-3 and β = 0.1 no pair is past 3/β = 30 nats, so β does not limit the step. With a large β the gradient of most pairs
-# fades early, and no gain of the term is resolved. At 3e-4 few pairs are past 3/β up to β = 1: there the learning rate limits
-# the step. A large β also makes the NLL term relatively weaker, but with ten times its weight the gain is only 1 point (at
-# 3e-4). [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
+# fades early, and no gain of the term is resolved. At 3e-4 and β up to 1 few pairs are past 3/β: the learning rate limits the
+# step. A large β also makes the NLL term relatively weaker. We tested ten times its weight only at 3e-4, where no β gains
+# much. [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?
 #
-# The paper explains its table with curves: there SFT also raises rejected completions (figure 2), and DPO without NLL lowers
+# The paper relates its table to curves: there SFT also raises rejected completions (figure 2), and DPO without NLL lowers
 # *chosen* ones (figure 3). Here are both for the second model, on held-out pairs.
 #
 # **Predict** for RFT, which never sees rejected completions: will their log-probability fall, stay or rise?
@@ -423,33 +428,34 @@ helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 
 # %% [markdown]
 # At 3e-4 chosen completions rise at $M_1$ with the NLL term. They also rise without it, which disagrees with figure 3. At
-# 1e-3 with β = 0.1 they fall with and without the term; in figure 3 only without it. Rejected ones fall more, and after $M_1$
-# they go up and down. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. The reason may be
-# that of section 4: correct and incorrect steps compete.
+# 1e-3 with β = 0.1 they fall with and without the term; in figure 3 only without it. There rejected ones fall more, then go
+# up and down. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. The reason may be that of
+# section 4: correct and incorrect steps compete.
 
 # %% [markdown]
 # ## What you have learnt
 #
-# - Tune every method with the same search, over as many iterations as you compare, and look for choices at the edge.
+# - Tune every method, also at the iteration that you compare, and look for choices at the edge.
 # - Pair by seed and question. "Not resolved" does not mean equal.
 # - A claim gets one of four verdicts. "Rules out an effect of the paper's size" is stronger than "not resolved".
-# - Gains from the NLL term are resolved mostly at high learning rates with a small β: one ablation is one cell of a map.
+# - On the second model gains from the NLL term are resolved at 1e-3 with a small β ($M_1$) and at 3e-3 ($M_4$).
 # - RFT gains much without rejected completions. Whether pairs beat it depends on model and setting.
 #
-# **Try**: judge the claims again with `paper` halved. Which verdicts change?
+# **Try**: judge the claims again with `paper` divided by ten. Which verdicts change?
 #
 # **Recall**
 #
-# 1. RFT and Iterative RPO use the same correct completions. What differs, and how does RFT differ from STaR?
+# 1. RFT and Iterative RPO both use correct completions. What differs, and how does RFT differ from STaR?
 # 2. Five seeds, difference +1.2 (−0.3 to 2.7), paper +6. What do you write? And with paper +2?
 # 3. A paper tunes its method and takes the baseline's settings from elsewhere. What can its gain consist of?
 # 4. On the second model RFT is ahead at $M_2$ and $M_3$. Why does this not refute the paper's table?
 #
 # <details><summary>Answers</summary>
-#
-# 1. RFT has no rejected completions in its loss. STaR retrains from $M_0$ and shows answers of failed questions. 2. It rules
-#    out an effect of the paper's size. With +2: not resolved. 3. Of the tuning alone. 4. The paper compares $M_1$ of a model
-#    with 70 billion parameters. Here a correct step competes with one typical error, which may favour RFT.
+# 1. RFT has no rejected completions in its loss. STaR retrains from $M_0$ and shows answers of failed questions.
+# 2. It rules out an effect of the paper's size. With +2: not resolved.
+# 3. Of the tuning alone.
+# 4. The paper compares $M_1$ of a model with 70 billion parameters. Here a correct step competes with one typical error,
+#    which may favour RFT.
 #
 # </details>
 #
