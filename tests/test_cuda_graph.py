@@ -229,8 +229,11 @@ class Recorder:
             call(static, *bucket)
 
         def end(device, pool):
-            self.ended.append(pool)
-            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            self.ended.append(f"allocates no more to the {pool}")
+
+        def release(device, pool):
+            self.ended.append(f"released the {pool}")
+            raise RuntimeError("use_count > 0")  # by the graph, if the recording came that far
 
         def made(static, *arguments):
             init(static, *arguments)
@@ -242,7 +245,8 @@ class Recorder:
         for name, value in {"CUDAGraph": Graph, "graph": Recording}.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+        for name, function in {"endAllocateToPool": end, "releasePool": release}.items():
+            monkeypatch.setattr(torch._C, f"_cuda_{name}", function, raising=False)
 
 
 def test_a_bucket_is_called_once_recorded_once_and_then_replayed(
@@ -293,8 +297,19 @@ class OnTheDevice(TorchDispatchMode):
 
 @pytest.mark.parametrize("how", [(1.0, 1.0), (0.0, 1.0), (0.8, 0.9)])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
-def test_a_step_does_not_ask_for_the_value_of_a_tensor(kind, how):
-    """On the device "meta" tensors have no values: what would wait for a GPU is an error."""
+def test_a_step_neither_asks_for_the_value_of_a_tensor_nor_copies_one_from_the_host(
+    kind, how, monkeypatch
+):
+    """On the device "meta" tensors have no values: what would wait for a GPU is an error.
+
+    A graph cannot record `torch.tensor(number, device=...)` either, which copies from the host.
+    """
+    make = torch.tensor
+
+    def on_the_host(*args, device=None, **options):
+        assert device is None, "a copy from the host"
+        return make(*args, **options)
+
     shape = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 100, "head_dim": 8}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     config = AutoConfig.for_model(kind, **shape)
@@ -305,7 +320,8 @@ def test_a_step_does_not_ask_for_the_value_of_a_tensor(kind, how):
     request = sampling.Request([[5, 6, 7], [5, 6]], ["a", "b"], 4, *how, 40, 0, [3], 0)
     with torch.inference_mode(), cuda_graph.cpu.grouped(base):
         static = cuda_graph.Static(model, request, 8)
-        with OnTheDevice():
+        with OnTheDevice(), monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", on_the_host)
             static.call(8, 128, *how)
     with pytest.raises(RuntimeError, match="meta"), torch.inference_mode():
         static.compact(8, 1, [3])  # which does ask
@@ -344,7 +360,10 @@ def test_after_any_error_but_full_memory_the_plain_decoder_takes_over(
     text = "".join(capsys.readouterr())
     assert text.count("The plain decoder is used") == 1 and message in text
     assert "second line" not in text
-    assert recorder is None or recorder.ended == ["pool"]
+    assert recorder is None or recorder.ended == [
+        "allocates no more to the pool",
+        "released the pool",
+    ]
 
 
 # ---------------------------------------------------------------- memory

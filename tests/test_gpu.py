@@ -28,6 +28,12 @@ DEVICE = "cuda"
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """A run with a base in 16 bits switches on TF32, which tests in fp32 would feel."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="module")
 def task():
     return tasks.get("word_problems")

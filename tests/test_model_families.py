@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from irpo_utils import UserError, logprobs, models, profiles, sampling, tasks, training
 from irpo_utils.engines import Engine as PlainEngine
@@ -439,3 +440,18 @@ def test_an_iteration_without_training_needs_no_gradient(load):
     model, tokenizer, p, engine = load("llama")
     model.get_base_model().model.layers[1].mlp.up_proj._disable_adapters = True
     trial.check(model, tokenizer, profiles.get("smoke", model=p.model, iterations=0), engine)
+
+
+@pytest.mark.parametrize("mask", [create_causal_mask, create_sliding_window_causal_mask])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_of_grouped_attention_is_that_of_the_library(mask, dtype):
+    """With padding on the left."""
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("mistral", **shape, sliding_window=3)
+    padding = torch.ones(3, 9, dtype=torch.bool)
+    padding[1, :4] = False
+    given = {"inputs_embeds": torch.zeros(3, 9, 32, dtype=dtype), "attention_mask": padding}
+    made = []
+    for config._attn_implementation in ("eager", "grouped"):
+        made.append(mask(config=config, past_key_values=None, **given))
+    assert made[1].dtype == dtype and torch.equal(*made)

@@ -8,6 +8,8 @@ import re
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from tqdm.auto import tqdm
 
 from irpo_utils import UserError, models, sampling
@@ -23,6 +25,8 @@ class Engine:
         settings = {"quantize": p.quantize is not False}
         settings |= {n: getattr(p, n) for n in ("lora_r", "lora_alpha", "pad_token", "dtype")}
         model, tokenizer = models.load(p.model, revision=revision, **settings | options)
+        if p.dequantize:
+            dequantize(model)
         # The adapter computes in fp32. Next to a base in 16 bits, TF32 is exact enough on a GPU.
         tf32 = model.device.type != "cpu" and model.dtype != torch.float32
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -76,6 +80,25 @@ class Engine:
         return None
 
 
+def plain_linear(weight: torch.Tensor, bias) -> torch.nn.Linear:
+    """A frozen linear layer around an existing matrix, without a copy."""
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight, layer.bias = torch.nn.Parameter(weight, requires_grad=False), bias
+    return layer
+
+
+def is_linear(layer) -> bool:
+    """Whether a LoRA layer is on a linear layer, and not on fused experts or a Conv1D."""
+    return isinstance(layer, LoraLayer) and isinstance(layer.base_layer, torch.nn.Linear)
+
+
+def dequantize(model) -> None:
+    """Replace every NF4 layer under the adapter by a plain one with its dequantised weights."""
+    for layer in filter(is_linear, model.modules()):
+        weight = dequantize_module_weight(layer.base_layer).to(model.dtype)
+        layer.base_layer = plain_linear(weight, layer.base_layer.bias)
+
+
 def part_of(request: sampling.Request, rows: list[int]) -> sampling.Request:
     """The request for these of its prompts alone."""
     prompts, ids = ([column[i] for i in rows] for column in (request.prompts, request.ids))
@@ -84,5 +107,5 @@ def part_of(request: sampling.Request, rows: list[int]) -> sampling.Request:
 
 def memory_is_full(error: Exception) -> bool:
     """Whether PyTorch or CUDA itself has run out of memory, as CUDA may while it records."""
-    of_cuda = re.search("error: out of memory|STATUS_ALLOC_FAILED", str(error))
+    of_cuda = re.search("(?i)out of memory|STATUS_ALLOC_FAILED", str(error))
     return should_reduce_batch_size(error) or (isinstance(error, RuntimeError) and bool(of_cuda))

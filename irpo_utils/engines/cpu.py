@@ -12,14 +12,14 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import sdpa_mask
 
 from irpo_utils import sampling
-from irpo_utils.engines import part_of, shared_prompt
+from irpo_utils.engines import is_linear, part_of, plain_linear, shared_prompt
 
 MERGED_BYTES = 2**31  # most memory for merged matrices
 IN_THE_MASK = ("is_causal", "position_ids", "sliding_window", "use_cache")  # nothing to add
@@ -31,8 +31,6 @@ class Engine(shared_prompt.Engine):
     def load(self, p, revision: str | None = None, **options):
         """The plain model with attention that reads grouped keys where they are."""
         model, tokenizer = super().load(p, revision, **options)
-        if p.dequantize:
-            dequantize(model)
         if model.device.type == "cpu":
             use_grouped_attention(model.get_base_model())
         # For the last positions of a batch as a slice, PyTorch would multiply row by row, with a
@@ -98,14 +96,20 @@ def grouped_attention(
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, None, :, :columns]
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    weights = torch.softmax(scores, -1)  # of 16-bit scores: computed in fp32 and rounded once
     weights = torch.nn.functional.dropout(weights, dropout, module.training)
     out = weights.view(rows, kv_heads, -1, columns) @ value
     return out.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
+def grouped_mask(*args, dtype=torch.float32, **options):
+    """As the library's `eager_mask`, which may copy a number from the host, as no graph can."""
+    visible = sdpa_mask(*args, **options | {"allow_is_causal_skip": False})
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
 AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", eager_mask)
+AttentionMaskInterface.register("grouped", grouped_mask)
 
 
 @contextlib.contextmanager
@@ -132,27 +136,6 @@ def use_grouped_attention(base) -> None:
         )
 
 
-def plain_linear(weight: torch.Tensor, bias) -> torch.nn.Linear:
-    """A frozen linear layer around an existing matrix, without a copy."""
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight, layer.bias = torch.nn.Parameter(weight, requires_grad=False), bias
-    return layer
-
-
-def _is_linear(layer) -> bool:
-    """Whether a LoRA layer is on a linear layer, and not on fused experts or a Conv1D."""
-    return isinstance(layer, LoraLayer) and isinstance(layer.base_layer, torch.nn.Linear)
-
-
-def dequantize(model) -> None:
-    """Replace every NF4 layer under the adapter by a plain one with its dequantised weights."""
-    for layer in model.modules():
-        if _is_linear(layer):
-            base = layer.base_layer
-            weight = dequantize_module_weight(base).to(model.dtype)
-            layer.base_layer = plain_linear(weight, base.bias)
-
-
 @contextlib.contextmanager
 def merged(model):
     """Inside the context each layer is one matrix W + (alpha / r) B A; afterwards it is restored.
@@ -160,7 +143,7 @@ def merged(model):
     Exact up to rounding in fp32, and for a zero adapter in any dtype. Otherwise nothing changes,
     and also if the matrices need more than `MERGED_BYTES`.
     """
-    layers = {name: layer for name, layer in model.named_modules() if _is_linear(layer)}
+    layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
     trained = {name for name, layer in layers.items() if layer.lora_B["default"].weight.any()}
     size = sum(4 * layer.in_features * layer.out_features for layer in layers.values())
     if (model.dtype != torch.float32 and trained) or size > MERGED_BYTES:

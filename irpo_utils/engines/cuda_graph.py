@@ -23,7 +23,7 @@ from irpo_utils import sampling
 from irpo_utils.engines import cpu, memory_is_full, shared_prompt
 
 MOST_ROWS = 2400  # completions at once: a run stores as many at a time
-FEWEST_ROWS = 16  # of a bucket: steps with fewer rows are hardly faster
+FEWEST_ROWS = 64  # of a bucket: steps with fewer rows are hardly faster
 CHUNK = 128  # the columns of a bucket are a multiple of this
 CHECK = 16  # steps between two looks at which completions have ended
 PREFILL = 16_384  # tokens of prompts that are computed at once
@@ -198,8 +198,8 @@ class Static:
         """Draw the next token of the first rows from their logits (rows, vocabulary)."""
         at = self.completion[: len(logits)], self.step
         token = sampling.next_tokens(logits, self.uniforms[at], temperature, top_p)
-        chosen = logits.gather(-1, token[:, None]).squeeze(-1)
-        self.tokens[at], self.logprobs[at] = token, chosen - logits.logsumexp(-1)
+        self.tokens[at] = token
+        self.logprobs[at] = -torch.nn.functional.cross_entropy(logits, token, reduction="none")
         self.token[: len(logits)] = token
         self.step.add_(1)
 
@@ -232,9 +232,15 @@ class Static:
                 with torch.cuda.graph(graph, pool=self.pool):
                     self.call(*bucket)
         except RuntimeError as error:
-            # After a failed recording PyTorch 2.11 still allocates to the pool and frees no memory.
-            with contextlib.suppress(RuntimeError, AttributeError, TypeError):  # a private function
-                torch._C._cuda_endAllocateToPool(self.model.device.index, self.pool)
+            # After a failed recording PyTorch 2.11 still allocates to the pool and frees no memory,
+            # and it refuses to draw random numbers. These functions are private.
+            device = self.model.device.index
+            with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+                torch._C._cuda_endAllocateToPool(device, self.pool)
+                torch._C._cuda_releasePool(device, self.pool)
+            with contextlib.suppress(RuntimeError, AttributeError, TypeError, IndexError):
+                generator = torch.cuda.default_generators[device]
+                generator.graphsafe_set_state(generator.clone_state())
             raise error.__context__ or error from None  # the end of a failed one raises another
         return graph
 

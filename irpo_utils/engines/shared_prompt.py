@@ -12,12 +12,11 @@ from irpo_utils.engines import Engine as PlainEngine
 from irpo_utils.training import CHOSEN_ONLY, IterativeRPOTrainer, PairLogps
 
 
-def pair_batch(prompts, chosen, rejected, pad_id: int, dtype=torch.float32) -> dict:
+def pair_batch(prompts, chosen, rejected, pad_id: int) -> dict:
     """Token ids of B pairs as tensors; L = P + C + R columns.
 
     `input_ids`, `position_ids` (B, L): both responses continue the prompt's positions.
-    `attention_mask` (B, 1, L, L), additive: the rejected response does not see the chosen one.
-    `response_mask` (B, C + R), `n_columns`: C.
+    `filled` (B, L), `response_mask` (B, C + R): what is no padding. `n_columns`: C.
     """
     widths = [max(1, *map(len, part)) for part in (prompts, chosen, rejected)]
     starts = (0, widths[0], widths[0] + widths[1])
@@ -30,23 +29,31 @@ def pair_batch(prompts, chosen, rejected, pad_id: int, dtype=torch.float32) -> d
             ids[row, at : at + len(part)] = torch.tensor(part)
             positions[row, at : at + len(part)] = torch.arange(position, position + len(part))
             filled[row, at : at + len(part)] = True
-    allowed = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    allowed[starts[2] :, starts[1] : starts[2]] = False
-    visible = allowed & filled[:, None, :]
-    mask = torch.zeros(visible.shape, dtype=dtype)
     return {
         "input_ids": ids,
         "position_ids": positions,
-        "attention_mask": mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None],
+        "filled": filled,
         "response_mask": filled[:, widths[0] :].long(),
         "n_columns": widths[1],  # no tensor: reading it would wait for the GPU
     }
 
 
+def pair_mask(batch, dtype=torch.float32) -> torch.Tensor:
+    """An additive mask (B, 1, L, L), in which the rejected response does not see the chosen one."""
+    filled, length = batch["filled"], batch["filled"].shape[1]
+    first = length - batch["response_mask"].shape[1]  # column of the chosen response
+    second = first + batch["n_columns"]
+    allowed = filled.new_ones(length, length).tril()
+    allowed[second:, first:second] = False
+    mask = torch.zeros(len(filled), 1, length, length, dtype=dtype, device=filled.device)
+    return mask.masked_fill_(~(allowed & filled[:, None, :])[:, None], torch.finfo(dtype).min)
+
+
 def pair_logps(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the chosen and the rejected responses of a `pair_batch`, (B,), nats."""
     width, split = batch["response_mask"].shape[1], batch["n_columns"]
-    logits = logprobs.response_logits(model, batch)
+    mask = pair_mask(batch, model.dtype)
+    logits = logprobs.response_logits(model, batch | {"attention_mask": mask})
     # The last prompt token predicts the first token of both responses.
     predicting = torch.cat([logits[:, :split], logits[:, :1], logits[:, split + 1 : -1]], 1)
     targets = batch["input_ids"][:, -width:]
@@ -58,7 +65,7 @@ class SharedPromptTrainer(IterativeRPOTrainer):
     """`IterativeRPOTrainer` with one row per pair."""
 
     def __init__(self, model, **options):
-        self.pad_id, self.dtype = options["processing_class"].pad_token_id, model.dtype
+        self.pad_id = options["processing_class"].pad_token_id
         super().__init__(model, data_collator=self.collate, **options)
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -67,7 +74,7 @@ class SharedPromptTrainer(IterativeRPOTrainer):
         prompts, chosen, rejected = ([row[name] for row in rows] for name in names)
         if self.loss_name in CHOSEN_ONLY:
             rejected = [[] for _ in rows]
-        batch = pair_batch(prompts, chosen, rejected, self.pad_id, self.dtype)
+        batch = pair_batch(prompts, chosen, rejected, self.pad_id)
         lengths = [[len(ids) for ids in side] for side in (prompts, chosen, rejected)]
         batch["lengths"] = torch.tensor(lengths).T
         for name in ("ref_chosen_logps", "ref_rejected_logps"):

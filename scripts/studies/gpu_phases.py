@@ -307,8 +307,10 @@ def decoders() -> list[str]:
 def sampling(s: Settings, records: Records) -> None:
     """Every decoder, plain `generate` and vLLM, in 16 bits and in NF4, by rows at once."""
     sides = Sides(s)
-    axes = sizes(s).rows, [*decoders(), "generate"], (False, True)
-    variants = [(sample, *values) for values in itertools.product(*axes)]
+    axes = [*decoders(), "generate"], (False, True), sizes(s).rows  # a model is loaded once
+    variants = [
+        (sample, rows, engine, quantize) for engine, quantize, rows in itertools.product(*axes)
+    ]
     variants.append((sample_from_vllm, max(sizes(s).rows), "vllm", False))
     items = []
     for function, rows, engine, quantize in variants:
