@@ -83,6 +83,22 @@ def settings_in_words(settings: str) -> str:
     return settings
 
 
+def ablation_in_words(factor: str, level: str) -> str:
+    """A changed setting of the ablations, with the name that a reader knows."""
+    words = {
+        "reference start": "reference $M_0$",
+        "gold true": "gold solutions added",
+        "keep_pairs true": "earlier pairs kept",
+        "nll_per token": "NLL per token of the batch",
+        "pairing random": "random pairing",
+        "fresh_questions true": "new questions each iteration",
+        "deduplicate false": "duplicates kept",
+    }
+    names = {"alpha": "α", "beta": "β", "n_samples": "N", "k_pairs": "K"}
+    setting = f"{factor} {level}"
+    return words.get(setting, f"{names.get(factor, factor)} = {level}")
+
+
 def claims(name: str = "lesson_claims") -> pd.DataFrame:
     """The claims of a result file with paired differences in points; no verdict: an empty text.
 
@@ -302,22 +318,20 @@ def tuning_curves(tuned: pd.DataFrame) -> plots.TextFigure:
     return plots.finish(figure, "Validation accuracy (%) by learning rate", {"": lines})
 
 
-def accuracy_against_tokens(metrics: pd.DataFrame, limits=(60, 100)) -> plots.TextFigure:
-    """Greedy accuracy of M1 to M4 over the tokens sampled so far, a line per method, means over seeds.
-
-    All methods have the same seeds. Points below `limits` are outside the axes.
-    """
-    rows = metrics[(metrics.metric == "greedy") & (metrics.iteration > 0)]
-    figure, axes = plots.new_figure(7.2, 4.0)
+def eight_iterations(metrics: pd.DataFrame) -> plots.TextFigure:
+    """Greedy accuracy per iteration: seeds as thin lines, their mean as a thick one."""
+    figure, axes = plots.new_figure(7.6, 4.0)
     lines = []
-    for colour, (method, points) in zip(COLOURS, rows.groupby("method", sort=False)):
-        means = points.groupby("iteration")[["tokens", "value"]].mean()
-        x, y = means.tokens / 1e6, 100 * means.value
-        lines.append(plots.draw_points(axes, x, y, NAMES[method], colour))
-    axes.set(xlabel="Sampled tokens (millions)", ylabel="Accuracy (%)", ylim=limits, xlim=(0, None))
-    return plots.finish(
-        figure, "Accuracy (%) of M1 to M4 by sampled tokens (millions)", {"": lines}
-    )
+    for method, colour in (("irpo", BLUE), ("star", GREEN), ("iterative_dpo", ORANGE)):
+        rows = metrics[(metrics.method == method) & (metrics.metric == "greedy")]
+        for _, run in rows.groupby("seed"):
+            axes.plot(run.iteration, 100 * run.value, color=colour, linewidth=0.8, alpha=0.5)
+        means = 100 * rows.groupby("iteration").value.mean()
+        lines.append(plots.draw_points(axes, means.index, means, NAMES[method], colour))
+    axes.set(xlabel="Iteration t (model $M_t$)", ylim=(0, 100))
+    axes.set_ylabel("Greedy accuracy on the test split (%)\nthin: seeds, thick: mean")
+    title = "Greedy accuracy (%), M_0 to M_8, means over seeds"
+    return plots.finish(figure, title, {"": lines})
 
 
 def gains(panels: dict[str, pd.DataFrame]) -> plots.TextFigure:

@@ -53,7 +53,7 @@ print("profile", PROFILE, "· device", models.default_device())
 # %% [markdown]
 # ## 1 Who decides which completion is chosen?
 #
-# So far the gold answer did. What if there is none? Here are two questions with four completions each, and for each
+# So far the gold answer decided. What if there is none? Here are two questions with four completions each, and for each
 # completion its log-probability under the model that wrote it.
 
 # %%
@@ -127,7 +127,8 @@ print(checks_06.majority_vote(majority_vote))
 # %% [markdown]
 # The worked solution is in [solutions/06b_judges_luck_ablations.ipynb](solutions/06b_judges_luck_ablations.ipynb).
 #
-# How often do these rewards err on what $M_0$ writes? **Predict** the share of correct completions among the chosen ones.
+# How often do they err on what $M_0$ writes? *Random labels* shuffle the rewards of each question. **Predict** the share of
+# correct completions among the chosen ones.
 
 # %% tags=["nbval-ignore-output"]
 N_QUESTIONS, N = (40, 8) if PROFILE == "smoke" else (100, 16)
@@ -175,13 +176,13 @@ marks["0.5 excluded"] = np.where((marks.low > 0.5) | (marks.high < 0.5), "yes", 
 marks.drop(columns="run").round(2)
 
 # %% [markdown]
-# Asked in words, no difference from guessing is resolved for either model. The likelihood separates the completions of the
-# seed model. For SmolLM2-135M it is not resolved. Whether "own likelihood as reward" works beyond this $M_0$, whose bare
-# answers are guesses, is open.
+# Asked in words, no difference from guessing is resolved. The likelihood ranks the completions of the seed model well, and so
+# does length alone. (In the first table it had to choose half of them, so at most 36 % could be correct.) For SmolLM2-135M
+# nothing is resolved.
 #
 # ### What do these rewards teach?
 #
-# These methods ran on the first model with three seeds. We compare them with the same seeds of Iterative RPO. *Gold vs.
+# Each method ran on the first (seed) model at its tuned learning rate, with three seeds that Iterative RPO shares. *Gold vs.
 # sampled (SPIN-style)* rejects every completion and chooses the gold solution. *GRPO* uses no pairs: it compares the reward
 # of each completion with the mean reward of its question ([Shao et al. 2024](https://arxiv.org/abs/2402.03300)).
 
@@ -193,18 +194,12 @@ figures.differences(three, [helpers_06.NAMES[name] for name in three.method])
 # %% tags=["remove-cell"]
 assert set(three.against) == {"irpo"}
 
-# %% tags=["nbval-ignore-output"]
-runs_of_three = helpers_06.read("comparison").query("seed < 3")
-costed = runs_of_three[runs_of_three.method.isin(["irpo", *three.method])]
-helpers_06.accuracy_against_tokens(costed)
 
-# %% tags=["remove-cell"]
-assert costed[costed.metric == "greedy"].groupby("method").seed.nunique().eq(3).all()
 
 # %% [markdown]
-# With the majority vote $M_1$ is at 45 %, off the plot. $M_4$ comes close to Iterative RPO without a single gold answer. At
-# $M_4$ its difference from Iterative RPO is not resolved, and neither is that of GRPO. The other two are worse. What is the
-# reward worth? The control shuffles the labels within each question:
+# With the majority vote $M_4$ comes close to Iterative RPO without gold answers in training: the difference is not resolved,
+# and neither is that of GRPO. The other two are worse. What is the reward worth? The control shuffles the labels within each
+# question:
 
 # %%
 control = helpers_06.read("comparison_mean").query("metric == 'greedy' and method == 'shuffled'")
@@ -212,13 +207,14 @@ for row in control.itertuples():
     print(f"random labels, M{row.iteration}: {100 * row.value:.1f} % ({100 * row.low:.1f} to {100 * row.high:.1f}), {row.seeds} seeds")
 
 # %% [markdown]
-# With such random labels mean accuracy falls in every iteration. So the gain comes from the reward, not from training as such.
+# At 2e-5, its tuned learning rate, mean accuracy falls in every iteration. So the gain comes from the reward, not from
+# training as such.
 
 # %% [markdown]
 # ## 2 When do rejected completions teach?
 #
 # RFT uses chosen completions alone. If it matches Iterative RPO, the rejected ones taught nothing more. The next study tries
-# cases in which they might: few samples, hot sampling (temperature 1.5), few questions, late iterations, and *luck*. In
+# cases in which they might: few samples, temperature 1.5, few questions, a late start (from $M_3$), and *luck*. In
 # "lucky" one incorrect answer in four counts as correct. In "choices" the question has four options, and the grader takes the
 # one nearest to the model's answer.
 #
@@ -226,7 +222,8 @@ for row in control.itertuples():
 
 # %% tags=["nbval-ignore-output"]
 regimes = helpers_06.final(helpers_06.read("regimes_mean").query("method != 'star'"))
-labels = [f"{row.factor} (M{row.iteration}, {row.seeds} seeds)" for row in regimes.itertuples()]
+shown = regimes.factor.replace({"usual": "no change"})
+labels = [f"{name} (M{row.iteration}, {row.seeds} seeds)" for name, row in zip(shown, regimes.itertuples())]
 figure = figures.differences(regimes, labels)
 figure
 
@@ -240,7 +237,7 @@ for row in regimes.itertuples():
     print(f"{row.factor:14} pairs − RFT {100 * row.difference:+6.1f} ({low:+.1f} to {high:+.1f})  {word}")
 
 # %% [markdown]
-# Only in "lucky" and "choices", where incorrect completions are chosen by luck, and there by a wide margin. Why? Count
+# Pairs win, by a wide margin, in "lucky" and "choices" alone: there luck chooses incorrect completions. Why? Count
 # completions without working on both sides of such pairs.
 
 # %% tags=["nbval-ignore-output"]
@@ -260,7 +257,7 @@ assert len(made)
 
 # %% [markdown]
 # With luck, about half of the chosen completions are answers without working. RFT copies them. In pairs such answers are
-# common on *both* sides, and more so among the rejected. So the difference still points to the working. With few samples or
+# common on *both* sides, and more so among the rejected. So rejecting them still favours the working. With few samples or
 # few questions pairs are worse than RFT. The other cases are not resolved. RFT also has the higher tuned learning rate, and
 # cases with less data have fewer steps.
 #
@@ -272,22 +269,22 @@ verdicts = helpers_06.claims("lesson_verdicts")
 helpers_06.claims_table(verdicts[verdicts.group == "regimes"])
 
 # %% [markdown]
-# Without luck no gain from pairs is resolved, and all means are below RFT. At 3e-4 no difference is resolved. At 1e-3 the DPO
-# term moves the model far ([notebook 06](06_baselines_and_ablations.ipynb), section 6). With luck all means are above RFT,
-# and no difference is resolved. So in this section only luck on the first model makes pairs better than RFT.
+# Without luck no gain from pairs is resolved, and all means are below RFT. At 3e-4 no difference is resolved. At 1e-3 (β =
+# 0.3) RFT is better in five of eight rows. With luck all means are above RFT, and no difference is resolved. So in this
+# section only luck on the first model makes pairs better than RFT.
 
 # %% [markdown]
 # ## 3 What happens after four iterations?
 #
-# The paper stops after four iterations. Its last gain is half a point. **Predict**: does accuracy stay, rise or fall?
+# On GSM8K the paper stops at $M_4$. Its last gain is half a point. **Predict**: does accuracy stay, rise or fall?
 
 # %% tags=["nbval-ignore-output"]
 eight_more = helpers_06.read("eight_iterations")
+runs_of_three = helpers_06.read("comparison").query("seed < 3")
 first_four = runs_of_three[runs_of_three.method.isin(eight_more.method)]
 whole = pd.concat([first_four, eight_more[eight_more.iteration >= 4]])
 whole = whole.drop_duplicates(["method", "seed", "iteration", "metric", "k"]).sort_values("iteration", kind="stable")
-whole_irpo = whole[whole.method == "irpo"]
-figure = figures.accuracy_of_seeds(whole_irpo)
+figure = helpers_06.eight_iterations(whole)
 figure
 
 # %% tags=["remove-cell"]
@@ -297,18 +294,21 @@ assert "M_8" in plots.alt_text(figure)
 kept = ["greedy", "kl_to_previous", "one_step_apart"]
 table = whole[whole.metric.isin(kept)].pivot_table(index=["metric", "method"], columns="iteration", values="value")
 print("means over seeds", *sorted(set(eight_more.seed)))
+at_m8 = helpers_06.read("eight_iterations_mean").query("metric == 'greedy' and iteration == 8 and method != 'irpo'")
+for row in at_m8.itertuples():
+    ends = f"{100 * row.difference:+.1f} ({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f})"
+    print(f"M8, {helpers_06.NAMES[row.method]} minus Iterative RPO: {ends} points")
 table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
 
 # %% [markdown]
-# On average both methods with pairs stay below their best, DPO without NLL from $M_4$ on and Iterative RPO from $M_5$ on. RFT
-# stays near 90 %. The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates
-# were tuned for two iterations; with pairs they may be too high for eight.
+# On average both methods with pairs fall below their best. At $M_8$ Iterative RPO is 19 points below RFT (9 to 29), which stays near 90 % from
+# $M_2$ on. The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were
+# tuned for two iterations; with pairs they may be too high for eight.
 #
-# `one_step_apart` is the share of pairs that
-# differ in one line. It rises with every method, mostly in the first two iterations. Early pairs compare working with a bare
-# answer, and later ones more often compare two calculations. On such pairs DPO can lower chosen and rejected completions
-# together ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)). Tune for the number of iterations that you need, and stop
-# with patience 2 ([notebook 05](05_iterations.ipynb)).
+# `one_step_apart` is the share of pairs that differ in one line. It rises with every method, mostly in the first two
+# iterations. Early pairs often compare working with a bare answer, and later ones more often two calculations. On such pairs
+# DPO can lower chosen and rejected completions together ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)). Tune for the
+# number of iterations that you need, and stop with patience 2 ([notebook 05](05_iterations.ipynb)).
 #
 # On the second model every method has the learning rate that was best after four iterations.
 
@@ -324,14 +324,14 @@ assert "M8" in plots.alt_text(figure)
 helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 
 # %% [markdown]
-# From $M_4$ to $M_8$ only the gain of DPO without NLL (β = 3) is resolved. At $M_8$ no tested difference is.
+# Only DPO without NLL (β = 3) has a resolved gain from $M_4$ to $M_8$. At $M_8$ no tested difference is resolved.
 
 # %% [markdown]
 # ## 4 Does the best β depend on the length of completions?
 #
-# The paper uses β = 0.1 with longer completions. The gradient of a pair fades at δ ≈ 3/β = 30 nats. A chosen completion can
-# gain at most $-\log M_0(w|x)$ nats, so with short completions δ may stay below 30. The hypothesis: short completions need a
-# larger β.
+# The paper uses β = 0.1 with longer completions. The gradient of a pair falls to a tenth at δ ≈ 3/β = 30 nats. A chosen
+# completion can gain at most $-\log M_0(w|x)$ nats. A short one has few nats, so δ may never get that far. The hypothesis:
+# short completions need a larger β.
 #
 # A third model, *plain*, tests it. It has the misconceptions of the second one, and writes equations without words
 # ([script](../scripts/make_misconceptions_model.py)).
@@ -341,7 +341,8 @@ helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 # %% tags=["nbval-ignore-output"]
 plain = helpers_06.of_second_model(model="plain")
 panels = {"misconceptions model": lesson, "plain model": plain}
-panels = {f"{name}: {helpers_06.nats(means):.0f} nats": (means, 1e-3) for name, means in panels.items()}
+panels = {f"{name}, learning rate 1e-3\n{helpers_06.nats(means):.0f} nats per completion": (means, 1e-3)
+          for name, means in panels.items()}
 figure = helpers_06.beta_map(panels)
 figure
 
@@ -356,10 +357,11 @@ helpers_06.claims_table(of_beta[of_beta.claim.str.contains("misconceptions|plain
 helpers_06.how_far(plain)
 
 # %% [markdown]
-# The hypothesis gets no support. At 1e-3 the means of β = 1 and 3 are above those of 0.1 and 0.3 on both models, and whether
-# a larger β helps more on one of them is not resolved. δ after one iteration is similar on both. With β = 0.1 it even exceeds
-# the third model's 2 nats per completion: chosen log-probabilities stop at 0, and rejected ones can fall without limit. On
-# the first model, with 5 nats, a larger β leads as well ([results](../docs/results/second_model.md)).
+# The hypothesis gets no support. The means of β = 1 and 3 are above those of 0.1 and 0.3 on both models, and whether β = 1
+# helps more on one of them is not resolved. δ of $M_1$ is similar on both ([06](06_baselines_and_ablations.ipynb)). With β =
+# 0.1 it even exceeds the third model's 2 nats per completion: chosen log-probabilities stop at 0, and rejected ones can fall
+# without limit. On the first model (5 nats) β = 1 leads as well, which is resolved for Iterative RPO alone
+# ([results](../docs/results/second_model.md)).
 #
 # So compare 3/β with the δ that training reaches, not with the length of completions.
 
@@ -372,7 +374,7 @@ helpers_06.how_far(plain)
 
 # %% tags=["nbval-ignore-output"]
 ablations = helpers_06.final(helpers_06.read("ablations_mean"))
-labels = [f"{row.factor.replace('_', ' ')} {row.level}" for row in ablations.itertuples()]
+labels = [helpers_06.ablation_in_words(row.factor, row.level) for row in ablations.itertuples()]
 figure = figures.differences(ablations, labels)
 figure
 
@@ -406,19 +408,19 @@ def shortest_correct(rows):
 methods.METHODS["shortest"] = methods.Method("Shortest correct completion", "an example", reward=shortest_correct)
 
 # %% tags=["nbval-ignore-output"]
-truth = {(row["id"], row["sample"]): row["correct"] for row in graded}
+is_correct = {(row["id"], row["sample"]): row["correct"] for row in graded}
 for name in ("irpo", "shortest"):
     made = pairs_of(methods.get(name).reward)
     tokens = np.mean([len(ids) for ids in made["chosen_ids"]])
-    lost = np.mean([truth[key] for key in zip(made["id"], made["rejected_sample"])])
+    rejected_correct = np.mean([is_correct[key] for key in zip(made["id"], made["rejected_sample"])])
     print(f"{methods.get(name).title:28} chosen: {tokens:.1f} tokens, {bare(made['chosen']):.0%} without working; "
-          f"rejected: {lost:.0%} correct")
+          f"rejected: {rejected_correct:.0%} correct")
 
 # %% tags=["remove-cell"]
-assert lost > 0
+assert rejected_correct > 0
 
 # %% [markdown]
-# Chosen completions got slightly shorter. Some have no working, so $M_1$ may learn to skip it. Correct completions
+# Chosen completions are slightly shorter, but most show working: $M_1$ probably learns to show it. Correct completions
 # are *rejected*: what a reward does not choose, it rejects. Train on chosen ones alone (`settings=methods.SFT`) if you do
 # not want that.
 
@@ -488,7 +490,8 @@ def run_small(name, entry):
     except UserError as error:
         return str(error).split(":")[0]
     made = pd.DataFrame(rows).set_index(["metric", "iteration"])
-    tokens, m1 = made.loc["mean_tokens"].value, 100 * made.loc[("greedy", 1), ["value", "low", "high"]].astype(float)
+    tokens = made.loc["mean_tokens"].value
+    m1 = 100 * made.loc[("greedy", 1), ["value", "low", "high"]].astype(float)
     return f"{tokens[0]:.1f} -> {tokens[1]:.1f} tokens; M1 {m1['value']:.0f} % ({m1['low']:.0f} to {m1['high']:.0f})"
 
 # %% tags=["nbval-ignore-output"]
@@ -521,12 +524,12 @@ assert len(entries) >= 1
 #
 # 1. Why can a majority vote choose completions of a question that the model cannot solve?
 # 2. With random labels, why is a larger share correct among the chosen completions than overall?
-# 3. Twenty ablations, one interval excludes 0 by little. What do you do before you report it?
+# 3. Twenty ablations, one interval barely excludes 0. What do you do before you report it?
 #
 # <details><summary>Answers</summary>
-#
-# 1. Nothing contradicts the vote: some answer is always the most frequent. 2. Questions with many correct completions
-# get many chosen ones. 3. Run it again with other seeds.
+# 1. Nothing contradicts the vote: some answer is always the most frequent.
+# 2. Questions with many correct completions get many chosen ones.
+# 3. Run it again with other seeds.
 #
 # </details>
 #
