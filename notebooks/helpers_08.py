@@ -283,7 +283,12 @@ def ring_traffic(measured: dict[int, float]) -> plots.TextFigure:
     through_one = [n - 1 for n in counts]
     axes.plot(counts, through_one, "o-", color=ORANGE, label="through one GPU (that GPU)")
     axes.plot(counts, list(measured.values()), "o-", color=BLUE, label="ring (every GPU)")
-    axes.set(xlabel="GPUs", ylabel="sent, in sizes of the gradient", xscale="log", yscale="log")
+    axes.set(
+        xlabel="GPUs (log scale)",
+        ylabel="bytes sent / bytes of the gradient",
+        xscale="log",
+        yscale="log",
+    )
     axes.set_xticks(counts, counts)
     axes.minorticks_off()
     axes.set_yticks([1, 2, 10, 60], [1, 2, 10, 60])
@@ -337,7 +342,7 @@ def shares_of_time(made: dict) -> plots.TextFigure:
             axes.text(
                 at,
                 102,
-                f"{sum(row):,.0f} h" if sum(row) > 100 else f"{sum(row):.1f} h",
+                f"{sum(row):,.0f} h" if sum(row) > 100 else f"{sum(row):.2g} h",
                 ha="center",
                 fontsize=9,
             )

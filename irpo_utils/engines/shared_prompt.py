@@ -49,11 +49,11 @@ def pair_mask(batch, dtype=torch.float32) -> torch.Tensor:
     return mask.masked_fill_(~(allowed & filled[:, None, :])[:, None], torch.finfo(dtype).min)
 
 
-def pair_logps(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_logps(model, batch, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the chosen and the rejected responses of a `pair_batch`, (B,), nats."""
     width, split = batch["response_mask"].shape[1], batch["n_columns"]
-    mask = pair_mask(batch, model.dtype)
-    logits = logprobs.response_logits(model, batch | {"attention_mask": mask})
+    inputs = batch | {"attention_mask": pair_mask(batch, dtype)}
+    logits = logprobs.response_logits(model, inputs)
     # The last prompt token predicts the first token of both responses.
     predicting = torch.cat([logits[:, :split], logits[:, :1], logits[:, split + 1 : -1]], 1)
     targets = batch["input_ids"][:, -width:]
@@ -65,7 +65,7 @@ class SharedPromptTrainer(IterativeRPOTrainer):
     """`IterativeRPOTrainer` with one row per pair."""
 
     def __init__(self, model, **options):
-        self.pad_id = options["processing_class"].pad_token_id
+        self.pad_id, self.dtype = options["processing_class"].pad_token_id, model.dtype
         super().__init__(model, data_collator=self.collate, **options)
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -91,10 +91,10 @@ class SharedPromptTrainer(IterativeRPOTrainer):
     def compute_ref_log_probs(self, model, inputs):
         """Called by TRL for the precomputed reference; the model is M_t as it is now."""
         with torch.no_grad(), self.accelerator.autocast():
-            return pair_logps(model, inputs)
+            return pair_logps(model, inputs, self.dtype)
 
     def pair_logps(self, model, inputs) -> PairLogps:
-        chosen, rejected = pair_logps(model, inputs)
+        chosen, rejected = pair_logps(model, inputs, self.dtype)
         _, n_chosen, n_rejected = inputs["lengths"].unbind(1)
         if self.loss_name in CHOSEN_ONLY:
             return PairLogps(chosen, n_chosen)

@@ -30,9 +30,11 @@
 
 # %% tags=["nbval-ignore-output"]
 import os, sys
+from collections import namedtuple
 from statistics import NormalDist
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 sys.path[:0] = [".", ".."]                     # checks_04.py and helpers_04.py are next to the notebooks
 sys.path += ["../scripts", "../../scripts"]    # the package `studies`
@@ -50,7 +52,8 @@ print("profile", PROFILE, "· this notebook uses the seed model on the CPU")
 #
 # The paper trains all weights of a model with 70 billion parameters on [64 GPUs](https://arxiv.org/html/2404.19733v3#S3.SS1).
 # [QLoRA](../docs/glossary.md#qlora) ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)) needs far less memory. It
-# stores the base in four bits, freezes it, and trains a small adapter next to it. How can four bits hold a weight?
+# stores the linear layers of the model (the *base*) in four bits, freezes them, and trains a small adapter next to them. How
+# can four bits hold a weight?
 #
 # We take one matrix of the seed model.
 
@@ -82,7 +85,7 @@ assert scaled.abs().max() == 1
 # </details>
 
 # %%
-def quantiles(n, edge=0.9677083):        # edge: so that the outermost quantile is finite
+def quantiles(n, edge=0.9677083):        # edge = 1 - (1/30 + 1/32) / 2; at 1 the quantile is infinite
     return [NormalDist().inv_cdf(edge + (0.5 - edge) * i / n) for i in range(n)]
 
 levels = torch.tensor([-q for q in quantiles(7)] + [0.0] + quantiles(8)[::-1])
@@ -98,7 +101,7 @@ helpers_04.nf4_levels(scaled, levels)
 # model. We replace each weight by the index of its nearest level.
 
 # %%
-index = (scaled[..., None] - levels).abs().argmin(-1)
+index = (scaled[..., None] - levels).abs().argmin(-1)          # (256, 64, 16) -> (256, 64)
 print("weights:", blocks[0, :6])
 print("scaled: ", scaled[0, :6])
 print("index:  ", index[0, :6])
@@ -109,6 +112,7 @@ print("level:  ", levels[index[0, :6]])
 
 # %%
 packed = (16 * index.flatten()[0::2] + index.flatten()[1::2]).to(torch.uint8)
+# compress_statistics: double quantisation, see below
 stored, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
 print(packed[:8], len(packed), "bytes")
 assert torch.equal(packed, stored.flatten())
@@ -116,7 +120,7 @@ assert torch.equal(packed, stored.flatten())
 # %% [markdown]
 # **Double quantisation.** A 32-bit absmax for every 64 weights costs half a bit per weight.
 # [Double quantisation](../docs/glossary.md#double-quantisation) stores it in 8 bits: subtract the mean, take groups of 256,
-# divide each group by its own absmax, and use the nearest of 256 fixed levels.
+# divide each group by its own 32-bit absmax, and use the nearest of 256 fixed levels.
 
 # %%
 eight_bit_levels = bnb.create_dynamic_map()
@@ -139,24 +143,27 @@ bits = 4 + 8 / 64 + 32 / (64 * 256)
 error = (dequantised - weight).abs().mean() / weight.abs().mean()
 print(f"{bits:.3f} bits per weight; without double quantisation {4 + 32 / 64:.3f}; before 32")
 print(f"mean |error|: {error:.0%} of the mean |weight|")
+torch.manual_seed(0)
+inputs = torch.randn(128, 1000)
+output_error = ((dequantised - weight) @ inputs).norm() / (weight @ inputs).norm()
+print(f"error of the layer's output for random inputs: {output_error:.0%}")
 
 # %% [markdown]
-# In the sums of a layer these errors partly cancel. In this course $M_0$
-# *is* the rounded model, so sampling and training see the same weights. Never merge a trained adapter into the four bits:
-# rounding would remove its small changes
-# ([measured by users](https://github.com/huggingface/transformers/issues/31293)).
+# The output of the layer errs as much as its weights. With such a base $M_0$ *is* the rounded model, so sampling and training
+# see the same weights.
 
 # %% [markdown]
 # ## 2 LoRA: a small change next to a frozen weight
 #
-# How can we train a layer whose weight is frozen? [LoRA](../docs/glossary.md#lora)
-# ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)) adds a product of two thin matrices:
+# How can we train a layer whose weight is frozen? [LoRA](../docs/glossary.md#lora) ([Hu et al.
+# 2021](https://arxiv.org/abs/2106.09685)) adds a product of two thin matrices. The factor $a/r$ keeps its size similar when
+# $r$ changes:
 #
 # $$y = Wx + \frac{a}{r}\, B A x$$
 #
-# Here $x$ and $y$ are the input and the output of the layer, and $r$ is the [rank](../docs/glossary.md#rank). (In notebook 04
+# $x$ and $y$ are the input and the output of the layer, and $r$ is the [rank](../docs/glossary.md#rank). (In notebook 04
 # these letters are a question, a completion and a reward.) $A$ has shape $(r, \text{in})$ and starts at random. $B$ has shape
-# $(\text{out}, r)$ and starts at zero. The libraries call $a$ `lora_alpha`. It is not the α of the loss.
+# $(\text{out}, r)$ and starts at zero. PEFT calls $a$ `lora_alpha`. It is not the α of the loss.
 
 # %% tags=["nbval-ignore-output"]
 helpers_04.lora_diagram(d_in=128, d_out=128, r=16)
@@ -216,22 +223,24 @@ print("gradient of A:", A.grad, "gradient of B:", B.grad, sep="\n")
 #
 # </details>
 #
-# Does the library compute the same? Take a quantised layer of the seed model with its adapter. Compare its output with our
+# Does PEFT compute the same? Take a quantised layer of the seed model with its adapter. Compare its output with our
 # formula and our dequantised weight.
 
 # %%
 seed_model, _ = models.load("seed", device="cpu")
 layer = seed_model.get_base_model().model.layers[0].self_attn.q_proj
 A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
-B += torch.sin(torch.arange(B.numel()).float()).view_as(B)           # as if trained
-x = torch.cos(torch.arange(128.0))
-assert torch.allclose(layer(x), dequantised @ x + 32 / 16 * B @ (A @ x), atol=1e-4)
+B += torch.sin(torch.arange(B.numel()).float()).view_as(B)           # as if trained: changes the model
+x, a, r = torch.cos(torch.arange(128.0)), 32, 16
+assert torch.allclose(layer(x), dequantised @ x + a / r * B @ (A @ x), atol=1e-4)
 base = layer.base_layer.weight
 print("base", tuple(base.shape), base.dtype, " A", tuple(A.shape), " B", tuple(B.shape))
 
 # %% [markdown]
 # The assertion holds: both outputs are equal up to rounding. The base is a column of bytes with two weights each. These two
-# parts make a QLoRA layer: a frozen NF4 weight (section 1) and a LoRA adapter (section 2).
+# parts make a QLoRA layer: a frozen NF4 weight (section 1) and a LoRA adapter (section 2). Never
+# [merge](../docs/glossary.md#merging) a trained adapter into the four bits: rounding can remove its small changes ([a
+# report](https://github.com/huggingface/transformers/issues/31293)).
 
 # %% [markdown]
 # ### Exercise 4b.2: count what is trained
@@ -268,32 +277,33 @@ print(checks_04.lora_parameters(lora_parameters))
 # the model's `config.json`.
 
 # %%
-# name: (hidden size, blocks, feed-forward, width of keys and values, vocabulary, embedding matrices)
-SIZES = {"seed": (128, 4, 384, 128, 1097, 1),
-         "SmolLM2-135M": (576, 30, 1536, 192, 49152, 1),
-         "Qwen2.5-0.5B": (896, 24, 4864, 128, 151936, 1),
-         "Qwen2.5-1.5B": (1536, 28, 8960, 256, 151936, 1),
-         "Llama-3.2-1B": (2048, 16, 8192, 512, 128256, 1),
-         "Llama-3.1-8B": (4096, 32, 14336, 1024, 128256, 2),
-         "Llama-2-70B": (8192, 80, 28672, 1024, 32000, 2)}
+Sizes = namedtuple("Sizes", "hidden blocks feed_forward keys vocabulary embeddings")
+SIZES = {"seed": Sizes(128, 4, 384, 128, 1097, 1),
+         "SmolLM2-135M": Sizes(576, 30, 1536, 192, 49152, 1),
+         "Qwen2.5-0.5B": Sizes(896, 24, 4864, 128, 151936, 1),
+         "Qwen2.5-1.5B": Sizes(1536, 28, 8960, 256, 151936, 1),
+         "Llama-3.2-1B": Sizes(2048, 16, 8192, 512, 128256, 1),
+         "Llama-3.1-8B": Sizes(4096, 32, 14336, 1024, 128256, 2),
+         "Llama-2-70B": Sizes(8192, 80, 28672, 1024, 32000, 2)}
 
-def linear_shapes(d, n_blocks, ffn, kv, *_):
+def linear_shapes(s):
     """(out, in) of all linear layers: queries, keys, values, output, gate, up, down."""
-    return n_blocks * [(d, d), (kv, d), (kv, d), (d, d), (ffn, d), (ffn, d), (d, ffn)]
+    d, ffn, kv = s.hidden, s.feed_forward, s.keys
+    return s.blocks * [(d, d), (kv, d), (kv, d), (d, d), (ffn, d), (ffn, d), (d, ffn)]
 
 # %% [markdown]
-# If **all weights** are trained, each takes 18 bytes: 2 for the bf16 weight, 2 for the gradient, 4 for an fp32 copy, 8 for
-# two Adam moments, and 2 for the reference. With **QLoRA** the base takes the bits counted above, and an embedding takes 2
-# bytes per number. An adapter number takes 16 bytes: weight, gradient and two moments in fp32. The reference shares the base,
-# so it needs almost no extra memory.
+# If **all weights** are trained, each takes 18 bytes: 2 for the bf16 weight, 2 for the gradient, 4 for an [fp32
+# copy](../docs/glossary.md#bf16), 8 for two Adam moments, and 2 for the reference. With **QLoRA** the base takes the bits
+# counted above, and an embedding takes 2 bytes per number. An adapter number takes 16 bytes: weight, gradient and two moments
+# in fp32. The reference is the same base with the adapter of $M_t$, so it needs almost no extra memory.
 
 # %%
 def gigabytes(name, r=16):
     """Base, embeddings, adapter and their sum with QLoRA; the same model with all weights trained."""
-    d, _, _, _, vocabulary, copies = SIZES[name]
-    linear = sum(d_out * d_in for d_out, d_in in linear_shapes(*SIZES[name]))
-    n_adapter = sum(r * (d_out + d_in) for d_out, d_in in linear_shapes(*SIZES[name]))
-    embedding = copies * vocabulary * d
+    sizes, shapes = SIZES[name], linear_shapes(SIZES[name])
+    linear = sum(d_out * d_in for d_out, d_in in shapes)
+    n_adapter = sum(r * (d_out + d_in) for d_out, d_in in shapes)
+    embedding = sizes.embeddings * sizes.vocabulary * sizes.hidden
     base, embeddings, adapter = bits / 8 * linear / 1e9, 2 * embedding / 1e9, 16 * n_adapter / 1e9
     return base, embeddings, adapter, base + embeddings + adapter, 18 * (linear + embedding) / 1e9
 
@@ -303,19 +313,19 @@ for name in SIZES:
     print(f"{name:14}{base:8.3f}{embeddings:12.3f}{adapter:9.3f}{qlora:9.3f}{full:13.3f}")
 
 # %% [markdown]
-# The table leaves out activations and logits, which grow with batch size and length. A smaller `micro_batch_size` and
-# `gradient_checkpointing` reduce them. `python -m irpo_utils plan` estimates the total for a GPU.
+# The table leaves out activations and logits, which grow with batch size and length. A smaller `micro_batch_size` reduces
+# both, and `gradient_checkpointing` reduces activations. `python -m irpo_utils plan` estimates the total for a GPU.
 #
-# Is the number for the base correct? Count the bytes of the seed model.
+# Is our number of bits per weight correct? Count the bytes of the seed model.
 
 # %%
 held, layers = 0, 0
 for module in seed_model.modules():
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if state is not None and not hasattr(module, "lora_A"):
+    if isinstance(module, Linear4bit):
         layers += 1
+        state = module.weight.quant_state             # absmax in 8 bits, absmax of groups in 32
         held += module.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-expected = bits / 8 * sum(d_out * d_in for d_out, d_in in linear_shapes(*SIZES["seed"]))
+expected = bits / 8 * sum(d_out * d_in for d_out, d_in in linear_shapes(SIZES["seed"]))
 print(f"{layers} layers, {held:,} bytes, expected {expected:,.0f}")
 
 # %% tags=["remove-cell"]
@@ -326,9 +336,9 @@ assert abs(held / expected - 1) < 0.01
 #
 # - NF4 consists of blocks of 64, an absmax per block, and sixteen quantiles of the normal distribution.
 # - LoRA adds two thin matrices, and the layer starts unchanged because $B = 0$.
-# - Together they reduce the memory of weights and optimiser more than tenfold for the real models of the table.
+# - Together they reduce the memory of the table more than tenfold for its real models.
 #
-# **Try**: replace the NF4 levels by sixteen evenly spaced ones. How does the mean error change?
+# **Try**: in a new cell, round to sixteen evenly spaced levels. How does the mean error change?
 #
 # **Recall**
 #
@@ -338,7 +348,7 @@ assert abs(held / expected - 1) < 0.01
 # <details><summary>Answers</summary>
 #
 # 1. It has $B$ as a factor, and $B$ starts at zero. $B$ itself has a gradient, so after one step both learn.
-# 2. Rounding to sixteen levels would remove its small changes.
+# 2. Rounding to sixteen levels can remove its small changes.
 #
 # </details>
 #

@@ -51,8 +51,8 @@ print("profile", PROFILE, "· device", models.default_device())
 # %% [markdown]
 # ## 1 Connect
 #
-# What must work before you pay by the hour? Check the driver first. The pinned torch brings CUDA 13, which needs **driver 580
-# or newer** and a GPU from 2018 or later. Run `nvidia-smi` *before* you install 3 GB.
+# What should you check first on a rented machine? Check the driver first. The pinned torch brings CUDA 13, which needs
+# **driver 580 or newer** and a GPU from 2018 or later. Run `nvidia-smi` *before* you install 3 GB.
 
 # %% tags=["nbval-ignore-output"]
 print(helpers_07.driver())
@@ -92,7 +92,7 @@ assert models.default_device() in ("cpu", "cuda")
 # no other token on a rented machine.
 
 # %% [markdown]
-# ### Spot instances
+# ### Interruptible (spot) machines
 #
 # [Interruptible](../docs/glossary.md#interruptible-machine) machines are cheaper and can disappear at any minute. What
 # survives? We start a small run in a separate process, kill it after sampling, and start the same command again.
@@ -167,8 +167,8 @@ print(checks_07.minutes_lost(minutes_lost))
 # Does the model fit? Four parts take memory:
 #
 # - the base, here in 4 bits ([NF4](../docs/glossary.md#nf4)) with embeddings in 16 bits;
-# - the [adapter](../docs/glossary.md#adapter): 14 bytes per weight in training: the weight and its gradient (4 each), 4 in
-#   reserve, and 2 for the 8-bit optimiser state;
+# - the [adapter](../docs/glossary.md#adapter): 14 bytes per weight in training: 4 each for the weight, its gradient and a
+#   temporary copy, and 2 for the 8-bit optimiser state;
 # - the [KV cache](../docs/glossary.md#kv-cache) in sampling, or the [activations](../docs/glossary.md#activation) in training;
 # - the [logits](../docs/glossary.md#logit).
 #
@@ -184,8 +184,11 @@ def memory(name, pairs):
     cache = rows * length * m.layers * 2 * m.kv * 2                    # keys and values, 16 bits
     inputs = 2 * pairs * length * m.layers * m.hidden * 2              # gradient checkpointing
     one_token, all_tokens = rows * m.vocabulary, 2 * pairs * p.max_new_tokens * m.vocabulary
-    return {f"{name}, sampling {rows} at once": {"base": base, "adapter": 4 * adapter, "cache": cache, "logits": 22 * one_token},
-            f"{name}, training {pairs} at once": {"base": base, "adapter": 14 * adapter, "activations": inputs, "logits": 12 * all_tokens}}
+    # Bytes of a logit in sampling: 2, and five numbers in fp32. In training: itself and its gradient
+    # in 16 bits (2 each), and both in fp32 (4 each).
+    sampling = {"base": base, "adapter": 4 * adapter, "cache": cache, "logits": 22 * one_token}
+    training = {"base": base, "adapter": 14 * adapter, "activations": inputs, "logits": 12 * all_tokens}
+    return {f"{name}, sampling {rows} at once": sampling, f"{name}, training {pairs} at once": training}
 
 table = pd.DataFrame(memory("qwen2.5-0.5b", 4) | memory("llama-3.1-8b", 1)).T[["base", "adapter", "cache", "activations", "logits"]]
 
@@ -197,14 +200,14 @@ table = pd.DataFrame(memory("qwen2.5-0.5b", 4) | memory("llama-3.1-8b", 1)).T[["
 helpers_07.memory_bars(table)
 
 # %% [markdown]
-# When the small model trains, the logits are largest: its vocabulary is as large as that of a large model. When the large
+# When the small model trains four pairs, the logits are largest: its vocabulary is that of large models. When the large
 # model samples, the cache is largest. `--micro-batch-size` lowers the first, `--sampling-batch-size` the second. Smaller
 # values cost time, and change results only by rounding. [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing)
 # keeps the activations small.
 #
 # On a GPU the run chooses what you leave open. It takes a base in 16 bits if there is room. Before
 # training it chooses micro-batch and checkpointing from the lengths of the pairs and the free memory. If memory still runs
-# out, the run halves the batch and continues.
+# out, the run halves the (micro-)batch and continues.
 
 # %% [markdown]
 # ### Exercise 7.2: the cache
@@ -251,9 +254,9 @@ helpers_07.hours_bars(planned)
 assert planned.notna().any().all()
 
 # %% [markdown]
-# By this estimate, 9 times. For decoding the estimate assumes CUDA graphs, each of which launches all
-# kernels of a step ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours
-# times price. Prefer GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with [loss
+# By this estimate, 9 times as fast as the T4. For decoding it assumes CUDA graphs, which launch all GPU programs of a step
+# ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours times price. Prefer
+# GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with [loss
 # scaling](../docs/glossary.md#loss-scaling).
 
 # %% [markdown]
@@ -284,16 +287,16 @@ print(planning.table(plan))
 assert plan.stages[-1].tokens > plan.stages[0].tokens
 
 # %% [markdown]
-# More than sampling. It would also mislead: the best of five test accuracies is too optimistic. So choose the best model on
-# validation questions, and evaluate it on the test split once, at the end.
+# Evaluation costs more than sampling. It would also mislead: the best of five test accuracies is too optimistic. So choose
+# the best model on validation questions, and evaluate it on the test split once, at the end.
 #
 # The plan prints its assumptions. It can be off by a factor of two: compare it with your `timing.csv`.
 #
 # ## 4 Run
 #
 # Does every stage work with a real model, its tokenizer and its chat template? Find out in minutes, before you spend hours.
-# The next cell makes a small run: one iteration on 24 easy questions, with gold solutions as chosen completions. Its learning
-# rate is high, so that one iteration shows a change. The run therefore warns that $M_1$ is far from $M_0$ in
+# The next cell makes a small run: one iteration on 24 easy questions, with gold solutions as chosen completions. Six steps on
+# gold solutions change the model a lot: the run warns that $M_1$ is far from $M_0$ in
 # [KL](../docs/glossary.md#kl-divergence).
 
 # %% tags=["nbval-ignore-output"]
@@ -312,7 +315,7 @@ small_metrics = pd.DataFrame(runs.run(small, out, progress=False))
 assert set(small_metrics.iteration) == {0, 1}
 
 # %% tags=["nbval-ignore-output"]
-wanted = {"greedy": "greedy accuracy", "no_answer_rate": "without an answer", "truncated_rate": "cut off", "mean_tokens": "tokens"}
+wanted = {"greedy": "greedy accuracy", "no_answer_rate": "no answer or cut off", "truncated_rate": "cut off", "mean_tokens": "tokens"}
 shown = small_metrics[small_metrics.metric.isin(wanted)].replace({"metric": wanted})
 shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 
@@ -330,13 +333,13 @@ assert (shown.low <= shown.value).all()
 # python scripts/evaluate.py runs/qwen2.5-0.5b --iterations best --split test
 # ```
 #
-# After every iteration the run prints accuracy on the validation questions and whether patience 2 stops.
+# After every iteration the run prints the validation accuracy and the advice of patience 2.
 # `--report-to tensorboard` adds curves (first `pip install tensorboard`). With `--engine vllm` the run starts a
 # [vLLM](../docs/results/speed.md#vllm) server, which writes the completions.
 #
-# `evaluate.py` chooses the iteration with the highest greedy accuracy. It evaluates this model once on the whole test split,
-# with a [majority vote](../docs/glossary.md#majority-vote) over 32 completions. With `--iterations 0 best` it also evaluates
-# $M_0$ and compares the two.
+# `evaluate.py` chooses the iteration with the highest greedy validation accuracy. It evaluates this model once on the test
+# split, with a [majority vote](../docs/glossary.md#majority-vote) over 32 completions. With `--iterations 0 best` it also
+# evaluates $M_0$ and compares the two.
 #
 # **Without a GPU**, two commands train SmolLM2-135M in some hours. The [stored run](../docs/results/smollm2.md) of the next
 # section was made with these settings.
@@ -355,7 +358,7 @@ assert (shown.low <= shown.value).all()
 # Its $M_0$ is not the published model, which hardly ever reaches a final answer. $M_0$ is that model after SFT on 2,447 short
 # gold solutions of GSM8K. The learning rate was chosen on validation questions ([results](../docs/results/smollm2.md)).
 #
-# **Predict** the shape: a steep rise as with the miniature model, a gentle one, or none?
+# **Predict** the shape: a steep rise as with the seed model, a gentle one, or none?
 
 # %% tags=["nbval-ignore-output"]
 RUN = helpers_07.own_run(CHOICE, NAME)                           # None: no run yet
@@ -379,8 +382,8 @@ assert (gains.low <= gains.high).all()
 
 # %% [markdown]
 # For the stored run: sampled accuracy gains in the first and in the third iteration, and triples from $M_0$ to $M_3$. No gain
-# in greedy accuracy from $M_0$ to $M_3$ is resolved. With the other seeds sampled accuracy rises as well. A claim needs
-# more seeds (`python scripts/plot.py RUN RUN ...`) and more test questions. How many more?
+# in greedy accuracy from $M_0$ to $M_3$ is resolved. With the other seeds sampled accuracy rises as well. A claim about
+# greedy accuracy needs more seeds (`python scripts/plot.py RUN RUN ...`) and test questions. How many?
 
 # %% [markdown]
 # ### Exercise 7.3: how many test questions?
@@ -434,7 +437,7 @@ helpers_07.ahead_of_others().round(1)
 # | model, questions | $M_0$ | after each iteration |
 # |---|---|---|
 # | [Llama-2-70B-chat](https://arxiv.org/html/2404.19733v3#S3.T1), GSM8K | 55.6 | 73.1, 78.0, 81.1, 81.6 |
-# | [Llama-3-8B base](https://arxiv.org/html/2411.04109v3), GSM8K | 41.2 | 61.4, 64.3 |
+# | Llama-3-8B base ([Prasad et al.](https://arxiv.org/html/2411.04109v3)), GSM8K | 41.2 | 61.4, 64.3 |
 
 # %% [markdown]
 # ## 6 Look at ten completions
@@ -482,16 +485,19 @@ assert "KL" in plots.alt_text(figure)
 # %% [markdown]
 # ## 7 Merge, serve, push
 #
-# Your result is an adapter of some megabytes. Which model did you measure? That depends on its base: 16 bits or
-# NF4 (`quantize` in `profile.json`). The next cells load $M_1$ of the small run on an NF4 base, as a run on a small GPU does.
-# In one layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ the change by the
-# [LoRA](../docs/glossary.md#lora) adapter.
+# Your result is an adapter of some megabytes. Which model did you measure? That depends on its base: 16 bits or NF4
+# (`quantize` in `profile.json`). The next cells load $M_1$ of the small run on an NF4 base, as a run on a small GPU does. In
+# one layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ (notebook 04b) the change
+# by the [LoRA](../docs/glossary.md#lora) adapter.
 
 # %% tags=["nbval-ignore-output"]
 adapter = out / "iteration_1/adapter"
 m1, tokenizer = models.load(MODEL, adapter, dtype=small.dtype, pad_token=small.pad_token)      # on an NF4 base
 original, _ = models.load(MODEL, quantize=False, dtype=small.dtype, pad_token=small.pad_token)
-layer, plain = (next(m for name, m in model.named_modules() if name.endswith("layers.1.mlp.up_proj")) for model in (m1, original))
+def find_layer(model):
+    return next(module for name, module in model.named_modules() if name.endswith("layers.1.mlp.up_proj"))
+
+layer, plain = find_layer(m1), find_layer(original)
 A, B = (matrix["default"].weight.data.float() for matrix in (layer.lora_A, layer.lora_B))
 delta = small.lora_alpha / small.lora_r * B @ A
 W = plain.base_layer.weight.data.float()
@@ -523,7 +529,7 @@ helpers_07.survived(cosines)
 assert cosines["NF4"] < cosines["fp32"]
 
 # %% [markdown]
-# Never [merge](../docs/glossary.md#merging) into four bits: nothing of $\Delta$ remains. $\Delta$ is so
+# Never [merge](../docs/glossary.md#merging) into four bits: $\Delta$ almost disappears. $\Delta$ is so
 # small that bf16 keeps only a part. The next cell loads the model without NF4, and PEFT stores $W + \Delta$ in bf16. A run
 # with an NF4 base measures *another* model, $\hat W + \Delta$. **Predict**: do $M_1$ and the merged model write the same
 # completions?
@@ -574,7 +580,7 @@ assert 0 <= same <= len(asked)
 # - Check the driver first, and delete the machine last. A killed run resumes with the same command.
 # - Logits and cache can need more memory than the weights.
 # - Compare the cost of the run, not the price per hour.
-# - A small complete run finds what an estimate cannot.
+# - A small complete run finds errors that an estimate misses.
 # - Paired intervals show whether a gain is resolved. Without preference pairs Iterative RPO learns nothing.
 # - $W + \Delta$ and $\hat W + \Delta$ are different models. Evaluate the one that you publish.
 #
@@ -582,7 +588,7 @@ assert 0 <= same <= len(asked)
 #
 # **Recall**
 #
-# 1. Why may a model with sixteen times fewer weights need almost as much memory in training?
+# 1. Why may a sixteenfold smaller model with a larger micro-batch need almost as much memory?
 # 2. The machine disappears in minute 50 of an hour of training. What do you type, and what is lost?
 # 3. Greedy accuracy rises by 3 points (-1.0 to +7.5). What do you report?
 # 4. After one iteration 2 % of the questions give pairs. What do you do?
@@ -590,9 +596,11 @@ assert 0 <= same <= len(asked)
 #
 # <details><summary>Answers</summary>
 #
-# 1. The logits grow with the vocabulary and the micro-batch, not with the number of weights. 2. The same command. The steps
-# since the last checkpoint. 3. The interval, the number of questions and seeds, and "not resolved". 4. Stop. SFT first, easier
-# questions, more samples or gold solutions. 5. The evaluation of the merged model.
+# 1. The logits grow with the vocabulary and the micro-batch, not with the number of weights.
+# 2. The same command. You lose the steps since the last checkpoint.
+# 3. The interval, the number of questions and seeds, and "not resolved".
+# 4. Stop. Try SFT first, easier questions, more samples or gold solutions.
+# 5. The evaluation of the merged model.
 #
 # </details>
 #

@@ -66,7 +66,7 @@ for name, text in splits["train"][4].items():
 # %% [markdown]
 # ## 2 Is a test question in the training file?
 #
-# [Contamination](../docs/glossary.md#contamination) turns accuracy into a measure of memorisation. Before every run the
+# [Contamination](../docs/glossary.md#contamination) lets accuracy partly measure memorisation. Before every run the
 # package makes three checks, from strict to loose. Here are one training question and four test questions.
 
 # %%
@@ -202,7 +202,9 @@ def renumber(text, rng):
     def other(match):
         low = 10 ** (len(match[0]) - 1)
         new = rng.randrange(low, 10 * low - 1)
-        return str(new + (new >= int(match[0])))                   # never the old number
+        if new >= int(match[0]):                                    # never the old number
+            new += 1
+        return str(new)
     return re.sub(r"\d+", other, text)
 
 print(renumber("Columbus sailed across the Atlantic in 1492.", random.Random(0)))
@@ -227,7 +229,7 @@ assert memory_gaps(helpers_07.FACTS[:2]).shape == (2,)
 
 # %% [markdown]
 # A test needs a positive and a negative control. Facts that every model has read many times show whether the test works at
-# all. The questions of this course are new to the model: they were written later. GSM8K is in between. The cell leaves it out
+# all. The questions of this course are new to the model: they were written later. GSM8K is the unknown. The cell leaves it out
 # if its files are not available.
 #
 # **Predict** the order of the gaps. Which two rows would you compare to find out whether the model saw GSM8K's *test*
@@ -246,11 +248,12 @@ figure
 assert "known facts" in plots.alt_text(figure)
 
 # %% [markdown]
-# Facts are far above the rest, so the test works. But our own questions are also above 0, although the model has not
-# read them: sensible numbers are easier to guess than random ones. So a gap alone proves nothing.
+# Facts are far above the rest, so the test detects texts that a model read often. But our own questions are also above 0,
+# although the model has not read them: sensible numbers are easier to guess than random ones. So a gap alone proves nothing.
 #
 # Comparing GSM8K's test questions with ours is also misleading: other authors use other numbers. The control must be of the
-# same kind. For GSM8K's test questions, use its *training* questions: the same authors published them for training.
+# same kind. For GSM8K's test questions, use its *training* questions: they have the same authors, and a model has more
+# probably seen them.
 
 # %% tags=["nbval-ignore-output"]
 def unpaired_difference(a, b, draws=2000):

@@ -35,7 +35,6 @@
 import hashlib, inspect, os, sys, tempfile
 from pathlib import Path
 import numpy as np
-import pandas as pd
 import torch
 sys.path[:0] = [".", ".."]                          # checks_08.py and helpers_08.py are next to the notebooks
 sys.path += ["../scripts", "../../scripts"]         # the package `cluster`
@@ -73,7 +72,7 @@ print("each GPU computes:", *(tuple(part.shape) for part in parts))
 print("their sum is the whole product:", torch.allclose(sum(parts), whole, atol=1e-4))
 
 # %% [markdown]
-# Their results, to form one sum. But a block needs two such sums, one after attention and one after the feed-forward part, and
+# They send results and add them. But a block needs two such sums, one after attention and one after the feed-forward part, and
 # the next layer waits for them. This needs fast links.
 #
 # Sampling and evaluation only split the questions. (If the model does not fit on one GPU, a
@@ -204,10 +203,10 @@ for loss in (per_completion, over_tokens):
     print(f"{loss.__name__}: one process {loss([0, 1, 2, 3]):.3f}, two {halves[0]:.3f}, two with other halves {halves[1]:.3f}")
 
 # %% [markdown]
-# The mean over tokens falls: each half has the weight ½, but in the first split one has 32 tokens and the other 360.
-# Micro-batches on one GPU can cause [the same error](https://huggingface.co/blog/gradient_accumulation). Either divide each
-# part by the tokens of the *whole* batch, or use a loss per completion, as Eq. 1 of the paper does
-# ([notebook 04](04_dpo_nll_training.ipynb)).
+# The mean over tokens falls. In the first split the short half (32 tokens, low loss) weighs as much as the long one (360
+# tokens). Micro-batches on one GPU can cause [the same error](https://huggingface.co/blog/gradient_accumulation). Either
+# divide each part by the tokens of the *whole* batch, or use a loss per completion, as Eq. 1 of the paper does ([notebook
+# 04](04_dpo_nll_training.ipynb)).
 
 # %% [markdown]
 # ### Exercise 8.2: parts of unequal size
@@ -245,7 +244,11 @@ print(checks_08.combine(combine))
 # $P$ GPUs have gradients of $S$ bytes, and all need the sum: an [all-reduce](../docs/glossary.md#all-reduce).
 # **Predict**: if one GPU receives all gradients and sends the sum back, how much does it send?
 #
-# It sends $(P-1)\,S$. A ring is better ([Patarasuk and Yuan 2009](https://doi.org/10.1016/j.jpdc.2008.09.002)). Split
+# <details><summary>Answer</summary>
+#
+# It sends $(P-1)\,S$.
+#
+# </details> A ring is better ([Patarasuk and Yuan 2009](https://doi.org/10.1016/j.jpdc.2008.09.002)). Split
 # each gradient into $P$ pieces. In each round every GPU sends one piece to its neighbour. The neighbour adds it in the
 # first $P-1$ rounds (a [reduce-scatter](../docs/glossary.md#reduce-scatter)), and stores the finished sum in $P-1$ more
 # rounds (an [all-gather](../docs/glossary.md#all-gather)).
@@ -283,7 +286,7 @@ sizes["times smaller"] = sizes["all weights, 16 bits"] / sizes["gradient of LoRA
 sizes.round(2)                              # GB
 
 # %% [markdown]
-# Almost a hundred times, because the frozen base has no gradient.
+# $S$ shrinks almost a hundred times, because the frozen base has no gradient.
 #
 # ### Split layers
 #
@@ -328,7 +331,7 @@ print(checks_08.sent_when_split(sent_when_split))
 # ## 5 Two processes, live
 #
 # Do the formulas hold? Two processes train on the same pairs in both ways. They communicate with
-# [gloo](../docs/glossary.md#gloo-and-nccl), and the operating system counts the bytes. Each runs this function.
+# [gloo](../docs/glossary.md#gloo-and-nccl), and the operating system counts the bytes. Each process runs this function.
 
 # %%
 print(inspect.getsource(helpers_08.train))
@@ -340,8 +343,7 @@ print(inspect.getsource(helpers_08.train))
 # %% tags=["nbval-ignore-output"]
 work = Path(tempfile.mkdtemp())
 print("29 pairs", helpers_08.save_pairs(work))
-found = helpers_08.trained(work, *((4, 1) if PROFILE == "smoke" else (8, 2)))     # many steps and few
-print("shares of seven questions:", found["shares"])
+found = helpers_08.trained(work, *((4, 1) if PROFILE == "smoke" else (8, 2)))     # bytes of a step: (of 8 steps - of 2 steps) / 6
 differences = helpers_08.largest_differences(work, found)
 differences.map("{:.0e}".format)
 
@@ -369,8 +371,9 @@ assert derived["split"] > derived["copies"] > 0
 assert found["split"]["bytes"] <= 0 or missing > 0.9 * P * gradients
 
 # %% [markdown]
-# For whole copies, within a few percent. With split layers the gradients are sent twice, because gloo has no reduce-scatter
-# and uses an all-reduce. NCCL, on GPUs, has a reduce-scatter. The losses do not show such a difference, but the bytes do.
+# It holds for whole copies, within a few percent. With split layers the gradients are sent twice, because gloo has no
+# reduce-scatter and uses an all-reduce. NCCL, on GPUs, has a reduce-scatter. The losses do not show such a difference, but
+# the bytes do.
 
 # %% [markdown]
 # ## 6 One process dies
@@ -396,8 +399,7 @@ helpers_08.resume(out)
 after = helpers_08.finished(out)
 print("kept:", *[name for name in before if after[name] == before[name]])
 print("new: ", *[name for name in after if name not in before])
-metrics = pd.read_csv(out / "metrics.csv")
-metrics[metrics.metric.isin(["greedy", "sampled"])][["iteration", "metric", "value", "low", "high", "n"]].round(2)
+
 
 # %% tags=["remove-cell"]
 assert all(after[name] == before[name] for name in before) and "iteration_1/evaluation" in after
@@ -451,9 +453,9 @@ def hidden_from(gathered, link, weights, flops):
 print(checks_08.hidden_from(hidden_from))
 
 # %% [markdown]
-# The worked solution is in [solutions/08_past_one_gpu.ipynb](solutions/08_past_one_gpu.ipynb). Now the paper's model
-# of 70 billion weights. Eight GPUs share a machine; between machines the link is slower. **Predict**: on how many GPUs do
-# split layers cost time?
+# The worked solution is in [solutions/08_past_one_gpu.ipynb](solutions/08_past_one_gpu.ipynb). Now the paper's model of 70
+# billion weights. Eight GPUs share a machine; between machines the link is slower. **Predict**: do split layers cost time on
+# 8 GPUs, and on 64?
 
 # %%
 for n in (8, 64):
@@ -463,16 +465,15 @@ for n in (8, 64):
 helpers_08.two_ways("paper", [8, 64]).round(1)
 
 # %% [markdown]
-# On 64 GPUs: there a micro-batch has too few tokens. Memory on eight GPUs:
+# On 64 GPUs: there a micro-batch has too few tokens. Now compare the memory on eight GPUs:
 
 # %%
 helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 
 # %% [markdown]
-# Inside one machine, by this estimate, split layers cost no extra time. But
-# whole copies are as fast, and with the base in [NF4](../docs/glossary.md#nf4) they fit.
-#
-# The paper trains all weights, on [64 GPUs](https://arxiv.org/html/2404.19733v3#S3.SS1).
+# Inside one machine, by this estimate, split layers cost no extra time. But whole copies are as fast, and with the base in
+# [NF4](../docs/glossary.md#nf4) they fit. The paper trains all weights, which does not fit: it uses [64
+# GPUs](https://arxiv.org/html/2404.19733v3#S3.SS1).
 
 # %% [markdown]
 # ## 8 Commands
@@ -498,7 +499,7 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # [interruptible machines](../docs/glossary.md#interruptible-machine), Slurm, and containers.
 #
 # **Limitations.** The tests run two processes with gloo on a CPU. NCCL, several machines and clusters are not tested, so
-# begin with one iteration of 64 questions. Split training writes no checkpoints: if interrupted, it starts again.
+# begin with one iteration of 64 questions. Split training writes no checkpoints: an interrupted training stage restarts.
 
 # %% [markdown]
 # ## What you have learnt
