@@ -318,9 +318,12 @@ def comparison_claims(tuned: dict[str, dict]):
             (irpo, t),
             math.inf,
         )
+    control = trial_name("irpo_m0_samples", tuned["irpo"])  # at the learning rate of Iterative RPO
     for t, paper in ((2, 3.2), (4, math.inf)):
-        claim = f"new samples are worth more than more steps on those of M0 (M{t})"
-        yield claim, (name["irpo_m0_samples"], t), (irpo, t), paper
+        claim = f"new completions beat more steps on those of M0, at equal settings (M{t})"
+        yield claim, (control, t), (irpo, t), paper
+    claim = "new completions beat more steps on those of M0, each at its settings (M4)"
+    yield claim, (name["irpo_m0_samples"], 4), (irpo, 4), math.inf
     claim = "Iterative RPO beats SFT on gold solutions (M1)"
     yield claim, (name["sft_gold"], 1), (irpo, 1), 9.6
     yield "Iterative RPO beats GRPO (M4)", (name["grpo"], 4), (irpo, 4), math.nan

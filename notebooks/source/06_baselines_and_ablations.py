@@ -302,15 +302,16 @@ print(compared.verdict[compared.verdict != ""].value_counts().to_string(), "\n")
 helpers_06.claims_table(compared)
 
 # %% [markdown]
-# **The rise** agrees with the paper in three of four iterations. **New completions** are worth more than further steps on
-# those of $M_0$.
+# **The rise** agrees with the paper in three of four iterations. **New completions** beat further steps on those of $M_0$,
+# also at equal settings.
 #
 # **RFT**: at $M_1$ the interval rules out a lead of the paper's size for Iterative RPO. A possible reason: here a correct
 # step competes with *one* typical error, so raising the correct step already lowers the error. A model with several plausible
-# errors per step would test this. **SFT on gold solutions** is ahead at $M_1$, which disagrees with the paper.
+# errors per step would test this. **SFT on gold solutions** is ahead at $M_1$, which disagrees with the paper. (All settings
+# were tuned for $M_4$.)
 #
-# **DPO without NLL** is behind at $M_1$, and the verdict reads "agrees". But the two methods have different β (section 2), so
-# two things differ. Section 6 compares both methods at the same β.
+# **DPO without NLL** is behind at $M_1$, and the verdict reads "agrees". But β differs too: at equal β and 3e-4 the gain at
+# $M_1$ is about 1 point or less (section 6).
 #
 # ### Does it depend on the model and the setting?
 #
