@@ -355,7 +355,7 @@ def findings() -> str:
     lines = [
         "| | M1 | best on validation | M1, difference | best, difference |",
         "|---|---|---|---|---|",
-        f"| M0 | {_interval(start.sort_values('seeds').iloc[-1])} | | | |",
+        f"| M0 (before) | {_interval(start.sort_values('seeds').iloc[-1])} | | | |",
     ]
     titles = {"irpo": "Iterative RPO", "dpo": "DPO without NLL", "rft": "Rejection-sampling SFT"}
     titles["sft_gold"] = "SFT on gold solutions"
@@ -377,7 +377,7 @@ def findings() -> str:
         f"Greedy accuracy in % on {n} test questions with the second M0: mean of {seeds} seeds and "
         "95 % interval. *Best on validation*: of M0 to M4, chosen in each seed. *Difference*: points "
         "above Iterative RPO, paired by seed and question; in italics: not resolved. "
-        "Learning rates and β: the best on validation at M4, with one seed.",
+        "Validation accuracy at M4 (one seed) chose learning rates and β.",
     ]
     return "\n".join(lines)
 

@@ -179,7 +179,7 @@ rejected = [row["sample"] for row in completions if not row["correct"]]
 by_hand = [(chosen[i % len(chosen)], rejected[i % len(rejected)])
            for i in range(profile.k_pairs)]
 
-# our runs also remove repeated completions first; the paper does not
+# our runs also remove repeated completions first; the paper describes no such step
 preferences, counts = pairs.build_pairs(completions, k=profile.k_pairs, deduplicate=False)
 print("indices of chosen", chosen, "· of rejected", rejected, "· pairs", by_hand)
 assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_sample"]))
@@ -200,7 +200,7 @@ assert by_hand == list(zip(preferences["chosen_sample"], preferences["rejected_s
 # - $\sigma(z) = 1/(1+e^{-z})$, and $\beta = 0.1$ scales both log-ratios.
 # - $\alpha = 1$ weighs the NLL term. Only this term is divided by $|w|$, the number of tokens of $w$.
 #
-# Notebook [04](04_dpo_nll_training.ipynb) derives both terms.
+# Notebook [04](04_dpo_nll_training.ipynb) explains both terms.
 #
 # **Predict**: before the first step the model in training equals the reference. What is the DPO term?
 
@@ -462,10 +462,10 @@ def sampling_hours(questions, n, mean_tokens, iterations, tokens_per_second):
 print(checks_00.sampling_hours(sampling_hours))
 
 # %% [markdown]
-# [Worked solution](solutions/00_start_here.ipynb). Try your function with the paper's 7,500 questions and $N = 30$
-# ([section 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)), four iterations, a guess of 200 tokens, and the
-# `tokens per second` of `sampling` above. This is the time of the *seed model*. A model with billions of parameters is
-# far slower.
+# [Worked solution](solutions/00_start_here.ipynb). Try your function with the paper's 7,500 questions and $N = 30$ ([section
+# 3.1](https://arxiv.org/html/2404.19733v3#S3.SS1)), four iterations, a guess of 200 tokens, and the `tokens per second` of
+# `sampling` above. This is the time of the *seed model*. On the same machine a model with billions of parameters is far
+# slower.
 
 # %% [markdown]
 # ## What you have learnt

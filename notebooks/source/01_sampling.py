@@ -90,7 +90,7 @@ print(gsm8k.PROMPT)
 # fixed form lets a program find the answer.
 #
 # An instruction-tuned model was trained on conversations in one fixed format, the [chat
-# template](../docs/glossary.md#chat-template). The seed model has such a format, but it reads the bare question, without an
+# template](../docs/glossary.md#chat-template). The seed model also has one, but its prompt is the question alone, without an
 # instruction:
 
 # %%
@@ -427,8 +427,8 @@ figure
 # last rule knows the number of steps, so it is a test and not a decoding method.
 # Training only needs to make the working more probable: [elicitation](../docs/glossary.md#elicitation).
 #
-# You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower. Test questions have more steps on
-# average, and both are lower there ([28.0 and 16.2 %](shipped_run/metrics.csv)).
+# You now know two accuracies of $M_0$: greedy, and sampled at $T = 1$, which is lower. The 500 test questions have more steps
+# on average than these 80, and both are lower there ([28.0 and 16.2 %](shipped_run/metrics.csv)).
 #
 # Does training add more than elicitation? If not, pass@k of $M_0$ should catch up at a large $k$. Compare it with the last
 # model of a finished run at learning rate 2e-5 (32 completions per test question; 95 % bands).
@@ -526,8 +526,8 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature")
 
 # %% [markdown]
 # At low temperatures the $N$ completions often agree, and at high ones hardly any is correct. The differences are
-# [paired](../docs/glossary.md#paired-comparison) by question. At 0.3 and 1.3 fewer questions give pairs than at 1.0. Between
-# 0.6 and 1.0 the interval includes 0: *not resolved*.
+# [paired](../docs/glossary.md#paired-comparison) by question. At 0.3 and 1.3 fewer questions give pairs than at 1.0. For 0.6
+# the interval includes 0: *not resolved*.
 #
 # **Predict**: is the best temperature of the *last* model lower or higher than that of $M_0$?
 
@@ -577,7 +577,7 @@ figures.sweep(pd.DataFrame(rows), "temperature", "Sampling temperature", "Questi
 #
 # **Recall** without scrolling up, then open the answers.
 #
-# 1. Why must the chat template end right before the completion?
+# 1. Why must the prompt end right after `<|assistant|>`?
 # 2. A colleague divides probabilities by $T$ instead of logits: `softmax(z) / T`. What does the sampler do then?
 # 3. n = 8, c = 2: what is pass@7?
 #

@@ -112,7 +112,7 @@ def after_marker(completion):
 # [`answers.py`](../irpo_utils/tasks/answers.py), reads these forms for all tasks:
 #
 # 1. **Marker and block**: find the last "Final answer", also in bold or in a heading. The block is the rest of its line, or
-#    the next line if this rest is empty. An open brace, formula or code fence extends it.
+#    the next line if this rest is empty. It goes on while a brace, formula or code fence is open.
 # 2. **Wrapping**: remove boxes, math delimiters, bold type, quotes, and phrases such as "The answer is".
 # 3. **Number**: the task parses the text. On multiple choice it reads a letter.
 
@@ -238,7 +238,7 @@ print(endings)
 
 # %% [markdown]
 # Read such endings before you train: frequent ones show problems with the format. Here less than 1 % are unreadable, and half
-# of those repeat the marker.
+# of those repeat "answer:".
 
 # %% [markdown]
 # ## 5 Grade the grader
@@ -292,7 +292,7 @@ for row in forms[forms.package & ~correct].itertuples():
 # - A *false negative* rejects a correct completion. The model learns to avoid an unusual form.
 # - A *false positive* chooses an incorrect completion. The next model may write more of this kind, which is rewarded again.
 #
-# We expect false positives to do more harm, so the package accepts many false negatives. Section 8 measures false positives
+# We expect false positives to do more harm, so the package tolerates many false negatives. Section 8 measures false positives
 # only.
 #
 # The next table counts errors of the package on a second collection, from public bug reports. The task `jsonl` is for your
@@ -459,7 +459,7 @@ helpers_02.luck({"rewarded": letters[letters.correct], "chosen, in pairs": in_pa
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It is above 50 %: most of its numbers are incorrect, and many of those are nearest to the correct option.
+# It is above 50 %: most numbers of $M_0$ are incorrect, and many of those are nearest to the correct option.
 #
 # </details>
 #
@@ -468,7 +468,7 @@ helpers_02.luck({"rewarded": letters[letters.correct], "chosen, in pairs": in_pa
 # %% [markdown]
 # ### Exercise 2.4: the share of lucky pairs
 #
-# **Goal**: compute what the lower bar above shows. **Difficulty**: 2 of 3. **Time**: 10 minutes.
+# **Goal**: compute a share like the lower bar above. **Difficulty**: 2 of 3. **Time**: 10 minutes.
 #
 # Write `lucky_pairs(questions)`. Each question is a list of labels: `"solved"`, `"lucky"` (both are rewarded) or
 # `"incorrect"`. A question with a rewarded and an incorrect completion gives one pair. Its chosen completion is drawn at
@@ -545,7 +545,7 @@ helpers_02.differences(iteration=2)
 #
 # </details>
 #
-# *Within 20 %* is worse even by its own measure: fewer completions are at most 20 % off than under *strict*.
+# *Within 20 %* is worse even by its own measure: under *strict* more completions are at most 20 % off.
 
 # %% [markdown]
 # ## What you have learnt

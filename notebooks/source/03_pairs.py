@@ -370,9 +370,9 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # %% [markdown]
 # Are shared tokens good or bad? Researchers disagree. [Step-DPO](https://arxiv.org/abs/2406.18629) builds pairs whose first
 # difference is one incorrect step. [Smaug](https://arxiv.org/abs/2402.13228) shows that DPO can lower the probability of the
-# chosen completion if a pair differs in few tokens. [Razin et al.](https://arxiv.org/abs/2410.08847) remove pairs whose
-# completions look similar to the model. Our pairs share few tokens on average. Against such a fall the paper adds the NLL
-# term, and notebook [04](04_dpo_nll_training.ipynb) measures its effect.
+# chosen completion if a pair differs in few tokens. [Razin et al.](https://arxiv.org/abs/2410.08847) remove pairs of
+# completions with similar embeddings. Our pairs share few tokens on average. The paper's NLL term counters a fall, and
+# notebook [04](04_dpo_nll_training.ipynb) measures its effect.
 
 # %% [markdown]
 # ## What you have learnt

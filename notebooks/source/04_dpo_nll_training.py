@@ -165,21 +165,20 @@ print("reward minus implied:  ", reward - implied)
 assert torch.allclose(implied[1] - implied[0], reward[1] - reward[0])
 
 # %% [markdown]
-# **Step 4: maximum likelihood.** Put the implied reward into Bradley–Terry. The loss of a pair is the negative
-# log-likelihood of its preference, and training minimises the mean:
+# **Step 4: maximum likelihood.** Put the implied reward into Bradley–Terry. The loss of a pair is the negative log-likelihood
+# of its preference:
 #
 # $$L_\text{DPO} = -\log\sigma\big(r_\theta(x, w) - r_\theta(x, l)\big) = -\log\sigma(\beta\,\delta), \qquad
 # \delta = \log\frac{M_\theta(w|x)}{M_t(w|x)} - \log\frac{M_\theta(l|x)}{M_t(l|x)}$$
 #
-# δ is the difference of two log-ratios, and $\beta\delta$ is the [reward margin](../docs/glossary.md#reward-margin). The
-# grader always prefers $w$, so the loss has no minimum at a finite δ. β, the learning rate and the number of steps decide how
-# far δ grows.
+# δ is the difference of two log-ratios, and $\beta\delta$ is the [reward margin](../docs/glossary.md#reward-margin). The loss
+# falls as δ grows, so it has no minimum at a finite δ. β, the learning rate and the number of steps decide how far δ grows.
 
 # %% tags=["nbval-ignore-output"]
 helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 
 # %% [markdown]
-# With a small β the slope starts smaller but fades later.
+# With a small β the slope is smaller at δ = 0 and fades at a larger δ.
 #
 # **The gradient** follows from $(\log\sigma)'(z) = \sigma(-z)$, with $M_t$ constant:
 #
@@ -205,8 +204,8 @@ helpers_04.gradient_arrows(beta=0.1)
 # ## 3 Why is DPO not enough?
 #
 # All completions depend on the same parameters, so a step cannot move one log-probability alone. Our toy has two parameters θ
-# and three completions. The logit of a completion is the dot product of its features with θ, and $\beta = 1$. The features of
-# the rejected one are similar but larger.
+# and three completions. The logit of a completion is the dot product of its features with θ, and $\beta = 1$. The rejected
+# feature vector is like the chosen one, but longer.
 
 # %%
 features = torch.tensor([[1.0, 0.2], [1.2, -0.2], [-1.0, 0.5]])     # chosen, rejected, a third one
@@ -235,9 +234,9 @@ helpers_04.toy_probabilities(toy)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# It is the third completion. In $\log M_\theta(w) - \log M_\theta(l)$ the softmax denominator cancels, so every step moves
-# θ along the difference of the features, $f_w - f_l$. This changes the chosen logit by $|f_w|^2 - f_w \cdot f_l$, which is
-# negative here. As the printed line shows, the rejected logit falls further, and the third one rises.
+# It is the third completion. In $\log M_\theta(w) - \log M_\theta(l)$ the softmax denominator cancels, so every step moves θ
+# along the difference of the features, $f_w - f_l$. The chosen logit changes in proportion to $|f_w|^2 - f_w \cdot f_l$,
+# which is negative here. As the printed line shows, the rejected logit falls further, and the third one rises.
 #
 # </details>
 #
@@ -255,11 +254,10 @@ helpers_04.toy_probabilities(toy)
 # ### What is a sum and what is a mean?
 #
 # DPO compares probabilities of whole completions, so it needs *sums* over tokens. In the NLL a sum would give long
-# completions more weight, so Eq. 1 averages within *each* chosen completion. Some libraries average over all tokens of the
-# batch.
+# completions more weight, and Eq. 1 averages within *each* chosen completion.
 #
-# **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What is the NLL term of this batch
-# in both ways?
+# **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What is the NLL term of this batch,
+# averaged within completions, and over all tokens?
 
 # %%
 tokens, nats_per_token = torch.tensor([60.0, 300.0]), torch.tensor([0.5, 2.0])
@@ -492,7 +490,7 @@ figures.training_curves(alphas)
 # <details><summary>What we see in the solved notebook</summary>
 #
 # The difference grows most with α = 0 and least with α = 10. The chosen log-probability hardly differs. A probe does not show
-# which α gives the higher *accuracy*.
+# which α gives the highest *accuracy*.
 #
 # </details>
 
@@ -528,7 +526,7 @@ for learning_rate in learning_rates:
 helpers_04.change_histogram(records, max(learning_rates))
 
 # %% [markdown]
-# A few completions fall by more than 10 nats. They also widen the interval. Which ones?
+# A few completions fall by more than 10 nats. They lower the mean and widen the interval. Which ones?
 
 # %%
 held_out = helpers_04.held_out_pairs()
@@ -607,7 +605,7 @@ for learning_rate in learning_rates:
 # 1. It cancels in the reward difference.
 # 2. It sums in the DPO term and averages in the NLL term. It ignores prompt and padding.
 # 3. Nothing is trained, or the reference changes with the model.
-# 4. In the toy: if $f_w \cdot f_l > |f_w|^2$. In our study perhaps: if they resemble rejected ones.
+# 4. In the toy: if a third logit gains most. In our study perhaps: if they resemble rejected ones.
 #
 # </details>
 #
