@@ -37,10 +37,10 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     overlap = check(p, out)
     keep, engine = RunDirectory(out), engine_of(p)
     with keep.lock(), contextlib.closing(engine):
-        keep.write_json(keep.out / "contamination.json", dataclasses.asdict(overlap))
         if progress:
             tqdm.write(contamination.describe(overlap))
         rows = iteration.run(profile, out, keep, engine, progress)
+        keep.write_json(keep.out / "contamination.json", dataclasses.asdict(overlap))
         processes.wait()
     return rows
 
