@@ -4,6 +4,7 @@ All methods go through the same loop and the same stages. Add one by adding an e
 also from a notebook.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -87,8 +88,12 @@ def reward(graded, function):
     """`graded` with the column `reward` made by `function`, question by question."""
     if function is None:
         return graded
-    rewards = [float(value) for rows in group(graded).values() for value in function(rows)]
-    if len(rewards) != len(graded):
-        raise UserError("A reward must return one number for each completion of a question.")
+    rows = list(graded)
+    for completions in group(rows).values():
+        rewards = list(map(float, function(completions)))
+        if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
+            raise UserError("A reward must return one finite number for each completion.")
+        for row, value in zip(completions, rewards, strict=True):
+            row["reward"] = value
     kept = graded.remove_columns([c for c in graded.column_names if c == "reward"])
-    return kept.add_column("reward", rewards)
+    return kept.add_column("reward", [row["reward"] for row in rows])
