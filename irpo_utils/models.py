@@ -40,6 +40,8 @@ def default_dtype(device: str, asked: str | None = None) -> torch.dtype:
     A CPU without bf16 instructions needs 6 to 30 times as long for a product in bf16: it computes
     in fp32 instead, and a warning says so.
     """
+    if asked not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype is {asked!r}: it must be float32, bfloat16 or float16.")
     computes = device == "cpu" and not torch.cuda.is_available()  # else it is loaded for a GPU
     slow = computes and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     if asked == "bfloat16" and slow:
@@ -202,6 +204,15 @@ def set_adapter(model, folder: str | Path | None) -> None:
         weights = {n: torch.nan_to_num(p, 0, 0, 0) for n, p in found.items()}
         weights |= {n: torch.zeros_like(p) for n, p in found.items() if "lora_B" in n}
     else:
+        if not (file := Path(folder) / "adapter_config.json").is_file():
+            raise UserError(f"There is no adapter in {folder}.")
+        there, here = json.loads(file.read_text()), vars(model.peft_config["default"])
+        for name, option in (("r", "lora_r"), ("lora_alpha", "lora_alpha")):
+            if there[name] != here[name]:
+                raise UserError(
+                    f"The adapter in {folder} has {option} {there[name]}, this model has "
+                    f"{here[name]}. Load the model with {option}={there[name]}."
+                )
         weights = load_peft_weights(str(folder), device=str(model.device))
     if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in found.items()}:
         raise UserError(f"The adapter in {folder} has other layers or shapes than this model.")
