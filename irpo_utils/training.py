@@ -31,6 +31,11 @@ from trl import DPOConfig, DPOTrainer
 from irpo_utils import UserError, models
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+# Settings of TRL that would change nothing here, or break the log.
+REPLACED = (
+    "loss_type label_smoothing max_length logging_steps per_device_train_batch_size "
+    "gradient_accumulation_steps"
+).split()
 # At the first step log-ratios are rounding errors, at most this share of a log-probability.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
@@ -135,7 +140,12 @@ class IterativeRPOTrainer(DPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pairs = self.pair_logps(model, inputs)
-        loss, terms = LOSSES[self.loss_name](pairs, self.alpha, self.beta)
+        result = LOSSES[self.loss_name](pairs, self.alpha, self.beta)
+        if not isinstance(result, tuple) or result[0].shape != pairs.chosen.shape:
+            what = "(one number per pair, dict of terms to log); see LOSSES"
+            raise UserError(f"The loss {self.loss_name!r} must return {what}.")
+        loss, terms = result
+        # Several processes repeat pairs to fill a batch; these have weight 0.
         weights = inputs.get("weights", torch.ones_like(loss))
         self._record({"loss": loss, **terms}, pairs, weights)
         self._metrics["train"]["tokens"].append((weights * self.n_tokens(inputs)).sum())
@@ -230,17 +240,26 @@ def train(
     Log: one row per optimiser step with `step`, `loss`, `loss_dpo`, `loss_nll`, `logps/chosen`,
     `logps/rejected` (mean sums, nats), `rewards/chosen|rejected|margins|accuracies`, `nll_chosen`
     (nats per token), `grad_norm`, `learning_rate`, `tokens`, `seconds`.
-    Raises `UserError` for missing columns and numbers that are not finite.
+    Raises `UserError` for missing columns, useless settings and numbers that are not finite.
     """
     if missing := sorted(set(IDS) - set(pairs.column_names)):
         raise UserError(f"The pairs lack {', '.join(missing)}. Use pairs.build_pairs.")
     if len(pairs) == 0:
         raise UserError("no pairs: there is nothing to train on.")
-    if loss not in LOSSES or alpha < 0:
-        known = ", ".join(LOSSES)
-        raise UserError(f"loss = {loss!r} must be one of {known}, and alpha = {alpha} at least 0.")
+    if loss not in LOSSES:
+        raise UserError(f"loss = {loss!r} must be one of {', '.join(LOSSES)}.")
+    if alpha < 0 or (alpha == 0 and loss == "sft"):
+        raise UserError(f"alpha = {alpha} must be at least 0, and above 0 with loss = 'sft'.")
+    if beta <= 0:
+        raise UserError(f"beta = {beta} must be above 0.")
+    if replaced := [name for name in REPLACED if name in config]:
+        raise UserError(
+            f"{', '.join(replaced)} cannot be set: use loss=, batch_size= and micro_batch_size=, "
+            "and max_length= of `pairs.build_pairs`. Every step is logged."
+        )
     draw_adapter(model, config.get("seed", 0))
-    data = Dataset(pairs.select_columns(IDS).with_format("arrow")[:])  # else TRL adds a file to it
+    # A copy in memory: TRL caches reference log-probabilities next to a dataset's file.
+    data = Dataset(pairs.select_columns(IDS).with_format("arrow")[:])
     data = data.add_column("length", [sum(map(len, row.values())) for row in data])
     config |= {"beta": beta, "learning_rate": learning_rate}
     with tempfile.TemporaryDirectory() as folder, _restored(model) as trained:
