@@ -673,6 +673,7 @@ def test_a_start_with_other_scales_is_refused(unbroken, tmp_path, change):
         ({"optimizer": "foo"}, "--optimizer is 'foo'"),
         ({"report_to": "wandb"}, "pip install wandb"),
         ({"task": "crosswords"}, "no task 'crosswords'"),
+        ({"eval_split": "math500"}, "no split 'math500'; use one of train, validation, test"),
         ({"engine": "warp"}, "engines.warp.*--engine is"),
     ],
 )
@@ -1119,7 +1120,8 @@ def test_the_best_iteration_is_evaluated_alone_or_next_to_others(finished, other
 
 
 @pytest.mark.parametrize(
-    "chosen_on, split", [("test", None), ("test", "validation"), ("validation", None)]
+    "chosen_on, split",
+    [("test", None), ("test", "validation"), ("validation", None), ("math500", "test")],
 )
 def test_questions_that_chose_an_iteration_do_not_evaluate_it(finished, chosen_on, split):
     folder = evaluated_on(finished, chosen_on, [0.1, 0.4, 0.3])

@@ -81,7 +81,7 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
 
 
 def settled(p: Profile, out: str | Path | None = None) -> Profile:
-    """The profile with the choices of `plan.choose` that the loading of the model needs.
+    """The profile with the choices of `plan.choose` that loading the model needs; NF4 on a CPU.
 
     The run `out` keeps those that it was started with, so that M_0 is the same on another GPU.
     """
