@@ -345,7 +345,7 @@ def test_a_template_that_cannot_be_rendered_is_one_error(seed, tokenizer, templa
 
 def test_a_template_without_the_question(seed, tokenizer):
     tokenizer.chat_template = "<|user|>Hello<|end|><|assistant|>"
-    with pytest.raises(UserError, match="template of mine renders a prompt without the question"):
+    with pytest.raises(UserError, match="template of mine leaves out the question"):
         trial.check_tokenizer(seed[0], tokenizer, "mine")
 
 

@@ -742,7 +742,7 @@ def test_two_runs_in_one_directory(finished):
 
 def test_a_run_that_was_refused_releases_its_lock_and_changes_no_file(finished):
     before = results(finished)
-    with pytest.raises(UserError, match=f"other settings.* add --start {finished}"):
+    with pytest.raises(UserError, match=f"other settings.*with --start {finished}"):
         run(smoke(n_eval_questions=4), finished)
     assert results(finished) == before
     with FileLock(finished / ".lock", timeout=0):
@@ -885,7 +885,7 @@ def test_signs_of_a_collapse_in_the_metrics_are_named():
     assert warnings.of_evaluation(1, before, before | {"kl_to_previous": 0.1}) == []
     now = before | {"truncated_rate": 0.9, "sampled": 0.3}
     length, accuracy = warnings.of_evaluation(1, before, now)
-    assert "length is running off: 90% of the completions of M_1" in length
+    assert "completions get too long: 90% of those of M_1" in length
     assert "accuracy fell" in accuracy and "Return to M_0" in accuracy
     [step] = warnings.of_evaluation(1, before, before | {"kl_to_previous": 9.0})
     assert step.startswith("a long step: KL to M_0 is 9.0")
@@ -897,7 +897,7 @@ def test_the_rule_names_the_model_to_keep_after_two_models_without_improvement()
     assert "M_3 does not exceed M_2 on validation (50.0%, 60.0%): one more iteration" in said
     assert "keep" not in said
     said = warnings.of_validation([0.3, 0.5, 0.6, 0.5, 0.55])
-    assert "2 models in a row do not exceed M_2 on validation: stop and keep M_2" in said
+    assert "M_3 to M_4 do not exceed M_2 on validation: stop and keep M_2" in said
     assert "stop and keep M_2" in warnings.of_validation([0.3, 0.5, 0.6, 0.5, 0.55, 0.4])
     assert "M_4 is the best" in warnings.of_validation([0.3, 0.5, 0.6, 0.5, 0.7])
     assert "keep M_0" in warnings.of_validation([0.3, 0.3, 0.3])  # level is no gain

@@ -76,9 +76,8 @@ class RunDirectory(storage.Folder):
             if differing:
                 listed = ", ".join(f"{k} ({old[k]!r} there, {new[k]!r} now)" for k in differing)
                 raise UserError(
-                    f"{self.out} was made with other settings: {listed}. Give the same settings to "
-                    "resume it, or choose another --out. To continue from its last model, add "
-                    f"--start {self.out}."
+                    f"{self.out} was made with other settings: {listed}. Choose another --out, "
+                    f"with --start {self.out} to go further, or give the same settings to resume."
                 )
         self.write_json(self.out / "profile.json", new)
         if self.p.start:
