@@ -114,8 +114,8 @@ class Profile:
         for name in ("learning_rate", "beta", "max_grad_norm", "eval_temperature", "epochs"):
             self._need(0 < getattr(self, name) < math.inf, name, "above 0")
         self._need(self.alpha > 0 or self.loss != "sft", "alpha", "above 0 with --loss sft")
-        listed = isinstance(self.temperature, list) and self.temperature
-        good = listed and all(0 < t < math.inf for t in self.temperature)
+        given = self.temperature if isinstance(self.temperature, list) else []
+        good = given and all(0 < t < math.inf for t in given)
         self._need(good, "temperature", "a list of one number above 0, or of one per iteration")
         self._need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "-1 or above 0")
         self._need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
@@ -141,10 +141,9 @@ def get(name: str, **changes) -> Profile:
     """The profile of that name with some fields changed."""
     if name not in names():
         raise UserError(f"There is no profile {name!r}. The profiles are {', '.join(names())}.")
-    known = Profile.__annotations__
+    known = sorted(Profile.__annotations__)
     if unknown := sorted(set(changes) - set(known)):
-        listed = f"The settings are {', '.join(sorted(known))}."
-        raise UserError(f"There is no setting {', '.join(unknown)}. {listed}")
+        raise UserError(f"There is no setting {', '.join(unknown)}, only {', '.join(known)}.")
     base = Profile(**yaml.safe_load((RECIPES / f"{name}.yaml").read_text()))
     methods.check_conflict(changes.get("method", base.method), changes)
     return replace(base, **changes)

@@ -3,9 +3,8 @@
     L = - log σ( β [log M_θ(w|x) - log M_t(w|x)] - β [log M_θ(l|x) - log M_t(l|x)] )
         - α log M_θ(w|x) / |w|
 
-The log-ratios are sums over the response tokens. The NLL is divided by the length of the chosen
-response, per sequence, then averaged over the batch. Prompt tokens are in neither term. Training
-starts from M_t, and M_t is the reference.
+The log-ratios are sums over the response tokens. The NLL of each chosen response is divided by its
+length. Prompt tokens are in neither term. Training starts from M_t, which is the reference.
 
 TRL's `DPOTrainer` pads the batches, scores the reference, steps, logs and saves. Only the loss is
 ours: TRL's `loss_type=["sigmoid", "sft"]` averages the NLL over all tokens of a micro-batch, so
@@ -32,10 +31,8 @@ from irpo_utils import UserError, models
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 # Settings of TRL that would change nothing here, or break the log.
-REPLACED = (
-    "loss_type label_smoothing max_length logging_steps per_device_train_batch_size "
-    "gradient_accumulation_steps"
-).split()
+REPLACED = ["loss_type", "label_smoothing", "max_length", "logging_steps"]
+REPLACED += ["per_device_train_batch_size", "gradient_accumulation_steps"]
 # At the first step log-ratios are rounding errors, at most this share of a log-probability.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
@@ -87,8 +84,7 @@ CHOSEN_ONLY = {"sft"}  # losses that need neither the rejected responses nor a r
 class IterativeRPOTrainer(DPOTrainer):
     """TRL's `DPOTrainer` on pairs that are already tokenised, with a loss from `LOSSES`.
 
-    The loss is divided by the number of pairs of the whole batch, so that neither the loss nor the
-    log depends on the micro-batch.
+    The loss is divided by the pairs of the whole batch, so that micro-batches change no result.
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the pairs of the whole batch
@@ -142,8 +138,8 @@ class IterativeRPOTrainer(DPOTrainer):
         pairs = self.pair_logps(model, inputs)
         result = LOSSES[self.loss_name](pairs, self.alpha, self.beta)
         if not isinstance(result, tuple) or result[0].shape != pairs.chosen.shape:
-            what = "(one number per pair, dict of terms to log); see LOSSES"
-            raise UserError(f"The loss {self.loss_name!r} must return {what}.")
+            what = f"The loss {self.loss_name!r} must return"
+            raise UserError(f"{what} (one number per pair, dict of terms to log); see LOSSES.")
         loss, terms = result
         # Several processes repeat pairs to fill a batch; these have weight 0.
         weights = inputs.get("weights", torch.ones_like(loss))
@@ -199,10 +195,6 @@ class IterativeRPOTrainer(DPOTrainer):
                         "the versions of requirements.lock, and use the model for nothing else."
                     )
 
-    def _save(self, output_dir=None, state_dict=None):
-        # Without the last argument PEFT looks for the base on the hub.
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
 
 class Bar(ProgressCallback):
     """transformers' progress bar, with two numbers next to it instead of a printed row per step."""
@@ -230,12 +222,10 @@ def train(
     """Train the adapter of `model` (M_t) in place into M_{t+1}; returns the training log.
 
     pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`).
-    batch_size: pairs per optimiser step. micro_batch_size: pairs per forward pass, on which the
-        result does not depend.
+    batch_size: pairs per optimiser step. micro_batch_size: pairs at once, with the same result.
     loss: an entry of `LOSSES`; alpha weighs the NLL term, alpha = 0 is DPO.
     trainer: a subclass of `IterativeRPOTrainer`. callbacks: `transformers.TrainerCallback`s.
-    config: further settings of TRL's `DPOConfig`, such as num_train_epochs, max_steps, seed, optim,
-        and `resume_from_checkpoint`.
+    config: other settings of TRL's `DPOConfig`: max_steps, seed, resume_from_checkpoint, ...
 
     Log: one row per optimiser step with `step`, `loss`, `loss_dpo`, `loss_nll`, `logps/chosen`,
     `logps/rejected` (mean sums, nats), `rewards/chosen|rejected|margins|accuracies`, `nll_chosen`
@@ -253,10 +243,8 @@ def train(
     if beta <= 0:
         raise UserError(f"beta = {beta} must be above 0.")
     if replaced := [name for name in REPLACED if name in config]:
-        raise UserError(
-            f"{', '.join(replaced)} cannot be set: use loss=, batch_size= and micro_batch_size=, "
-            "and max_length= of `pairs.build_pairs`. Every step is logged."
-        )
+        ours = "loss=, batch_size=, micro_batch_size=, or max_length= of build_pairs"
+        raise UserError(f"{', '.join(replaced)} cannot be set. Use {ours}.")
     draw_adapter(model, config.get("seed", 0))
     # A copy in memory: TRL caches reference log-probabilities next to a dataset's file.
     data = Dataset(pairs.select_columns(IDS).with_format("arrow")[:])

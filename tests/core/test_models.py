@@ -94,9 +94,7 @@ def test_an_adapter_of_another_rank_or_scale_is_refused(model, tmp_path, setting
     other, _ = models.load("seed", **setting)
     other.save_pretrained(tmp_path, save_embedding_layers=False)
     [(name, value)] = setting.items()
-    with pytest.raises(
-        UserError, match=f"has {name} {value}, .*Load the model with {name}={value}"
-    ):
+    with pytest.raises(UserError, match=f"needs a model loaded with .*{name}={value}"):
         models.set_adapter(model, tmp_path)
 
 

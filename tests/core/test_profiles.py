@@ -38,7 +38,7 @@ def test_every_field_has_a_help_text():
 def test_unknown_profiles_and_fields_are_refused():
     with pytest.raises(UserError, match="no profile 'gpu'.*smoke"):
         profiles.get("gpu")
-    with pytest.raises(UserError, match="no setting n_sample. .*n_samples"):
+    with pytest.raises(UserError, match="no setting n_sample, only .*n_samples"):
         profiles.get("smoke", n_sample=3)
 
 
