@@ -292,7 +292,7 @@ def test_a_refused_model_is_not_sampled_from(build, tmp_path, monkeypatch, comma
 
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(sampling, "sample", lambda *_, **__: pytest.fail("sampled"))
-    with pytest.raises(UserError, match="a prompt without the question"):
+    with pytest.raises(UserError, match="leaves out the question"):
         if command == "run":
             run.run(p, out, progress=False)
         else:
