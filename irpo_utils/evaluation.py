@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -18,11 +18,11 @@ RESAMPLES = 2000
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Interval of one proportion (Wilson 1927); it also holds near 0 and 1 and for small n."""
     if not 0 <= successes <= n or n == 0:
-        raise UserError(f"{successes} successes of {n}: n must be at least 1 and not less.")
+        raise UserError(f"{successes} successes of {n}: must be between 0 and n, and n at least 1.")
     p, z2 = successes / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # The ends at 0 and n successes are exactly 0 and 1, up to rounding.
+    # At 0 and n successes the end is 0 or 1; rounding would miss it.
     return (centre - half if successes else 0.0), (centre + half if successes < n else 1.0)
 
 
@@ -121,8 +121,7 @@ def majority(rows: list[dict]) -> float:
     return majority_vote([row["extracted"] for row in rows], lambda answer: answer in correct)
 
 
-@dataclass
-class Evaluation:
+class Evaluation(NamedTuple):
     """What `evaluate` returns: `metrics` as `score` makes them, and the graded completions."""
 
     metrics: Dataset

@@ -18,8 +18,7 @@ COLUMNS = {"extracted": "string", "correct": "bool", "reason": "string", "reward
 def grade_one(row: dict, task: Task) -> dict:
     """`extracted` (str or None), `correct`, `reason` (of `REASONS`) and `reward` of one row.
 
-    The task sees all columns of the row. Nothing is extracted from a completion that was cut off,
-    perhaps within a number.
+    The task sees all columns. A completion that was cut off, perhaps in a number, has no answer.
     """
     extracted, correct, reason = None, False, "truncated"
     if row["finished"]:
@@ -34,8 +33,7 @@ def grade_one(row: dict, task: Task) -> dict:
 def grade(samples, task: Task):
     """`samples` (a `Dataset`) with the columns `extracted`, `correct`, `reason` and `reward`.
 
-    Columns of these names are replaced. No completion raises an error: the task must be safe with
-    hostile text, in bounded time.
+    Columns of these names are replaced. The task must be safe with any text, in bounded time.
     """
     from datasets import Value  # late: it takes a second, and the graders do without it
 

@@ -20,9 +20,9 @@ from irpo_utils.profiles import Profile
 def run(profile: Profile, out, keep=None, engine=None, progress: bool = True) -> list[dict]:
     """Iterative RPO with these settings in the run directory `out`; resumes what is there.
 
-    keep: how artefacts are stored, by default in a `RunDirectory`. engine: how to compute, by
-    default the profile's. Returns the rows of `metrics.csv`: `method`, `seed`, `iteration`,
-    `split`, `metric`, `k`, `value`, `low`, `high`, `n`.
+    keep: how artefacts are stored, by default a `RunDirectory`, which also applies `reference` and
+    `report_to`. engine: how to compute, by default the profile's. Returns the rows of metrics.csv:
+    `method`, `seed`, `iteration`, `split`, `metric`, `k`, `value`, `low`, `high`, `n`.
     """
     methods.check_start(profile)
     p, keep = methods.apply(profile), keep or plugin("ops.run_directory").RunDirectory(out)
@@ -104,13 +104,14 @@ class Stages:
             if self.method.train:
                 return self.method.train(*model, self.questions(t - 1), self.task, p, seed)
             preferences = concatenate_datasets(self.history if p.keep_pairs else self.history[-1:])
-            options = {"trainer": self.engine.trainer(self.model), "loss": p.loss, "seed": seed}
-            options |= {"batch_size": p.batch_size, "micro_batch_size": p.micro_batch_size}
-            options |= {"num_train_epochs": p.epochs, "max_steps": p.max_steps}
-            options |= {"warmup_steps": p.warmup_ratio, "lr_scheduler_type": p.lr_scheduler}
-            options |= {"gradient_checkpointing": p.gradient_checkpointing, "optim": p.optimizer}
-            options |= {"max_grad_norm": p.max_grad_norm, "disable_tqdm": not self.progress} | extra
-            return training.train(*model, preferences, p.alpha, p.beta, p.learning_rate, **options)
+            batch = {"batch_size": p.batch_size, "micro_batch_size": p.micro_batch_size}
+            length = {"num_train_epochs": p.epochs, "max_steps": p.max_steps}
+            schedule = {"warmup_steps": p.warmup_ratio, "lr_scheduler_type": p.lr_scheduler}
+            step = {"optim": p.optimizer, "max_grad_norm": p.max_grad_norm}
+            how = {"trainer": self.engine.trainer(self.model), "loss": p.loss, "seed": seed}
+            how |= {"gradient_checkpointing": p.gradient_checkpointing}
+            how |= {"disable_tqdm": not self.progress} | batch | length | schedule | step | extra
+            return training.train(*model, preferences, p.alpha, p.beta, p.learning_rate, **how)
 
         self.keep.train(t, make, self)
 

@@ -10,8 +10,7 @@ LOGITS = {"cpu": 2**24, "cuda": 2**28}  # numbers in the logits of one batch: 64
 def pad_batch(prompts, responses, pad_id: int, device="cpu") -> dict[str, torch.Tensor]:
     """Lists of token ids as tensors (rows, P + R): prompts padded left, responses padded right.
 
-    Every response then begins in column P. Returns what the model takes (`input_ids`,
-    `attention_mask`, `position_ids`) and `response_mask` (rows, R).
+    Every response begins in column P. Returns the model's inputs and `response_mask` (rows, R).
     """
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width + max(1, *map(len, responses))), pad_id)

@@ -1,9 +1,9 @@
 """What differs between Iterative RPO and the methods it is compared with: one entry each.
 
-All methods go through the same loop and the same stages. Add one by adding an entry to `METHODS`,
-also from a notebook.
+All methods go through the same loop and stages. A notebook can also add an entry to `METHODS`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -45,8 +45,7 @@ METHODS: dict[str, Method] = {
     "irpo_from_sft": Method("Iterative RPO from rejection-sampling SFT", PAPER, start="star"),
     "iterative_dpo": Method("DPO without NLL", f"{PAPER}; Xu et al. 2023, arXiv 2312.16682", DPO),
     "dpo_from_sft": Method("DPO from rejection-sampling SFT", PAPER, DPO | ONCE, start="star"),
-    # STaR (Zelikman et al. 2022) also retrains from M_0 each time, and shows the model the answers
-    # of the questions that it fails.
+    # STaR (Zelikman et al. 2022) also retrains from M_0 each time, and shows answers after a miss.
     "star": Method("Rejection-sampling SFT", f"{PAPER}, there called STaR", SFT),
     "star_2x": Method("Rejection-sampling SFT, twice the data", PAPER, SFT | ONCE, pairs_factor=2),
     "sft_gold": Method("SFT on gold solutions", PAPER, SFT | ONCE, samples=False),
@@ -87,8 +86,12 @@ def reward(graded, function):
     """`graded` with the column `reward` made by `function`, question by question."""
     if function is None:
         return graded
-    rewards = [float(value) for rows in group(graded).values() for value in function(rows)]
-    if len(rewards) != len(graded):
-        raise UserError("A reward must return one number for each completion of a question.")
+    rows = list(graded)
+    for completions in group(rows).values():
+        rewards = list(map(float, function(completions)))
+        if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
+            raise UserError("A reward must return one finite number for each completion.")
+        for row, value in zip(completions, rewards, strict=True):
+            row["reward"] = value
     kept = graded.remove_columns([c for c in graded.column_names if c == "reward"])
-    return kept.add_column("reward", rewards)
+    return kept.add_column("reward", [row["reward"] for row in rows])

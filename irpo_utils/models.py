@@ -1,8 +1,8 @@
 """Load a base model with the LoRA adapter of M_t, and render prompts.
 
-M_t is "the frozen base plus one LoRA adapter". With `quantize` the base is stored in NF4, which is
-QLoRA (Dettmers et al. 2023). The adapter is never merged into the 4-bit weights, because rounding
-would remove it. M_0 is the base with a zero adapter.
+M_t is the frozen base plus one LoRA adapter, M_0 the base with a zero adapter. With `quantize` the
+base is stored in NF4, which is QLoRA (Dettmers et al. 2023). The adapter is never merged into the
+4-bit weights, because rounding would remove it.
 """
 
 import json
@@ -37,9 +37,10 @@ def default_device() -> str:
 def default_dtype(device: str, asked: str | None = None) -> torch.dtype:
     """What was asked for, else bf16 or fp16 on a GPU and fp32 on a CPU.
 
-    A CPU without bf16 instructions needs 6 to 30 times as long for a product in bf16: it computes
-    in fp32 instead, and a warning says so.
+    A CPU without bf16 instructions computes in fp32, with a warning: bf16 is 6 to 30 times slower.
     """
+    if asked not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype is {asked!r}: it must be float32, bfloat16 or float16.")
     computes = device == "cpu" and not torch.cuda.is_available()  # else it is loaded for a GPU
     slow = computes and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     if asked == "bfloat16" and slow:
@@ -67,8 +68,7 @@ def load(
     """M_t and its tokenizer: the base `name` with `adapter`, or with a zero adapter (M_0).
 
     name: a key of `FOLDERS` (come with this package) or `HUB_NAMES`, a hub name, or a folder.
-    quantize: store the linear layers of the base in NF4 with double quantisation; nf4_options are
-        changes to the `BitsAndBytesConfig`.
+    quantize: linear layers in NF4, double quantised; nf4_options change the `BitsAndBytesConfig`.
     lora_r, lora_alpha: rank and rank * scale of the adapter on all linear layers. The adapter stays
         in fp32, whatever the base's `dtype` (e.g. "bfloat16"). revision: a commit on the hub.
     """
@@ -131,8 +131,7 @@ def load_tokenizer(path: str, pad_token: str | None = None, revision: str | None
         raise UserError(f"--pad-token {pad_token!r} is not in the vocabulary of {path}.")
     tokenizer.pad_token = pad_token or tokenizer.pad_token
     fixes = {
-        "pad_token": "Name a token that no text contains with --pad-token, for Llama 3 "
-        "`<|finetune_right_pad_id|>`.",
+        "pad_token": "Name an unused one with --pad-token: <|finetune_right_pad_id|> for Llama 3.",
         "eos_token": "Without it no completion can end: set it in tokenizer_config.json.",
         "chat_template": "Use the instruct version of the model, or set it and save the tokenizer.",
     }
@@ -150,8 +149,7 @@ def render_prompt(tokenizer, text: str) -> str:
 def render(tokenizer, *texts: str, **options) -> str:
     """The chat template for a turn of the user, and one of the assistant if two texts are given.
 
-    Two settings of some templates are fixed: the date (Llama 3.2 prints today's, so the same run
-    would differ tomorrow) and hidden thinking (Qwen3). Other templates ignore them.
+    The date (Llama 3.2 prints today's) and thinking (Qwen3) are fixed, so that prompts stay equal.
     """
     fixed = {"date_string": f"{DATE:%d %b %Y}", "enable_thinking": False, "tokenize": False}
     options |= fixed | {"chat_template": dated_template(tokenizer)}
@@ -202,6 +200,12 @@ def set_adapter(model, folder: str | Path | None) -> None:
         weights = {n: torch.nan_to_num(p, 0, 0, 0) for n, p in found.items()}
         weights |= {n: torch.zeros_like(p) for n, p in found.items() if "lora_B" in n}
     else:
+        if not (file := Path(folder) / "adapter_config.json").is_file():
+            raise UserError(f"There is no adapter in {folder}.")
+        there, here = json.loads(file.read_text()), model.peft_config["default"]
+        if (there["r"], there["lora_alpha"]) != (here.r, here.lora_alpha):
+            sizes = f"lora_r={there['r']} and lora_alpha={there['lora_alpha']}"
+            raise UserError(f"The adapter in {folder} needs a model loaded with {sizes}.")
         weights = load_peft_weights(str(folder), device=str(model.device))
     if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in found.items()}:
         raise UserError(f"The adapter in {folder} has other layers or shapes than this model.")

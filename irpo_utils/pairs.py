@@ -1,8 +1,7 @@
 """Stage 3: chosen and rejected completions as preference pairs (section 2 and footnote 2).
 
-The paper "iterates over G^w and G^l simultaneously" and restarts a set at its first element when
-it reaches its end. This is a zip with wrap-around, not a random draw. A question with an empty set
-is left out.
+The paper "iterates over G^w and G^l simultaneously" and restarts a set when it reaches its end: a
+zip with wrap-around, not a random draw. A question with an empty set is left out.
 """
 
 import random
@@ -13,18 +12,16 @@ from irpo_utils import UserError, models
 from irpo_utils.grading import group
 from irpo_utils.sampling import check_ids
 
-# questions with completions; those that give pairs; those with no rejected and with no chosen
-# completion; completions that repeat an earlier one, and that have no token; pairs that occur again
-# after wrapping around both sets; pairs longer than max_length; pairs with a gold solution; pairs
+# Questions: all, with pairs, none rejected, none chosen. Completions: repeats, without a token.
+# Pairs: repeated after wrapping around both sets, too long, with a gold solution, all that remain.
 COUNTS = (
     "questions used all_right all_wrong duplicates empty repeated over_long gold_winners pairs"
 ).split()
 NO_PAIRS = (
     "no pairs: of {questions} questions, all completions were correct for {all_right} and all "
     "incorrect for {all_wrong}; {over_long} pairs were longer than --max-length. If most are "
-    "incorrect, draw more samples (--n-samples), add gold solutions (--gold true) or look at "
-    "`extracted` and `reason` of the graded data; if most are correct, raise --temperature or use "
-    "harder questions. Other settings need another --out."
+    "incorrect, raise --n-samples, add --gold true or look at `reason` in the graded data; if most "
+    "are correct, raise --temperature or use harder questions. New settings need another --out."
 )
 
 
@@ -52,7 +49,7 @@ def build_pairs(
     Raises `UserError` beginning "no pairs" if nothing is left.
     """
     if k < 1 or pairing not in ("wrap_around", "random"):
-        raise UserError(f"k = {k} must be at least 1, and {pairing!r} wrap_around or random.")
+        raise UserError(f"k = {k} must be at least 1, pairing = {pairing!r} wrap_around or random.")
     graded = list(graded)
     check_ids([(row["id"], row["sample"]) for row in graded], "samples")
     gold_of = {row["id"]: {**row, "sample": -1} for row in gold or []}
@@ -94,9 +91,8 @@ def walk(n_chosen: int, n_rejected: int, k: int) -> list[tuple[int, int]]:
 def split(completions: list[dict], gold: dict | None = None) -> tuple[list[dict], list[dict]]:
     """(chosen, rejected) of one question, in the order of the samples, the gold solution first.
 
-    Rewards of 0 and 1 are split as in the paper. Other rewards are split half-way between the
-    lowest and the highest, so that every chosen completion has a higher reward than every rejected
-    one. If all rewards are equal, all are chosen from 0.5 on, and all rejected below.
+    Rewards of 0 and 1 are split as in the paper, others half-way between the lowest and highest. If
+    all are equal and there is no gold solution, all are chosen from 0.5 on, and all rejected below.
     """
     rewards = [row["reward"] if "reward" in row else float(row["correct"]) for row in completions]
     both_ends = rewards + ([max(1.0, *rewards)] if gold else [])
@@ -110,8 +106,7 @@ def split(completions: list[dict], gold: dict | None = None) -> tuple[list[dict]
 
 def gold_completions(questions, tokenizer) -> list[dict]:
     """The gold solutions as completions, which end as the model's own do; others are left out."""
-    end = models.turn_end(tokenizer)
-    rows = []
+    end, rows = models.turn_end(tokenizer), []
     for row in questions:
         if row.get("solution"):
             text = models.plain_text(tokenizer, row["solution"])

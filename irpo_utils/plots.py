@@ -1,8 +1,7 @@
 """The style and the parts of all figures, accuracy per iteration, and saving a figure.
 
-The tables have the columns of metrics.csv unless a function says otherwise. Every figure is a
-`TextFigure`, whose `alt_text` describes it with its numbers. The colours are Okabe and Ito's, for
-readers with any colour vision.
+The tables have the columns of metrics.csv unless a function says otherwise. A figure's `alt_text`
+describes it with its numbers. The colours are Okabe and Ito's, for readers with any colour vision.
 """
 
 from __future__ import annotations

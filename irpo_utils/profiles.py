@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import yaml
@@ -26,7 +26,7 @@ CHOICES = {
     "pairing": ("wrap_around", "random"),
     "reference": ("previous", "start"),
     "dtype": (None, "float32", "bfloat16", "float16"),
-    "eval_split": ("train", "validation", "test"),
+    "eval_split": ("train", "validation", "test", "math500"),
     "report_to": ("none", "tensorboard", "trackio", "wandb"),
 }
 
@@ -49,7 +49,7 @@ class Profile:
     iterations: int = _option(4, "T: how often to sample, grade, pair and train")
     engine: str = _option("plain", "how to compute: plain, or a module of irpo_utils/engines")
 
-    quantize: bool | None = _option(True, "base in 4 bits (NF4); none: if 16 need too much memory")
+    quantize: bool | None = _option(True, "base in NF4 (4 bits); none: on CPUs, on GPUs if needed")
     dequantize: bool = _option(False, "unpack the 4-bit weights once: same numbers, more memory")
     shard: bool = _option(False, "split every layer over processes (FSDP2, scripts/run.py)")
     dtype: str | None = _option(None, "float32, bfloat16, float16; none: the device's best")
@@ -58,12 +58,12 @@ class Profile:
     pad_token: str | None = _option(None, "pad token for tokenizers that have none")
 
     n_questions: int | None = _option(600, "training questions per iteration; none: all")
-    fresh_questions: bool = _option(False, "other questions in every iteration")
+    fresh_questions: bool = _option(False, "other questions per iteration, until all were used")
     n_samples: int = _option(8, "N: completions per question and iteration")
     temperature: list[float] = _option([1.0], "per iteration; the last one is used from then on")
     top_p: float = _option(1.0, "nucleus sampling mass")
     max_new_tokens: int = _option(80, "longest completion in tokens")
-    sampling_batch_size: int = _option(256, "completions decoded at once")
+    sampling_batch_size: int = _option(256, "completions at once, at least N")
 
     k_pairs: int = _option(4, "K: pairs per question")
     gold: bool = _option(False, "add the gold solution to the chosen ones, as the paper on GSM8K")
@@ -92,7 +92,7 @@ class Profile:
     report_to: str = _option("none", "tensorboard, trackio, wandb or none")
 
     allow_overlap: bool = _option(False, "allow evaluation questions among the training ones")
-    eval_split: str = _option("test", "split to evaluate on: choose settings on validation")
+    eval_split: str = _option("test", "split to evaluate on; choose settings on validation")
     n_eval_questions: int | None = _option(None, "questions of that split; none: all")
     eval_samples: int = _option(8, "completions per question for sampled accuracy, pass@k")
     eval_samples_ends: int = _option(32, "the same at M_0 and at the last iteration")
@@ -102,8 +102,10 @@ class Profile:
         """Refuse what cannot work, naming the option."""
         for name, known in CHOICES.items():
             self._need(getattr(self, name) in known, name, f"one of {', '.join(map(str, known))}")
-        for name, value in vars(self).items():
-            if isinstance(value, str):  # `datasets` would write such a path to another file
+        for name, kind in {option.name: str(option.type) for option in fields(self)}.items():
+            if isinstance(value := getattr(self, name), str):
+                self._need("str" in kind, name, f"of type {kind}")
+                # `datasets` would write such a path to another file.
                 self._need(not re.search("::|://", value), name, "without '::' and '://'")
         for low, listed in AT_LEAST.items():
             for name in listed.split():
@@ -111,8 +113,10 @@ class Profile:
                 self._need(value is None or low <= value < math.inf, name, f"at least {low}")
         for name in ("learning_rate", "beta", "max_grad_norm", "eval_temperature", "epochs"):
             self._need(0 < getattr(self, name) < math.inf, name, "above 0")
-        good = self.temperature and all(0 < t < math.inf for t in self.temperature)
-        self._need(good, "temperature", "one number above 0, or one per iteration")
+        self._need(self.alpha > 0 or self.loss != "sft", "alpha", "above 0 with --loss sft")
+        given = self.temperature if isinstance(self.temperature, list) else []
+        good = given and all(0 < t < math.inf for t in given)
+        self._need(good, "temperature", "a list of one number above 0, or of one per iteration")
         self._need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "-1 or above 0")
         self._need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         self._need(self.warmup_ratio < 1, "warmup_ratio", "a share below 1")
@@ -137,9 +141,9 @@ def get(name: str, **changes) -> Profile:
     """The profile of that name with some fields changed."""
     if name not in names():
         raise UserError(f"There is no profile {name!r}. The profiles are {', '.join(names())}.")
-    known = Profile.__annotations__
+    known = sorted(Profile.__annotations__)
     if unknown := sorted(set(changes) - set(known)):
-        raise UserError(f"A profile has no {', '.join(unknown)}, but {', '.join(sorted(known))}.")
+        raise UserError(f"There is no setting {', '.join(unknown)}, only {', '.join(known)}.")
     base = Profile(**yaml.safe_load((RECIPES / f"{name}.yaml").read_text()))
     methods.check_conflict(changes.get("method", base.method), changes)
     return replace(base, **changes)

@@ -2,8 +2,7 @@
 
 The prompt goes through the model once, its cache is copied to the N samples, and all samples grow
 by one token per step. Every token is drawn with its own uniform random number, fixed by (seed,
-question id, sample, position): a completion does not depend on the others in its batch, so
-chunking a run does not change its samples.
+question id, sample, position): batches and chunks of a run do not change its completions.
 """
 
 import hashlib
@@ -38,38 +37,34 @@ def sample(
 
     Columns: those of the questions, and `sample` (0 to n - 1), `prompt`, `completion`,
     `prompt_ids`, `completion_ids` (the sampled tokens, with the end token if it was sampled),
-    `n_tokens`, `finished` (ended by an end token), `logprob` (sum over `completion_ids` at
-    temperature 1, nats).
-    temperature 0 is greedy. batch_size counts completions. engine: see `irpo_utils.engines`.
-    Raises `UserError` for settings out of range, duplicate ids, a prompt that leaves no room in the
-    model's context, and logits that are not finite.
+    `n_tokens`, `finished` (ended by an end token), `logprob` (their sum at temperature 1, nats).
+    temperature 0 is greedy. batch_size: completions at once, at least n. engine: see `engines`.
+    Raises `UserError` for settings out of range, duplicate ids, long prompts and non-finite logits.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise UserError(
-            "n and max_new_tokens must be at least 1, temperature 0 or more, and top_p in (0, 1]."
+            f"n = {n} and max_new_tokens = {max_new_tokens} must be at least 1, temperature = "
+            f"{temperature} at least 0, and top_p = {top_p} above 0 and at most 1."
         )
     questions, rows = list(questions), [None] * (len(questions) * n)
-    check_ids([row["id"] for row in questions], "questions")
+    check_ids(ids := [row["id"] for row in questions], "questions")
     prompts, prompt_ids = render_prompts(model, tokenizer, questions, task, max_new_tokens)
-    ends, ids = models.end_tokens(model, tokenizer), [row["id"] for row in questions]
-    how = n, temperature, top_p, max_new_tokens, seed, ends, tokenizer.pad_token_id
-    request = Request(prompt_ids, ids, *how)
+    ends, pad_id = models.end_tokens(model, tokenizer), tokenizer.pad_token_id
+    request = Request(prompt_ids, ids, n, temperature, top_p, max_new_tokens, seed, ends, pad_id)
     decoder = engine.decode if engine else decode
     options = {"unit": "completion", "disable": not progress, "leave": False}
     with tqdm(total=len(rows), desc="sampling", **options) as bar:
         for i, k, tokens, finished, logprob in decoder(model, request, batch_size):
             if not math.isfinite(logprob):
-                raise UserError(
-                    "The model's logits are not finite, so its completions mean nothing. In "
-                    "float16, use --dtype bfloat16 or float32; otherwise its weights are broken."
-                )
+                raise UserError("The logits are not finite: use a wider --dtype or other weights.")
             bar.update()
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             row = {"sample": k, "prompt": prompts[i], "completion": text}
             row |= {"prompt_ids": prompt_ids[i], "completion_ids": tokens}
             row |= {"n_tokens": len(tokens), "finished": finished, "logprob": logprob}
             rows[i * n + k] = questions[i] | row
-    return Dataset.from_list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)  # a question may lack `choices`
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
 def render_prompts(model, tokenizer, questions, task, max_new_tokens: int):
@@ -80,9 +75,8 @@ def render_prompts(model, tokenizer, questions, task, max_new_tokens: int):
     longest = max(map(len, ids))
     if context is not None and longest + max_new_tokens > context:
         raise UserError(
-            f"The longest prompt has {longest} tokens. With {max_new_tokens} new ones it does not "
-            f"fit into the model's context of {context}. Lower --max-new-tokens, or leave out the "
-            "longest questions."
+            f"The longest prompt has {longest} tokens, the model's context {context}. Lower "
+            f"--max-new-tokens (now {max_new_tokens}), or leave out the longest questions."
         )
     return prompts, ids
 
@@ -112,8 +106,7 @@ class Request:
 def next_tokens(logits, uniforms, temperature: float, top_p: float) -> torch.Tensor:
     """One token per row, (rows, vocabulary) -> (rows,): the inverse CDF at a uniform number.
 
-    Nucleus sampling (Holtzman et al. 2020) keeps the smallest set of most probable tokens whose
-    mass reaches `top_p`.
+    Nucleus sampling (Holtzman et al. 2020) keeps the fewest tokens whose mass reaches `top_p`.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -174,20 +167,19 @@ def decode_batch(model, request: Request, part: list[int]):
         yield part[row // n], row % n, drawn, drawn[-1] in request.ends, value
 
 
-def decode(model, request: Request, batch_size: int, decode_batch=decode_batch):
+def decode(model, request: Request, batch_size: int, draw=decode_batch):
     """Yield (index of the prompt, sample, tokens, finished, logprob), longest prompts first."""
     at_once = max(1, batch_size // request.n)
     order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
     for start in range(0, len(order), at_once):
-        yield from decode_batch(model, request, order[start : start + at_once])
+        yield from draw(model, request, order[start : start + at_once])
 
 
 def check_ids(ids, where: str) -> None:
     """Refuse no ids, and ids that occur twice: completions are joined with questions by id."""
     if double := [name for name, count in Counter(ids).items() if count > 1]:
         raise UserError(
-            f"{len(double)} ids occur more than once in the {where}, for example {double[0]!r}. "
-            "Give every question its own `id`."
+            f"{len(double)} ids occur more than once in the {where}: give {double[0]!r} another id."
         )
     if not ids:
         raise UserError(f"There are no {where}. Check --n-questions and the split.")

@@ -3,9 +3,8 @@
     L = - log σ( β [log M_θ(w|x) - log M_t(w|x)] - β [log M_θ(l|x) - log M_t(l|x)] )
         - α log M_θ(w|x) / |w|
 
-The log-ratios are sums over the response tokens. The NLL is divided by the length of the chosen
-response, per sequence, then averaged over the batch. Prompt tokens are in neither term. Training
-starts from M_t, and M_t is the reference.
+The log-ratios are sums over the response tokens. The NLL of each chosen response is divided by its
+length. Prompt tokens are in neither term. Training starts from M_t, which is the reference.
 
 TRL's `DPOTrainer` pads the batches, scores the reference, steps, logs and saves. Only the loss is
 ours: TRL's `loss_type=["sigmoid", "sft"]` averages the NLL over all tokens of a micro-batch, so
@@ -31,6 +30,9 @@ from trl import DPOConfig, DPOTrainer
 from irpo_utils import UserError, models
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+# Settings of TRL that would change nothing here, or break the log.
+REPLACED = ["loss_type", "label_smoothing", "max_length", "logging_steps"]
+REPLACED += ["per_device_train_batch_size", "gradient_accumulation_steps"]
 # At the first step log-ratios are rounding errors, at most this share of a log-probability.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
@@ -82,8 +84,7 @@ CHOSEN_ONLY = {"sft"}  # losses that need neither the rejected responses nor a r
 class IterativeRPOTrainer(DPOTrainer):
     """TRL's `DPOTrainer` on pairs that are already tokenised, with a loss from `LOSSES`.
 
-    The loss is divided by the number of pairs of the whole batch, so that neither the loss nor the
-    log depends on the micro-batch.
+    The loss is divided by the pairs of the whole batch, so that micro-batches change no result.
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the pairs of the whole batch
@@ -135,7 +136,12 @@ class IterativeRPOTrainer(DPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pairs = self.pair_logps(model, inputs)
-        loss, terms = LOSSES[self.loss_name](pairs, self.alpha, self.beta)
+        result = LOSSES[self.loss_name](pairs, self.alpha, self.beta)
+        if not isinstance(result, tuple) or result[0].shape != pairs.chosen.shape:
+            what = f"The loss {self.loss_name!r} must return"
+            raise UserError(f"{what} (one number per pair, dict of terms to log); see LOSSES.")
+        loss, terms = result
+        # Several processes repeat pairs to fill a batch; these have weight 0.
         weights = inputs.get("weights", torch.ones_like(loss))
         self._record({"loss": loss, **terms}, pairs, weights)
         self._metrics["train"]["tokens"].append((weights * self.n_tokens(inputs)).sum())
@@ -189,10 +195,6 @@ class IterativeRPOTrainer(DPOTrainer):
                         "the versions of requirements.lock, and use the model for nothing else."
                     )
 
-    def _save(self, output_dir=None, state_dict=None):
-        # Without the last argument PEFT looks for the base on the hub.
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
 
 class Bar(ProgressCallback):
     """transformers' progress bar, with two numbers next to it instead of a printed row per step."""
@@ -220,27 +222,32 @@ def train(
     """Train the adapter of `model` (M_t) in place into M_{t+1}; returns the training log.
 
     pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (see `pairs.build_pairs`).
-    batch_size: pairs per optimiser step. micro_batch_size: pairs per forward pass, on which the
-        result does not depend.
+    batch_size: pairs per optimiser step. micro_batch_size: pairs at once, with the same result.
     loss: an entry of `LOSSES`; alpha weighs the NLL term, alpha = 0 is DPO.
     trainer: a subclass of `IterativeRPOTrainer`. callbacks: `transformers.TrainerCallback`s.
-    config: further settings of TRL's `DPOConfig`, such as num_train_epochs, max_steps, seed, optim,
-        and `resume_from_checkpoint`.
+    config: other settings of TRL's `DPOConfig`: max_steps, seed, resume_from_checkpoint, ...
 
     Log: one row per optimiser step with `step`, `loss`, `loss_dpo`, `loss_nll`, `logps/chosen`,
     `logps/rejected` (mean sums, nats), `rewards/chosen|rejected|margins|accuracies`, `nll_chosen`
     (nats per token), `grad_norm`, `learning_rate`, `tokens`, `seconds`.
-    Raises `UserError` for missing columns and numbers that are not finite.
+    Raises `UserError` for missing columns, useless settings and numbers that are not finite.
     """
     if missing := sorted(set(IDS) - set(pairs.column_names)):
         raise UserError(f"The pairs lack {', '.join(missing)}. Use pairs.build_pairs.")
     if len(pairs) == 0:
         raise UserError("no pairs: there is nothing to train on.")
-    if loss not in LOSSES or alpha < 0:
-        known = ", ".join(LOSSES)
-        raise UserError(f"loss = {loss!r} must be one of {known}, and alpha = {alpha} at least 0.")
+    if loss not in LOSSES:
+        raise UserError(f"loss = {loss!r} must be one of {', '.join(LOSSES)}.")
+    if alpha < 0 or (alpha == 0 and loss == "sft"):
+        raise UserError(f"alpha = {alpha} must be at least 0, and above 0 with loss = 'sft'.")
+    if beta <= 0:
+        raise UserError(f"beta = {beta} must be above 0.")
+    if replaced := [name for name in REPLACED if name in config]:
+        ours = "loss=, batch_size=, micro_batch_size=, or max_length= of build_pairs"
+        raise UserError(f"{', '.join(replaced)} cannot be set. Use {ours}.")
     draw_adapter(model, config.get("seed", 0))
-    data = Dataset(pairs.select_columns(IDS).with_format("arrow")[:])  # else TRL adds a file to it
+    # A copy in memory: TRL caches reference log-probabilities next to a dataset's file.
+    data = Dataset(pairs.select_columns(IDS).with_format("arrow")[:])
     data = data.add_column("length", [sum(map(len, row.values())) for row in data])
     config |= {"beta": beta, "learning_rate": learning_rate}
     with tempfile.TemporaryDirectory() as folder, _restored(model) as trained:

@@ -24,7 +24,7 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("run", help="run directory")
     parser.add_argument("--task", help="another task than the run's")
     parser.add_argument("--data", help="local folder or file of that task")
-    parser.add_argument("--split", help="validation or test (default: the run's)")
+    parser.add_argument("--split", help="validation, test or (math) math500 (default: the run's)")
     which = "which M_t, or best, which the run's evaluation chooses (default: the first, the last)"
     parser.add_argument("--iterations", type=iteration, nargs="+", help=which)
     parser.add_argument("--k", type=int, default=32, help="completions per question (default: 32)")

@@ -239,6 +239,8 @@ def test_a_file_of_options(tmp_path, capsys):
         ("--optimizer foo", "--optimizer"),
         ("--report-to os", "--report-to is 'os': it must be one of none, tensorboard"),
         ("--loss foo", "foo"),
+        ("--loss sft --alpha 0", "--alpha is 0.0: it must be above 0 with --loss sft"),
+        ("--gold maybe", "(case insensitive). `python -m irpo_utils run --help`"),
         ("--engine warp", "warp"),
         ("--task crosswords", "word_problems"),
         ("--model no/such/folder/here", "no/such/folder/here"),

@@ -73,6 +73,19 @@ def test_what_a_gpu_reports_is_not_said_of_the_model(folder, monkeypatch, text):
         load(folder)
 
 
+def test_a_hub_model_is_known_by_its_commit_also_if_a_copy_is_in_the_cache(
+    folder, tmp_path, monkeypatch
+):
+    """A copy is loaded by its short name only, so its files say nothing about the hub's model."""
+    monkeypatch.setattr(models, "CACHE", tmp_path)
+    folder.rename(tmp_path / "smollm2-135m")
+    local, _ = models.load("smollm2-135m")
+    assert len(export.fingerprint(local)) == 64
+    config = local.get_base_model().config
+    config._name_or_path, config._commit_hash = models.HUB_NAMES["smollm2-135m"], "ab" * 20
+    assert export.fingerprint(local) == "ab" * 20
+
+
 def test_a_fingerprint_depends_on_the_files_and_not_on_the_adapter(folder):
     model, _ = load(folder)
     first = export.fingerprint(model)

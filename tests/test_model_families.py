@@ -293,7 +293,7 @@ def test_a_refused_model_is_not_sampled_from(build, tmp_path, monkeypatch, comma
 
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(sampling, "sample", lambda *_, **__: pytest.fail("sampled"))
-    with pytest.raises(UserError, match="a prompt without the question"):
+    with pytest.raises(UserError, match="leaves out the question"):
         if command == "run":
             run.run(p, out, progress=False)
         else:
@@ -346,7 +346,7 @@ def test_a_template_that_cannot_be_rendered_is_one_error(seed, tokenizer, templa
 
 def test_a_template_without_the_question(seed, tokenizer):
     tokenizer.chat_template = "<|user|>Hello<|end|><|assistant|>"
-    with pytest.raises(UserError, match="template of mine renders a prompt without the question"):
+    with pytest.raises(UserError, match="template of mine leaves out the question"):
         trial.check_tokenizer(seed[0], tokenizer, "mine")
 
 

@@ -374,6 +374,15 @@ def with_engine(engine, **changes):
     return profiles.get("smollm2-135m", engine=engine, **changes)
 
 
+def test_the_split_math500_has_a_tenth_of_the_test_questions():
+    settings = {"task": "math", "n_eval_questions": None}
+    small, large = (
+        stages(planning.plan(profiles.get("smollm2-360m", eval_split=split, **settings), GPU))
+        for split in ("math500", "test")
+    )
+    assert small["evaluation"].tokens == pytest.approx(large["evaluation"].tokens / 10)
+
+
 def test_engines_differ_in_time_and_not_in_tokens():
     hours, tokens = {}, set()
     for engine in ("plain", "cuda_graph", "vllm"):

@@ -27,12 +27,13 @@ from irpo_utils import (
     profiles,
     sampling,
     tasks,
+    training,
 )
 from irpo_utils.engines import Engine, plain
 from irpo_utils.ops import environment, run_directory, storage, trainer, warnings
 from irpo_utils.ops import plan as planning
 from irpo_utils.ops import run as runs
-from studies import evaluate_again, finished_runs, stopping
+from studies import baselines, evaluate_again, finished_runs, grpo, stopping  # noqa: F401
 from studies import probe as probes
 
 SHIPPED = Path(__file__).parent.parent / "notebooks" / "shipped_run"
@@ -257,6 +258,38 @@ def test_a_finished_run_computes_nothing_again(finished, monkeypatch):
     assert {f: f.stat().st_mtime_ns for f in before} == before and results(finished) == kept
 
 
+def test_a_finished_run_that_is_interrupted_in_a_replay_keeps_its_tables(finished, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    before = [(finished / name).read_bytes() for name in ("metrics.csv", "timing.csv")]
+    monkeypatch.setattr(iteration.Stages, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(smoke(), finished)
+    after = [(finished / name).read_bytes() for name in ("metrics.csv", "timing.csv")]
+    assert after == before and results(finished)
+
+
+def test_metrics_of_later_models_are_not_shown_next_to_new_ones(finished, monkeypatch):
+    """The evaluation of M_1 is made again with other numbers, and the run is interrupted."""
+    shutil.rmtree(finished / "iteration_1" / "evaluation")
+    real = evaluation.score
+
+    def worse(greedy, sampled, k):
+        rows = real(greedy, sampled, k)
+        return [row | {"value": 0.0} if row["metric"] == "greedy" else row for row in rows]
+
+    def interrupted(self, t, graded):
+        if t == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(iteration.Stages, "pair", interrupted)
+    monkeypatch.setattr(evaluation, "score", worse)
+    with pytest.raises(KeyboardInterrupt):
+        run(smoke(), finished)
+    assert set(pandas.read_csv(finished / "metrics.csv").iteration) == {0, 1}
+
+
 STAGE_KILLS = [
     ("evaluation", 0),
     ("samples", 0),
@@ -364,6 +397,62 @@ def test_an_edited_reward_makes_its_pairs_again(tmp_path, monkeypatch, capsys):
         pairs, _ = storage.load(tmp_path / "iteration_0" / "pairs")
         chosen[reward] = [len(ids) for ids in pairs["chosen_ids"]]
     assert sum(chosen[longest]) > sum(chosen[shortest])
+
+
+def test_an_edited_task_grades_again(tmp_path, monkeypatch):
+    """A task keeps its name when its code changes; what it does not touch stays."""
+    number = tasks.get("word_problems")
+
+    class Task(tasks.base.Task):
+        name, load, prompt, extract = "own", number.load, number.prompt, number.extract
+
+    class Exact(Task):
+        def is_correct(self, extracted, answer):
+            return extracted == answer
+
+    class Even(Task):
+        def is_correct(self, extracted, answer):
+            return extracted == answer and int(answer) % 2 == 0
+
+    monkeypatch.setattr(tasks, "_REGISTERED", {})
+    sampled = tmp_path / "iteration_0" / "samples" / "checksums.json"
+    made = []
+    for task in (Exact, Even):
+        tasks.register(task())
+        rows = run(smoke(task="own", iterations=1), tmp_path)
+        made.append(sampled.stat().st_mtime_ns)
+    for name in ("graded", "evaluation"):
+        data = storage.load(tmp_path / "iteration_0" / name)
+        parts = data.values() if isinstance(data, DatasetDict) else [data]
+        answers = [row["answer"] for part in parts for row in part if row["correct"]]
+        assert answers and all(int(answer) % 2 == 0 for answer in answers)
+    first = load_from_disk(str(tmp_path / "iteration_0" / "evaluation"))["greedy"]["correct"][:]
+    [greedy] = [row["value"] for row in rows if (row["metric"], row["iteration"]) == ("greedy", 0)]
+    assert greedy == sum(first) / len(first) and made[0] == made[1]
+
+
+def test_an_edited_loss_trains_again(tmp_path, monkeypatch):
+    def low(pairs, alpha, beta):
+        return -beta * (pairs.chosen - pairs.rejected), {}
+
+    def high(pairs, alpha, beta):
+        return -3 * beta * (pairs.chosen - pairs.rejected), {}
+
+    logs = []
+    for loss in (low, low, high):
+        monkeypatch.setitem(training.LOSSES, "own", loss)
+        run(smoke(loss="own", iterations=1), tmp_path)
+        logs.append(read_log(tmp_path / "iteration_1" / "adapter" / "training_log.jsonl"))
+    assert logs[0] == logs[1]
+    assert logs[2][0]["loss"] == pytest.approx(3 * logs[0][0]["loss"], rel=1e-4)
+
+
+def test_the_functions_of_the_package_and_of_the_studies_are_not_in_a_record(tmp_path):
+    """Otherwise a new version of the code would make every finished run again."""
+    keep = run_directory.RunDirectory(tmp_path)
+    keep.p, keep.task = smoke(loss="dpo_nll_per_token"), tasks.get("word_problems")
+    keep.method = methods.METHODS["grpo"]
+    assert not any(keep.sources(name) for name in run_directory.FIELDS)
 
 
 def test_an_artefact_that_does_not_say_what_it_was_made_from_is_made_again(
@@ -584,6 +673,7 @@ def test_a_start_with_other_scales_is_refused(unbroken, tmp_path, change):
         ({"optimizer": "foo"}, "--optimizer is 'foo'"),
         ({"report_to": "wandb"}, "pip install wandb"),
         ({"task": "crosswords"}, "no task 'crosswords'"),
+        ({"eval_split": "math500"}, "no split 'math500'; use one of train, validation, test"),
         ({"engine": "warp"}, "engines.warp.*--engine is"),
     ],
 )
@@ -650,9 +740,11 @@ def test_two_runs_in_one_directory(finished):
     assert (finished / "profile.json").read_text() == before
 
 
-def test_a_run_that_was_refused_releases_its_lock(finished):
-    with pytest.raises(UserError, match="other settings"):
-        run(smoke(alpha=7.0), finished)
+def test_a_run_that_was_refused_releases_its_lock_and_changes_no_file(finished):
+    before = results(finished)
+    with pytest.raises(UserError, match=f"other settings.*with --start {finished}"):
+        run(smoke(n_eval_questions=4), finished)
+    assert results(finished) == before
     with FileLock(finished / ".lock", timeout=0):
         pass
 
@@ -793,7 +885,7 @@ def test_signs_of_a_collapse_in_the_metrics_are_named():
     assert warnings.of_evaluation(1, before, before | {"kl_to_previous": 0.1}) == []
     now = before | {"truncated_rate": 0.9, "sampled": 0.3}
     length, accuracy = warnings.of_evaluation(1, before, now)
-    assert "length is running off: 90% of the completions of M_1" in length
+    assert "completions get too long: 90% of those of M_1" in length
     assert "accuracy fell" in accuracy and "Return to M_0" in accuracy
     [step] = warnings.of_evaluation(1, before, before | {"kl_to_previous": 9.0})
     assert step.startswith("a long step: KL to M_0 is 9.0")
@@ -805,7 +897,7 @@ def test_the_rule_names_the_model_to_keep_after_two_models_without_improvement()
     assert "M_3 does not exceed M_2 on validation (50.0%, 60.0%): one more iteration" in said
     assert "keep" not in said
     said = warnings.of_validation([0.3, 0.5, 0.6, 0.5, 0.55])
-    assert "2 models in a row do not exceed M_2 on validation: stop and keep M_2" in said
+    assert "M_3 to M_4 do not exceed M_2 on validation: stop and keep M_2" in said
     assert "stop and keep M_2" in warnings.of_validation([0.3, 0.5, 0.6, 0.5, 0.55, 0.4])
     assert "M_4 is the best" in warnings.of_validation([0.3, 0.5, 0.6, 0.5, 0.7])
     assert "keep M_0" in warnings.of_validation([0.3, 0.3, 0.3])  # level is no gain
@@ -1028,7 +1120,8 @@ def test_the_best_iteration_is_evaluated_alone_or_next_to_others(finished, other
 
 
 @pytest.mark.parametrize(
-    "chosen_on, split", [("test", None), ("test", "validation"), ("validation", None)]
+    "chosen_on, split",
+    [("test", None), ("test", "validation"), ("validation", None), ("math500", "test")],
 )
 def test_questions_that_chose_an_iteration_do_not_evaluate_it(finished, chosen_on, split):
     folder = evaluated_on(finished, chosen_on, [0.1, 0.4, 0.3])

@@ -35,7 +35,7 @@ def run_command(command, arguments: list[str], again: str = "run it again") -> i
 
     again: what the message after Ctrl-C or SIGTERM advises.
     """
-    before = signal.signal(signal.SIGTERM, _terminate)  # sent before a machine is taken away
+    before = signal.signal(signal.SIGTERM, _terminate)  # sent before a preemption
     sys.unraisablehook, hook = _raise_again, sys.unraisablehook
     try:
         return _report(command, arguments)
@@ -101,7 +101,7 @@ def _raise_again(lost) -> None:
 def _fail(message: str) -> int:
     """One paragraph on the screen; of several processes the first one prints it if it can."""
     if not processes.speaks_last():
-        time.sleep(5)  # the one that prints it then ends all others
+        time.sleep(5)  # the process that prints it then ends the others
     print(f"error: {message}", file=sys.stderr)
     return 1
 

@@ -2,8 +2,7 @@
 
 Three nets, from fine to coarse: the same text up to spacing; the same letters, digits and signs,
 whatever the case and punctuation; and a run of 13 words in common (Brown et al. 2020, GPT-3,
-appendix C). The first two are the same question. The third is a hint, because templates and
-standard phrases also share words.
+appendix C). The first two are the same question. The third is a hint: templates also share words.
 
 No such check can find what a model saw before it came here. Notebook 07b shows how to tell.
 """
@@ -66,8 +65,8 @@ def check(train, evaluation, allow: bool = False) -> Overlap:
         raise UserError(
             f"{overlap.normalised} of {overlap.questions} evaluation questions are also training "
             f"questions ({overlap.exact} word for word): {examples}. The accuracy would measure "
-            f"memory. Remove these {overlap.train_rows} rows from the training file, evaluate on "
-            "another set, or add --allow-overlap true to continue anyway."
+            f"memory. Remove these {overlap.train_rows} rows from the training file or the data of "
+            "--start, evaluate on another set, or add --allow-overlap true to continue anyway."
         )
     return overlap
 

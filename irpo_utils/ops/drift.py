@@ -1,4 +1,4 @@
-"""How far M_t moved from M_{t-1}: what announces a collapse."""
+"""How far M_t moved from M_{t-1}: an early sign of collapse."""
 
 from __future__ import annotations
 

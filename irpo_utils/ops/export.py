@@ -23,11 +23,10 @@ def fingerprint(model) -> str | None:
 
     Of files over 256 MiB every 16th MiB is read, and the end: a full hash would take minutes.
     """
-    base = model.get_base_model()
-    names = {hub: short for short, hub in models.HUB_NAMES.items()}
-    folder = Path(models.find(names.get(base.name_or_path, base.name_or_path)))
+    config = model.get_base_model().config
+    folder = Path(config._name_or_path)  # where it was loaded from
     if not folder.is_dir():
-        return base.config._commit_hash
+        return config._commit_hash
     digest, kinds = hashlib.sha256(), ("*.json", "*.jinja", "*.safetensors")
     for path in sorted(file for kind in kinds for file in folder.glob(kind)):
         size = path.stat().st_size
@@ -54,8 +53,7 @@ def find_start(p: Profile) -> Path:
             raise UserError(f"{folder} is missing or damaged. Run its command again to finish it.")
     if (folder / checksums.NAME).exists() and checksums.read(folder) is None:
         raise UserError(
-            f"{folder} is damaged: its checksums do not match. Run the command that made it again, "
-            "or give another --start."
+            f"{folder} is damaged: its checksums do not match. Restore it or give another --start."
         )
     check_adapter(folder, p)
     return folder
@@ -80,9 +78,7 @@ def check_adapter(folder: Path, p: Profile) -> None:
             f"({error})."
         ) from error
     if not any("lora_" in name for name in names):
-        raise UserError(
-            f"{folder}/adapter_model.safetensors has no LoRA weights. Give another --start."
-        )
+        raise UserError(f"The adapter in {folder} has no LoRA weights. Give another --start.")
     kinds = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
     if beyond := [name for name in kinds if config.get(name)]:
         raise UserError(

@@ -68,7 +68,5 @@ def _explain(path: str, text: str) -> str:
             f"The model folder {path} could not be loaded: {first} It needs safetensors files and "
             "a tokenizer, written by `save_pretrained`."
         )
-    return (
-        f"The model {path} could not be loaded: {first} Without a network, give --model a local "
-        "folder, or use --model seed."
-    )
+    fix = "Without a network, give --model a local folder, or use --model seed."
+    return f"The model {path} could not be loaded: {first} {fix}"

@@ -54,7 +54,7 @@ def parse_profile(arguments: list[str], command: str = "run", text: str | None =
 def _common_options(command: str, names: list[str]) -> argparse.ArgumentParser:
     """The options that are not fields of the profile."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = lambda message: _refuse(f"{message[:1].upper()}{message[1:]}.", command)
+    parser.error = lambda text: _refuse(f"{text[:1].upper()}{text[1:].rstrip('.')}.", command)
     default, listed = {"run": "cpu", "plan": "all"}[command], ", ".join(names)
     parser.add_argument("--profile", default=default, help=f"one of {listed} (default: {default})")
     parser.add_argument("--config", help="YAML file of options, which those given here override")

@@ -286,7 +286,7 @@ class Plan:
     def all_stages(self) -> list[Stage]:
         """Sampling, training and evaluation. A stage that does nothing needs no memory."""
         p, s, last = self.profile, self.shape, self.profile.iterations
-        available = getattr(self.size, p.eval_split)
+        available = getattr(self.size, p.eval_split, 500)  # the split math500 has 500
         n = min(p.n_eval_questions or available, available)
         draws = [(self.questions, p.n_samples, last)] if self.samples else []
         ends, between = min(2, last + 1), max(0, last - 1)

@@ -37,10 +37,10 @@ def run(profile: Profile, out: str | Path, progress: bool = True) -> list[dict]:
     overlap = check(p, out)
     keep, engine = RunDirectory(out), engine_of(p)
     with keep.lock(), contextlib.closing(engine):
-        keep.write_json(keep.out / "contamination.json", dataclasses.asdict(overlap))
         if progress:
             tqdm.write(contamination.describe(overlap))
         rows = iteration.run(profile, out, keep, engine, progress)
+        keep.write_json(keep.out / "contamination.json", dataclasses.asdict(overlap))
         processes.wait()
     return rows
 
@@ -59,16 +59,13 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     if p.loss not in training.LOSSES:
         raise UserError(f"There is no loss {p.loss!r}. --loss is {', '.join(training.LOSSES)}.")
     if p.report_to != "none" and importlib.util.find_spec(p.report_to) is None:
-        raise UserError(
-            f"--report-to {p.report_to} needs that package: `pip install {p.report_to}`."
-        )
+        raise UserError(f"--report-to needs that package: `pip install {p.report_to}`.")
     methods.check_start(p)
     needs_gold = p.gold or not (method.samples or method.train)
     if needs_gold and not any(row.get("solution") for row in train):
         needs = "--gold true" if method.samples else f"--method {p.method}"
         raise UserError(
-            f"There are no gold solutions among the training questions, which {needs} needs. Add "
-            "the column `solution` to the data, or leave that option out."
+            f"There are no gold solutions, which {needs} needs. Add a column `solution`."
         )
     first, probe = Path(out).resolve() / "iteration_0", Path(p.probe or "").expanduser().resolve()
     if p.probe and probe != first / "pairs" and not (probe / "state.json").is_file():
@@ -81,7 +78,7 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
 
 
 def settled(p: Profile, out: str | Path | None = None) -> Profile:
-    """The profile with the choices of `plan.choose` that the loading of the model needs.
+    """The profile with the choices of `plan.choose` that loading the model needs; NF4 on a CPU.
 
     The run `out` keeps those that it was started with, so that M_0 is the same on another GPU.
     """
@@ -108,8 +105,7 @@ def engine_of(p: Profile) -> Engine:
     engine.load = hub.explained(p.model)(engine.load)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError(
-            "accelerate would split the model itself (FSDP). Configure it for several GPUs without "
-            "FSDP, and use --shard true."
+            "accelerate would split the model. Configure it without FSDP, and use --shard true."
         )
     return processes.engine(p, engine) if p.shard or processes.count() > 1 else engine
 
@@ -127,8 +123,5 @@ def learnt_before(p: Profile) -> list[dict]:
     try:
         return [*tasks.get(before.task).load("train", before.data), *learnt_before(before)]
     except UserError as error:
-        tqdm.write(
-            f"The training questions of --start {p.start} could not be compared with the "
-            f"evaluation questions: {error}"
-        )
+        tqdm.write(f"The training questions of --start {p.start} were not compared: {error}")
         return []

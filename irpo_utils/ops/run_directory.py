@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from irpo_utils import UserError, iteration, methods
+from irpo_utils import UserError, iteration, training
 from irpo_utils.ops import checksums, drift, environment, export, storage, trainer, trial
 from irpo_utils.ops import warnings as signs
 from irpo_utils.ops.statistics import further_rows
@@ -68,15 +68,16 @@ class RunDirectory(storage.Folder):
 
     def check(self, stages: iteration.Stages) -> None:
         """Called before the model is loaded: refuse other settings, copy the adapter of M_0."""
-        self.p, new = stages.p, dataclasses.asdict(stages.p)
+        self.p, self.method, self.task = stages.p, stages.method, stages.task
+        new = dataclasses.asdict(self.p)
         if any(self.out.glob("iteration_*/*")):
             old = dataclasses.asdict(storage.read_profile(self.out))
             differing = sorted(k for k in new if old[k] != new[k] and k not in MAY_CHANGE)
             if differing:
                 listed = ", ".join(f"{k} ({old[k]!r} there, {new[k]!r} now)" for k in differing)
                 raise UserError(
-                    f"{self.out} was made with other settings: {listed}. Choose another --out, or "
-                    "give the same settings to resume it."
+                    f"{self.out} was made with other settings: {listed}. Choose another --out, "
+                    f"with --start {self.out} to go further, or give the same settings to resume."
                 )
         self.write_json(self.out / "profile.json", new)
         if self.p.start:
@@ -127,15 +128,28 @@ class RunDirectory(storage.Folder):
         made = [folder for folder in sources if folder is not None and folder.exists()]
         record = {str(folder.relative_to(self.out)): checksums.digest(folder) for folder in made}
         fields = {field: getattr(self.p, field) for field in FIELDS[name].split()} | self.known
-        if name == "pairs" and (reward := methods.get(self.p.method).reward):
-            with contextlib.suppress(OSError, TypeError):  # typed at a prompt, or a partial
-                fields["reward"] = inspect.getsource(reward)  # which may have been edited
+        fields |= self.sources(name)
         if name == "samples":
             fields["temperature"] = self.p.temperature_of(t)
         if name == "evaluation":
             ends = t in (0, self.p.iterations)
             fields["k"] = self.p.eval_samples_ends if ends else self.p.eval_samples
         return record | {SETTINGS: checksums.of_text(json.dumps(fields, sort_keys=True))}
+
+    def sources(self, name: str) -> dict[str, str]:
+        """The source of the functions behind an artefact that a user may have edited."""
+        prompt, loss = {"prompt": self.task.prompt}, training.LOSSES.get(self.p.loss)
+        grading = {"extract": self.task.extract, "is_correct": self.task.is_correct}
+        used = {"samples": prompt, "graded": grading, "evaluation": prompt | grading}
+        used |= {"pairs": prompt | {"reward": self.method.reward}, "drift": prompt}
+        used |= {"adapter": {"loss": loss, "train": self.method.train}}
+        found = {}
+        for role, function in used[name].items():
+            is_ours = getattr(function, "__module__", "").startswith(("irpo_utils.", "studies."))
+            if role == "reward" or not is_ours:  # the records of all runs have the reward
+                with contextlib.suppress(OSError, TypeError):  # none, typed at a prompt, a partial
+                    found[role] = inspect.getsource(function)
+        return found
 
     def is_there(self, place: Path, record: dict[str, str]) -> bool:
         """Whether an artefact was made from `record`; the first process decides for all."""
@@ -220,30 +234,36 @@ class RunDirectory(storage.Folder):
         return rows
 
     def metrics(self, t: int, rows: list[dict]) -> None:
-        """Add rows to metrics.json and metrics.csv, show the main ones, and warn of a collapse.
+        """Add rows to metrics.json and metrics.csv, and report them.
 
-        The rows of a new evaluation replace all that are there.
+        The rows of a new evaluation replace all that are there. Those of a replay change nothing.
         """
-        value = {row["metric"]: row["value"] for row in rows}
-        old = [] if "greedy" in value else self.known_metrics(t)
-        new = {(row["metric"], row["k"]): row for row in [*old, *rows]}
-        self.write(self.folder(t) / "metrics.json", json.dumps(list(new.values()), indent=0) + "\n")
-        self.table(range(t + 1))
-        if not processes.is_first():
-            return
+        value, old = {row["metric"]: row["value"] for row in rows}, self.known_metrics(t)
+        is_replay = all(row in old for row in rows)
+        if not is_replay:
+            kept = [] if "greedy" in value else old
+            new = {(row["metric"], row["k"]): row for row in [*kept, *rows]}
+            text = json.dumps(list(new.values()), indent=0) + "\n"
+            self.write(self.folder(t) / "metrics.json", text)
+        # After a change the rows of later iterations may be out of date.
+        self.table(range((self.p.iterations if is_replay else t) + 1))
+        if processes.is_first():
+            self.describe(t, value)
+
+    def describe(self, t: int, value: dict[str, float]) -> None:
+        """Print the main metrics of M_t, signs of a collapse, and which model to keep."""
         shown = "greedy sampled kl_to_previous pairs_pairs pairs_used pairs_questions".split()
-        line = [f"{row['metric']} {row['value']:.4g}" for row in rows if row["metric"] in shown]
+        line = [f"{name} {value[name]:.4g}" for name in value if name in shown]
         tqdm.write(f"M_{t}: {', '.join(line)}")
-        if "kl_to_previous" in value:
-            before = {row["metric"]: row["value"] for row in self.known_metrics(t - 1)}
-            for warning in signs.of_evaluation(t, before, value):
-                tqdm.write(f"     warning: {warning}")
-                self.warn(t, "evaluation", warning)
-        if t and "greedy" in value and rows[0]["split"] == "validation":
-            known = (row for s in range(t + 1) for row in self.known_metrics(s))
-            accuracy = [row["value"] for row in known if row["metric"] == "greedy"]
-            if len(accuracy) == t + 1:  # none is damaged
-                tqdm.write(f"     {signs.of_validation(accuracy)}")
+        if t == 0 or "greedy" not in value:
+            return
+        before = [{row["metric"]: row["value"] for row in self.known_metrics(s)} for s in range(t)]
+        for warning in signs.of_evaluation(t, before[-1], value):
+            tqdm.write(f"     warning: {warning}")
+            self.warn(t, "evaluation", warning)
+        if self.p.eval_split == "validation":
+            accuracy = [metrics["greedy"] for metrics in [*before, value]]
+            tqdm.write(f"     {signs.of_validation(accuracy)}")
 
     def known_metrics(self, t: int) -> list[dict]:
         """The rows of metrics.json of iteration t; none if it is missing or damaged."""

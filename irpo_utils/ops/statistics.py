@@ -24,10 +24,10 @@ def further_rows(answers, questions) -> list[dict]:
         proportion_row("greedy_truncated_rate", [not r[0]["finished"] for r in first.values()]),
     ]
     for size in sorted({min(COMMON_K, k), k}):
-        distinct = [mean_over_blocks(_distinct, rows_, size) for rows_ in many]
+        distinct = [mean_over_blocks(_distinct, drawn, size) for drawn in many]
         rows.append(bootstrap_row("distinct_answers", distinct, size))
         if size < k:  # `score` has the vote over all k
-            votes = [mean_over_blocks(evaluation.majority, rows_, size) for rows_ in many]
+            votes = [mean_over_blocks(evaluation.majority, drawn, size) for drawn in many]
             rows.append(evaluation.share_row("majority", votes, size))
     kinds: dict[str, list[bool]] = {}
     for question in questions:

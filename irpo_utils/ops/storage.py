@@ -38,8 +38,7 @@ class Folder:
     def put(self, place: Path, write, about: dict) -> None:
         """Write a folder under another name, then move it: it is there as a whole or not at all.
 
-        It gets a list of checksums, with what is known `about` it. Of several processes the first
-        one writes.
+        It gets checksums, and what is known `about` it. Of several processes the first one writes.
         """
         partial = place.with_name(f".{place.name}.partial")
         processes.wait()  # others may still read what is there

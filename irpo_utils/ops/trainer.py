@@ -45,8 +45,7 @@ def train(make, stages: iteration.Stages, kept: Path, warn) -> tuple[Dataset, di
                 raise UserError(
                     f"Out of memory in training with --micro-batch-size {micro}. Run the same "
                     f"command to resume, with {smaller}--gradient-checkpointing true, or a GPU "
-                    "with more memory. A smaller --max-length also helps, but is another run and "
-                    "needs another --out."
+                    "with more memory. A smaller --max-length also helps, in another --out."
                 ) from error
         # Outside the except block, which keeps the tensors of the failed attempt alive.
         clear_device_cache(garbage_collection=True)
@@ -123,6 +122,10 @@ class SafeTraining:
             shutil.rmtree(folder, ignore_errors=True)
             reason = str(error).splitlines()[0][:200]
             tqdm.write(f"No checkpoint could be written ({reason}).")
+
+    def _save(self, output_dir=None, state_dict=None):
+        # Without the last argument PEFT looks for the base on the hub.
+        self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
     def _load_from_checkpoint(self, checkpoint, *args):
         super()._load_from_checkpoint(checkpoint, *args)

@@ -1,4 +1,4 @@
-"""A trial of a model right after loading: one that cannot be used is refused before it samples.
+"""A trial of a model right after loading: refuse an unusable model before sampling.
 
 A prompt is rendered, a few completions are drawn and scored again one by one with the library's own
 attention, and a training step is taken and undone.
@@ -45,9 +45,7 @@ def check_tokenizer(model, tokenizer, name: str) -> None:
     with explained(f"The chat template of {name} cannot be rendered", fix):
         prompt, _ = models.render_prompt(tokenizer, TEXTS[1]), models.turn_end(tokenizer)
     if TEXTS[1] not in prompt:
-        raise UserError(
-            f"The chat template of {name} renders a prompt without the question. {fix}."
-        )
+        raise UserError(f"The chat template of {name} leaves out the question. {fix}.")
     if "strftime_now(" in models.dated_template(tokenizer):
         raise UserError(
             f"The chat template of {name} prints the date with a computed format, so a run would "
@@ -126,10 +124,7 @@ def columns(rows: list[dict]) -> tuple[list, list]:
 def compare(here: float, alone: float, dtype: torch.dtype) -> None:
     """Raise `ValueError` if two log-probabilities differ by more than rounding."""
     if abs(here - alone) > training.ROUNDING[dtype] * (1 + abs(alone)):
-        raise ValueError(
-            f"in a padded batch a completion has {here:.3f} nats of log-probability, alone "
-            f"{alone:.3f}"
-        )
+        raise ValueError(f"in a padded batch a completion has {here:.3f} nats, alone {alone:.3f}")
 
 
 def explained(sentence: str, advice: str):

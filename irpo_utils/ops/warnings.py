@@ -1,4 +1,4 @@
-"""What a run says of itself: unread answers, signs of a collapse, and which model to keep."""
+"""Messages of a run: unread answers, signs of a collapse, and which model to keep."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ def of_training(rows: list[dict], steps: int, beta: float) -> list[str]:
     ratio = sum(row["rewards/chosen"] for row in last) / len(last) / beta
     found = []
     if accuracy < 0.5:
-        found.append(
-            f"rejected completions gain on chosen ones: reward accuracy {accuracy:.2f} over "
-            f"{STEPS} steps"
-        )
+        found.append(f"rejected completions gain: reward accuracy {accuracy:.2f} in {STEPS} steps")
     if ratio < -1:
         found.append(
             f"chosen completions lose probability: {ratio:.1f} nats against the reference over "
@@ -49,20 +46,16 @@ def report_unread(t: int, graded, p) -> None:
     count, endings = grading.unread(graded)
     if count and processes.is_first():
         commonest = ", ".join(f"{ending!r} ({n})" for ending, n in endings)
-        tqdm.write(
-            f"     M_{t}: {count} of {len(graded)} completions have no readable answer; their "
-            f"commonest endings: {commonest}"
-        )
+        unread = f"{count} of {len(graded)} completions have no readable answer"
+        tqdm.write(f"     M_{t}: {unread}; their commonest endings: {commonest}")
 
 
 def of_evaluation(t: int, before: dict, now: dict) -> list[str]:
     """What the metrics of M_t say next to those of M_{t-1}; both map metric to value."""
     found, cut = [], before["truncated_rate"]
     if now["truncated_rate"] > min(max(2 * cut, 0.1), (1 + cut) / 2):
-        found.append(
-            f"length is running off: {now['truncated_rate']:.0%} of the completions of M_{t} do "
-            f"not end, of M_{t - 1} {cut:.0%}"
-        )
+        shares = f"{now['truncated_rate']:.0%} of those of M_{t} do not end, of M_{t - 1} {cut:.0%}"
+        found.append(f"completions get too long: {shares}")
     if now["sampled"] < before["sampled"] - 0.05:
         found.append(
             f"accuracy fell: sampled {before['sampled']:.1%} to {now['sampled']:.1%}. Return to "
@@ -81,15 +74,13 @@ def of_validation(accuracy: list[float]) -> str:
     t = len(accuracy) - 1
     best = accuracy.index(max(accuracy))
     if best == t:
-        return f"M_{t} is the best model so far on validation ({accuracy[t]:.1%}): go on"
+        return f"M_{t} is the best model so far on validation ({accuracy[t]:.1%}): continue"
     if t - best == 1:
         return (
             f"M_{t} does not exceed M_{best} on validation ({accuracy[t]:.1%}, "
             f"{accuracy[best]:.1%}): one more iteration decides whether to stop"
         )
-    return (
-        f"{t - best} models in a row do not exceed M_{best} on validation: stop and keep M_{best}"
-    )
+    return f"M_{best + 1} to M_{t} do not exceed M_{best} on validation: stop and keep M_{best}"
 
 
 class CollapseWarning(TrainerCallback):

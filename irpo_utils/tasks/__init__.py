@@ -28,7 +28,6 @@ def get(name: str) -> Task:
     if name not in NAMES:
         raise UserError(
             f"There is no task {name!r}. The tasks are {', '.join([*NAMES, *_REGISTERED])}; for "
-            "your own questions use --task jsonl --data FILE, a JSONL file with `question` and "
-            "`answer` in each line."
+            "your own: --task jsonl --data FILE, with `question` and `answer` in each line."
         )
     return importlib.import_module(f"irpo_utils.tasks.{name}").TASK

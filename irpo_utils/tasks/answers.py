@@ -1,4 +1,4 @@
-r"""Where a completion states its answer, and what is only wrapped around it.
+r"""Where a completion states its answer, and its formatting.
 
 `read` finds the last "Final answer:", takes the block behind it and removes the wrapping: "24" is
 left of "**Final answer**: $\boxed{24}$". Every task starts from here.

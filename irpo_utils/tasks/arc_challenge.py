@@ -118,9 +118,8 @@ class ARCChallenge(FileTask):
 
     def prompt(self, row: dict) -> str:
         """The paper's instruction, the question, one lettered option a line, and "Solution:"."""
-        options = "\n".join(
-            f"({name}) {text}" for name, text in zip(ascii_uppercase, row["choices"], strict=False)
-        )
+        lettered = zip(ascii_uppercase, row["choices"], strict=False)
+        options = "\n".join(f"({name}) {text}" for name, text in lettered)
         return PROMPT.format(question=row["question"], options=options)
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:

@@ -7,7 +7,7 @@ class Task:
     """A kind of question: a name and these four methods. `tasks.register` gives it to a run.
 
     A row has `id`, `question` and `answer` (text), perhaps `solution` (gold chain of thought) and
-    `choices`. Any other column travels with the row to every stage.
+    `choices`. Any other column travels with the row, unless `sample` or `grade` adds its name.
     """
 
     name: str
@@ -17,7 +17,7 @@ class Task:
         raise NotImplementedError
 
     def extract(self, completion: str, row: dict | None = None) -> str | None:
-        """The final answer, or None. It has one spelling, so that equal answers vote together."""
+        """The final answer, or None. Equal answers must be returned as equal text, for the vote."""
         raise NotImplementedError
 
     def is_correct(self, extracted: str | None, answer: str, row: dict | None = None) -> bool:

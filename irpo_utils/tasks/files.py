@@ -2,8 +2,7 @@
 
 From the hub by default, or from a folder of JSONL files with the hub's columns: `data=` or, for all
 tasks at once, the environment variable IRPO_DATA (then IRPO_DATA/<task>). Every row is checked as
-it is read. No question is in two splits, except for questions of your own in two files of a folder:
-`contamination` reports those.
+it is read. No question is in two splits, except in your own files: `contamination` reports those.
 """
 
 import hashlib
@@ -183,6 +182,4 @@ class FileTask(Task):
         if rows := self.splits(local_path(self.name, data))[split]:
             names = dict.fromkeys(name for row in rows for name in row)
             return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-        raise UserError(
-            f"The split {split} of {self.name} is empty: too few questions, or no such file."
-        )
+        raise UserError(f"The split {split} of {self.name} is empty: too few questions or no file.")

@@ -7,8 +7,7 @@ One line:
 `answer` is a number, a short text, or with `choices` (a list of two to five texts) a letter or one
 of the texts. `solution` (a worked solution) and `id` are optional. One file is split 80/10/10 by a
 hash of the normalised question, so that a question stays in its split when others are added.
-Repetitions within a file are dropped; where two files of a folder share questions, `contamination`
-stops the run.
+Repetitions within a file are dropped; questions that two files share stop the run.
 """
 
 import functools
@@ -90,10 +89,7 @@ class JSONL(FileTask):
     def splits(self, path: Path | None) -> dict[str, list[dict]]:
         """The three files of a folder, or one file split 80/10/10."""
         if path is None:
-            raise UserError(
-                "The task jsonl needs questions: --data FILE, a JSONL file with one object per "
-                f"line that has {self.expected}."
-            )
+            raise UserError(f"The task jsonl needs --data FILE, JSON lines with {self.expected}.")
         if path.is_dir():
             return {name: without(self.read(path, name)) for name in SPLITS}
         parts = {name: [] for name in SPLITS}

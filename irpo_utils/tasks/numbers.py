@@ -1,11 +1,10 @@
 r"""Reading numbers as models write them, shared by the tasks whose answer is a number.
 
-The rule is strict, as a reward for an incorrect answer teaches it: the answer must hold one number
-in digits, perhaps with words, a unit or a currency around it. There is no answer in two different
-numbers ("12 or 13"), in a calculation not carried out ("5 * x", "half of 36"), in a number that is
-denied or only a bound ("not 36", "36 or more"), in a number in words, and in one that words change
-("36 dollars and fifty cents"). "About 36" does name 36. Of an equation ("5 * 3 = 15 eggs") the part
-after the last "=" counts. "20%" is 20.
+The rule is strict, because rewarding an incorrect answer teaches it. The answer must contain
+exactly one number in digits. Words, a unit or a currency may surround it. `parse` returns None for
+two different numbers ("12 or 13"), a calculation that is not carried out ("5 * x", "half of 36"), a
+number that is denied or a bound ("not 36", "36 or more"), a number in words, and one that words
+change ("36 dollars and fifty cents"). "About 36" is 36, "20%" is 20, "5 * 3 = 15 eggs" is 15.
 """
 
 import re

@@ -3,10 +3,9 @@
 "Mia keeps 24 shells in a jar. A friend gives Mia 13 more shells. Then the number of shells doubles.
 How many shells does Mia have now?" has the solution "24+13=37\\n37*2=74\\nFinal answer: 74".
 
-A question is a *skeleton* (the story with names, objects and numbers masked) filled with numbers.
-The 2,000 skeletons are drawn once from a fixed seed, 400 for each number of steps from 2 to 6. A
-quarter are held out: neither the training split nor the corpus of the seed model M0 uses them, and
-the column `new_skeleton` marks their questions. The sentences are in word_problems.json.
+A question is a *skeleton* (the story with names, objects and numbers masked) filled with numbers. A
+fixed seed draws 2,000 skeletons, 400 for each number of steps from 2 to 6. A quarter are held out
+of the training split and of the corpus of the seed model M0; `new_skeleton` marks their questions.
 """
 
 import functools

@@ -82,9 +82,9 @@ def best_iteration(run: str | Path, p: Profile, split: str) -> tuple[int, str]:
     """The t of the highest greedy accuracy in the run's metrics, the earliest of a tie, and why.
 
     `split`: what M_t is to be evaluated on. Raises `UserError` if the run was evaluated on the same
-    split or on test: the highest of several accuracies is too high an estimate of this M_t's.
+    split or on test questions: the highest of several accuracies overestimates this M_t's.
     """
-    if p.eval_split in ("test", split):
+    if p.eval_split in ("test", "math500", split):
         raise UserError(
             f"--iterations best would choose M_t by its accuracy on the {p.eval_split} split, and "
             f"evaluate it on {split}. Choose on questions that are not used again: make the run "

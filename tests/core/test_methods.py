@@ -86,8 +86,18 @@ def test_a_reward_sees_all_columns_of_one_question_at_a_time(graded):
     assert seen == [["a"] * 4, ["b"] * 4, ["c"] * 4] and found["reward"][:] == [0.4] * 12
     again = methods.reward(found.add_column("new", [0] * 12), lambda rows: [1] * len(rows))
     assert again["reward"][:] == [1.0] * 12
-    with pytest.raises(UserError, match="one number for each completion"):
-        methods.reward(graded, lambda rows: [1])
+    for values in ([1], [1, 1, float("nan"), 1]):
+        with pytest.raises(UserError, match="one finite number for each completion"):
+            methods.reward(graded, lambda rows, values=values: values)
+
+
+def test_a_reward_stays_with_its_completion_in_any_order_of_the_rows(graded):
+    def by_sample(rows):
+        return [10 * ord(row["id"]) + row["sample"] for row in rows]
+
+    rewarded = methods.reward(graded.shuffle(seed=1), by_sample)
+    assert rewarded["id"][:3] != ["a", "a", "a"]
+    assert all(row["reward"] == 10 * ord(row["id"]) + row["sample"] for row in rewarded)
 
 
 def test_gold_solutions_alone_are_paired_with_empty_completions(tokenizer):

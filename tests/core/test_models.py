@@ -89,11 +89,29 @@ def test_set_adapter_turns_one_model_into_another_and_back(model, tmp_path):
     assert not torch.allclose(zero, trained, atol=1e-3)
 
 
-def test_an_adapter_of_another_rank_is_refused(model, tmp_path):
-    other, _ = models.load("seed", lora_r=4)
+@pytest.mark.parametrize("setting", [{"lora_r": 4}, {"lora_alpha": 64}])
+def test_an_adapter_of_another_rank_or_scale_is_refused(model, tmp_path, setting):
+    other, _ = models.load("seed", **setting)
     other.save_pretrained(tmp_path, save_embedding_layers=False)
+    [(name, value)] = setting.items()
+    with pytest.raises(UserError, match=f"needs a model loaded with .*{name}={value}"):
+        models.set_adapter(model, tmp_path)
+
+
+def test_an_adapter_of_other_layers_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    file = tmp_path / "adapter_model.safetensors"
+    first, *others = load_file(file).items()
+    save_file(dict(others), file)
     with pytest.raises(UserError, match="other layers or shapes"):
         models.set_adapter(model, tmp_path)
+
+
+def test_a_folder_without_an_adapter_and_an_unknown_dtype_are_named(model, tmp_path):
+    with pytest.raises(UserError, match=f"no adapter in {tmp_path}"):
+        models.set_adapter(model, tmp_path)
+    with pytest.raises(UserError, match="'bf16': it must be float32, bfloat16 or float16"):
+        models.load("seed", dtype="bf16")
 
 
 def test_adapter_config_names_the_hub_id_of_the_base(folder, tmp_path, monkeypatch):

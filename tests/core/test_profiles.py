@@ -38,7 +38,7 @@ def test_every_field_has_a_help_text():
 def test_unknown_profiles_and_fields_are_refused():
     with pytest.raises(UserError, match="no profile 'gpu'.*smoke"):
         profiles.get("gpu")
-    with pytest.raises(UserError, match="no n_sample, .*n_samples"):
+    with pytest.raises(UserError, match="no setting n_sample, only .*n_samples"):
         profiles.get("smoke", n_sample=3)
 
 
@@ -58,6 +58,9 @@ def test_unknown_profiles_and_fields_are_refused():
         ({"top_p": 0.0}, "--top-p"),
         ({"temperature": []}, "--temperature"),
         ({"temperature": [1.0, 0.0]}, "--temperature"),
+        ({"temperature": 0.8}, "--temperature is 0.8: it must be a list"),
+        ({"learning_rate": "1e-5"}, "--learning-rate is '1e-5': it must be of type float"),
+        ({"loss": "sft", "alpha": 0.0}, "--alpha is 0.0: it must be above 0 with --loss sft"),
         ({"batch_size": 6, "micro_batch_size": 4}, "--batch-size"),
         ({"pairing": "all"}, "--pairing"),
         ({"reference": "last"}, "--reference"),

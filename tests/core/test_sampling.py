@@ -227,16 +227,23 @@ def test_a_uniform_number_next_to_one_never_draws_an_impossible_token():
     "settings, message",
     [
         ({"n": 0}, "at least 1"),
-        ({"temperature": -1}, "temperature 0 or more"),
-        ({"top_p": 0}, r"top_p in \(0, 1\]"),
-        ({"top_p": 1.5}, r"top_p in \(0, 1\]"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"max_new_tokens": 5000}, "context of 1024"),
+        ({"temperature": -1}, "temperature = -1 at least 0"),
+        ({"top_p": 0}, "top_p = 0 above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p = 1.5 above 0 and at most 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0 must be at least 1"),
+        ({"max_new_tokens": 5000}, "context 1024.*max-new-tokens .now 5000"),
     ],
 )
 def test_settings_out_of_range_are_refused(loaded, questions, task, settings, message):
     with pytest.raises(UserError, match=message):
         draw(loaded, questions, task, **settings)
+
+
+def test_a_column_that_the_first_question_lacks_is_kept(loaded, task):
+    rows = [{"id": i, "question": "2 + 3?", "answer": "5"} for i in "ab"]
+    rows[1]["choices"] = ["five", "six"]
+    drawn = draw(loaded, rows, task, n=1, max_new_tokens=2)
+    assert drawn["choices"][:] == [None, ["five", "six"]]
 
 
 def test_no_questions_and_duplicate_ids_are_refused(loaded, questions, task):

@@ -434,14 +434,33 @@ def test_gradients_through_nf4_equal_those_of_the_dequantised_twin(model, prefer
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"alpha": -1.0}, "alpha"),
-        ({"loss": "ppo"}, "'ppo' must be one of dpo_nll"),
+        ({"alpha": -1.0}, "alpha = -1.0 must be at least 0"),
+        ({"alpha": 0.0, "loss": "sft"}, "above 0 with loss = 'sft'"),
+        ({"beta": 0.0}, "beta = 0.0 must be above 0"),
+        ({"loss": "ppo"}, "loss = 'ppo' must be one of dpo_nll, sft"),
+        ({"loss_type": ["ipo"]}, "loss_type cannot be set. Use loss="),
+        ({"label_smoothing": 0.1}, "label_smoothing cannot be set"),
+        ({"max_length": 4}, "max_length= of build_pairs"),
+        ({"logging_steps": 3}, "logging_steps cannot be set"),
+        ({"per_device_train_batch_size": 2}, "batch_size=, micro_batch_size="),
+        ({"gradient_accumulation_steps": 2}, "batch_size=, micro_batch_size="),
         ({"batch_size": 6, "micro_batch_size": 4}, "multiple"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(model, tokenizer, preferences, change, message):
     with pytest.raises(UserError, match=message):
         train(model, tokenizer, preferences, **change)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda pairs, alpha, beta: pairs.chosen, lambda p, a, b: (p.chosen.mean(), {})]
+)
+def test_a_loss_that_does_not_return_what_is_needed_is_named(
+    model, tokenizer, preferences, monkeypatch, loss
+):
+    monkeypatch.setitem(training.LOSSES, "mine", loss)
+    with pytest.raises(UserError, match="loss 'mine' must return .one number per pair, dict"):
+        train(model, tokenizer, preferences, loss="mine")
 
 
 def test_pairs_without_ids_or_rows_are_refused(model, tokenizer, preferences):
