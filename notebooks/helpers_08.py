@@ -117,7 +117,7 @@ def sent() -> int:
 
 def train(pairs, steps, engine):
     """(log, adapter, bytes sent by all processes) of some steps from the seed model."""
-    model, tokenizer = engine.load(profiles.get("cpu"), device="cpu")
+    model, tokenizer = engine.load(profiles.get("cpu", dequantize=False), device="cpu")
     processes.wait()  # until all processes are here
     before = sent()
     log = training.train(

@@ -9,6 +9,7 @@ W + (alpha / r) B A from the base before quantisation, rounded once. If the adap
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -29,6 +30,10 @@ def merge(model: str, adapter: str | Path, folder: str | Path, dtype: str | None
         raise UserError(f"{folder} is a file or not empty. Give the merged model a new folder.")
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise UserError(f"{adapter} has no adapter_config.json. Give RUN/iteration_T/adapter.")
+    trained_on = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    base = trained_on["base_model_name_or_path"]
+    if model in (*models.FOLDERS, *models.HUB_NAMES) and base != models.HUB_NAMES.get(model, model):
+        raise UserError(f"{adapter} was trained on {base}, not on {model}. Give that model.")
     with hub.explained(model):
         loaded, tokenizer = models.load(model, adapter, quantize=False, device="cpu", dtype=dtype)
     loaded.merge_and_unload().save_pretrained(folder)
@@ -46,6 +51,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     cli.quiet_libraries()
     merge(**vars(options))
+    print(f"Merged model: {options.folder}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw accuracy per iteration of one or several finished runs, with the table behind it.
 
-    python scripts/plot.py runs/seed_0 runs/seed_1 runs/seed_2 --out figures
+    python scripts/plot.py runs/seed_0 runs/seed_1 runs/seed_2
 
 The runs differ in their seed alone. The intervals of the means resample seeds and questions.
 """
@@ -18,10 +18,11 @@ def plot(arguments: list[str]) -> None:
     """Write NAME.svg, .png, .csv (all rows), .json and NAME_mean.csv; print the means."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run directories that differ in their seed")
-    parser.add_argument("--out", default="figures", help="folder (default: figures)")
+    parser.add_argument("--out", help="folder (default: that of the first run)")
     name = "accuracy_per_iteration"
     parser.add_argument("--name", default=name, help=f"name of the files (default: {name})")
     options = parser.parse_args(arguments)
+    options.out = options.out or options.runs[0]
     cli.quiet_libraries()
     from irpo_utils import plots
     from irpo_utils.ops.storage import check_path

@@ -42,6 +42,9 @@ def accuracy() -> str:
         ]
         lines.append(f"| M{t} | " + " | ".join(cells) + " |")
     run = record["runs"][0]
+    command = record["command"].replace(
+        "python -m irpo_utils plot", "python scripts/plot.py"
+    )  # now
     lines += [
         "",
         f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {len(record['seeds'])} seeds with 95 % "
@@ -49,7 +52,7 @@ def accuracy() -> str:
         f"training has seen. One core of an {run['environment']['processor']} each, torch "
         f"{run['environment']['versions']['torch']}, commit {run['environment']['commit']}. "
         "Made with `python -m irpo_utils run --profile cpu --seed S --out runs/seed_S` for each seed and "
-        f"`{record['command']}`.",
+        f"`{command}`.",
     ]
     return "\n".join(lines)
 

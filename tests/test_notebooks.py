@@ -237,6 +237,17 @@ def test_setting_comes_first_and_predictions_and_recall_are_asked_for(name):
 
 
 @by_name
+def test_folded_text_is_rendered(name):
+    """Markdown inside HTML needs a blank line around it, else lists and links stay raw text."""
+    for cell in view(name, solved=False).cells:
+        if cell.cell_type == "markdown":
+            lines = cell.source.split("\n")
+            for line, following in zip(lines, [*lines[1:], ""], strict=True):
+                if "</summary>" in line or "</details>" in line:
+                    assert line.endswith(("</summary>", "</details>")) and not following, line
+
+
+@by_name
 @by_view
 def test_code_cells_are_short(name, solved):
     for cell in code_cells(view(name, solved)):

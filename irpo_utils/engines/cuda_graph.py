@@ -232,8 +232,7 @@ class Static:
                 with torch.cuda.graph(graph, pool=self.pool):
                     self.call(*bucket)
         except RuntimeError as error:
-            # After a failed recording PyTorch 2.11 still allocates to the pool and frees no memory,
-            # and it refuses to draw random numbers. These functions are private.
+            # PyTorch 2.11 still allocates to the pool, and draws no random numbers (private names).
             device = self.model.device.index
             with contextlib.suppress(RuntimeError, AttributeError, TypeError):
                 torch._C._cuda_endAllocateToPool(device, self.pool)

@@ -41,10 +41,10 @@ def pair_batch(prompts, chosen, rejected, pad_id: int) -> dict:
 def pair_mask(batch, dtype=torch.float32) -> torch.Tensor:
     """An additive mask (B, 1, L, L), in which the rejected response does not see the chosen one."""
     filled, length = batch["filled"], batch["filled"].shape[1]
-    first = length - batch["response_mask"].shape[1]  # column of the chosen response
-    second = first + batch["n_columns"]
+    chosen = length - batch["response_mask"].shape[1]  # first column; the next is of the rejected
+    rejected = chosen + batch["n_columns"]
     allowed = filled.new_ones(length, length).tril()
-    allowed[second:, first:second] = False
+    allowed[rejected:, chosen:rejected] = False
     mask = torch.zeros(len(filled), 1, length, length, dtype=dtype, device=filled.device)
     return mask.masked_fill_(~(allowed & filled[:, None, :])[:, None], torch.finfo(dtype).min)
 

@@ -389,6 +389,8 @@ def table(made: Plan) -> str:
         f"speed: {m.note}; engine {made.engine}, micro-batch {made.micro}"
         f"{' with checkpointing' if p.gradient_checkpointing else ''}",
     ]
+    if p.engine == "cuda_graph" and m.name == "cpu":
+        notes.append("warning: this profile is for a GPU; if you have one, look at `nvidia-smi`")
     if made.engine == "vllm":
         notes.append("memory: the vLLM server is counted on the same GPUs")
     if made.ranks < made.devices:

@@ -50,12 +50,11 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     method, task = methods.get(p.method), tasks.get(p.task)
     train = task.load("train", p.data).shuffle(seed=p.seed)
     questions = iteration.first(task.load(p.eval_split, p.data), p.n_eval_questions)
-    for option, value, known in (
-        ("--lr-scheduler", p.lr_scheduler, SchedulerType),
-        ("--optimizer", p.optimizer, OptimizerNames),
-    ):
-        if value not in (names := sorted(kind.value for kind in known)):
-            raise UserError(f"{option} is {value!r}; transformers knows {', '.join(names)}.")
+    for name, kind in {"lr_scheduler": SchedulerType, "optimizer": OptimizerNames}.items():
+        value, known = getattr(p, name), sorted(choice.value for choice in kind)
+        if value not in known:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is {value!r}; transformers knows {', '.join(known)}.")
     if p.loss not in training.LOSSES:
         raise UserError(f"There is no loss {p.loss!r}. --loss is {', '.join(training.LOSSES)}.")
     if p.report_to != "none" and importlib.util.find_spec(p.report_to) is None:
@@ -64,9 +63,7 @@ def check(p: Profile, out: str | Path) -> contamination.Overlap:
     needs_gold = p.gold or not (method.samples or method.train)
     if needs_gold and not any(row.get("solution") for row in train):
         needs = "--gold true" if method.samples else f"--method {p.method}"
-        raise UserError(
-            f"There are no gold solutions, which {needs} needs. Add a column `solution`."
-        )
+        raise UserError(f"There are no gold solutions for {needs}: add a column `solution`.")
     first, probe = Path(out).resolve() / "iteration_0", Path(p.probe or "").expanduser().resolve()
     if p.probe and probe != first / "pairs" and not (probe / "state.json").is_file():
         raise UserError(f"--probe {p.probe} is no folder of pairs, such as RUN/iteration_0/pairs.")
@@ -104,9 +101,7 @@ def engine_of(p: Profile) -> Engine:
     engine = iteration.plugin(f"engines.{p.engine}").Engine()
     engine.load = hub.explained(p.model)(engine.load)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError(
-            "accelerate would split the model. Configure it without FSDP, and use --shard true."
-        )
+        raise UserError("Configure accelerate without FSDP, and use --shard true instead.")
     return processes.engine(p, engine) if p.shard or processes.count() > 1 else engine
 
 

@@ -150,7 +150,7 @@ mean = pd.read_csv(helpers_05.FIGURES / "accuracy_per_iteration_mean.csv")
 figures.accuracy_of_seeds(five, mean)
 
 # %% [markdown]
-# Do they cost variety? [pass@k](../docs/glossary.md#passk) is the share of questions that at least one of k completions
+# Is variety lost? [pass@k](../docs/glossary.md#passk) is the share of questions that at least one of k completions
 # solves. **Predict**: do distinct final answers become more or fewer?
 
 # %% tags=["nbval-ignore-output"]
@@ -388,8 +388,8 @@ figure
 assert "nats" in plots.alt_text(figure)
 
 # %% [markdown]
-# KL stays below 0.2 nats, and training raises the log-probability of chosen completions. Compare curves on the right at the
-# same t: each iteration has different pairs.
+# The estimate of KL stays below 0.2 nats, and training raises the log-probability of chosen completions. Compare curves on
+# the right at the same t: each iteration has different pairs.
 #
 # Now compare the learning rates 1e-4 and 3e-4, with (α = 1) and without (α = 0) the NLL term
 # ([runs](../figures/stability_runs.jsonl), [means](../figures/stability_mean.csv)). **Predict**: in which setting, 1e-4 or
@@ -421,7 +421,8 @@ helpers_05.a_fall_and_its_twin().round(3)
 helpers_05.last_steps(significance.mcnemar).round(3)
 
 # %% [markdown]
-# Neither this fall nor that of seed 2 with the NLL term is resolved at 5 %. So six runs cannot answer the question.
+# Neither this fall nor that of seed 2 with the NLL term is resolved at 5 %. So these runs do not show whether training
+# metrics reveal a fall.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?
@@ -589,6 +590,7 @@ assert len(table) == len(shipped)
 # 4. Reward accuracy 0.97, margin rising, chosen log-probability falling. What do you do?
 #
 # <details><summary>Answers</summary>
+#
 # 1. It samples, it is the reference, and training starts from it.
 # 2. That more pairs of $M_0$ explain the gain of $M_2$.
 # 3. Not necessarily. Look at the standard error: an estimate many standard errors below 0 means a bug.

@@ -97,7 +97,7 @@ figure
 assert "RFT" in plots.alt_text(figure)
 
 # %% [markdown]
-# SFT does, where DPO has β = 0.3: at 3e-3 DPO without NLL ends at 7.3 %, and both SFT methods are above 83 %.
+# SFT does: at 3e-3 DPO without NLL (β = 0.3) ends at 7.3 %, and both SFT methods are above 83 %.
 
 # %% [markdown]
 # ### Exercise 6.1: choose a learning rate
@@ -141,7 +141,7 @@ for method, tried in best_beta.groupby("method"):
     print(f"{method:22} {best.learning_rate:<6g} {'edge' if edge else 'inside':7} against {', '.join(tests)}")
 
 # %% [markdown]
-# No choice is at the edge. Only DPO's second-best learning rate differs from the best, and barely (p = 0.047). β is no
+# No choice is at the edge. Of the second-best learning rates only DPO's differs, and barely (p = 0.047). β is no
 # firmer: the choices, β = 3 for DPO and β = 0.3 for Iterative RPO, each led the second-best β by only two of 300 questions
 # ([runs](../figures/lesson_runs.jsonl)).
 
@@ -391,11 +391,11 @@ nll_term = verdicts[(verdicts.group == "NLL term") & ~verdicts.claim.str.contain
 helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 
 # %% [markdown]
-# At $M_4$ no paired difference is resolved at any β ([verdicts](../figures/lesson_verdicts.csv)). The table has $M_1$. At
-# 3e-4 the mean gain of the term at $M_1$ is at most about 1 point. At 1e-3 the NLL term helps at $M_1$, by 19 points with β =
-# 0.1 and by 12 with β = 0.3, which agrees with the paper. With β = 1 and 3 the interval rules out a gain of the paper's size.
-# At 1e-3 we also compared β = 1 and 3 with 0.1, for both methods at $M_4$. One of the four differences is resolved: Iterative
-# RPO ends 26 points higher with β = 3.
+# At $M_4$ no paired difference is resolved at these two rates ([verdicts](../figures/lesson_verdicts.csv)). The table has
+# $M_1$. At 3e-4 the mean gain of the term at $M_1$ is at most about 1 point. At 1e-3 the NLL term helps at $M_1$, by 19
+# points with β = 0.1 and by 12 with β = 0.3, which agrees with the paper. With β = 1 and 3 the interval rules out a gain of
+# the paper's size. At 1e-3 we also compared β = 1 and 3 with 0.1, for both methods at $M_4$. One of the four differences is
+# resolved: Iterative RPO ends 26 points higher with β = 3.
 #
 # In [notebook 04](04_dpo_nll_training.ipynb) the DPO gradient of a pair falls to a tenth at δ ≈ 3/β. How far did $M_1$ of
 # Iterative RPO get?
@@ -406,8 +406,8 @@ helpers_06.how_far(lesson)
 # %% [markdown]
 # At 1e-3 and β = 0.1 no pair is past 3/β = 30 nats, so β does not limit the step. With a large β the gradient of most pairs
 # fades early, and no gain of the term is resolved. At 3e-4 and β up to 1 few pairs are past 3/β: the learning rate limits the
-# step. A large β also makes the NLL term relatively weaker. We tested ten times its weight only at 3e-4, where no β gains
-# much. [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
+# step. A large β also makes the NLL term relatively weaker. Ten times its weight was tested only at 3e-4: the term gains 1
+# point. [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?
@@ -439,7 +439,7 @@ helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 # - Tune every method, also at the iteration that you compare, and look for choices at the edge.
 # - Pair by seed and question. "Not resolved" does not mean equal.
 # - A claim gets one of four verdicts. "Rules out an effect of the paper's size" is stronger than "not resolved".
-# - On the second model gains from the NLL term are resolved at 1e-3 with a small β ($M_1$) and at 3e-3 ($M_4$).
+# - On the second model gains from the NLL term (α = 1) are resolved at 1e-3 with a small β ($M_1$) and at 3e-3 ($M_4$).
 # - RFT gains much without rejected completions. Whether pairs beat it depends on model and setting.
 #
 # **Try**: judge the claims again with `paper` divided by ten. Which verdicts change?
@@ -452,6 +452,7 @@ helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 # 4. On the second model RFT is ahead at $M_2$ and $M_3$. Why does this not refute the paper's table?
 #
 # <details><summary>Answers</summary>
+#
 # 1. RFT has no rejected completions in its loss. STaR retrains from $M_0$ and shows answers of failed questions.
 # 2. It rules out an effect of the paper's size. With +2: not resolved.
 # 3. Of the tuning alone.

@@ -197,7 +197,7 @@ assert set(three.against) == {"irpo"}
 
 
 # %% [markdown]
-# With the majority vote $M_4$ comes close to Iterative RPO without gold answers in training: the difference is not resolved,
+# Without gold answers in training the vote's $M_4$ comes close to Iterative RPO: the difference is not resolved,
 # and neither is that of GRPO. The other two are worse. What is the reward worth? The control shuffles the labels within each
 # question:
 
@@ -301,9 +301,9 @@ for row in at_m8.itertuples():
 table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(object).fillna("")
 
 # %% [markdown]
-# On average both methods with pairs fall below their best. At $M_8$ Iterative RPO is 19 points below RFT (9 to 29), which stays near 90 % from
-# $M_2$ on. The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were
-# tuned for two iterations; with pairs they may be too high for eight.
+# Iterative RPO falls: its $M_8$ is 19 points below RFT (9 to 29), which stays near 90 % from $M_2$ on. DPO goes down and up.
+# The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were tuned for
+# two iterations; with pairs they may be too high for eight.
 #
 # `one_step_apart` is the share of pairs that differ in one line. It rises with every method, mostly in the first two
 # iterations. Early pairs often compare working with a bare answer, and later ones more often two calculations. On such pairs
@@ -324,7 +324,7 @@ assert "M8" in plots.alt_text(figure)
 helpers_06.claims_table(verdicts[verdicts.group == "eight iterations"])
 
 # %% [markdown]
-# Only DPO without NLL (β = 3) has a resolved gain from $M_4$ to $M_8$. At $M_8$ no tested difference is resolved.
+# Only DPO without NLL (β = 3) has a resolved gain from $M_4$ to $M_8$. At $M_8$ no difference between methods is resolved.
 
 # %% [markdown]
 # ## 4 Does the best β depend on the length of completions?
@@ -527,6 +527,7 @@ assert len(entries) >= 1
 # 3. Twenty ablations, one interval barely excludes 0. What do you do before you report it?
 #
 # <details><summary>Answers</summary>
+#
 # 1. Nothing contradicts the vote: some answer is always the most frequent.
 # 2. Questions with many correct completions get many chosen ones.
 # 3. Run it again with other seeds.

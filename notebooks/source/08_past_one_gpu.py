@@ -205,8 +205,8 @@ for loss in (per_completion, over_tokens):
 # %% [markdown]
 # The mean over tokens falls. In the first split the short half (32 tokens, low loss) weighs as much as the long one (360
 # tokens). Micro-batches on one GPU can cause [the same error](https://huggingface.co/blog/gradient_accumulation). Either
-# divide each part by the tokens of the *whole* batch, or use a loss per completion, as Eq. 1 of the paper does ([notebook
-# 04](04_dpo_nll_training.ipynb)).
+# divide each part by the tokens of the *whole* batch and add, or use a loss per completion, as Eq. 1 of the paper does
+# ([notebook 04](04_dpo_nll_training.ipynb)).
 
 # %% [markdown]
 # ### Exercise 8.2: parts of unequal size
@@ -248,7 +248,9 @@ print(checks_08.combine(combine))
 #
 # It sends $(P-1)\,S$.
 #
-# </details> A ring is better ([Patarasuk and Yuan 2009](https://doi.org/10.1016/j.jpdc.2008.09.002)). Split
+# </details>
+#
+# A ring is better ([Patarasuk and Yuan 2009](https://doi.org/10.1016/j.jpdc.2008.09.002)). Split
 # each gradient into $P$ pieces. In each round every GPU sends one piece to its neighbour. The neighbour adds it in the
 # first $P-1$ rounds (a [reduce-scatter](../docs/glossary.md#reduce-scatter)), and stores the finished sum in $P-1$ more
 # rounds (an [all-gather](../docs/glossary.md#all-gather)).
@@ -368,7 +370,7 @@ helpers_08.counted_bytes(derived, found)
 
 # %% tags=["remove-cell"]
 assert derived["split"] > derived["copies"] > 0
-assert found["split"]["bytes"] <= 0 or missing > 0.9 * P * gradients
+assert found["split"]["bytes"] <= 0 or 0.9 * P * gradients < missing < 1.3 * P * gradients
 
 # %% [markdown]
 # It holds for whole copies, within a few percent. With split layers the gradients are sent twice, because gloo has no
@@ -498,7 +500,7 @@ helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
 # **[Several machines](../scripts/cluster/README.md)**: accelerate, SkyPilot with
 # [interruptible machines](../docs/glossary.md#interruptible-machine), Slurm, and containers.
 #
-# **Limitations.** The tests run two processes with gloo on a CPU. NCCL, several machines and clusters are not tested, so
+# **Limitations.** The tests run two processes with gloo on a CPU. NCCL, several machines and clusters have not been run, so
 # begin with one iteration of 64 questions. Split training writes no checkpoints: an interrupted training stage restarts.
 
 # %% [markdown]
