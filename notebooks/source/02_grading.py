@@ -296,8 +296,8 @@ for row in forms[forms.package & ~correct].itertuples():
 # only.
 #
 # The next table counts errors of the package on a second collection, from public bug reports. The task `jsonl` is for your
-# own questions. *Debatable* means that readers may disagree about the label. We used this collection to improve the graders,
-# so expect more errors on new completions.
+# own questions. *Debatable* means that readers may disagree about the label. This collection improved the graders, so expect
+# more errors on new completions.
 
 # %%
 helpers_02.grading_cases()

@@ -178,7 +178,7 @@ assert torch.allclose(implied[1] - implied[0], reward[1] - reward[0])
 helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 
 # %% [markdown]
-# With a small β the slope is smaller at δ = 0 and fades at a larger δ.
+# A small β has a smaller slope at δ = 0, which fades later.
 #
 # **The gradient** follows from $(\log\sigma)'(z) = \sigma(-z)$, with $M_t$ constant:
 #
@@ -256,8 +256,8 @@ helpers_04.toy_probabilities(toy)
 # DPO compares probabilities of whole completions, so it needs *sums* over tokens. In the NLL a sum would give long
 # completions more weight, and Eq. 1 averages within *each* chosen completion.
 #
-# **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What is the NLL term of this batch,
-# averaged within completions, and over all tokens?
+# **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What is the batch's NLL term,
+# averaged within completions and over all tokens?
 
 # %%
 tokens, nats_per_token = torch.tensor([60.0, 300.0]), torch.tensor([0.5, 2.0])
@@ -535,7 +535,7 @@ for i in change.argsort()[:4]:
     print(f"{change[i]:+.1f}", repr(held_out[i]["chosen"].strip()))
 
 # %% [markdown]
-# Their answer is correct, but no equation gives it. How many are like this?
+# Their answer is correct, but no equation gives it. How many others?
 
 # %%
 def shows_result(completion):

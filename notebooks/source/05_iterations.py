@@ -278,7 +278,7 @@ print(steps_of_run.to_string(index=False, float_format="{:.3g}".format))
 assert (steps_of_run.p <= 1).all()
 
 # %% [markdown]
-# Pairing narrows the intervals, because questions that are easy or hard for both models cancel. `solved` counts the questions
+# Pairing narrows the intervals, because questions easy or hard for both models cancel. `solved` counts the questions
 # that only $M_t$ solves, `lost` those that only the previous model solves. All of this holds for one seed.
 
 # %% [markdown]
@@ -388,7 +388,7 @@ figure
 assert "nats" in plots.alt_text(figure)
 
 # %% [markdown]
-# The estimate of KL stays below 0.2 nats, and training raises the log-probability of chosen completions. Compare curves on
+# Estimated KL stays below 0.2 nats, and training raises the log-probability of chosen completions. Compare curves on
 # the right at the same t: each iteration has different pairs.
 #
 # Now compare the learning rates 1e-4 and 3e-4, with (α = 1) and without (α = 0) the NLL term
@@ -421,8 +421,7 @@ helpers_05.a_fall_and_its_twin().round(3)
 helpers_05.last_steps(significance.mcnemar).round(3)
 
 # %% [markdown]
-# Neither this fall nor that of seed 2 with the NLL term is resolved at 5 %. So these runs do not show whether training
-# metrics reveal a fall.
+# Neither this fall nor that of seed 2 with the NLL term is resolved at 5 %. So whether the metrics show a fall stays open.
 
 # %% [markdown]
 # ## 8 Stop: which model do you keep?

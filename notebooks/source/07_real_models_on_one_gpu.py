@@ -254,7 +254,7 @@ helpers_07.hours_bars(planned)
 assert planned.notna().any().all()
 
 # %% [markdown]
-# By this estimate, 9 times as fast as the T4. For decoding it assumes CUDA graphs, which launch all GPU programs of a step
+# By this estimate, 9 times the T4. For decoding it assumes CUDA graphs, which launch all GPU programs of a step
 # ([`engines/cuda_graph.py`](../irpo_utils/engines/cuda_graph.py)). Compare the *cost of the run*: hours times price. Prefer
 # GPUs of 2020 or later. A T4 has no [bf16](../docs/glossary.md#bf16), so the run uses fp16 with [loss
 # scaling](../docs/glossary.md#loss-scaling).
@@ -323,7 +323,7 @@ shown[["iteration", "metric", "value", "low", "high", "n"]].round(2)
 assert (shown.low <= shown.value).all()
 
 # %% [markdown]
-# With ten questions the interval of accuracy is too wide for any conclusion. But every stage works. Now start the real
+# With ten questions the interval is too wide for any conclusion. But every stage works. Now start the real
 # run. Download the model first, so that errors come early:
 #
 # ```bash
@@ -430,7 +430,7 @@ helpers_07.ahead_of_others().round(1)
 
 # %% [markdown]
 # Its mean sampled accuracy is highest throughout, but over all seeds no lead is resolved. DPO without NLL falls behind with
-# one of its two seeds. From $M_0$ to $M_3$ Iterative RPO gains 7.5 points (3.5 to 11.8) and RFT 5.3 (2.2 to 9.5)
+# one of two seeds. From $M_0$ to $M_3$ Iterative RPO gains 7.5 points (3.5 to 11.8) and RFT 5.3 (2.2 to 9.5)
 # ([results](../docs/results/smollm2.md)).
 #
 # What do larger models reach? Each of these published numbers has its own prompt and grader. Compare gains, not levels:
@@ -488,7 +488,7 @@ assert "KL" in plots.alt_text(figure)
 #
 # Your result is an adapter of some megabytes. Which model did you measure? That depends on its base: 16 bits or NF4
 # (`quantize` in `profile.json`). The next cells load $M_1$ of the small run on an NF4 base, as a run on a small GPU does. In
-# one layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ (notebook 04b) the change
+# one layer, $W$ is the published weight, $\hat W$ its NF4 version, and $\Delta = \frac{a}{r} B A$ the change
 # by the [LoRA](../docs/glossary.md#lora) adapter.
 
 # %% tags=["nbval-ignore-output"]
