@@ -45,7 +45,7 @@ METHODS: dict[str, Method] = {
     "irpo_from_sft": Method("Iterative RPO from rejection-sampling SFT", PAPER, start="star"),
     "iterative_dpo": Method("DPO without NLL", f"{PAPER}; Xu et al. 2023, arXiv 2312.16682", DPO),
     "dpo_from_sft": Method("DPO from rejection-sampling SFT", PAPER, DPO | ONCE, start="star"),
-    # STaR (Zelikman et al. 2022) also retrains from M_0 each time, and shows answers after a miss.
+    # STaR (Zelikman et al. 2022) retrains from M_0 each time and shows answers of failed questions.
     "star": Method("Rejection-sampling SFT", f"{PAPER}, there called STaR", SFT),
     "star_2x": Method("Rejection-sampling SFT, twice the data", PAPER, SFT | ONCE, pairs_factor=2),
     "sft_gold": Method("SFT on gold solutions", PAPER, SFT | ONCE, samples=False),

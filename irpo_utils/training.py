@@ -3,8 +3,8 @@
     L = - log σ( β [log M_θ(w|x) - log M_t(w|x)] - β [log M_θ(l|x) - log M_t(l|x)] )
         - α log M_θ(w|x) / |w|
 
-The log-ratios are sums over the response tokens. The NLL of each chosen response is divided by its
-length. Prompt tokens are in neither term. Training starts from M_t, which is the reference.
+The log-ratios are sums over the response tokens. The NLL is divided by the length of its response,
+then averaged over the batch. Prompt tokens are in neither term. M_t is the start and the reference.
 
 TRL's `DPOTrainer` pads the batches, scores the reference, steps, logs and saves. Only the loss is
 ours: TRL's `loss_type=["sigmoid", "sft"]` averages the NLL over all tokens of a micro-batch, so
