@@ -4,10 +4,11 @@ One line:
 
     {"question": "How many legs have three spiders?", "answer": "24"}
 
-`answer` is a number, a short text, or with `choices` (a list of two to five texts) a letter or one
-of the texts. `solution` (a worked solution) and `id` are optional. One file is split 80/10/10 by a
-hash of the normalised question, so that a question stays in its split when others are added.
-Repetitions within a file are dropped; questions that two files share stop the run.
+`answer` is a number ("24", not "24 apples"), a short text that is compared as text (LaTeX too), or
+with `choices` (a list of two to five texts) a letter or one of the texts. `solution` (a worked
+solution) and `id` are optional. One file is split 80/10/10 by a hash of the normalised question, so
+that a question stays in its split when others are added. Repetitions within a file are dropped;
+questions that two files share stop the run.
 """
 
 import functools
