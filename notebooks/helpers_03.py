@@ -27,7 +27,7 @@ KINDS = {
     "answers before the working is complete": ORANGE,
     "writes another equation": BLUE,
     "gives another answer at the same line": GREEN,
-    "writes an equation; chosen answers at once": GREY,
+    "writes an equation; chosen gives its answer": GREY,
 }
 FATES = {"gives pairs": BLUE, "all incorrect": ORANGE, "all correct": GREY}
 

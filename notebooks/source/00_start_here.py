@@ -352,11 +352,11 @@ table
 
 # %% [markdown]
 # - **The learning rate decides the shape of the curve.** At 1e-4 one iteration does most of the work. The default is 2e-5. We
-#   chose it on validation questions: of the rates at which every iteration gains over one point, its $M_4$ is best
+#   chose it on validation questions: it has the best $M_4$ of the rates that gain over a point in every iteration
 #   ([log](../figures/LOG.md)).
 # - **At 1e-4 the last mean falls**, because one of five seeds falls to 74 % ([data](../figures/comparison.csv)). Notebook
 #   [05](05_iterations.ipynb) says when to stop.
-# - **You will meet several $M_1$.** They differ in learning rate or in the number of training questions. Accuracy is
+# - **You will meet several $M_1$.** They differ in learning rate, training questions, grader or $M_0$. Accuracy is
 #   greedy (here) or sampled. Compare only numbers of the same table.
 # - **Mostly the rise is elicitation.** Training restores the working. Notebook [06](06_baselines_and_ablations.ipynb) compares
 #   other methods, also on a model that always shows its working and makes mistakes in it.

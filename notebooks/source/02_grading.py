@@ -555,8 +555,8 @@ helpers_02.differences(iteration=2)
 # - With a lenient grader the shortcuts that it rewards stay more frequent, and the model gains less accuracy.
 #
 # **Try**: add ten completions of your model to the labelled forms, and run section 5 again. Add a grader to
-# [`lenient_grader.py`](../scripts/studies/lenient_grader.py) and to `helpers_02.GRADERS`, and run the script with
-# `--seeds 1`.
+# [`lenient_grader.py`](../scripts/studies/lenient_grader.py) and to `helpers_02.GRADERS`, and run the script (`--seeds 3`, as
+# for the others).
 #
 # <details><summary>Typical misunderstandings</summary>
 #
@@ -578,7 +578,7 @@ helpers_02.differences(iteration=2)
 # 1. A model may correct itself.
 # 2. 0. The text may be the beginning of 360.
 # 3. A guess is rarely correct among hundreds of numbers, and one time in four among four letters.
-# 4. It learns to stop before the last step more often than under a strict grader.
+# 4. It learns to leave out steps more often than under a strict grader.
 #
 # </details>
 #

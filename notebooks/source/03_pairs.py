@@ -162,7 +162,7 @@ helpers_03.fates(helpers_03.quarters_by_prompt_length(table), "prompts by length
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The longest prompts: they need the most reasoning steps.
+# The longest prompts: they mostly need more reasoning steps.
 #
 # </details>
 #
@@ -303,7 +303,7 @@ helpers_03.side_by_side(early.chosen, early.rejected)
 # </details>
 #
 # Pairs that diverge later mostly show the same contrast: the rejected completion gives its answer before the working is
-# complete. All these pairs say *show your working*, that is, all reasoning steps. Only pairs with another equation (108), or
+# complete. The 1,167 pairs of the first row say *show your working*, all of it. Only pairs with another equation (108), or
 # with another answer after shared lines (68, *later*), can say *calculate correctly*. In 51 pairs (32 + 19, *first line*) the
 # chosen completion is itself a bare answer.
 #
@@ -371,8 +371,8 @@ print(f"{100 * sum(shared) / len(shared):.0f} % of the tokens of a chosen comple
 # Are shared tokens good or bad? Researchers disagree. [Step-DPO](https://arxiv.org/abs/2406.18629) builds pairs whose first
 # difference is one incorrect step. [Smaug](https://arxiv.org/abs/2402.13228) shows that DPO can lower the probability of the
 # chosen completion if a pair differs in few tokens. [Razin et al.](https://arxiv.org/abs/2410.08847) remove pairs of
-# completions with similar embeddings. Our pairs share few tokens on average. The paper's NLL term counters a fall, and
-# notebook [04](04_dpo_nll_training.ipynb) measures its effect.
+# completions with similar embeddings. Our pairs share few initial tokens. The NLL term should prevent such a fall: notebook
+# [04](04_dpo_nll_training.ipynb) measures its effect.
 
 # %% [markdown]
 # ## What you have learnt

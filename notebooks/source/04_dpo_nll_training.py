@@ -178,7 +178,7 @@ assert torch.allclose(implied[1] - implied[0], reward[1] - reward[0])
 helpers_04.loss_and_slope(betas=(0.05, 0.1, 0.5))
 
 # %% [markdown]
-# A small β has a smaller slope at δ = 0, which fades later.
+# With a small β the slope is smaller near 0 and fades later.
 #
 # **The gradient** follows from $(\log\sigma)'(z) = \sigma(-z)$, with $M_t$ constant:
 #
@@ -254,10 +254,10 @@ helpers_04.toy_probabilities(toy)
 # ### What is a sum and what is a mean?
 #
 # DPO compares probabilities of whole completions, so it needs *sums* over tokens. In the NLL a sum would give long
-# completions more weight, and Eq. 1 averages within *each* chosen completion.
+# completions more weight, so Eq. 1 averages within *each* chosen completion.
 #
-# **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What is the batch's NLL term,
-# averaged within completions and over all tokens?
+# **Predict**: two chosen completions have 60 and 300 tokens, at 0.5 and 2 nats per token. What is the batch's NLL, averaged
+# (a) within completions, (b) over all tokens?
 
 # %%
 tokens, nats_per_token = torch.tensor([60.0, 300.0]), torch.tensor([0.5, 2.0])
@@ -535,7 +535,7 @@ for i in change.argsort()[:4]:
     print(f"{change[i]:+.1f}", repr(held_out[i]["chosen"].strip()))
 
 # %% [markdown]
-# Their answer is correct, but no equation gives it. How many others?
+# Their answer is correct, but no equation gives it. How many?
 
 # %%
 def shows_result(completion):
@@ -573,14 +573,14 @@ for learning_rate in learning_rates:
 # At both learning rates DPO lowers the small group. A possible cause: the group resembles the
 # rejected completions of *other* pairs. SFT also lowers it, so rejected completions are not the only cause.
 #
-# SFT lowers rejected completions. In the paper's figure 2a it raises them. The pairs differ: 95 % of our rejected
-# completions do not show their result, while on GSM8K both sides are chains of thought.
+# SFT lowers rejected completions. In the paper's figure 2a it raises them, perhaps because the pairs differ: 95 % of our
+# rejected completions do not show their result, while on GSM8K both sides are chains of thought.
 
 # %% [markdown]
 # ## What you have learnt
 #
 # - DPO is maximum likelihood under Bradley–Terry, with β times a log-ratio as the reward.
-# - Its gradients on the two log-probabilities are opposite, with size $\beta\,\sigma(-\beta\delta)$.
+# - Its gradients on both log-probabilities are opposite, with size $\beta\,\sigma(-\beta\delta)$.
 # - The NLL term raises the chosen completion. Eq. 1 divides it by $|w|$.
 # - A mean can hide a heavy tail: plot every pair.
 #
@@ -605,7 +605,7 @@ for learning_rate in learning_rates:
 # 1. It cancels in the reward difference.
 # 2. It sums in the DPO term and averages in the NLL term. It ignores prompt and padding.
 # 3. Nothing is trained, or the reference changes with the model.
-# 4. In the toy: if a third logit gains most. In our study perhaps: if they resemble rejected ones.
+# 4. In the toy: if its logit gains less than average. In our study perhaps: if they resemble rejected ones.
 #
 # </details>
 #

@@ -542,7 +542,7 @@ helpers_05.warnings_of_rules()
 # A limit of 1 nat on KL stops before most falls. It also stops runs that never fall, and loses more than keeping the last
 # model. Patience 2 stops before few.
 #
-# In most runs without a fall chosen completions fall at least once, so only KL says when to *look*. Read ten completions,
+# Chosen completions lose probability in most runs without a fall, so only KL says when to *look*. Read ten completions,
 # check how many hit the token limit (`truncated_rate`) or have no answer (`no_answer_rate`), and decide by patience 2.
 #
 # ### Open exercise: a rule of your own

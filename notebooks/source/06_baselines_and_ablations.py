@@ -323,14 +323,14 @@ helpers_06.claims_table(first_model[about_m1])
 
 # %% [markdown]
 # Yes. With 600 questions Iterative RPO is ahead of RFT at $M_1$; with 150 it is 22 points behind. RFT also leads with N = 3
-# and at temperature 1.5. A possible reason: with fewer steps, RFT's higher learning rate counts more. The NLL term's gain is
-# -1.0 to 1.2 points at $M_1$, which rules out the paper's size, and 1 to 31 at $M_4$. [All
+# and at temperature 1.5. A possible reason: with fewer steps, RFT's higher learning rate counts more. The NLL term's interval
+# at $M_1$, -1.0 to 1.2 points, rules out the paper's size; at $M_4$ it is 1 to 31. [All
 # claims](../figures/lesson_claims.csv), [all methods](../docs/results/comparison.md).
 
 # %% [markdown]
 # ## 5 How did the model change?
 #
-# Did RFT move further? **Predict** which method moved furthest from $M_0$ (dots: $M_0$ to $M_4$, on validation).
+# **Predict** which method moved furthest from $M_0$ (dots: $M_0$ to $M_4$, on validation).
 
 # %% tags=["nbval-ignore-output"]
 figure = helpers_06.accuracy_against_kl()
@@ -391,7 +391,7 @@ nll_term = verdicts[(verdicts.group == "NLL term") & ~verdicts.claim.str.contain
 helpers_06.claims_table(nll_term[nll_term.claim.str.contains("M1")])
 
 # %% [markdown]
-# At $M_4$ no paired difference is resolved at these two rates ([verdicts](../figures/lesson_verdicts.csv)). The table has
+# At $M_4$ no gain of the term is resolved at these two rates ([verdicts](../figures/lesson_verdicts.csv)). The table has
 # $M_1$. At 3e-4 the mean gain of the term at $M_1$ is at most about 1 point. At 1e-3 the NLL term helps at $M_1$, by 19
 # points with β = 0.1 and by 12 with β = 0.3, which agrees with the paper. With β = 1 and 3 the interval rules out a gain of
 # the paper's size. At 1e-3 we also compared β = 1 and 3 with 0.1, for both methods at $M_4$. One of the four differences is
@@ -406,8 +406,8 @@ helpers_06.how_far(lesson)
 # %% [markdown]
 # At 1e-3 and β = 0.1 no pair is past 3/β = 30 nats, so β does not limit the step. With a large β the gradient of most pairs
 # fades early, and no gain of the term is resolved. At 3e-4 and β up to 1 few pairs are past 3/β: the learning rate limits the
-# step. A large β also makes the NLL term relatively weaker. Ten times its weight was tested only at 3e-4: the term gains 1
-# point. [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
+# step. A large β also makes the NLL term relatively weaker. Ten times its weight was tested only at 3e-4: there it gains 1
+# point at $M_1$. [06b](06b_judges_luck_ablations.ipynb) asks whether the length of completions matters.
 
 # %% [markdown]
 # ## 7 What happens to the log-probabilities?
@@ -429,9 +429,9 @@ helpers_06.claims_table(verdicts[verdicts.group == "log-probabilities"])
 
 # %% [markdown]
 # At 3e-4 chosen completions rise at $M_1$ with the NLL term. They also rise without it, which disagrees with figure 3. At
-# 1e-3 with β = 0.1 they fall with and without the term; in figure 3 only without it. There rejected ones fall more, then go
-# up and down. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. The reason may be that of
-# section 4: correct and incorrect steps compete.
+# 1e-3 with β = 0.1 they fall with and without the term (in figure 3 only without it). Rejected ones fall more, then go up and
+# down. With RFT rejected completions *fall* in all seeds, which disagrees with figure 2. The reason may be that of section 4:
+# correct and incorrect steps compete.
 
 # %% [markdown]
 # ## What you have learnt

@@ -197,9 +197,8 @@ assert set(three.against) == {"irpo"}
 
 
 # %% [markdown]
-# Without gold answers in training the vote's $M_4$ comes close to Iterative RPO: the difference is not resolved,
-# and neither is that of GRPO. The other two are worse. What is the reward worth? The control shuffles the labels within each
-# question:
+# Without gold answers in training the vote's difference from Iterative RPO at $M_4$ is not resolved, nor is that of GRPO. The
+# other two are worse. What is the reward worth? The control shuffles the labels within each question:
 
 # %%
 control = helpers_06.read("comparison_mean").query("metric == 'greedy' and method == 'shuffled'")
@@ -305,10 +304,10 @@ table.rename(index=helpers_06.NAMES, columns="M{}".format).round(2).astype(objec
 # The KL of an iteration first shrinks. Then it grows with pairs and stays small with RFT. The learning rates were tuned for
 # two iterations; with pairs they may be too high for eight.
 #
-# `one_step_apart` is the share of pairs that differ in one line. It rises with every method, mostly in the first two
-# iterations. Early pairs often compare working with a bare answer, and later ones more often two calculations. On such pairs
-# DPO can lower chosen and rejected completions together ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)). Tune for the
-# number of iterations that you need, and stop with patience 2 ([notebook 05](05_iterations.ipynb)).
+# `one_step_apart` is the share of pairs that differ in one line. It rises with every method. Early pairs often compare
+# working with a bare answer, and later ones more often two calculations. On such pairs DPO can lower chosen and rejected
+# completions together ([Pal et al. 2024](https://arxiv.org/abs/2402.13228)). Tune for the number of iterations that you need,
+# and stop with patience 2 ([notebook 05](05_iterations.ipynb)).
 #
 # On the second model every method has the learning rate that was best after four iterations.
 

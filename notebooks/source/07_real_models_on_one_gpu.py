@@ -205,9 +205,9 @@ helpers_07.memory_bars(table)
 # values cost time, and change results only by rounding. [Gradient checkpointing](../docs/glossary.md#gradient-checkpointing)
 # keeps the activations small.
 #
-# On a GPU the run chooses what you leave open. It takes a base in 16 bits if there is room. Before
-# training it chooses micro-batch and checkpointing from the lengths of the pairs and the free memory. If memory still runs
-# out, the run halves the (micro-)batch and continues.
+# On a GPU the run chooses what you leave open. It takes a base in 16 bits if there is room. Before training it chooses
+# micro-batch and checkpointing from the lengths of the pairs and the free memory. If memory still runs out, it halves the
+# sampling batch or the micro-batch and continues.
 
 # %% [markdown]
 # ### Exercise 7.2: the cache
@@ -417,8 +417,7 @@ print(checks_07.questions_needed(questions_needed))
 #
 # ### Is it the method?
 #
-# The stored study also has RFT and DPO without NLL, from the same $M_0$ with the same learning rate. Only DPO's was not
-# chosen on validation.
+# The stored study also has RFT and DPO without NLL, from the same $M_0$ with the same learning rate (untuned for DPO).
 #
 # **Predict** the order of the three methods in sampled accuracy.
 
@@ -429,8 +428,8 @@ helpers_07.curve_of_methods()
 helpers_07.ahead_of_others().round(1)
 
 # %% [markdown]
-# Its mean sampled accuracy is highest throughout, but over all seeds no lead is resolved. DPO without NLL falls behind with
-# one of two seeds. From $M_0$ to $M_3$ Iterative RPO gains 7.5 points (3.5 to 11.8) and RFT 5.3 (2.2 to 9.5)
+# Iterative RPO has the highest mean sampled accuracy, but over all seeds no lead is resolved. DPO without NLL falls behind
+# with one of two seeds. From $M_0$ to $M_3$ Iterative RPO gains 7.5 points (3.5 to 11.8) and RFT 5.3 (2.2 to 9.5)
 # ([results](../docs/results/smollm2.md)).
 #
 # What do larger models reach? Each of these published numbers has its own prompt and grader. Compare gains, not levels:

@@ -327,8 +327,8 @@ def sent_when_split(layers, outside, gradients, gpus, micro_batches):
 print(checks_08.sent_when_split(sent_when_split))
 
 # %% [markdown]
-# The worked solution is in [solutions/08_past_one_gpu.ipynb](solutions/08_past_one_gpu.ipynb). The base is much larger than
-# the LoRA gradient and is sent twice per micro-batch. So with QLoRA: **whole copies, unless they do not fit**.
+# The worked solution is in [solutions/08_past_one_gpu.ipynb](solutions/08_past_one_gpu.ipynb). The layers are much larger
+# than the LoRA gradient and are sent twice per micro-batch. So with QLoRA: **whole copies, unless they do not fit**.
 #
 # ## 5 Two processes, live
 #
@@ -467,7 +467,7 @@ for n in (8, 64):
 helpers_08.two_ways("paper", [8, 64]).round(1)
 
 # %% [markdown]
-# On 64 GPUs: there a micro-batch has too few tokens. Now compare the memory on eight GPUs:
+# On 64 GPUs: the slower link needs more tokens. Now compare the memory on eight GPUs:
 
 # %%
 helpers_08.memory_of_two_ways(["llama-3.1-8b", "paper"], 8)
