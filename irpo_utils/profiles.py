@@ -49,7 +49,7 @@ class Profile:
     iterations: int = _option(4, "T: how often to sample, grade, pair and train")
     engine: str = _option("plain", "how to compute: plain, or a module of irpo_utils/engines")
 
-    quantize: bool | None = _option(True, "base in NF4 (4 bits); none: on CPUs, on GPUs if needed")
+    quantize: bool | None = _option(True, "base in NF4 (4 bits); none: on a GPU only if needed")
     dequantize: bool = _option(False, "unpack the 4-bit weights once: same numbers, more memory")
     shard: bool = _option(False, "split every layer over processes (FSDP2, scripts/run.py)")
     dtype: str | None = _option(None, "float32, bfloat16, float16; none: the device's best")
@@ -63,7 +63,7 @@ class Profile:
     temperature: list[float] = _option([1.0], "per iteration; the last one is used from then on")
     top_p: float = _option(1.0, "nucleus sampling mass")
     max_new_tokens: int = _option(80, "longest completion in tokens")
-    sampling_batch_size: int = _option(256, "completions at once, at least N")
+    sampling_batch_size: int = _option(256, "completions at once; N if that is more")
 
     k_pairs: int = _option(4, "K: pairs per question")
     gold: bool = _option(False, "add the gold solution to the chosen ones, as the paper on GSM8K")

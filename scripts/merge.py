@@ -32,7 +32,8 @@ def merge(model: str, adapter: str | Path, folder: str | Path, dtype: str | None
         raise UserError(f"{adapter} has no adapter_config.json. Give RUN/iteration_T/adapter.")
     trained_on = json.loads((Path(adapter) / "adapter_config.json").read_text())
     base = trained_on["base_model_name_or_path"]
-    if model in (*models.FOLDERS, *models.HUB_NAMES) and base != models.HUB_NAMES.get(model, model):
+    known = model in (*models.FOLDERS, *models.HUB_NAMES)
+    if known and base not in (None, model, models.HUB_NAMES.get(model)):
         raise UserError(f"{adapter} was trained on {base}, not on {model}. Give that model.")
     with hub.explained(model):
         loaded, tokenizer = models.load(model, adapter, quantize=False, device="cpu", dtype=dtype)

@@ -19,7 +19,7 @@ def plot(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run directories that differ in their seed")
     parser.add_argument("--out", help="folder (default: that of the first run)")
-    name = "accuracy_per_iteration"
+    name = "accuracy_of_seeds"  # the run itself writes accuracy_per_iteration
     parser.add_argument("--name", default=name, help=f"name of the files (default: {name})")
     options = parser.parse_args(arguments)
     options.out = options.out or options.runs[0]

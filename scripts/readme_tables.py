@@ -42,9 +42,6 @@ def accuracy() -> str:
         ]
         lines.append(f"| M{t} | " + " | ".join(cells) + " |")
     run = record["runs"][0]
-    command = record["command"].replace(
-        "python -m irpo_utils plot", "python scripts/plot.py"
-    )  # now
     lines += [
         "",
         f"Accuracy in % on {int(means.n.iloc[0])} test questions, mean over {len(record['seeds'])} seeds with 95 % "
@@ -52,7 +49,7 @@ def accuracy() -> str:
         f"training has seen. One core of an {run['environment']['processor']} each, torch "
         f"{run['environment']['versions']['torch']}, commit {run['environment']['commit']}. "
         "Made with `python -m irpo_utils run --profile cpu --seed S --out runs/seed_S` for each seed and "
-        f"`{command}`.",
+        f"`{record['command']}` (today `python scripts/plot.py`).",
     ]
     return "\n".join(lines)
 
@@ -398,6 +395,9 @@ def verdicts() -> str:
             paper = f"{row.paper:+.1f}" if math.isfinite(row.paper) else ""
             claim = row.claim.removesuffix(", nats)") + ")" if unit == "nats" else row.claim
             verdict = row.verdict if isinstance(row.verdict, str) else ""
+            if not paper and unit == "points":  # a claim of ours
+                ours = {"agrees": "holds", "disagrees": "the opposite holds"}
+                verdict = ours.get(verdict, verdict)
             lines.append(f"| {claim} | {paper} | {here} | {row.seeds} | {verdict} |")
         lines.append("")
     return "\n".join(lines[:-1])

@@ -34,7 +34,7 @@ LIMIT = 10_000_000  # bytes
 NO_MATTER = ("seed", "dequantize", *MAY_CHANGE)  # packed weights are the same numbers
 LEFT_OUT = {  # glob pattern: why
     "iteration_*/samples": "`graded` holds the same rows and their grades",
-    "accuracy_per_iteration.*": "the figure of five such runs is in `figures/`",
+    "accuracy_*": "the figure of five such runs is in `figures/`",
     "evaluations": "evaluations made after the run",
     ".*": "the lock",
     "**/cache-*": "cache files of `datasets`",

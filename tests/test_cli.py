@@ -110,6 +110,10 @@ def test_plot_draws_from_run_directories(run, tmp_path, capsys):
     assert (tmp_path / "mine.svg").exists() and (tmp_path / "mine_mean.csv").exists()
     made_by = json.loads((tmp_path / "mine.json").read_text())["command"]
     assert made_by == f"python scripts/plot.py {run[0]} --out {tmp_path} --name mine"
+    of_the_run = (run[0] / "accuracy_per_iteration.json").read_text()
+    assert command("plot", run[0]) == 0  # into the folder of the run, next to its own figure
+    assert (run[0] / "accuracy_of_seeds.png").exists()
+    assert (run[0] / "accuracy_per_iteration.json").read_text() == of_the_run
 
 
 def test_evaluate_again(run, tmp_path, capsys):

@@ -128,6 +128,8 @@ def test_a_merged_model_is_the_unquantised_base_plus_the_adapter(tmp_path):
         merge("seed", tmp_path / "nothing", tmp_path / "new")
     with pytest.raises(UserError, match="not/here could not be loaded"):
         merge("not/here", tmp_path / "adapter", tmp_path / "new")
+    with pytest.raises(UserError, match="was trained on seed, not on seed-misconceptions"):
+        merge("seed-misconceptions", tmp_path / "adapter", tmp_path / "new")
 
 
 def test_the_packaged_smollm2_ends_its_turns_with_every_version_of_the_library():

@@ -387,7 +387,7 @@ def all_parts(records) -> dict:
     """`records` with two seeds of every other part. Rejected completions help with few samples
     alone, accuracy falls after M_4, and a large β helps the plain model alone."""
     rng, found = random.Random(0), dict(records)
-    for part in ("map", "regimes", "long", "plain"):
+    for part in ("new_completions", "map", "regimes", "long", "plain"):
         for run in lesson_study.PARTS[part](2, records):
             helps = run.method == "irpo" and "n_samples" in run.settings
             helps = helps or run.model == "plain" and run.settings["beta"] == 1
@@ -414,6 +414,18 @@ def test_verdicts_on_all_parts_of_the_study(all_parts):
     assert plain.points == pytest.approx(20)
     more = "beta 1 gains more over beta 0.1 where completions have fewer nats"
     assert row[f"{more} (Iterative RPO, learning rate 0.001, M4)"].points == pytest.approx(20)
+
+
+def test_new_completions_are_compared_at_the_settings_of_iterative_rpo(all_parts):
+    tuned = lesson_study.best_settings("irpo", all_parts)
+    runs = lesson_study.new_completions_part(2, all_parts)
+    assert [(run.method, run.seed, run.settings) for run in runs] == [
+        ("irpo_m0_samples", seed, tuned) for seed in (0, 1)
+    ]
+    table = lesson_report.verdict_table(all_parts)
+    row = table[table.claim.str.contains("at equal settings")].iloc[0]
+    sides = (row[side].rpartition(" ")[0].partition("/")[2] for side in ("a", "b"))
+    assert [side.partition("/")[2] for side in sides] == [runs[0].trial.split("/", 2)[2]] * 2
 
 
 def test_figures_of_the_map_and_of_eight_iterations(all_parts):

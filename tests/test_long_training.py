@@ -410,7 +410,7 @@ def test_signs_of_a_collapse_in_a_log_are_named_and_a_healthy_log_is_not():
     [text] = warnings.of_training(healthy + rows(0.9, -0.3, 10), 40, beta=0.1)
     assert text.startswith("chosen completions lose probability: -3.0 nats")
     [text] = warnings.of_training(healthy + rows(0.3, 0.05, 10), 40, beta=0.1)
-    assert text.startswith("rejected completions gain: reward accuracy 0.30")
+    assert text.startswith("rejected gain on chosen: reward accuracy 0.30")
     assert warnings.of_training(rows(0.9, -0.3, 10), 400, beta=0.1) == []  # too early to tell
     assert warnings.of_training([{"nll_chosen": 1.0}] * 40, 40, beta=0.1) == []  # SFT
 

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from irpo_utils import UserError, logprobs, models, profiles, sampling, tasks, training
@@ -455,3 +461,4 @@ def test_the_mask_of_grouped_attention_is_that_of_the_library(mask, dtype):
     for config._attn_implementation in ("eager", "grouped"):
         made.append(mask(config=config, past_key_values=None, **given))
     assert made[1].dtype == dtype and torch.equal(*made)
+    assert AttentionMaskInterface()["grouped"] is cpu.grouped_mask  # which copies nothing

@@ -437,6 +437,14 @@ def test_with_the_advised_changes_a_run_fits_and_batches_are_no_smaller_than_tha
             checked(dataclasses.replace(profile, **larger), machine)
 
 
+def test_a_profile_for_a_gpu_says_so_on_a_cpu():
+    for profile, machine, says in (("smollm2-135m", "cpu", True), ("cpu", "cpu", False)):
+        text = planning.table(planning.plan(profiles.get(profile), machine))
+        assert ("this profile is for a GPU" in text) == says
+    text = planning.table(planning.plan(profiles.get("smollm2-135m"), "1xT4-16GB"))
+    assert "this profile is for a GPU" not in text
+
+
 def test_the_refusal_says_by_how_much():
     made = planning.plan(profiles.get("llama-3.2-3b", sampling_batch_size=320), "1xRTX4090-24GB")
     assert made.room == pytest.approx(0.95 * 24e9)

@@ -288,6 +288,9 @@ def test_metrics_of_later_models_are_not_shown_next_to_new_ones(finished, monkey
     with pytest.raises(KeyboardInterrupt):
         run(smoke(), finished)
     assert set(pandas.read_csv(finished / "metrics.csv").iteration) == {0, 1}
+    with pytest.raises(KeyboardInterrupt):  # it resumes, and is interrupted again
+        run(smoke(), finished)
+    assert set(pandas.read_csv(finished / "metrics.csv").iteration) == {0, 1}
 
 
 STAGE_KILLS = [

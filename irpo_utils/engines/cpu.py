@@ -96,7 +96,7 @@ def grouped_attention(
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, None, :, :columns]
-    weights = torch.softmax(scores, -1)  # of 16-bit scores: computed in fp32 and rounded once
+    weights = torch.softmax(scores, -1).to(query.dtype)  # 16 bits: computed in fp32, rounded once
     weights = torch.nn.functional.dropout(weights, dropout, module.training)
     out = weights.view(rows, kv_heads, -1, columns) @ value
     return out.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None

@@ -145,7 +145,8 @@ class RunDirectory(storage.Folder):
         used |= {"adapter": {"loss": loss, "train": self.method.train}}
         found = {}
         for role, function in used[name].items():
-            is_ours = getattr(function, "__module__", "").startswith(("irpo_utils.", "studies."))
+            module = getattr(function, "__module__", None) or ""
+            is_ours = module.startswith(("irpo_utils.", "studies."))
             if role == "reward" or not is_ours:  # the records of all runs have the reward
                 with contextlib.suppress(OSError, TypeError):  # none, typed at a prompt, a partial
                     found[role] = inspect.getsource(function)
@@ -239,14 +240,14 @@ class RunDirectory(storage.Folder):
         The rows of a new evaluation replace all that are there. Those of a replay change nothing.
         """
         value, old = {row["metric"]: row["value"] for row in rows}, self.known_metrics(t)
-        is_replay = all(row in old for row in rows)
-        if not is_replay:
+        if not all(row in old for row in rows):
+            for later in range(t + 1, self.p.iterations + 1 if processes.is_first() else 0):
+                (self.folder(later) / "metrics.json").unlink(missing_ok=True)  # of other models
             kept = [] if "greedy" in value else old
             new = {(row["metric"], row["k"]): row for row in [*kept, *rows]}
             text = json.dumps(list(new.values()), indent=0) + "\n"
             self.write(self.folder(t) / "metrics.json", text)
-        # After a change the rows of later iterations may be out of date.
-        self.table(range((self.p.iterations if is_replay else t) + 1))
+        self.table(range(self.p.iterations + 1))
         if processes.is_first():
             self.describe(t, value)
 

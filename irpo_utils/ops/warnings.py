@@ -21,7 +21,7 @@ def of_training(rows: list[dict], steps: int, beta: float) -> list[str]:
     ratio = sum(row["rewards/chosen"] for row in last) / len(last) / beta
     found = []
     if accuracy < 0.5:
-        found.append(f"rejected completions gain: reward accuracy {accuracy:.2f} in {STEPS} steps")
+        found.append(f"rejected gain on chosen: reward accuracy {accuracy:.2f} in {STEPS} steps")
     if ratio < -1:
         found.append(
             f"chosen completions lose probability: {ratio:.1f} nats against the reference over "

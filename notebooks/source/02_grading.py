@@ -112,7 +112,7 @@ def after_marker(completion):
 # [`answers.py`](../irpo_utils/tasks/answers.py), reads these forms for all tasks:
 #
 # 1. **Marker and block**: find the last "Final answer", also in bold or in a heading. The block is the rest of its line, or
-#    the next line if this rest is empty. It goes on while a brace, formula or code fence is open.
+#    the next line if this rest is empty. It continues while a brace, formula or code fence is open.
 # 2. **Wrapping**: remove boxes, math delimiters, bold type, quotes, and phrases such as "The answer is".
 # 3. **Number**: the task parses the text. On multiple choice it reads a letter.
 

@@ -382,7 +382,7 @@ assert (loss_dpo - math.log(2)).abs().max() < tolerance
 #
 # </details>
 #
-# 
+#
 
 # %% [markdown]
 # ### Exercise 4.3: one training step

@@ -414,8 +414,8 @@ helpers_05.stability_table()
 helpers_05.a_fall_and_its_twin().round(3)
 
 # %% [markdown]
-# With this seed, the run without it. Reward accuracy compares a model with its reference on training pairs: it does not test
-# completions. Here KL also jumps. Is the fall more than luck? Here is this step in all six runs:
+# With this seed, the run without the NLL term. Reward accuracy compares a model with its reference on training pairs: it does
+# not test completions. Here KL also jumps. Is the fall more than luck? Here is this step in all six runs:
 
 # %%
 helpers_05.last_steps(significance.mcnemar).round(3)

@@ -194,8 +194,6 @@ figures.differences(three, [helpers_06.NAMES[name] for name in three.method])
 # %% tags=["remove-cell"]
 assert set(three.against) == {"irpo"}
 
-
-
 # %% [markdown]
 # Without gold answers in training the vote's difference from Iterative RPO at $M_4$ is not resolved, nor is that of GRPO. The
 # other two are worse. What is the reward worth? The control shuffles the labels within each question:

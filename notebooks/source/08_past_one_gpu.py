@@ -402,7 +402,6 @@ after = helpers_08.finished(out)
 print("kept:", *[name for name in before if after[name] == before[name]])
 print("new: ", *[name for name in after if name not in before])
 
-
 # %% tags=["remove-cell"]
 assert all(after[name] == before[name] for name in before) and "iteration_1/evaluation" in after
 

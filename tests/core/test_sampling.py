@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from irpo_utils import UserError, iteration, logprobs, models, profiles, sampling, training
-from irpo_utils.engines import Engine, cpu
+from irpo_utils.engines import Engine, cpu, cuda_graph
 
 
 def draw(loaded, questions, task, **settings):
@@ -374,9 +374,10 @@ def test_grouped_attention_is_the_plain_one_of_the_library(kv_heads):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
-def test_dequantised_once_is_the_same_model(loaded):
+@pytest.mark.parametrize("engine", [Engine, cpu.Engine, cuda_graph.Engine])
+def test_dequantised_once_is_the_same_model(loaded, engine):
     models.set_adapter(loaded[0], None)
-    plain, _ = cpu.Engine().load(profiles.get("smoke", dequantize=True))
+    plain, _ = engine().load(profiles.get("smoke", dequantize=True))
     assert not any(isinstance(module, bnb.nn.Linear4bit) for module in plain.modules())
     ids = torch.randint(5, 1000, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
