@@ -64,7 +64,7 @@ def check(train, evaluation, allow: bool = False) -> Overlap:
         )
         raise UserError(
             f"{overlap.normalised} of {overlap.questions} evaluation questions are also training "
-            f"questions ({overlap.exact} word for word): {examples}. The accuracy would measure "
+            f"questions ({overlap.exact} word for word): {examples}. Accuracy would partly measure "
             f"memory. Remove these {overlap.train_rows} rows from the training file or the data of "
             "--start, evaluate on another set, or add --allow-overlap true to continue anyway."
         )
