@@ -157,9 +157,7 @@ def curve_of_methods() -> plots.TextFigure:
     from studies import figures
 
     means = pd.read_csv(FIGURES / f"{CURVE}_mean.csv")
-    seeds = means.groupby("method").seeds.max()
-    titles = [f"{METHODS[name]} ({seeds[name]} seeds)" for name in means.method]
-    return figures.accuracy_of_methods(means.assign(method=titles))
+    return figures.accuracy_of_methods(means.assign(method=means.method.map(METHODS)))
 
 
 def ahead_of_others(metric: str = "sampled") -> pd.DataFrame:

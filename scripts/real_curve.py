@@ -186,8 +186,7 @@ class Study:
             alone.append(pandas.concat(tables).assign(seed=seed))
         pandas.concat(alone).to_csv(self.out / f"{NAME}_by_seed.csv", index=False)
         table = report.write_table(NAME, trials, runs, self.out, record)
-        seeds = means.groupby("method").seeds.max()
-        titles = [f"{api.method_title(name)} ({seeds[name]} seeds)" for name in means.method]
+        titles = [api.method_title(name) for name in means.method]
         figure = figures.accuracy_of_methods(means.assign(method=titles))
         plots.save(figure, self.out, NAME, table, report.made_by(runs, record))
         print(f"Figure: {self.out / NAME}.png")

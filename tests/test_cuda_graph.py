@@ -364,7 +364,7 @@ def test_after_any_error_but_full_memory_the_plain_decoder_takes_over(
     text = "".join(capsys.readouterr())
     assert text.count("The plain decoder is used") == 1 and message in text
     assert "second line" not in text
-    if recorder:  # a second release would be an error of its own
+    if recorder:  # a second release would raise another error
         ended = ["allocates no more to the pool", "released the pool"]
         assert recorder.ended == ended[: 1 if recorder.ends_itself else 2]
 

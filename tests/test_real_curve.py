@@ -101,6 +101,9 @@ def test_the_figure_shows_every_method_with_intervals():
     figure = figures.accuracy_of_methods(pandas.DataFrame(rows))
     assert "RFT: M_0 30.0 (20.0 to 40.0), M_1 50.0 (40.0 to 60.0)" in plots.alt_text(figure)
     assert [len(axes.containers) for axes in figure.axes] == [2, 2]
+    seeds = pandas.DataFrame(rows).assign(seeds=[2, 2, 1, 1] * 2)
+    text = plots.alt_text(figures.accuracy_of_methods(seeds))
+    assert "Iterative RPO (2 seeds): M_0" in text and "RFT (1 seed): M_0" in text
     with pytest.raises(UserError, match="greedy and sampled"):
         figures.accuracy_of_methods(pandas.DataFrame(rows[:4]))
 

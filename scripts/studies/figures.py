@@ -106,7 +106,8 @@ def accuracy_at_rates(means: pd.DataFrame) -> TextFigure:
 def accuracy_of_methods(means: pd.DataFrame) -> TextFigure:
     """Greedy and sampled accuracy per iteration, a line per method with its 95 % intervals.
 
-    `means`: rows as `report.means` makes them, with the titles of the methods as `method`.
+    `means`: rows as `report.means` makes them, with the titles of the methods as `method`. The
+    legend gives the number of `seeds` where there is such a column.
     """
     if means.empty or not {"greedy", "sampled"} <= set(means.metric):
         raise UserError("accuracy_of_methods needs the metrics greedy and sampled.")
@@ -120,7 +121,11 @@ def accuracy_of_methods(means: pd.DataFrame) -> TextFigure:
             x = rows.iteration + 0.07 * (i - (len(methods) - 1) / 2)  # intervals side by side
             value, low, high = (100 * rows[column] for column in ("value", "low", "high"))
             axes.errorbar(x, value, (value - low, high - value), fmt="none", color=colour)
-            line = plots.draw_points(axes, x, value, method, colour)
+            label = method
+            if "seeds" in rows:
+                seeds = int(rows.seeds.max())
+                label += f" ({seeds} seed{'s' if seeds > 1 else ''})"
+            line = plots.draw_points(axes, x, value, label, colour)
             each = [
                 f"M_{r.iteration} {plots.number_with_interval(r, 100)}" for _, r in rows.iterrows()
             ]
